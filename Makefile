@@ -1,0 +1,37 @@
+# `make train` and `make test` are all the set-up there is: they create .venv with what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/train/tiny.toml
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint format
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+train: $(VENV)/.package  ## train a small Qwen3-MoE on eight simulated devices (CONFIG=… for another run)
+	$(BIN)/python -m train $(CONFIG)
+
+test: $(VENV)/.test  ## run the whole test suite
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.test  ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test  ## rewrite the sources in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.package: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@ $(VENV)/.package
