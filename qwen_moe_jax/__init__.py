@@ -1,0 +1,53 @@
+"""Qwen-style mixture-of-experts decoders in JAX: exact, sharded, and back to the Hub's format.
+
+    import qwen_moe_jax as qmj
+
+    model = qmj.from_pretrained("path/to/Qwen3-30B-A3B", mesh=qmj.make_mesh(data=2, expert=4))
+    logits_BTV = model(tokens_BT).logits
+
+The names below are the public surface. They are imported on first use, so that a command-line tool can answer `--help`
+without waiting for JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, ModelConfig
+    from qwen_moe_jax.errors import CheckpointError, ConfigError, RequestError, ShardingError
+    from qwen_moe_jax.huggingface.load import from_pretrained
+    from qwen_moe_jax.huggingface.save import save_pretrained
+    from qwen_moe_jax.inference.generate import generate
+    from qwen_moe_jax.model.causal_lm import CausalLM, SequenceClassifier, TokenClassifier
+    from qwen_moe_jax.sharding.mesh import make_mesh
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ModelConfig": "config",
+    "ExecutionConfig": "config",
+    "GenerationConfig": "config",
+    "ConfigError": "errors",
+    "CheckpointError": "errors",
+    "RequestError": "errors",
+    "ShardingError": "errors",
+    "make_mesh": "sharding.mesh",
+    "CausalLM": "model.causal_lm",
+    "SequenceClassifier": "model.causal_lm",
+    "TokenClassifier": "model.causal_lm",
+    "from_pretrained": "huggingface.load",
+    "save_pretrained": "huggingface.save",
+    "generate": "inference.generate",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

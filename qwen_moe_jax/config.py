@@ -1,0 +1,285 @@
+"""What a model means (`ModelConfig`), how it is run (`ExecutionConfig`), how its text ends (`GenerationConfig`).
+
+Nothing here knows a Hub name or imports JAX: `huggingface/config.py` translates config.json into these fields, and no
+layer ever asks which family it belongs to.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any, Literal, get_args
+
+from qwen_moe_jax.errors import ConfigError
+
+RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
+AttentionKind = Literal["full", "sliding"]
+MlpKind = Literal["dense", "sparse"]
+Activation = Literal["silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
+Dispatch = Literal["capacity", "dense"]
+Remat = Literal["none", "full", "dots"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def _require(holds: bool, field: str, found: Any, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"{field}={found!r} is not supported: expected {expected}.")
+
+
+def _require_choice(field: str, found: Any, choices: Any) -> None:
+    names = get_args(choices)
+    _require(found in names, field, found, "one of " + ", ".join(map(repr, names)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding, in the Hub's terms. Angles are `position * inv_freq`, in float32.
+
+    `original_max_position_embeddings` is the context the scaled types (yarn, llama3) were pretrained with.
+    `attention_factor`, `mscale*`, `beta_*` and `truncate` belong to yarn (arXiv 2309.00071), `*_freq_factor` to llama3.
+    """
+
+    rope_type: RopeType = "default"
+    rope_theta: float = 10_000.0
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        _require_choice("rope_type", self.rope_type, RopeType)
+        _require(self.rope_theta > 0, "rope_theta", self.rope_theta, "a positive number")
+        _require(self.factor >= 1, "rope factor", self.factor, "a number of at least 1")
+        if self.rope_type in ("yarn", "llama3"):
+            found = self.original_max_position_embeddings
+            _require(found is not None and found > 0, "original_max_position_embeddings", found, "a positive integer")
+        if self.rope_type == "llama3":
+            _require(
+                self.high_freq_factor > self.low_freq_factor,
+                "high_freq_factor",
+                self.high_freq_factor,
+                f"more than low_freq_factor={self.low_freq_factor}",
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Grouped-query attention.
+
+    `sliding_window` is the number of keys that a query of a sliding layer sees, its own included.
+    """
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive integer")
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            "num_key_value_heads",
+            self.num_key_value_heads,
+            f"a divisor of num_attention_heads={self.num_attention_heads}",
+        )
+        _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number (rotary embedding turns pairs)")
+        if self.sliding_window is not None:
+            _require(self.sliding_window > 0, "sliding_window", self.sliding_window, "a positive integer")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """The sparse block: `num_experts_per_tok` of `num_experts` SwiGLU experts a token, and the shared expert, if any.
+
+    `norm_topk_prob` renormalises the chosen weights to sum to one. `float32_weights` keeps them in float32 (Mixtral)
+    instead of casting them to the model's dtype (Qwen). `shared_expert_intermediate_size` 0 means no shared expert.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool
+    float32_weights: bool = False
+    shared_expert_intermediate_size: int = 0
+    router_aux_loss_coef: float = 0.001
+    router_jitter_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "moe_intermediate_size"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive integer")
+        _require(
+            1 <= self.num_experts_per_tok <= self.num_experts,
+            "num_experts_per_tok",
+            self.num_experts_per_tok,
+            f"between 1 and num_experts={self.num_experts}",
+        )
+        found = self.shared_expert_intermediate_size
+        _require(found >= 0, "shared_expert_intermediate_size", found, "zero or a positive integer")
+        _require(0 <= self.router_jitter_noise < 1, "router_jitter_noise", self.router_jitter_noise, "in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """What one decoder layer is made of. Layers differ by kind, never by model name."""
+
+    attention: AttentionKind = "full"
+    mlp: MlpKind = "dense"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What the numbers of a checkpoint mean.
+
+    `layers` has one `LayerKind` per decoder layer. `intermediate_size` is the width of the dense MLP layers, `moe` the
+    sparse ones (None when no layer is sparse). `dtype` is the checkpoint's own. `model_type` is the family to export
+    as, and is read by `huggingface/` alone; `hub_fields` carries the config.json fields that mean nothing to the
+    layers, as (name, JSON) pairs, so that an exported folder keeps them.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: tuple[LayerKind, ...]
+    attention: AttentionConfig
+    rope: RopeConfig = RopeConfig()
+    moe: MoEConfig | None = None
+    rms_norm_eps: float = 1e-6
+    hidden_act: Activation = "silu"
+    max_position_embeddings: int = 32_768
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    dtype: Dtype | None = None
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    num_labels: int = 2
+    hub_fields: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "num_labels"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive integer")
+        _require(len(self.layers) > 0, "num_hidden_layers", len(self.layers), "at least one layer")
+        _require_choice("hidden_act", self.hidden_act, Activation)
+        if self.dtype is not None:
+            _require_choice("dtype", self.dtype, Dtype)
+        sparse = any(kind.mlp == "sparse" for kind in self.layers)
+        _require(not sparse or self.moe is not None, "moe", self.moe, "a MoEConfig, since some layers are sparse")
+        sliding = any(kind.attention == "sliding" for kind in self.layers)
+        window = self.attention.sliding_window
+        _require(not sliding or window is not None, "sliding_window", window, "an integer, since some layers slide")
+        for name in ("bos_token_id", "pad_token_id"):
+            found = getattr(self, name)
+            _require(found is None or found < self.vocab_size, name, found, f"less than vocab_size={self.vocab_size}")
+
+    @classmethod
+    def from_pretrained(cls, source: str | PathLike[str] | Mapping[str, Any]) -> "ModelConfig":
+        """Reads a Hub config: a checkpoint folder, a config.json, or its content as a dict.
+
+        Raises:
+            ConfigError: naming the field, what was found and what is supported.
+        """
+        # The one arrow that runs upwards: only huggingface/ may know Hub names, and users look for the reader here.
+        from qwen_moe_jax.huggingface.config import read_config
+
+        return read_config(source)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of decoder layers L."""
+        return len(self.layers)
+
+    @property
+    def num_sparse_layers(self) -> int:
+        """Number of layers with a router."""
+        return sum(kind.mlp == "sparse" for kind in self.layers)
+
+    def num_parameters(self, *, exclude_embeddings: bool = False) -> int:
+        """Parameters of the causal language model, tied weights once; arithmetic only, nothing is allocated.
+
+        Args:
+            exclude_embeddings: leave out the input lookup table (a tied table stays: it is the output head as well).
+        """
+        routed = self.moe.num_experts if self.moe else 0
+        return self._parameters(routed, exclude_embeddings)
+
+    def num_active_parameters(self, *, exclude_embeddings: bool = False) -> int:
+        """Parameters one token passes through: `num_parameters` less the routed experts it did not choose.
+
+        This is the figure model cards give ("30B-A3B": 3.35e9). With `exclude_embeddings` it is the number of
+        multiply-adds of a forward pass outside attention (3.04e9), since a lookup multiplies nothing.
+        """
+        routed = self.moe.num_experts_per_tok if self.moe else 0
+        return self._parameters(routed, exclude_embeddings)
+
+    def _parameters(self, experts_counted: int, exclude_embeddings: bool) -> int:
+        width, attention, moe = self.hidden_size, self.attention, self.moe
+        q_rows = attention.num_attention_heads * attention.head_dim
+        kv_rows = attention.num_key_value_heads * attention.head_dim
+        per_layer = 2 * width  # the two norms
+        per_layer += width * (q_rows + 2 * kv_rows) + q_rows * width
+        per_layer += (q_rows + 2 * kv_rows) * attention.qkv_bias + width * attention.o_bias
+        per_layer += 2 * attention.head_dim * attention.qk_norm
+        dense = 3 * width * self.intermediate_size
+        sparse = 0
+        if moe is not None:
+            sparse = width * moe.num_experts + experts_counted * 3 * width * moe.moe_intermediate_size
+            if moe.shared_expert_intermediate_size:
+                sparse += 3 * width * moe.shared_expert_intermediate_size + width
+        table = self.vocab_size * width
+        ends = table if self.tie_word_embeddings or exclude_embeddings else 2 * table
+        mlps = self.num_sparse_layers * sparse + (self.num_hidden_layers - self.num_sparse_layers) * dense
+        return ends + width + self.num_hidden_layers * per_layer + mlps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExecutionConfig:
+    """How a model is run. Any checkpoint runs under any of these; results differ by rounding and by counted drops.
+
+    Attributes:
+        dtype: of activations and matmuls; None takes the checkpoint's. Logits are always float32.
+        param_dtype: of the stored weights; None takes `dtype`.
+        dispatch: how tokens reach their experts. "dense" runs every expert on every token and drops nothing;
+            "capacity" gives each expert a fixed number of places per group of tokens. None means "dense" in eval mode
+            (`model.eval()`, how every model starts) and "capacity" in training mode (`model.train()`).
+        capacity_factor: places per expert and group, as a multiple of a perfectly balanced load
+            (`ceil(group_size * num_experts_per_tok / num_experts * capacity_factor)`).
+        group_size: tokens routed together under "capacity". The dispatch einsums cost 2/3 * group_size /
+            moe_intermediate_size of the experts' own matmuls; small groups drop more tokens.
+        remat: what the backward pass recomputes, per layer. "none" keeps every activation, "full" keeps the layer's
+            input only, "dots" keeps the outputs of matmuls with weights.
+    """
+
+    dtype: Dtype | None = None
+    param_dtype: Dtype | None = None
+    dispatch: Dispatch | None = None
+    capacity_factor: float = 1.25
+    group_size: int = 256
+    remat: Remat = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) is not None:
+                _require_choice(name, getattr(self, name), Dtype)
+        if self.dispatch is not None:
+            _require_choice("dispatch", self.dispatch, Dispatch)
+        _require_choice("remat", self.remat, Remat)
+        _require(self.capacity_factor > 0, "capacity_factor", self.capacity_factor, "a positive number")
+        _require(self.group_size > 0, "group_size", self.group_size, "a positive integer")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """generation_config.json: which tokens end a text. Other fields are carried along as (name, JSON) pairs."""
+
+    eos_token_id: tuple[int, ...] = ()
+    hub_fields: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)

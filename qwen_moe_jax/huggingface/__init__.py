@@ -1,0 +1,1 @@
+"""Everything that knows a Hub name: configurations, tensor names, reading and writing checkpoint folders."""

@@ -1,0 +1,112 @@
+"""Typed reading of a JSON object, with errors that name the file, the field, what was found and what was expected."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen_moe_jax.errors import ConfigError
+
+REQUIRED = object()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object from a file.
+
+    Raises:
+        ConfigError: the file is absent, is not JSON, or does not hold an object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file. A checkpoint folder needs one.") from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON ({error}).") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(found).__name__}.")
+    return found
+
+
+class Fields:
+    """A JSON object whose fields are read by type. A null field counts as absent, as it does in transformers.
+
+    Args:
+        values: the object.
+        where: how messages name it, for example a path.
+        defaults: what an absent field means.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None):
+        self.values = values
+        self.where = where
+        self.defaults = defaults or {}
+
+    def __contains__(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def error(self, name: str, expected: str) -> ConfigError:
+        """The refusal of a field, ready to be raised."""
+        return ConfigError(f"{self.where}: {name}={self.values.get(name)!r} is not supported: expected {expected}.")
+
+    def _get(self, name: str, default: Any) -> Any:
+        found = self.values.get(name)
+        if found is None:
+            found = self.defaults.get(name, REQUIRED) if default is REQUIRED else default
+        if found is REQUIRED:
+            raise ConfigError(f"{self.where}: the field {name} is missing.")
+        return found
+
+    def integer(self, name: str, default: Any = REQUIRED) -> Any:
+        """An int, or the default."""
+        found = self._get(name, default)
+        if isinstance(found, float) and found.is_integer():
+            found = int(found)
+        if found is not None and (not isinstance(found, int) or isinstance(found, bool)):
+            raise self.error(name, "an integer")
+        return found
+
+    def number(self, name: str, default: Any = REQUIRED) -> Any:
+        """A float, or the default."""
+        found = self._get(name, default)
+        if found is not None and (not isinstance(found, int | float) or isinstance(found, bool)):
+            raise self.error(name, "a number")
+        return None if found is None else float(found)
+
+    def boolean(self, name: str, default: Any = REQUIRED) -> bool:
+        """A bool, or the default."""
+        found = self._get(name, default)
+        if not isinstance(found, bool):
+            raise self.error(name, "true or false")
+        return found
+
+    def string(self, name: str, default: Any = REQUIRED) -> Any:
+        """A str, or the default."""
+        found = self._get(name, default)
+        if found is not None and not isinstance(found, str):
+            raise self.error(name, "a string")
+        return found
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """A list of ints, or one int, or nothing; always as a tuple."""
+        found = self._get(name, ())
+        found = tuple(found) if isinstance(found, list | tuple) else (found,)
+        if not all(isinstance(value, int) and not isinstance(value, bool) for value in found):
+            raise self.error(name, "an integer or a list of integers")
+        return found
+
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        """An object, or an empty one."""
+        found = self._get(name, {})
+        if not isinstance(found, Mapping):
+            raise self.error(name, "an object")
+        return found
+
+
+def freeze(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """A JSON object as hashable (name, JSON) pairs: configurations are part of the keys of compiled functions."""
+    return tuple((name, json.dumps(value, sort_keys=True)) for name, value in values.items())
+
+
+def thaw(pairs: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    """The JSON object that `freeze` took."""
+    return {name: json.loads(text) for name, text in pairs}
