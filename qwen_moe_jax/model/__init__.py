@@ -1,0 +1,1 @@
+"""Tokens to logits: the decoder, its layers and its heads."""

@@ -1,0 +1,103 @@
+"""Grouped-query self-attention over packed, padded, possibly sliding sequences."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.errors import ShardingError
+from qwen_moe_jax.model.rotary import RotaryTables, apply_rotary
+from qwen_moe_jax.nn.linear import Linear
+from qwen_moe_jax.nn.norm import RMSNorm
+from qwen_moe_jax.nn.parameters import ParameterFactory
+from qwen_moe_jax.sharding.rules import BATCH
+
+HEADS = P(BATCH, None, "tensor", None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sequence:
+    """Where every token stands: what the layers know about a batch besides its hidden states.
+
+    Attributes:
+        segment_ids_BT: int32; tokens attend within their own segment; 0 is padding.
+        rotary: cosines and sines [B, T, H] of the tokens' positions.
+    """
+
+    segment_ids_BT: jax.Array
+    rotary: RotaryTables
+
+
+class Attention(nnx.Module):
+    """Projections, optional per-head norms, rotation, attention, output projection."""
+
+    def __init__(self, name: str, config: ModelConfig, make: ParameterFactory):
+        heads, kv_heads = config.attention.num_attention_heads, config.attention.num_key_value_heads
+        _check_whole_heads(name, {"num_attention_heads": heads, "num_key_value_heads": kv_heads}, make)
+        head_dim, width = config.attention.head_dim, config.hidden_size
+        into, out = ("heads", "embed"), ("embed", "heads")
+        qkv_bias = config.attention.qkv_bias
+        self.q_proj = Linear(f"{name}.q_proj", into, (heads * head_dim, width), make, bias=qkv_bias)
+        self.k_proj = Linear(f"{name}.k_proj", into, (kv_heads * head_dim, width), make, bias=qkv_bias)
+        self.v_proj = Linear(f"{name}.v_proj", into, (kv_heads * head_dim, width), make, bias=qkv_bias)
+        self.o_proj = Linear(f"{name}.o_proj", out, (width, heads * head_dim), make, bias=config.attention.o_bias)
+        qk_norm = config.attention.qk_norm
+        self.q_norm = RMSNorm(f"{name}.q_norm", head_dim, config.rms_norm_eps, make) if qk_norm else None
+        self.k_norm = RMSNorm(f"{name}.k_norm", head_dim, config.rms_norm_eps, make) if qk_norm else None
+        self.head_dim = head_dim
+
+    def __call__(self, hidden_BTD: jax.Array, sequence: Sequence, sliding_window: int | None) -> jax.Array:
+        """[B, T, D] to [B, T, D]. `sliding_window` is the number of keys seen, None for all."""
+        q_BTNH = self._heads(self.q_proj(hidden_BTD))
+        k_BTKH = self._heads(self.k_proj(hidden_BTD))
+        v_BTKH = self._heads(self.v_proj(hidden_BTD))
+        if self.q_norm is not None:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        q_BTNH, k_BTKH = apply_rotary(q_BTNH, sequence.rotary), apply_rotary(k_BTKH, sequence.rotary)
+        mixed_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, sequence.segment_ids_BT, sliding_window)
+        batch, length, heads, head_dim = mixed_BTNH.shape
+        return self.o_proj(jnp.reshape(mixed_BTNH, (batch, length, heads * head_dim)))
+
+    def _heads(self, x_BTO: jax.Array) -> jax.Array:
+        batch, length, rows = x_BTO.shape
+        shape = (batch, length, rows // self.head_dim, self.head_dim)
+        return jnp.reshape(x_BTO, shape, out_sharding=HEADS)
+
+
+def attend(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array, sliding_window: int | None
+) -> jax.Array:
+    """Causal attention within segments; each device keeps to its own sequences and heads, so nothing is exchanged.
+
+    Scores and softmax are float32. A padding query's result is finite and means nothing.
+    """
+
+    def local(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+        same = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+        real = segment_ids_BT[:, None, :] != 0
+        return jax.nn.dot_product_attention(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            mask=(same & real)[:, None],
+            is_causal=True,
+            # dot_product_attention counts the keys before the query; the Hub's window counts the query itself too.
+            local_window_size=None if sliding_window is None else (sliding_window - 1, 0),
+        )
+
+    specs = (HEADS, HEADS, HEADS, P(BATCH, None))
+    return jax.shard_map(local, in_specs=specs, out_specs=HEADS)(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
+
+
+def _check_whole_heads(name: str, counts: dict[str, int], make: ParameterFactory) -> None:
+    ways = make.mesh.shape["tensor"]
+    for field, count in counts.items():
+        if count % ways:
+            raise ShardingError(
+                f"{name}: {field}={count} does not divide over the mesh axis tensor={ways}: a head stays whole on one "
+                f"device. Choose a tensor size that divides {count}."
+            )

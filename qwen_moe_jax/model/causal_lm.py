@@ -1,0 +1,291 @@
+"""The models: a decoder under a head. Start reading here.
+
+Tokens [B, T] → embedding → L × (norm → attention → add → norm → MLP or mixture of experts → add) → norm → head.
+"""
+
+import dataclasses
+import math
+from os import PathLike
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, ModelConfig
+from qwen_moe_jax.errors import RequestError
+from qwen_moe_jax.model.attention import Sequence
+from qwen_moe_jax.model.embedding import TABLE, Embedding
+from qwen_moe_jax.model.output import ModelOutput, RouterOutput
+from qwen_moe_jax.model.rotary import rotary_tables
+from qwen_moe_jax.model.stack import LayerStack, StackOutput
+from qwen_moe_jax.moe.losses import RouterLosses, load_balancing_loss
+from qwen_moe_jax.nn.linear import Linear
+from qwen_moe_jax.nn.norm import RMSNorm
+from qwen_moe_jax.nn.parameters import ParameterFactory
+from qwen_moe_jax.sharding.border import explicitly_sharded
+from qwen_moe_jax.sharding.mesh import checked_mesh
+from qwen_moe_jax.sharding.rules import BATCH, USED, as_used
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers and final norm: what transformers calls the base model."""
+
+    def __init__(self, config: ModelConfig, make: ParameterFactory):
+        self.embed_tokens = Embedding(
+            "model.embed_tokens", config.vocab_size, config.hidden_size, config.pad_token_id, make
+        )
+        self.layers = LayerStack(config, make)
+        self.norm = RMSNorm("model.norm", config.hidden_size, config.rms_norm_eps, make)
+        self.config = config
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        positions_BT: jax.Array,
+        execution: ExecutionConfig,
+        *,
+        keep_router_logits: bool,
+        keep_inputs: bool,
+    ) -> StackOutput:
+        """Hidden states after the final norm, with what the layers returned on the way."""
+        config, dtype = self.config, jnp.dtype(execution.dtype)
+        rotary = rotary_tables(
+            config.rope, config.attention.head_dim, config.max_position_embeddings, positions_BT, dtype
+        )
+        out = self.layers(
+            self.embed_tokens(tokens_BT, dtype),
+            Sequence(segment_ids_BT=segment_ids_BT, rotary=rotary),
+            execution,
+            keep_router_logits=keep_router_logits,
+            keep_inputs=keep_inputs,
+        )
+        return dataclasses.replace(out, hidden_BTD=self.norm(out.hidden_BTD))
+
+
+class Model(nnx.Module):
+    """A decoder with a head, on a mesh it carries with it: call it, jit it, differentiate it, anywhere.
+
+    Args:
+        config: what the model means.
+        rngs: source of fresh weights; None describes the model (`jax.ShapeDtypeStruct` leaves that carry their
+            sharding) without allocating anything.
+        mesh: see `make_mesh`; None is one device.
+        execution: how it is run.
+        generation: how its text ends; None takes the stop tokens of the config.
+
+    Attributes:
+        deterministic: True in eval mode, which is how every model starts; `train()` and `eval()` switch it.
+
+    Raises:
+        ShardingError: a weight does not divide over the mesh.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs | None,
+        mesh: Mesh | None = None,
+        execution: ExecutionConfig = ExecutionConfig(),
+        generation: GenerationConfig | None = None,
+    ):
+        dtype = execution.dtype or config.dtype or "float32"
+        self.config = config
+        self.execution = dataclasses.replace(execution, dtype=dtype, param_dtype=execution.param_dtype or dtype)
+        self.generation = generation or GenerationConfig(eos_token_id=config.eos_token_id)
+        self.mesh = checked_mesh(mesh)
+        self.deterministic = True
+        make = ParameterFactory(
+            mesh=self.mesh,
+            dtype=self.execution.param_dtype,
+            initializer_range=config.initializer_range,
+            rngs=rngs,
+        )
+        self.model = Decoder(config, make)
+        self._add_head(make)
+
+    def _add_head(self, make: ParameterFactory) -> None:
+        raise TypeError(f"{type(self).__name__} has no head: use CausalLM, SequenceClassifier or TokenClassifier.")
+
+    def _head(self, hidden_BTD: jax.Array, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+        """Normalised hidden states to float32 logits."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(cls, folder: str | PathLike[str], **kwargs: Any) -> Self:
+        """Loads a checkpoint folder under this head; see `qwen_moe_jax.from_pretrained` for the arguments."""
+        # An arrow upwards, as in ModelConfig: reading Hub folders is huggingface/'s business.
+        from qwen_moe_jax.huggingface.load import load_model
+
+        return load_model(cls, folder, **kwargs)
+
+    def __call__(
+        self,
+        tokens_BT: jax.typing.ArrayLike,
+        segment_ids: jax.typing.ArrayLike | None = None,
+        positions: jax.typing.ArrayLike | None = None,
+        *,
+        output_router_logits: bool = False,
+        output_hidden_states: bool = False,
+    ) -> ModelOutput:
+        """Runs the model.
+
+        Args:
+            tokens_BT: token ids, integers [B, T].
+            segment_ids: integers [B, T]; tokens attend within their own segment, 0 is padding (so an attention mask of
+                zeros and ones is one). None means no padding, one segment a row.
+            positions: integers [B, T]; None counts from 0 within each segment.
+            output_router_logits: also return `router.logits`.
+            output_hidden_states: also return `hidden_states`.
+
+        Returns:
+            See `ModelOutput`. Padding has finite logits that mean nothing; a token id outside the vocabulary makes its
+            sequence NaN.
+
+        Raises:
+            RequestError: the arrays are not integers, or not all [B, T].
+        """
+        segment_ids = jnp.ones(jnp.shape(tokens_BT), jnp.int32) if segment_ids is None else segment_ids
+        _check_inputs(tokens_BT, segment_ids=segment_ids, positions=positions)
+        return _forward(
+            self,
+            tokens_BT,
+            segment_ids,
+            positions,
+            output_router_logits=output_router_logits,
+            output_hidden_states=output_hidden_states,
+        )
+
+    def _explicit_forward(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        positions_BT: jax.Array,
+        *,
+        output_router_logits: bool,
+        output_hidden_states: bool,
+    ) -> ModelOutput:
+        """The forward pass on explicitly sharded arrays, B over `BATCH`."""
+        default = "dense" if self.deterministic else "capacity"
+        execution = dataclasses.replace(self.execution, dispatch=self.execution.dispatch or default)
+        out = self.model(
+            tokens_BT,
+            segment_ids_BT,
+            positions_BT,
+            execution,
+            keep_router_logits=output_router_logits,
+            keep_inputs=output_hidden_states,
+        )
+        router = hidden_states = None
+        if out.stats is not None:
+            losses = RouterLosses(load_balancing=load_balancing_loss(out.stats))
+            router = RouterOutput(stats=out.stats, losses=losses, logits=out.router_logits_LBTE)
+        if output_hidden_states:
+            hidden_states = jnp.concatenate([out.inputs_LBTD, out.hidden_BTD[None]])
+        logits = self._head(out.hidden_BTD, tokens_BT, segment_ids_BT)
+        return ModelOutput(logits=logits, router=router, hidden_states=hidden_states)
+
+
+@jax.jit(static_argnames=("output_router_logits", "output_hidden_states"))
+def _forward(
+    model: Model,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    positions_BT: jax.Array | None,
+    *,
+    output_router_logits: bool,
+    output_hidden_states: bool,
+) -> ModelOutput:
+    """Pads the batch to the mesh, crosses into explicit sharding and back, and cuts the padding off again."""
+    batch = tokens_BT.shape[0]
+    tokens_BT, segment_ids_BT = (jnp.asarray(x).astype(jnp.int32) for x in (tokens_BT, segment_ids_BT))
+    positions_BT = positions_in_segments(segment_ids_BT) if positions_BT is None else positions_BT
+    missing = -batch % math.prod(model.mesh.shape[axis] for axis in BATCH)
+    inputs = [jnp.pad(x, ((0, missing), (0, 0))) for x in (tokens_BT, segment_ids_BT, positions_BT)]
+
+    def run(model: Model, *inputs: jax.Array) -> ModelOutput:
+        flags = dict(output_router_logits=output_router_logits, output_hidden_states=output_hidden_states)
+        return model._explicit_forward(*inputs, **flags)
+
+    # float32 means float32: accelerators would otherwise multiply in bfloat16 or TF32.
+    precision = "highest" if model.execution.dtype == "float32" else None
+    with jax.default_matmul_precision(precision):
+        out = explicitly_sharded(run, model.mesh, [P(BATCH, None)] * len(inputs))(model, *inputs)
+    if not missing:
+        return out
+    router, hidden = out.router, out.hidden_states
+    if router is not None and router.logits is not None:
+        router = dataclasses.replace(router, logits=router.logits[:, :batch])
+    hidden = hidden if hidden is None else hidden[:, :batch]
+    return dataclasses.replace(out, logits=out.logits[:batch], router=router, hidden_states=hidden)
+
+
+def _check_inputs(tokens_BT: jax.typing.ArrayLike, **others: jax.typing.ArrayLike | None) -> None:
+    shape = jnp.shape(tokens_BT)
+    if len(shape) != 2 or 0 in shape:
+        raise RequestError(f"tokens have shape {shape}, expected [batch, length], neither of them 0.")
+    for name, array in {"tokens": tokens_BT, **others}.items():
+        if array is None:
+            continue
+        if jnp.shape(array) != shape:
+            raise RequestError(f"{name} has shape {jnp.shape(array)}, expected that of the tokens, {shape}.")
+        dtype = jnp.result_type(array)
+        if not (jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)):
+            raise RequestError(f"{name} has dtype {dtype}, expected integers.")
+
+
+def positions_in_segments(segment_ids_BT: jax.Array) -> jax.Array:
+    """Positions counted from 0 at every change of segment, [B, T]."""
+    index_BT = jnp.broadcast_to(jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32), segment_ids_BT.shape)
+    before_BT = jnp.pad(segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    starts_BT = jnp.where(segment_ids_BT != before_BT, index_BT, 0)
+    return index_BT - jax.lax.cummax(starts_BT, axis=1)
+
+
+class CausalLM(Model):
+    """Next-token logits over the vocabulary, [B, T, V]. `lm_head` is None where it is tied to the embedding."""
+
+    def _add_head(self, make: ParameterFactory) -> None:
+        sizes = (self.config.vocab_size, self.config.hidden_size)
+        self.lm_head = None if self.config.tie_word_embeddings else Linear("lm_head", TABLE, sizes, make)
+
+    def _head(self, hidden_BTD: jax.Array, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+        table = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        weight_VD = as_used(table.weight[...].astype(hidden_BTD.dtype), *TABLE)
+        out = P(BATCH, None, USED["vocab"])
+        return jnp.einsum("BTD,VD->BTV", hidden_BTD, weight_VD, preferred_element_type=jnp.float32, out_sharding=out)
+
+
+class TokenClassifier(Model):
+    """One set of label logits per token, [B, T, labels]. There is no dropout before the head."""
+
+    def _add_head(self, make: ParameterFactory) -> None:
+        sizes = (self.config.num_labels, self.config.hidden_size)
+        self.score = Linear("score", ("labels", "embed"), sizes, make, bias=True)
+
+    def _head(self, hidden_BTD: jax.Array, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+        return self.score(hidden_BTD).astype(jnp.float32)
+
+
+class SequenceClassifier(Model):
+    """One set of label logits per sequence, [B, labels], of its last real token.
+
+    That is, as in transformers, the rightmost token that is not `config.pad_token_id`. A config without one takes the
+    rightmost token whose segment id is not 0, so it needs segment ids where rows are padded.
+    """
+
+    def _add_head(self, make: ParameterFactory) -> None:
+        sizes = (self.config.num_labels, self.config.hidden_size)
+        self.score = Linear("score", ("labels", "embed"), sizes, make)
+
+    def _head(self, hidden_BTD: jax.Array, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+        pad = self.config.pad_token_id
+        real_BT = segment_ids_BT != 0 if pad is None else tokens_BT != pad
+        last_B = jnp.max(jnp.where(real_BT, jnp.arange(real_BT.shape[1]), 0), axis=1)
+        logits_BTC = self.score(hidden_BTD).astype(jnp.float32)
+        chosen_BT1 = (jnp.arange(real_BT.shape[1]) == last_B[:, None])[..., None]
+        return jnp.sum(jnp.where(chosen_BT1, logits_BTC, 0), axis=1)

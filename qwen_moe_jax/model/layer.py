@@ -1,0 +1,40 @@
+"""One decoder layer, of any kind."""
+
+import jax
+from flax import nnx
+
+from qwen_moe_jax.config import ExecutionConfig, LayerKind, ModelConfig
+from qwen_moe_jax.model.attention import Attention, Sequence
+from qwen_moe_jax.moe.block import SparseMoeBlock
+from qwen_moe_jax.moe.stats import RouterStats
+from qwen_moe_jax.nn.mlp import MLP
+from qwen_moe_jax.nn.norm import RMSNorm
+from qwen_moe_jax.nn.parameters import ParameterFactory
+
+
+class DecoderLayer(nnx.Module):
+    """`h += attention(norm(h)); h += mlp(norm(h))`, where the MLP is dense or a mixture of experts."""
+
+    def __init__(self, name: str, kind: LayerKind, config: ModelConfig, make: ParameterFactory):
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(f"{name}.input_layernorm", width, eps, make)
+        self.self_attn = Attention(f"{name}.self_attn", config, make)
+        self.post_attention_layernorm = RMSNorm(f"{name}.post_attention_layernorm", width, eps, make)
+        if kind.mlp == "sparse":
+            self.mlp = SparseMoeBlock(f"{name}.mlp", config, make)
+        else:
+            self.mlp = MLP(f"{name}.mlp", width, config.intermediate_size, config.hidden_act, make)
+        self.kind = kind
+        self.sliding_window = config.attention.sliding_window if kind.attention == "sliding" else None
+
+    def __call__(
+        self, hidden_BTD: jax.Array, sequence: Sequence, execution: ExecutionConfig
+    ) -> tuple[jax.Array, RouterStats | None, jax.Array | None]:
+        """[B, T, D] to the same; where there is a router, also its counts and its logits [B, T, E]."""
+        attended_BTD = self.self_attn(self.input_layernorm(hidden_BTD), sequence, self.sliding_window)
+        hidden_BTD = hidden_BTD + attended_BTD
+        normed_BTD = self.post_attention_layernorm(hidden_BTD)
+        if self.kind.mlp == "dense":
+            return hidden_BTD + self.mlp(normed_BTD), None, None
+        mixed_BTD, stats, logits_BTE = self.mlp(normed_BTD, sequence.segment_ids_BT != 0, execution)
+        return hidden_BTD + mixed_BTD, stats, logits_BTE

@@ -1,0 +1,147 @@
+"""The stack of layers: layers of a kind are stacked on a leading axis and scanned, so depth costs no compile time.
+
+Where kinds alternate, the smallest repeating period is the scanned unit: `dense, sparse, dense, sparse` is one segment
+of two layers, twice; `dense, sparse, sparse, sparse` is two segments.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence as Seq
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qwen_moe_jax.config import ExecutionConfig, LayerKind, ModelConfig, Remat
+from qwen_moe_jax.model.attention import Sequence
+from qwen_moe_jax.model.layer import DecoderLayer
+from qwen_moe_jax.moe.stats import RouterStats
+from qwen_moe_jax.nn.parameters import ParameterFactory
+
+#: What jax.checkpoint may save, by the name ExecutionConfig.remat gives it.
+SAVEABLE = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Segment:
+    """`repeats` times the layers of `period`, starting at layer `start`."""
+
+    start: int
+    period: tuple[LayerKind, ...]
+    repeats: int
+
+    def layer_index(self, position: int, repeat: int) -> int:
+        """The layer that stands at `position` of the `repeat`-th period."""
+        return self.start + repeat * len(self.period) + position
+
+
+def plan_segments(kinds: Seq[LayerKind]) -> tuple[Segment, ...]:
+    """Covers the layers with repeating periods, such that the fewest layers have to be compiled."""
+    kinds = tuple(kinds)
+
+    @functools.cache
+    def best(start: int) -> tuple[int, tuple[Segment, ...]]:
+        if start == len(kinds):
+            return 0, ()
+        options = []
+        for size in range(1, len(kinds) - start + 1):
+            period, repeats = kinds[start : start + size], 1
+            while kinds[start + repeats * size : start + (repeats + 1) * size] == period:
+                repeats += 1
+            compiled, rest = best(start + repeats * size)
+            options.append((compiled + size, (Segment(start=start, period=period, repeats=repeats), *rest)))
+        return min(options, key=lambda option: (option[0], len(option[1])))
+
+    return best(0)[1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StackOutput:
+    """What the stack returns.
+
+    Attributes:
+        hidden_BTD: after the last layer.
+        stats: counts of the sparse layers, stacked [L, …] in layer order; None without sparse layers.
+        router_logits_LBTE: of the sparse layers, where kept.
+        inputs_LBTD: the hidden states that entered each layer, where kept.
+    """
+
+    hidden_BTD: jax.Array
+    stats: RouterStats | None
+    router_logits_LBTE: jax.Array | None
+    inputs_LBTD: jax.Array | None
+
+
+class LayerStack(nnx.Module):
+    """All decoder layers. `segments[i][p]` is a DecoderLayer whose weights have a leading axis of `repeats` layers."""
+
+    def __init__(self, config: ModelConfig, make: ParameterFactory):
+        self.plan = plan_segments(config.layers)
+        self.segments = nnx.List(
+            nnx.List(
+                DecoderLayer(f"model.layers.{segment.start + position}", kind, config, make.stacked(segment.repeats))
+                for position, kind in enumerate(segment.period)
+            )
+            for segment in self.plan
+        )
+
+    def __call__(
+        self,
+        hidden_BTD: jax.Array,
+        sequence: Sequence,
+        execution: ExecutionConfig,
+        *,
+        keep_router_logits: bool,
+        keep_inputs: bool,
+    ) -> StackOutput:
+        """Runs the layers.
+
+        Args:
+            hidden_BTD: embeddings.
+            sequence: where every token stands.
+            execution: how, with `dispatch` resolved.
+            keep_router_logits: also return the routers' logits.
+            keep_inputs: also return what entered each layer.
+        """
+        apply = rematerialised(execution.remat, functools.partial(_apply, execution=execution))
+
+        def body(hidden_BTD: jax.Array, period: list[DecoderLayer]):
+            kept = []
+            for layer in period:
+                entered_BTD = hidden_BTD
+                hidden_BTD, stats, logits_BTE = apply(layer, hidden_BTD, sequence)
+                kept.append((stats, logits_BTE if keep_router_logits else None, entered_BTD if keep_inputs else None))
+            return hidden_BTD, [_join(jnp.stack, column) for column in zip(*kept, strict=True)]
+
+        kept = []
+        for segment in self.segments:
+            hidden_BTD, columns = jax.lax.scan(body, hidden_BTD, list(segment))
+            kept.append([jax.tree.map(_in_layer_order, column) for column in columns])
+        stats, logits, inputs = (_join(jnp.concatenate, column) for column in zip(*kept, strict=True))
+        return StackOutput(hidden_BTD=hidden_BTD, stats=stats, router_logits_LBTE=logits, inputs_LBTD=inputs)
+
+
+def _apply(layer: DecoderLayer, hidden_BTD: jax.Array, sequence: Sequence, *, execution: ExecutionConfig):
+    return layer(hidden_BTD, sequence, execution)
+
+
+def rematerialised(remat: Remat, function):
+    """The function, recomputing in the backward pass what the policy does not save."""
+    if remat == "none":
+        return function
+    # Inside a scan the compiler cannot undo the recomputation, so its barriers (prevent_cse) would only cost.
+    return jax.checkpoint(function, policy=SAVEABLE[remat], prevent_cse=False)
+
+
+def _join(join, results: Seq):
+    """Joins what several layers or segments returned, leaf by leaf; those that returned nothing are left out."""
+    present = [result for result in results if result is not None]
+    return jax.tree.map(lambda *parts: join(parts), *present) if present else None
+
+
+def _in_layer_order(x: jax.Array) -> jax.Array:
+    """[repeats, period, …] to [repeats * period, …]."""
+    return x.reshape(-1, *x.shape[2:])

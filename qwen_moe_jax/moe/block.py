@@ -1,0 +1,57 @@
+"""The sparse block of a decoder layer: route, dispatch, experts, combine, plus the shared expert."""
+
+import jax
+from flax import nnx
+
+from qwen_moe_jax.config import ExecutionConfig, ModelConfig
+from qwen_moe_jax.moe import capacity, dense, stats
+from qwen_moe_jax.moe.experts import Experts
+from qwen_moe_jax.moe.router import route
+from qwen_moe_jax.nn.linear import Linear
+from qwen_moe_jax.nn.mlp import MLP
+from qwen_moe_jax.nn.parameters import ParameterFactory
+
+
+class SparseMoeBlock(nnx.Module):
+    """`sum_k weight_k * expert_k(x)`, plus `sigmoid(shared_expert_gate(x)) * shared_expert(x)` where there is one."""
+
+    def __init__(self, name: str, config: ModelConfig, make: ParameterFactory):
+        moe, width = config.moe, config.hidden_size
+        self.gate = Linear(f"{name}.gate", ("router", "embed"), (moe.num_experts, width), make)
+        self.experts = Experts(f"{name}.experts", width, moe, config.hidden_act, make)
+        shared = moe.shared_expert_intermediate_size
+        self.shared_expert = MLP(f"{name}.shared_expert", width, shared, config.hidden_act, make) if shared else None
+        self.shared_expert_gate = (
+            Linear(f"{name}.shared_expert_gate", ("router", "embed"), (1, width), make) if shared else None
+        )
+        self.moe = moe
+
+    def __call__(
+        self, hidden_BTD: jax.Array, real_BT: jax.Array, execution: ExecutionConfig
+    ) -> tuple[jax.Array, stats.RouterStats, jax.Array]:
+        """Runs the block.
+
+        Args:
+            hidden_BTD: normalised hidden states.
+            real_BT: False for padding, which is routed nowhere.
+            execution: with `dispatch` resolved.
+
+        Returns:
+            The block's result [B, T, D], the layer's counts, and the router's logits [B, T, E].
+        """
+        logits_BTE = self.gate(hidden_BTD)
+        routing = route(logits_BTE, real_BT, self.moe)
+        if execution.dispatch == "capacity":
+            combined_BTD, dropped_E = capacity.run(
+                hidden_BTD,
+                routing,
+                self.experts,
+                capacity_factor=execution.capacity_factor,
+                group_size=execution.group_size,
+            )
+        else:
+            combined_BTD, dropped_E = dense.run(hidden_BTD, routing, self.experts)
+        if self.shared_expert is not None:
+            opening_BT1 = jax.nn.sigmoid(self.shared_expert_gate(hidden_BTD))
+            combined_BTD = combined_BTD + opening_BT1 * self.shared_expert(hidden_BTD)
+        return combined_BTD.astype(hidden_BTD.dtype), stats.count(routing, dropped_E), logits_BTE

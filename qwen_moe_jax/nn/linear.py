@@ -1,0 +1,38 @@
+"""Dense projections, kept in the Hub's [out, in] order so that import and export are slicing."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from qwen_moe_jax.nn.parameters import ParameterFactory
+from qwen_moe_jax.sharding.rules import BATCH, USED, as_used
+
+
+class Linear(nnx.Module):
+    """`x @ weight.T + bias` for activations [B, T, in].
+
+    Args:
+        name: of the module, for messages.
+        axes: logical axes of the weight, (out, in). An output axis along `tensor` leaves the result split over it;
+            an input axis along `tensor` ends in a sum over it.
+        sizes: of the weight, (out, in).
+        bias: whether there is one.
+        make: where the parameters come from.
+    """
+
+    def __init__(
+        self, name: str, axes: tuple[str, str], sizes: tuple[int, int], make: ParameterFactory, *, bias: bool = False
+    ):
+        self.weight = make.normal(f"{name}.weight", sizes, axes)
+        self.bias = make.zeros(f"{name}.bias", sizes[:1], axes[:1]) if bias else None
+        self.axes = axes
+
+    def __call__(self, x_BTI: jax.Array) -> jax.Array:
+        """[B, T, in] to [B, T, out], in the dtype of the input."""
+        weight_OI = as_used(self.weight[...].astype(x_BTI.dtype), *self.axes)
+        out = P(BATCH, None, USED[self.axes[0]])
+        y_BTO = jnp.einsum("BTI,OI->BTO", x_BTI, weight_OI, out_sharding=out)
+        if self.bias is not None:
+            y_BTO = y_BTO + as_used(self.bias[...].astype(x_BTI.dtype), self.axes[0])
+        return y_BTO

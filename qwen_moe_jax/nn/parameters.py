@@ -1,0 +1,74 @@
+"""Creating parameters: drawn in place on the mesh, or only described."""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from qwen_moe_jax.sharding.rules import parameter_sharding
+
+Kind = Literal["normal", "zeros", "ones"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParameterFactory:
+    """What the modules' constructors draw their weights from.
+
+    Each weight is created where the sharding rules put it, never whole on one device, and the values do not depend on
+    the mesh. Each carries its logical axes as metadata (`param.axes`).
+
+    Attributes:
+        mesh: where the parameters live.
+        dtype: of the parameters.
+        initializer_range: standard deviation of the matrices.
+        rngs: source of keys; None describes the parameters (`jax.ShapeDtypeStruct` with sharding) without allocating.
+        stack: None, or the number of layers that share one stacked array [layers, …].
+    """
+
+    mesh: Mesh
+    dtype: str
+    initializer_range: float
+    rngs: nnx.Rngs | None
+    stack: int | None = None
+
+    def stacked(self, count: int) -> "ParameterFactory":
+        """A factory whose parameters have a leading axis of `count` layers."""
+        return dataclasses.replace(self, stack=count)
+
+    def normal(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+        """A matrix drawn from N(0, initializer_range²), as every Linear and Embedding of transformers."""
+        return self._create("normal", name, shape, axes)
+
+    def zeros(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+        """A bias."""
+        return self._create("zeros", name, shape, axes)
+
+    def ones(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+        """A norm's scale."""
+        return self._create("ones", name, shape, axes)
+
+    def _create(self, kind: Kind, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+        if self.stack is not None:
+            shape, axes = (self.stack, *shape), ("layers", *axes)
+        sharding = parameter_sharding(name, shape, axes, self.mesh)
+        dtype = jnp.dtype(self.dtype)
+        if self.rngs is None:
+            return nnx.Param(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding), axes=axes)
+        value = _drawer(kind, shape, dtype, sharding)(self.rngs.params(), self.initializer_range)
+        return nnx.Param(value, axes=axes)
+
+
+@functools.cache
+def _drawer(kind: Kind, shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding):
+    """A compiled function (key, scale) → the parameter, each device drawing its own part."""
+
+    def draw(key: jax.Array, scale: float) -> jax.Array:
+        if kind == "normal":
+            return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+        return jnp.full(shape, 1.0 if kind == "ones" else 0.0, dtype)
+
+    return jax.jit(draw, out_shardings=sharding)

@@ -1,0 +1,93 @@
+"""The mesh: four named axes, any of which may be 1, over real or simulated devices."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from qwen_moe_jax.errors import ShardingError
+
+AXES = ("data", "fsdp", "expert", "tensor")
+
+
+def make_mesh(
+    *, data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh of `data * fsdp * expert * tensor` devices, for models to be placed on.
+
+    Tokens are split over data, fsdp and expert; routed experts over expert; attention heads, MLP widths and the
+    vocabulary over tensor; what remains of every weight over fsdp (and expert, for the dense weights).
+
+    Its axes are `Auto`: outside a model, arrays on it behave like any JAX array (index, differentiate and optimise them
+    freely). The models themselves compute with explicit sharding inside.
+
+    On a machine with CPUs only, and before anything else has used JAX, the devices are simulated.
+
+    Raises:
+        ShardingError: there are fewer devices than the mesh needs.
+    """
+    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
+    for axis, size in sizes.items():
+        if size < 1:
+            raise ShardingError(f"make_mesh: {axis}={size} is not a size: expected a positive integer.")
+    needed = int(np.prod(list(sizes.values())))
+    if devices is None:
+        if needed > 1:
+            _offer_simulated_devices(needed)
+        devices = jax.devices()
+    if len(devices) < needed:
+        shape = " * ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
+        raise ShardingError(
+            f"make_mesh: {shape} needs {needed} devices, found {len(devices)} ({devices[0].platform}). "
+            f"To simulate them on the CPU, call make_mesh before anything else uses JAX, or start Python with "
+            f"JAX_NUM_CPU_DEVICES={needed} (and JAX_PLATFORMS=cpu where there is an accelerator)."
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=list(devices)[:needed]
+    )
+
+
+def simulate_devices(count: int) -> None:
+    """Makes this process see `count` simulated CPU devices, and nothing else.
+
+    Raises:
+        ShardingError: JAX is already running in this process with other devices.
+    """
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        pass  # a backend is up: what matters is what it has, which is checked below
+    found = jax.devices()
+    if found[0].platform != "cpu" or len(found) < count:
+        raise ShardingError(
+            f"{count} simulated devices were asked for, but JAX already runs with {len(found)} {found[0].platform} "
+            "device(s) in this process. Ask for them first, or start Python with "
+            f"JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES={count}."
+        )
+
+
+def _offer_simulated_devices(count: int) -> None:
+    """Sets how many devices the CPU platform would show. It has no effect where accelerators are found."""
+    if jax.config.jax_num_cpu_devices < count:
+        try:
+            jax.config.update("jax_num_cpu_devices", count)
+        except RuntimeError:
+            pass  # a backend is already up; make_mesh reports what it finds
+
+
+def checked_mesh(mesh: Mesh | None) -> Mesh:
+    """The mesh a model lives on: the given one with `Auto` axes, or a mesh of one device.
+
+    Raises:
+        ShardingError: the mesh lacks one of the axes.
+    """
+    if mesh is None:
+        return make_mesh(devices=jax.devices()[:1])
+    if set(mesh.axis_names) != set(AXES):
+        raise ShardingError(
+            f"the mesh has axes {mesh.axis_names}, expected exactly {AXES}: build it with qwen_moe_jax.make_mesh, "
+            "where axes that are not used have size 1."
+        )
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
