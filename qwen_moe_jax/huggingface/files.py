@@ -1,0 +1,124 @@
+"""Checkpoint folders on disk: safetensors files behind one mapping, and writing beside before renaming."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy, which safetensors looks up by name
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from qwen_moe_jax.errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorFile:
+    """Where a tensor stands, what it is, and how to read it."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+    slices: Any  # safetensors' lazy tensor: indexing it reads that part of the file
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads a part of the tensor, and no more, from the file."""
+        return self.slices[index] if index else self.slices[...]
+
+
+def open_tensors(folder: Path) -> dict[str, TensorFile]:
+    """All tensors of a folder by name, from the headers alone; nothing is read yet.
+
+    Raises:
+        CheckpointError: no safetensors, an index that names an absent file or tensor, a damaged file.
+    """
+    if (folder / INDEX).is_file():
+        weight_map = _weight_map(folder / INDEX)
+    elif (folder / SINGLE).is_file():
+        weight_map = None
+    else:
+        raise CheckpointError(
+            f"{folder}: found neither {SINGLE} nor {INDEX}. A checkpoint folder needs one of them; other formats have "
+            "to be saved as safetensors first."
+        )
+    files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
+    absent = [name for name in files if not (folder / name).is_file()]
+    if absent:
+        raise CheckpointError(f"{folder / INDEX} names files that are not there: {', '.join(absent)}.")
+    tensors: dict[str, TensorFile] = {}
+    for name in files:
+        tensors |= _open_file(folder / name)
+    if weight_map is not None:
+        lost = sorted(name for name in weight_map if name not in tensors)
+        if lost:
+            raise CheckpointError(f"{folder / INDEX} names tensors that its files do not hold: {', '.join(lost)}.")
+    return tensors
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+            raise TypeError("weight_map is not an object of file names")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a safetensors index ({error!r}).") from None
+    outside = [name for name in found.values() if Path(name).name != name]
+    if outside:
+        raise CheckpointError(f"{path}: file names must stand in the folder itself, found {outside[0]!r}.")
+    return found
+
+
+def _open_file(path: Path) -> dict[str, TensorFile]:
+    try:
+        opened = safe_open(path, framework="numpy")
+        tensors = {}
+        for name in opened.keys():
+            lazy = opened.get_slice(name)
+            dtype = DTYPES.get(lazy.get_dtype(), lazy.get_dtype())
+            tensors[name] = TensorFile(path, tuple(lazy.get_shape()), dtype, lazy)
+        return tensors
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged or not a safetensors file ({error}).") from None
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, put in the place of `folder` when the block ends without an error.
+
+    Files of the old folder that the new one does not have are kept (a tokenizer, a README), except weights, which
+    belong to the config beside them. On an error the old folder stays as it was.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    try:
+        staging.chmod(0o755)
+        yield staging
+        if folder.exists():
+            _keep_other_files(folder, staging)
+            retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
+            folder.rename(retired / folder.name)
+            staging.rename(folder)
+            shutil.rmtree(retired)
+        else:
+            staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _keep_other_files(old: Path, new: Path) -> None:
+    for path in old.iterdir():
+        weights = path.name == INDEX or (path.name.startswith("model") and path.suffix == ".safetensors")
+        if weights or (new / path.name).exists():
+            continue
+        if path.is_dir():
+            shutil.copytree(path, new / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, new / path.name, follow_symlinks=False)

@@ -1,0 +1,113 @@
+"""Model → Hub folder: per-layer, per-expert safetensors that transformers 4 and 5 load."""
+
+import json
+import re
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.huggingface.config import config_to_hub, generation_config_to_hub
+from qwen_moe_jax.huggingface.files import INDEX, SINGLE, replaced_folder
+from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_tensors
+from qwen_moe_jax.model.causal_lm import CausalLM, Model, SequenceClassifier, TokenClassifier
+
+HEADS = {
+    CausalLM: "ForCausalLM",
+    SequenceClassifier: "ForSequenceClassification",
+    TokenClassifier: "ForTokenClassification",
+}
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+    """Writes a model as a Hub checkpoint folder: config.json, generation_config.json and safetensors.
+
+    The folder is written beside and renamed, so that an interrupted export never looks finished. Where it exists
+    already, its weights and configs are replaced and its other files (a tokenizer) are kept. Tensors are fetched from
+    the devices layer by layer, and at most one shard is held in memory.
+
+    Args:
+        model: any head; its parameters keep their dtype.
+        folder: to write.
+        max_shard_size: bytes, or for example "5GB". More than that is written as several files with an index. A tensor
+            is never split.
+
+    Raises:
+        ConfigError: the family cannot express the config, or max_shard_size is not a size.
+    """
+    folder, limit = Path(folder), _bytes(max_shard_size)
+    config = config_to_hub(model.config, HEADS[type(model)]) | {
+        "dtype": model.execution.param_dtype,
+        "torch_dtype": model.execution.param_dtype,
+    }
+    generation = generation_config_to_hub(model.generation, model.config)
+    parameters = hub_parameters(model)
+    shards = _plan_shards(parameters, limit)
+    with replaced_folder(folder) as new:
+        _write_json(new / "config.json", config)
+        _write_json(new / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+        tensors = export_tensors(model)
+        for file, names in shards.items():
+            shard = {name: next(tensors)[1] for name in names}
+            save_file(shard, new / file, metadata={"format": "pt"})
+        if len(shards) > 1:
+            _write_json(new / INDEX, _index(parameters, shards))
+
+
+def export_tensors(model: Model) -> Iterator[tuple[str, np.ndarray]]:
+    """Every (Hub name, array) of a model, or of its gradients, layer by layer."""
+    held: tuple[Any, np.ndarray] | None = None
+    for name, parameter, index in hub_tensors(hub_parameters(model)):
+        key = (id(parameter), index[:1])
+        if held is None or held[0] != key:  # the experts of a layer come one after the other: fetch them once
+            held = (key, np.asarray(jax.device_get(parameter.leaf[index[0]] if index else parameter.leaf)))
+        yield name, np.ascontiguousarray(held[1][index[1:]])
+
+
+def _plan_shards(parameters: list[HubParameter], limit: int) -> dict[str, list[str]]:
+    """File names, and the tensors of each in order."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, parameter, _ in hub_tensors(parameters):
+        size = _tensor_bytes(parameter)
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    count = len(shards)
+    return {f"model-{number:05d}-of-{count:05d}.safetensors": names for number, names in enumerate(shards, start=1)}
+
+
+def _index(parameters: list[HubParameter], shards: dict[str, list[str]]) -> dict[str, Any]:
+    total = sum(parameter.leaf.size for parameter in parameters)
+    size = sum(_tensor_bytes(parameter) * parameter.names.size for parameter in parameters)
+    return {
+        "metadata": {"total_parameters": total, "total_size": size},
+        "weight_map": {name: file for file, names in shards.items() for name in names},
+    }
+
+
+def _tensor_bytes(parameter: HubParameter) -> int:
+    return int(np.prod(parameter.tensor_shape)) * parameter.leaf.dtype.itemsize
+
+
+def _bytes(size: int | str) -> int:
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    parsed = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]B)?", str(size))
+    if parsed is None or float(parsed[1]) == 0:
+        raise ConfigError(f"max_shard_size={size!r} is not a size: expected bytes, or for example '500MB' or '5GB'.")
+    return int(float(parsed[1]) * UNITS[parsed[2] or ""])
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,98 @@
+"""Tensor names of the Hub ↔ parameters of the model.
+
+Modules carry the Hub's names, so most names are the parameter's path with the layer number put in. What is left is
+stacking: a parameter of the scanned layers [L, …] is one Hub tensor per layer, the experts [L, E, …] one per layer and
+expert. Matrices keep the Hub's [out, in] order, so both directions are slicing.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from qwen_moe_jax.model.causal_lm import Model
+
+#: Hub names that differ from the module's, for families whose files do not follow the Qwen names: (ours, the Hub's).
+RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
+    "mixtral": (
+        (r"\.mlp\.gate\.", ".block_sparse_moe.gate."),
+        (r"\.mlp\.experts\.(\d+)\.gate_proj\.", r".block_sparse_moe.experts.\1.w1."),
+        (r"\.mlp\.experts\.(\d+)\.down_proj\.", r".block_sparse_moe.experts.\1.w2."),
+        (r"\.mlp\.experts\.(\d+)\.up_proj\.", r".block_sparse_moe.experts.\1.w3."),
+    )
+}
+
+#: Tensors that checkpoints carry and no forward pass reads.
+HARMLESS = re.compile(r"\.rotary_emb\.inv_freq$|^(model\.)?mtp\.")
+
+_STACKED = re.compile(r"\.model\.layers\.segments\[(\d+)\]\[(\d+)\]\.(.+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class HubParameter:
+    """One parameter of the model and the Hub tensors it is made of.
+
+    Attributes:
+        leaf: the array (or its description, or its gradient).
+        names: Hub names, an object array over the leading axes that the Hub does not stack: [], [L] or [L, E].
+    """
+
+    leaf: Any
+    names: np.ndarray
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Shape of each Hub tensor."""
+        return tuple(self.leaf.shape[self.names.ndim :])
+
+
+def hub_parameters(model: Model) -> list[HubParameter]:
+    """Every parameter of a model, in the order of `jax.tree.leaves(model)`.
+
+    Works on anything with the model's structure: weights, gradients, `rngs=None` descriptions.
+    """
+    rename = _renamer(model.config.model_type)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+    return [HubParameter(leaf, _names(jax.tree_util.keystr(path), leaf, model, rename)) for path, leaf in leaves]
+
+
+def hub_tensors(parameters: list[HubParameter]) -> Iterator[tuple[str, HubParameter, tuple[int, ...]]]:
+    """(name, parameter, index into it) of every Hub tensor, layer by layer."""
+    entries = [(name, parameter, index) for parameter in parameters for index, name in np.ndenumerate(parameter.names)]
+    return iter(sorted(entries, key=lambda entry: _natural(entry[0])))
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def _names(path: str, leaf: Any, model: Model, rename: Callable[[str], str]) -> np.ndarray:
+    path = path.removesuffix(".value")
+    stacked = _STACKED.fullmatch(path)
+    if stacked is None:
+        return np.array(rename(path.removeprefix(".")), dtype=object)
+    segment = model.model.layers.plan[int(stacked[1])]
+    position, rest = int(stacked[2]), stacked[3]
+    layers = [f"model.layers.{segment.layer_index(position, repeat)}" for repeat in range(segment.repeats)]
+    experts = re.fullmatch(r"mlp\.experts\.(\w+)", rest)
+    if experts is None:
+        return np.array([rename(f"{layer}.{rest}") for layer in layers], dtype=object)
+    count = leaf.shape[1]
+    return np.array(
+        [[rename(f"{layer}.mlp.experts.{e}.{experts[1]}.weight") for e in range(count)] for layer in layers],
+        dtype=object,
+    )
+
+
+def _renamer(model_type: str) -> Callable[[str], str]:
+    rules = RENAMES.get(model_type, ())
+
+    def rename(name: str) -> str:
+        for ours, hub in rules:
+            name = re.sub(ours, hub, name)
+        return name
+
+    return rename
