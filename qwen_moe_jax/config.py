@@ -255,8 +255,8 @@ class ExecutionConfig:
             (`ceil(group_size * num_experts_per_tok / num_experts * capacity_factor)`).
         group_size: tokens routed together under "capacity". The dispatch einsums cost 2/3 * group_size /
             moe_intermediate_size of the experts' own matmuls; small groups drop more tokens.
-        remat: what the backward pass recomputes, per layer. "none" keeps every activation, "full" keeps the layer's
-            input only, "dots" keeps the outputs of matmuls with weights.
+        remat: what the backward pass recomputes, per layer: "none" nothing, "full" the whole layer from its input,
+            "dots" all but the matmuls with weights. Weights gathered over fsdp are gathered again in any case.
     """
 
     dtype: Dtype | None = None

@@ -23,11 +23,12 @@ from qwen_moe_jax.model.rotary import rotary_tables
 from qwen_moe_jax.model.stack import LayerStack, StackOutput
 from qwen_moe_jax.moe.losses import RouterLosses, load_balancing_loss
 from qwen_moe_jax.nn.linear import Linear
+from qwen_moe_jax.nn.matmul import weight_einsum
 from qwen_moe_jax.nn.norm import RMSNorm
 from qwen_moe_jax.nn.parameters import ParameterFactory
 from qwen_moe_jax.sharding.border import explicitly_sharded
 from qwen_moe_jax.sharding.mesh import checked_mesh
-from qwen_moe_jax.sharding.rules import BATCH, USED, as_used
+from qwen_moe_jax.sharding.rules import BATCH, USED
 
 
 class Decoder(nnx.Module):
@@ -255,9 +256,9 @@ class CausalLM(Model):
 
     def _head(self, hidden_BTD: jax.Array, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
         table = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        weight_VD = as_used(table.weight[...].astype(hidden_BTD.dtype), *TABLE)
         out = P(BATCH, None, USED["vocab"])
-        return jnp.einsum("BTD,VD->BTV", hidden_BTD, weight_VD, preferred_element_type=jnp.float32, out_sharding=out)
+        # float32 results from the dtype of the model: the logits are not rounded once more.
+        return weight_einsum("BTD,VD->BTV", hidden_BTD, table.weight[...], TABLE, out, jnp.float32)
 
 
 class TokenClassifier(Model):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qwen_moe_jax.config import ExecutionConfig, LayerKind, ModelConfig, Remat
+from qwen_moe_jax.config import ExecutionConfig, LayerKind, ModelConfig
 from qwen_moe_jax.model.attention import Sequence
 from qwen_moe_jax.model.layer import DecoderLayer
 from qwen_moe_jax.moe.stats import RouterStats
@@ -38,6 +38,12 @@ class Segment:
         return self.start + repeat * len(self.period) + position
 
 
+def _preference(option: tuple[int, tuple[Segment, ...]]) -> tuple[int, int, int]:
+    """Fewest compiled layers, then fewest segments, then the longest first segment."""
+    compiled, segments = option
+    return compiled, len(segments), -len(segments[0].period) * segments[0].repeats
+
+
 def plan_segments(kinds: Seq[LayerKind]) -> tuple[Segment, ...]:
     """Covers the layers with repeating periods, such that the fewest layers have to be compiled."""
     kinds = tuple(kinds)
@@ -53,7 +59,7 @@ def plan_segments(kinds: Seq[LayerKind]) -> tuple[Segment, ...]:
                 repeats += 1
             compiled, rest = best(start + repeats * size)
             options.append((compiled + size, (Segment(start=start, period=period, repeats=repeats), *rest)))
-        return min(options, key=lambda option: (option[0], len(option[1])))
+        return min(options, key=_preference)
 
     return best(0)[1]
 
@@ -106,13 +112,16 @@ class LayerStack(nnx.Module):
             keep_router_logits: also return the routers' logits.
             keep_inputs: also return what entered each layer.
         """
-        apply = rematerialised(execution.remat, functools.partial(_apply, execution=execution))
+        run_layer = functools.partial(_run_layer, execution=execution)
+        if execution.remat != "none":
+            # Inside a scan the compiler cannot undo the recomputation, so its barriers (prevent_cse) would only cost.
+            run_layer = jax.checkpoint(run_layer, policy=SAVEABLE[execution.remat], prevent_cse=False)
 
         def body(hidden_BTD: jax.Array, period: list[DecoderLayer]):
             kept = []
             for layer in period:
                 entered_BTD = hidden_BTD
-                hidden_BTD, stats, logits_BTE = apply(layer, hidden_BTD, sequence)
+                hidden_BTD, stats, logits_BTE = run_layer(layer, hidden_BTD, sequence)
                 kept.append((stats, logits_BTE if keep_router_logits else None, entered_BTD if keep_inputs else None))
             return hidden_BTD, [_join(jnp.stack, column) for column in zip(*kept, strict=True)]
 
@@ -124,16 +133,8 @@ class LayerStack(nnx.Module):
         return StackOutput(hidden_BTD=hidden_BTD, stats=stats, router_logits_LBTE=logits, inputs_LBTD=inputs)
 
 
-def _apply(layer: DecoderLayer, hidden_BTD: jax.Array, sequence: Sequence, *, execution: ExecutionConfig):
+def _run_layer(layer: DecoderLayer, hidden_BTD: jax.Array, sequence: Sequence, *, execution: ExecutionConfig):
     return layer(hidden_BTD, sequence, execution)
-
-
-def rematerialised(remat: Remat, function):
-    """The function, recomputing in the backward pass what the policy does not save."""
-    if remat == "none":
-        return function
-    # Inside a scan the compiler cannot undo the recomputation, so its barriers (prevent_cse) would only cost.
-    return jax.checkpoint(function, policy=SAVEABLE[remat], prevent_cse=False)
 
 
 def _join(join, results: Seq):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from qwen_moe_jax.moe.experts import Experts
+from qwen_moe_jax.moe.experts import PLACES, Experts
 from qwen_moe_jax.moe.router import Routing
 from qwen_moe_jax.sharding.rules import BATCH
 
@@ -76,7 +76,7 @@ def _dispatch(x_GgD: jax.Array, places: Places) -> jax.Array:
     """Tokens to places, and the places to the devices of their experts (an all-to-all)."""
     mask_GgEC = jnp.einsum("GgAE,GgAC->GgEC", places.expert_GgAE, places.place_GgAC)
     x_EGCD = jnp.einsum("GgEC,GgD->EGCD", mask_GgEC, x_GgD)
-    return jax.sharding.reshard(x_EGCD, P("expert", ("data", "fsdp"), None, None))
+    return jax.sharding.reshard(x_EGCD, PLACES)
 
 
 def _combine(y_EGCD: jax.Array, places: Places, weights_GgA: jax.Array) -> jax.Array:

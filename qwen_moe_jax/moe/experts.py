@@ -1,17 +1,24 @@
 """The routed experts: stacked SwiGLU weights, and their matmuls over tokens that are already in place."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import Activation, MoEConfig
+from qwen_moe_jax.nn.matmul import weight_einsum
 from qwen_moe_jax.nn.mlp import ACTIVATIONS
 from qwen_moe_jax.nn.parameters import ParameterFactory
-from qwen_moe_jax.sharding.rules import as_used
 
 WIDEN = ("expert", "ffn", "expert_embed")
 NARROW = ("expert", "expert_embed", "ffn")
+
+#: Places [E, G, C, D] lie with their experts; [E, G, C, F] between the matmuls.
+PLACES = P("expert", ("data", "fsdp"), None, None)
+WIDE_PLACES = P("expert", ("data", "fsdp"), None, "tensor")
+
+#: Tokens [B, T, D] gathered over `expert`, for methods that bring every token to every expert.
+GATHERED_TOKENS = P(("data", "fsdp"), None, None)
+WIDE_TOKENS = P(("data", "fsdp"), None, "expert", "tensor")
 
 
 class Experts(nnx.Module):
@@ -29,25 +36,15 @@ class Experts(nnx.Module):
 
     def per_expert(self, x_EGCD: jax.Array) -> jax.Array:
         """Each expert on its own places: [E, G, C, D] to the same, E over `expert` and G over data and fsdp."""
-        gate_EFD, up_EFD, down_EDF = self._weights(x_EGCD.dtype)
-        gated_EGCF = jnp.einsum("EGCD,EFD->EGCF", x_EGCD, gate_EFD)
-        raised_EGCF = jnp.einsum("EGCD,EFD->EGCF", x_EGCD, up_EFD)
+        gated_EGCF = weight_einsum("EGCD,EFD->EGCF", x_EGCD, self.gate_proj[...], WIDEN, WIDE_PLACES)
+        raised_EGCF = weight_einsum("EGCD,EFD->EGCF", x_EGCD, self.up_proj[...], WIDEN, WIDE_PLACES)
         hidden_EGCF = ACTIVATIONS[self.act](gated_EGCF) * raised_EGCF
-        out = P("expert", ("data", "fsdp"), None, None)
-        return jnp.einsum("EGCF,EDF->EGCD", hidden_EGCF, down_EDF, out_sharding=out)
+        return weight_einsum("EGCF,EDF->EGCD", hidden_EGCF, self.down_proj[...], NARROW, PLACES)
 
     def every_expert(self, x_BTD: jax.Array, weights_BTE: jax.Array) -> jax.Array:
         """All experts on all tokens, weighted and summed: [B, T, D] to the same, B over data and fsdp."""
-        gate_EFD, up_EFD, down_EDF = self._weights(x_BTD.dtype)
-        gated_BTEF = jnp.einsum("BTD,EFD->BTEF", x_BTD, gate_EFD)
-        raised_BTEF = jnp.einsum("BTD,EFD->BTEF", x_BTD, up_EFD)
+        gated_BTEF = weight_einsum("BTD,EFD->BTEF", x_BTD, self.gate_proj[...], WIDEN, WIDE_TOKENS)
+        raised_BTEF = weight_einsum("BTD,EFD->BTEF", x_BTD, self.up_proj[...], WIDEN, WIDE_TOKENS)
         hidden_BTEF = ACTIVATIONS[self.act](gated_BTEF) * raised_BTEF
         weighted_BTEF = (hidden_BTEF * weights_BTE[..., None]).astype(x_BTD.dtype)
-        return jnp.einsum("BTEF,EDF->BTD", weighted_BTEF, down_EDF, out_sharding=P(("data", "fsdp"), None, None))
-
-    def _weights(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return (
-            as_used(self.gate_proj[...].astype(dtype), *WIDEN),
-            as_used(self.up_proj[...].astype(dtype), *WIDEN),
-            as_used(self.down_proj[...].astype(dtype), *NARROW),
-        )
+        return weight_einsum("BTEF,EDF->BTD", weighted_BTEF, self.down_proj[...], NARROW, GATHERED_TOKENS)

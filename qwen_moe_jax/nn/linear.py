@@ -1,10 +1,10 @@
 """Dense projections, kept in the Hub's [out, in] order so that import and export are slicing."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from qwen_moe_jax.nn.matmul import weight_einsum
 from qwen_moe_jax.nn.parameters import ParameterFactory
 from qwen_moe_jax.sharding.rules import BATCH, USED, as_used
 
@@ -30,9 +30,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x_BTI: jax.Array) -> jax.Array:
         """[B, T, in] to [B, T, out], in the dtype of the input."""
-        weight_OI = as_used(self.weight[...].astype(x_BTI.dtype), *self.axes)
         out = P(BATCH, None, USED[self.axes[0]])
-        y_BTO = jnp.einsum("BTI,OI->BTO", x_BTI, weight_OI, out_sharding=out)
+        y_BTO = weight_einsum("BTI,OI->BTO", x_BTI, self.weight[...], self.axes, out)
         if self.bias is not None:
             y_BTO = y_BTO + as_used(self.bias[...].astype(x_BTI.dtype), self.axes[0])
         return y_BTO

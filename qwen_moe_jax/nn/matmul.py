@@ -1,0 +1,39 @@
+"""Multiplying activations with weights as they are stored."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from qwen_moe_jax.sharding.rules import as_used
+
+
+def weight_einsum(
+    letters: str,
+    x: jax.Array,
+    weight: jax.Array,
+    axes: tuple[str, ...],
+    out: P,
+    preferred_element_type: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+    """`einsum(letters, x, weight)` in the dtype of `x`, with the weight cast and gathered over fsdp on the way.
+
+    The backward pass gathers it again instead of keeping it: kept, the scan over the layers would hold the whole
+    weights of all of them at once, and fully sharded training would save nothing (ZeRO-3, arXiv 1910.02054).
+
+    Args:
+        letters: einsum letters of (activations, weight) -> result.
+        x: activations.
+        weight: as stored.
+        axes: its logical axes.
+        out: sharding of the result.
+        preferred_element_type: of the result; None is that of `x`.
+    """
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def multiply(x: jax.Array, weight: jax.Array) -> jax.Array:
+        used = as_used(weight.astype(x.dtype), *axes)
+        return jnp.einsum(letters, x, used, out_sharding=out, preferred_element_type=preferred_element_type)
+
+    return multiply(x, weight)
