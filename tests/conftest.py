@@ -1,0 +1,23 @@
+"""Settings that must stand before JAX and torch start, and the session's reference models."""
+
+import os
+
+# Eight simulated devices on the CPU, for the sharding tests; everything else uses the first one. Nothing outside the
+# CPU is touched: float32 comparisons would otherwise depend on an accelerator's reduced-precision matmuls.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# Half of XLA's compile time, most of a test's, goes into LLVM optimising code that runs once. The compiled program, its
+# collectives and its order of operations stay the same; only the machine code is plainer.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# One thread per process: pytest-xdist already uses the cores, and torch's thread barriers collapse on a shared box.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def references(tmp_path_factory):
+    """Reference models by case name, each built on first use and kept for the session."""
+    from tests.referee import References  # needs torch; the tests that ask for it are skipped without
+
+    return References(tmp_path_factory.mktemp("references"))

@@ -1,0 +1,83 @@
+"""A sparse block on its own: built small, run under any execution on any mesh, returning plain NumPy."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from qwen_moe_jax.config import AttentionConfig, ExecutionConfig, LayerKind, ModelConfig, MoEConfig
+from qwen_moe_jax.moe.block import SparseMoeBlock
+from qwen_moe_jax.nn.parameters import ParameterFactory
+from qwen_moe_jax.sharding.border import explicitly_sharded
+from qwen_moe_jax.sharding.rules import BATCH
+
+
+def block_config(**moe) -> ModelConfig:
+    """A config whose sparse block has 8 experts, 2 a token, unless told otherwise."""
+    known = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=12, norm_topk_prob=True)
+    return ModelConfig(
+        model_type="qwen3_moe",
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        layers=(LayerKind(mlp="sparse"),),
+        attention=AttentionConfig(num_attention_heads=2, num_key_value_heads=2, head_dim=8),
+        moe=MoEConfig(**(known | moe)),
+        initializer_range=0.3,  # large, so that routing is decided and experts differ
+    )
+
+
+def build_block(config: ModelConfig, mesh) -> SparseMoeBlock:
+    make = ParameterFactory(
+        mesh=mesh, dtype="float32", initializer_range=config.initializer_range, rngs=nnx.Rngs(0), stack=None
+    )
+    return SparseMoeBlock("mlp", config, make)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockResult:
+    """What a block returned, and the gradients of sum(result * seed) with respect to weights and input."""
+
+    mixed_BTD: np.ndarray
+    tokens_per_expert: np.ndarray
+    dropped_per_expert: np.ndarray
+    logits_BTE: np.ndarray
+    weight_gradients: list[np.ndarray]
+    input_gradient: np.ndarray
+
+
+def forward(block, mesh, hidden_BTD, real_BT, execution: ExecutionConfig):
+    """The jitted forward pass (block, hidden, real) → (mixed, stats, logits), to be called or compiled."""
+
+    def run(block, hidden_BTD, real_BT):
+        return block(hidden_BTD, real_BT, execution)
+
+    specs = [P(BATCH, None, None), P(BATCH, None)]
+    return explicitly_sharded(run, mesh, specs)(block, hidden_BTD, real_BT)
+
+
+def run_block(config, mesh, hidden_BTD, real_BT, execution, seed_BTD=None) -> BlockResult:
+    block = build_block(config, mesh)
+    seed_BTD = np.ones_like(hidden_BTD) if seed_BTD is None else seed_BTD
+
+    def objective(block, hidden_BTD):
+        mixed_BTD, stats, logits_BTE = forward(block, mesh, hidden_BTD, real_BT, execution)
+        return (mixed_BTD * seed_BTD * real_BT[..., None]).sum(), (mixed_BTD, stats, logits_BTE)
+
+    both = jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
+    (_, (mixed_BTD, stats, logits_BTE)), (of_block, of_input) = both(block, hidden_BTD)
+    return BlockResult(
+        mixed_BTD=np.asarray(mixed_BTD),
+        tokens_per_expert=np.asarray(stats.tokens_per_expert),
+        dropped_per_expert=np.asarray(stats.dropped_per_expert),
+        logits_BTE=np.asarray(logits_BTE),
+        weight_gradients=[np.asarray(leaf) for leaf in jax.tree.leaves(of_block)],
+        input_gradient=np.asarray(of_input),
+    )
+
+
+def relative(found, wanted) -> float:
+    """Relative L2 distance."""
+    return float(np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), 1e-30))

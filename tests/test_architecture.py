@@ -1,0 +1,58 @@
+"""The house rule: arrows point down. A file imports from the rooms below its own, never from one above."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+#: From the top of the house to its ground.
+ROOMS = ["train", "inference", "huggingface", "model", "moe", "nn", "sharding", "config", "errors"]
+#: The two doors through which users find the Hub readers where they look for them: `ModelConfig.from_pretrained` and
+#: `CausalLM.from_pretrained`. Both import when called.
+DOORS = {("qwen_moe_jax/config.py", "huggingface"), ("qwen_moe_jax/model/causal_lm.py", "huggingface")}
+
+SOURCES = sorted([*ROOT.glob("qwen_moe_jax/**/*.py"), *ROOT.glob("train/**/*.py")])
+
+
+def room(module: str) -> str | None:
+    parts = module.split(".")
+    if parts[0] == "train":
+        return "train"
+    return parts[1] if parts[0] == "qwen_moe_jax" and len(parts) > 1 else None
+
+
+def imported_modules(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide where an arrow goes"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows_point_down(path):
+    name = path.relative_to(ROOT).as_posix()
+    here = room(name.removesuffix(".py").replace("/", "."))
+    if here == "__init__":
+        return  # the public names come from every room
+    for module in imported_modules(path):
+        there = room(module)
+        if there in ROOMS and (name, there) not in DOORS:
+            assert ROOMS.index(here) <= ROOMS.index(there), f"{name} ({here}) imports {module} ({there}), a room above"
+
+
+def test_only_huggingface_knows_model_names():
+    families = ("qwen2", "qwen3", "mixtral")
+    for path in SOURCES:
+        name = path.relative_to(ROOT).as_posix()
+        if "huggingface/" in name:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare) and any(isinstance(part, ast.Constant) for part in ast.walk(node)):
+                literals = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+                told = [text for text in literals if isinstance(text, str) and text.startswith(families)]
+                assert not told, f"{name}:{node.lineno} decides by model name {told}"
