@@ -1,0 +1,137 @@
+"""A config is short, typed, overridable, and refuses with a message that helps."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from qwen_moe_jax.errors import ConfigError
+from train.config import SECTIONS, build_config, differences, load_config, split_overrides, to_toml
+
+TABLES = {"model": {"model_type": "qwen3_moe", "hidden_size": 64, "rope_theta": 1e4, "norm_topk_prob": True}}
+
+
+def build(tables=None, *overrides):
+    return build_config({**TABLES, **(tables or {})}, list(overrides), source="some.toml")
+
+
+@pytest.mark.parametrize(
+    ("tables", "parts"),
+    [
+        ({"optimiser": {}}, ["some.toml", "[optimiser]", "did you mean 'optimizer'"]),
+        ({"optimizer": {"learing_rate": 1.0}}, ["optimizer.learing_rate", "did you mean 'learning_rate'"]),
+        ({"run": {"steps": "many"}}, ["some.toml: run.steps", "'many' (string)", "expected integer"]),
+        ({"run": {"steps": 2.5}}, ["run.steps", "2.5", "expected integer"]),
+        ({"run": {"steps": True}}, ["run.steps", "True (true or false)", "expected integer"]),
+        ({"mesh": {"simulated": 1}}, ["mesh.simulated", "expected true or false"]),
+        ({"run": 3}, ["run should be a section"]),
+        ({"model": {}}, ["no [model] table"]),
+        ({"model": {"vocab_size": 5}}, ["model.vocab_size", "data.vocab_size is 4096"]),
+        ({"run": {"steps": 10}, "optimizer": {"warmup_steps": 10}}, ["optimizer.warmup_steps", "run.steps (10)"]),
+        ({"data": {"batch_size": 12}, "mesh": {"data": 2, "expert": 4}}, ["data.batch_size", "multiple of 8"]),
+        ({"mesh": {"data": 0}}, ["mesh.data", "at least 1"]),
+        ({"data": {"vocab_size": 100}}, ["data.vocab_size", "at least 257"]),
+    ],
+)
+def test_a_wrong_config_is_refused_by_naming_the_key_what_was_found_and_what_was_expected(tables, parts):
+    with pytest.raises(ConfigError) as refusal:
+        build(tables)
+    for part in parts:
+        assert part in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("--run.stepz=3", ["--run.stepz", "did you mean 'steps'"]),
+        ("--runn.steps=3", ["--runn.steps", "did you mean 'run'"]),
+        ("--run.steps=three", ["--run.steps", "'three'", "expected integer"]),
+        ("--model.hiden_size=3", ["--model.hiden_size", "did you mean 'hidden_size'"]),
+        ("--model.hidden_size=3.5", ["--model.hidden_size", "3.5", "expected integer", "64"]),
+    ],
+)
+def test_a_wrong_override_is_refused_by_naming_the_option(override, parts):
+    with pytest.raises(ConfigError) as refusal:
+        build({}, override)
+    for part in parts:
+        assert part in str(refusal.value)
+
+
+def test_overrides_have_the_type_of_their_key():
+    config = build(
+        {"run": {"steps": 500}},
+        "--run.steps=70",
+        "--optimizer.learning_rate=1",
+        "--optimizer.weight_decay=1e-2",
+        "--mesh.simulated=true",
+        "--run.folder=42",
+        "--run.sample_prompt=a = b",
+        "--model.rope_theta=500000",
+        "--model.norm_topk_prob=false",
+    )
+    assert config.run.steps == 70
+    assert config.optimizer.learning_rate == 1.0 and type(config.optimizer.learning_rate) is float
+    assert config.optimizer.weight_decay == 0.01
+    assert config.mesh.simulated is True
+    assert config.run.folder == "42"
+    assert config.run.sample_prompt == "a = b"
+    assert config.model["rope_theta"] == 500000.0 and type(config.model["rope_theta"]) is float
+    assert config.model["norm_topk_prob"] is False
+
+
+def test_overrides_may_stand_anywhere_on_the_command_line():
+    words = ["--run.steps", "-5", "a.toml", "--mesh.expert=4", "--fresh", "--run.sample_prompt", "--x"]
+    overrides, others = split_overrides(words)
+    assert overrides == ["--run.steps=-5", "--mesh.expert=4", "--run.sample_prompt=--x"]
+    assert others == ["a.toml", "--fresh"]
+    with pytest.raises(ConfigError, match="--run.steps: a value should follow"):
+        split_overrides(["a.toml", "--run.steps"])
+
+
+def test_a_resolved_config_reads_back_equal(tmp_path):
+    model = {**TABLES["model"], "rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "mlp_only_layers": [0, 2]}
+    config = build({"model": model, "run": {"sample_prompt": 'say "é"\n\t\\ \x00'}})
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config), encoding="utf-8")
+    assert load_config(file) == config
+
+
+def test_differences_name_the_keys_that_changed():
+    old, new = build(), build({}, "--optimizer.beta1=0.8", "--model.hidden_size=32", "--mesh.data=4")
+    assert differences(old, new, ("model", "optimizer")) == ["model.hidden_size: 64 → 32", "optimizer.beta1: 0.9 → 0.8"]
+
+
+def test_a_missing_or_broken_file_is_refused_by_name(tmp_path):
+    (tmp_path / "tiny.toml").write_text("[run\n")
+    with pytest.raises(ConfigError, match="no such file.*tiny.toml"):
+        load_config(tmp_path / "tny.toml")
+    with pytest.raises(ConfigError, match="tiny.toml: this is no TOML"):
+        load_config(tmp_path / "tiny.toml")
+
+
+def test_every_key_has_a_meaning_to_show():
+    for section in SECTIONS.values():
+        assert all(field.metadata["meaning"] for field in dataclasses.fields(section))
+
+
+def test_help_answers_without_importing_anything_heavy():
+    code = (
+        "import sys, runpy\n"
+        "sys.argv = ['train', '--help']\n"
+        "try:\n    runpy.run_module('train', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert end.code == 0\n"
+        "heavy = {'jax', 'flax', 'optax', 'orbax', 'numpy', 'tokenizers', 'rich', 'qwen_moe_jax'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "--optimizer.learning_rate NUMBER" in result.stdout
+
+
+def test_a_refusal_is_one_message_and_exit_code_2():
+    command = [sys.executable, "-m", "train", "configs/train/tiny.toml", "--run.stepz", "3"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "did you mean 'steps'" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,50 @@
+"""The schedule's shape, and what weight decay leaves alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train.config import OptimizerConfig
+from train.optimizer import decays, make_optimizer, make_schedule
+
+PARAMS = {
+    "embed_tokens": {"weight": jnp.ones((8, 4))},
+    "layers": {
+        "input_layernorm": {"weight": jnp.ones((2, 4))},  # stacked: two axes, and still a norm
+        "self_attn": {
+            "q_norm": {"weight": jnp.ones((2, 4))},
+            "q_proj": {"weight": jnp.ones((2, 4, 4)), "bias": jnp.ones((2, 4))},
+        },
+        "mlp": {"gate": {"weight": jnp.ones((2, 4, 3))}, "experts": {"gate_proj": jnp.ones((2, 3, 4, 4))}},
+    },
+    "norm": {"weight": jnp.ones(4)},
+}
+LEFT_ALONE = {
+    "layers.input_layernorm.weight",
+    "layers.self_attn.q_norm.weight",
+    "layers.self_attn.q_proj.bias",
+    "norm.weight",
+}
+
+
+def by_name(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def test_norms_and_biases_do_not_decay_and_all_matrices_do():
+    assert {name for name, decay in by_name(decays(PARAMS)).items() if not decay} == LEFT_ALONE
+
+
+def test_without_gradients_only_matrices_shrink():
+    config = OptimizerConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.1)
+    optimizer = make_optimizer(config, steps=10)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, PARAMS), optimizer.init(PARAMS), PARAMS)
+    for name, update in by_name(updates).items():
+        np.testing.assert_allclose(update, 0.0 if name in LEFT_ALONE else -0.05, rtol=1e-6)
+
+
+def test_the_learning_rate_climbs_then_falls_to_its_end():
+    config = OptimizerConfig(learning_rate=1.0, final_learning_rate=0.1, warmup_steps=10)
+    schedule = make_schedule(config, steps=110)
+    np.testing.assert_allclose([schedule(step) for step in (0, 5, 10, 60, 110)], [0, 0.5, 1, 0.55, 0.1], rtol=1e-6)

@@ -1,0 +1,171 @@
+"""Whole runs on simulated devices: the loss falls, the folder is complete, stopping and going on changes nothing."""
+
+import contextlib
+import io
+import json
+import shutil
+
+import pytest
+
+from train.__main__ import main
+
+CONFIG = """
+[model]
+model_type = "qwen3_moe"
+hidden_size = 32
+num_hidden_layers = 2
+num_attention_heads = 2
+num_key_value_heads = 1
+head_dim = 16
+moe_intermediate_size = 16
+num_experts = 4
+num_experts_per_tok = 2
+norm_topk_prob = true
+router_aux_loss_coef = 0.01
+max_position_embeddings = 64
+tie_word_embeddings = true
+
+[mesh]
+data = 2
+expert = 2
+simulated = true
+
+[execution]
+group_size = 16
+
+[data]
+megabytes = 0.03
+vocab_size = 300
+seq_len = 32
+batch_size = 4
+heldout_fraction = 0.2
+heldout_rows = 6
+
+[optimizer]
+learning_rate = 1e-2
+warmup_steps = 2
+
+[run]
+steps = 12
+log_every = 4
+eval_every = 6
+checkpoint_every = 4
+sample_tokens = 4
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("config") / "small.toml"
+    file.write_text(CONFIG)
+    return file
+
+
+def start(config_file, folder, *words):
+    """`python -m train` in this process: its exit code, what it printed and what it complained of."""
+    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as complaint:
+        code = main([str(config_file), "--run.folder", str(folder), *words])
+    return code, output.getvalue(), complaint.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(config_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    code, output, complaint = start(config_file, folder)
+    assert code == 0, complaint
+    return folder, output
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_loss_falls_on_simulated_devices(finished):
+    folder, _ = finished
+    losses = [record["loss"] for record in metrics(folder) if "loss" in record]
+    heldout = [record["heldout_loss"] for record in metrics(folder) if "heldout_loss" in record]
+    assert len(losses) == 12 and len(heldout) == 3
+    assert 5.5 < heldout[0] < 5.9  # log 300 = 5.70: a fresh model knows nothing
+    assert heldout[2] < heldout[1] < heldout[0] - 0.2
+    assert losses[-1] < losses[0] - 0.4
+
+
+def test_piped_output_is_whole_lines_with_time_share_done_speed_drops_and_eta(finished):
+    _, output = finished
+    lines = [line for line in output.splitlines() if "step 8/12" in line]
+    assert len(lines) == 1
+    for part in ("67%", "loss ", "tokens/s", "dropped ", "ETA 0:"):
+        assert part in lines[0]
+    assert "\x1b" not in output and "\r" not in output
+
+
+def test_the_run_folder_holds_config_metrics_checkpoints_and_an_export_that_loads(finished):
+    folder, _ = finished
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.toml", "metrics.jsonl", "corpus", "checkpoints", "hub", "result.json"}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"8", "12"}
+    hub = {path.name for path in (folder / "hub").iterdir()}
+    assert hub >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    result = json.loads((folder / "result.json").read_text())
+    assert result["steps"] == 12 and result["heldout_loss"] == metrics(folder)[-1]["heldout_loss"]
+    exported = json.loads((folder / "hub" / "config.json").read_text())
+    assert exported["vocab_size"] == 300 and exported["model_type"] == "qwen3_moe"
+
+
+def test_starting_a_finished_run_again_says_so_and_how_to_start_afresh(finished, config_file):
+    folder, _ = finished
+    before = (folder / "metrics.jsonl").read_text()
+    code, output, _ = start(config_file, folder)
+    assert code == 0
+    assert "is finished; --fresh trains it anew" in output and "Held-out loss" in output
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_other_settings_in_the_same_folder_are_refused_with_the_difference(finished, config_file):
+    folder, _ = finished
+    code, _, complaint = start(config_file, folder, "--optimizer.learning_rate", "0.5")
+    assert code == 2
+    assert "optimizer.learning_rate: 0.01 → 0.5" in complaint and "--fresh" in complaint
+
+
+def test_a_folder_that_is_no_run_is_left_alone(config_file, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    code, _, complaint = start(config_file, tmp_path, "--fresh")
+    assert code == 2 and "left alone" in complaint
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_a_stopped_run_goes_on_to_bit_equal_parameters_and_metrics(finished, config_file, tmp_path):
+    whole, _ = finished
+    folder = tmp_path / "stopped"
+    shutil.copytree(whole, folder)  # as it was just before step 12 was saved:
+    shutil.rmtree(folder / "checkpoints" / "12")
+    shutil.rmtree(folder / "hub")
+    (folder / "result.json").unlink()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1')  # cut short in the middle of a line
+
+    # How a run is carried out may change on the way, here only how it reports; what it means may not.
+    code, output, complaint = start(config_file, folder, "--run.log_every", "3")
+    assert code == 0, complaint
+    assert "going on from the checkpoint of step 8" in output
+
+    def comparable(records):
+        return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+
+    assert comparable(metrics(folder)) == comparable(metrics(whole))
+    model = "hub/model.safetensors"
+    assert (folder / model).read_bytes() == (whole / model).read_bytes()
+
+
+def test_fresh_deletes_the_old_run_and_ctrl_c_says_how_to_go_on(finished, config_file, tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+
+    def stop(config, folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.loop.train", stop)
+    code, _, complaint = start(config_file, folder, "--fresh")
+    assert code == 130 and "goes on from the last checkpoint" in complaint
+    assert [path.name for path in folder.iterdir()] == ["config.toml"]

@@ -1,0 +1,80 @@
+"""What a step does to where things lie, and what it counts."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import qwen_moe_jax as qmj
+from train.config import OptimizerConfig
+from train.data import batch_at, pack
+from train.optimizer import make_optimizer
+from train.step import heldout_loss, initial_state, make_eval_step, make_train_step, state_shardings
+
+HUB_CONFIG = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """One step on a mesh of four devices: the states before (as NumPy) and after, and what was measured."""
+    mesh = qmj.make_mesh(data=2, expert=2)
+    execution = qmj.ExecutionConfig(dtype="float32", capacity_factor=0.5, group_size=16)
+    model = qmj.CausalLM(qmj.ModelConfig.from_pretrained(HUB_CONFIG), rngs=nnx.Rngs(0), mesh=mesh, execution=execution)
+    eval_graph = nnx.graphdef(model)
+    model.train()
+    graph, params = nnx.split(model)
+    params = nnx.to_pure_dict(params)
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0), steps=10)
+    shardings = state_shardings(params, optimizer, mesh)
+    state = initial_state(params, optimizer, shardings)
+    before = jax.tree.map(lambda array: (np.array(array), array.sharding), state)
+    documents = np.split(np.random.default_rng(0).integers(1, 64, 120), [33, 60])
+    batch = batch_at(pack(documents, 16), step=0, batch_size=8, seed=0)
+    loss_before = heldout_loss(make_eval_step(eval_graph), params, [batch])
+    state, metrics = make_train_step(graph, optimizer, 0.01, shardings)(state, batch)
+    loss_after = heldout_loss(make_eval_step(eval_graph), state.params, [batch])
+    return before, state, metrics, batch, (loss_before, loss_after)
+
+
+def test_moments_lie_where_their_parameters_lie_before_and_after_a_step(setting):
+    before, state, _, _, _ = setting
+    is_pair = lambda leaf: isinstance(leaf, tuple) and len(leaf) == 2 and isinstance(leaf[0], np.ndarray)  # noqa: E731
+    for tree in (
+        jax.tree.map(lambda pair: pair[1], before, is_leaf=is_pair),
+        jax.tree.map(lambda a: a.sharding, state),
+    ):
+        adam = tree.optimizer[1][0]
+        assert adam.mu == adam.nu == tree.params
+    experts = state.params["model"]["layers"]
+    specs = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(experts)}
+    assert any("expert" in spec for spec in specs)  # and it is a real cut, not everything everywhere
+
+
+def test_a_step_changes_every_parameter_and_lowers_the_loss_of_its_batch(setting):
+    before, state, _, _, (loss_before, loss_after) = setting
+    changed = jax.tree.map(lambda new, old: bool((np.array(new) != old[0]).any()), state.params, before.params)
+    assert all(jax.tree.leaves(changed))
+    assert int(state.step) == 1
+    assert loss_after < loss_before
+
+
+def test_metrics_count_real_tokens_and_dropped_assignments(setting):
+    _, _, metrics, batch, _ = setting
+    real = (batch.segment_ids_BT > 0).sum()
+    assert metrics.tokens == real == 120
+    assert metrics.assignments == real * 2 * 2  # two experts a token in each of two layers
+    assert 0 < metrics.dropped < metrics.assignments  # half the room that an even load needs
+    assert np.isfinite(metrics.gradient_norm) and metrics.balance_loss > 1

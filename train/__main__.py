@@ -1,0 +1,53 @@
+"""`python -m train CONFIG [--section.key value ...]`. Arguments are understood before anything heavy is imported."""
+
+import argparse
+import sys
+
+from train.config import describe_keys, load_config, split_overrides
+
+
+def main(words: list[str]) -> int:
+    """Runs the training that the command line asks for; returns the exit code: 0, 2 for a refusal, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train",
+        description="Train a Qwen, Qwen-MoE or Mixtral model from one TOML file, for example configs/train/tiny.toml.",
+        epilog="settings: every key of the file can be changed as --section.key value\n\n" + describe_keys(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a TOML file")
+    parser.add_argument("--fresh", action="store_true", help="delete the run that is in the run folder and start anew")
+    if {"-h", "--help"} & set(words):
+        parser.parse_args(["--help"])  # answers and leaves
+
+    from qwen_moe_jax.errors import CheckpointError, ConfigError, ShardingError
+    from train.folder import open_run_folder
+
+    try:
+        overrides, others = split_overrides(words)
+        arguments = parser.parse_args(others)
+        config = load_config(arguments.config, overrides)
+        folder = open_run_folder(config, fresh=arguments.fresh)
+        if folder.finished:
+            print(f"The run in {folder.path} is finished; --fresh trains it anew.")
+            print(folder.describe_result())
+            return 0
+        if config.mesh.simulated:
+            from qwen_moe_jax.sharding.mesh import simulate_devices
+
+            simulate_devices(config.mesh.devices)  # must come before JAX looks for its devices
+        from train.loop import train
+
+        train(config, folder)
+        print(folder.describe_result())
+    except (CheckpointError, ConfigError, ShardingError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,348 @@
+"""What a run is: frozen dataclasses, filled from a short TOML file, overridden by `--section.key value`.
+
+This module imports the standard library only, so that `--help` and a misspelt key answer at once.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+def _key(default: Any, meaning: str) -> Any:
+    return dataclasses.field(default=default, metadata={"meaning": meaning})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices stand along each mesh axis."""
+
+    data: int = _key(1, "devices that share the batch and hold a copy of everything else")
+    fsdp: int = _key(1, "devices that share the batch and split the weights")
+    expert: int = _key(1, "devices that share the batch and split the experts")
+    tensor: int = _key(1, "devices that split the width of heads and feed-forward layers")
+    simulated: bool = _key(False, "pretend that this machine's CPU is data x fsdp x expert x tensor devices")
+
+    @property
+    def batch_shards(self) -> int:
+        """How many parts the batch axis is cut into."""
+        return self.data * self.fsdp * self.expert
+
+    @property
+    def devices(self) -> int:
+        """How many devices the mesh needs."""
+        return self.batch_shards * self.tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionSettings:
+    """How the numbers are computed; the fields of `qwen_moe_jax.ExecutionConfig` that training chooses."""
+
+    dtype: str = _key("float32", "of activations and matrix products")
+    param_dtype: str = _key("float32", "of the weights and of the optimizer's moments")
+    dispatch: str = _key("capacity", "how tokens reach their experts while training: capacity or dense")
+    capacity_factor: float = _key(1.25, "room per expert, as a multiple of a perfectly even load")
+    group_size: int = _key(128, "tokens that share one capacity; smaller is faster and drops more")
+    remat: str = _key("none", "what the backward pass recomputes to save memory: none, dots or full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The text, its tokenizer and the shape of a batch."""
+
+    folder: str = _key("", "where the documents are; empty means Python's own standard library")
+    pattern: str = _key("*.py", "which file names in the folder are documents")
+    megabytes: float = _key(6.0, "stop reading after this much text")
+    vocab_size: int = _key(4096, "entries of the byte-level BPE that is trained on the text, and of the model")
+    seq_len: int = _key(256, "tokens in a row, T")
+    batch_size: int = _key(16, "rows in a step, B; a multiple of data x fsdp x expert")
+    heldout_fraction: float = _key(0.05, "of the documents, kept out of training")
+    heldout_rows: int = _key(64, "rows of them, evenly spread, on which the held-out loss is taken")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up and a cosine descent."""
+
+    learning_rate: float = _key(3e-3, "at the top, after the warm-up")
+    final_learning_rate: float = _key(3e-4, "at the last step")
+    warmup_steps: int = _key(40, "steps from zero to the top")
+    weight_decay: float = _key(0.1, "of matrices; norms and biases are left alone")
+    beta1: float = _key(0.9, "memory of the gradient's mean")
+    beta2: float = _key(0.95, "memory of the gradient's square")
+    clip_norm: float = _key(1.0, "gradients longer than this, over all parameters, are shortened to it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long to train, what to keep and what to show."""
+
+    folder: str = _key("runs/default", "receives config.toml, metrics.jsonl, checkpoints/ and hub/")
+    steps: int = _key(500, "optimizer steps in all")
+    seed: int = _key(0, "of the first weights and of the order of the data")
+    log_every: int = _key(10, "steps between two progress lines")
+    eval_every: int = _key(100, "steps between two looks at the held-out loss")
+    checkpoint_every: int = _key(200, "steps between two checkpoints; the last step always has one")
+    sample_prompt: str = _key("def", "the trained model continues this text")
+    sample_tokens: int = _key(96, "how many tokens it adds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run, whole. `model` is a Hub `config.json` as a table; every other field is a section of typed keys."""
+
+    model: dict[str, Any]
+    mesh: MeshConfig = MeshConfig()
+    execution: ExecutionSettings = ExecutionSettings()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: RunConfig = RunConfig()
+
+
+SECTIONS: dict[str, type] = {
+    "mesh": MeshConfig,
+    "execution": ExecutionSettings,
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "run": RunConfig,
+}
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
+    """Reads a TOML file and lays `--section.key value` words over it.
+
+    Args:
+        path: the TOML file.
+        overrides: `["--run.steps=20", "--mesh.expert=4"]`, as `split_overrides` gives them.
+
+    Raises:
+        ConfigError: the file is missing or no TOML; a section or key is unknown; a value has the wrong type or is out of
+          range. The message names the file and the key, what was found and what was expected.
+    """
+    path = Path(path)
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        near = sorted(str(other) for other in path.parent.glob("*.toml"))
+        _refuse(f"{path}: there is no such file." + (f" In that folder: {', '.join(near)}." if near else ""))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        _refuse(f"{path}: this is no TOML: {error}.")
+    return build_config(tables, overrides or [], source=str(path))
+
+
+def build_config(tables: dict[str, Any], overrides: list[str], source: str) -> TrainConfig:
+    """`load_config` on tables that were read already; `source` is named in messages. Raises ConfigError as it does."""
+    for name, table in tables.items():
+        if name != "model" and name not in SECTIONS:
+            _unknown(f"{source}: unknown section [{name}]", name, ["model", *SECTIONS])
+        if not isinstance(table, dict):
+            _refuse(f"{source}: {name} should be a section, [{name}], and is {_describe(table)}.")
+    if not tables.get("model"):
+        _refuse(f"{source}: there is no [model] table. It takes the keys of a Hub config.json, model_type first.")
+
+    # One flat table of (section, key) → value: the file's, then the command line's on top of it.
+    values = {
+        (name, key): (value, f"{source}: {name}.{key}")
+        for name, table in tables.items()
+        for key, value in table.items()
+    }
+    for override in overrides:
+        where, _, word = override.partition("=")
+        name, _, key = where.removeprefix("--").partition(".")
+        if name == "model":
+            values[name, key] = (_override_model(tables["model"], key, word, where), where)
+        elif name in SECTIONS:
+            values[name, key] = (_from_word(word, _field_types(name).get(key)), where)
+        else:
+            _unknown(f"{where}: unknown section [{name}]", name, ["model", *SECTIONS])
+
+    sections: dict[str, dict[str, Any]] = {name: {} for name in ["model", *SECTIONS]}
+    for (name, key), (value, where) in values.items():
+        if name != "model":
+            value = _check_type(value, name, key, where)
+        sections[name][key] = value
+    config = TrainConfig(
+        model=sections.pop("model"), **{name: SECTIONS[name](**keys) for name, keys in sections.items()}
+    )
+    _check_values(config, source)
+    return config
+
+
+def differences(old: TrainConfig, new: TrainConfig, sections: tuple[str, ...]) -> list[str]:
+    """The keys of these sections that two configs disagree about, each as `section.key: old → new`."""
+    lines = []
+    for name in sections:
+        before, after = _as_table(getattr(old, name)), _as_table(getattr(new, name))
+        for key in [*before, *(key for key in after if key not in before)]:
+            if before.get(key) != after.get(key):
+                lines.append(f"{name}.{key}: {before.get(key)!r} → {after.get(key)!r}")
+    return lines
+
+
+def to_toml(config: TrainConfig) -> str:
+    """The whole config, defaults included, as TOML that `load_config` reads back to an equal config."""
+    parts = []
+    for name in ["model", *SECTIONS]:
+        table = _as_table(getattr(config, name))
+        parts.append("\n".join([f"[{name}]", *(f"{key} = {_toml_value(value)}" for key, value in table.items())]))
+    return "\n\n".join(parts) + "\n"
+
+
+def describe_keys() -> str:
+    """Every typed key with its type, default and meaning: the second half of `--help`."""
+    lines = ["[model] takes the keys of a Hub config.json; --model.KEY VALUE changes one that the file sets."]
+    for name, section in SECTIONS.items():
+        lines.append("")
+        for field in dataclasses.fields(section):
+            default = _toml_value(field.default)
+            lines.append(f"  --{name}.{field.name} {_type_name(field.type).upper()}  (default {default})")
+            lines.append(f"        {field.metadata['meaning']}")
+    return "\n".join(lines)
+
+
+def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
+    """Takes the `--section.key value` words out of a command line.
+
+    Returns:
+        the overrides, each as one word `--section.key=value`, and all other words, both in their order.
+
+    Raises:
+        ConfigError: a value is missing.
+    """
+    overrides, others = [], []
+    rest = iter(words)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        if not (option.startswith("--") and "." in option):
+            others.append(word)
+            continue
+        if not equals:
+            value = next(rest, None)
+            if value is None:
+                _refuse(f"{option}: a value should follow.")
+        overrides.append(f"{option}={value}")
+    return overrides, others
+
+
+def _from_word(word: str, kind: type | None) -> Any:
+    """A command line word as the type that its key has; left as it is, for `_check_type` to refuse, if it cannot be."""
+    if kind is str or kind is None:
+        return word
+    try:
+        value = tomllib.loads(f"value = {word}")["value"]
+    except tomllib.TOMLDecodeError:
+        return word
+    return value
+
+
+def _override_model(table: dict[str, Any], key: str, word: str, where: str) -> Any:
+    # A Hub config may hold many keys that no list here knows. Only the ones that the file sets can be changed from the
+    # command line, so that a slip of the finger cannot pass as a new key.
+    if key not in table:
+        _unknown(f"{where}: the file's [model] table does not set this key", key, list(table), "keys it sets")
+    old = table[key]
+    new = _from_word(word, type(old))
+    if type(new) is not type(old) and not (type(old) is float and type(new) is int):
+        _refuse(f"{where}: found {_describe(new)}, expected {_type_name(type(old))} as in the file ({old!r}).")
+    return type(old)(new)
+
+
+def _field_types(section: str) -> dict[str, type]:
+    return {field.name: field.type for field in dataclasses.fields(SECTIONS[section])}
+
+
+def _check_type(value: Any, section: str, key: str, where: str) -> Any:
+    types = _field_types(section)
+    if key not in types:
+        _unknown(f"{where}: unknown key", key, list(types))
+    expected = types[key]
+    if expected is float and type(value) is int:
+        return float(value)
+    if type(value) is not expected:
+        _refuse(f"{where}: found {_describe(value)}, expected {_type_name(expected)}.")
+    return value
+
+
+def _check_values(config: TrainConfig, source: str) -> None:
+    data, run, optimizer, mesh = config.data, config.run, config.optimizer, config.mesh
+    at_least_one = {
+        **{f"mesh.{axis}": getattr(mesh, axis) for axis in ("data", "fsdp", "expert", "tensor")},
+        **{f"data.{key}": getattr(data, key) for key in ("batch_size", "heldout_rows")},
+        **{
+            f"run.{key}": getattr(run, key)
+            for key in ("steps", "log_every", "eval_every", "checkpoint_every", "sample_tokens")
+        },
+    }
+    for key, value in at_least_one.items():
+        if value < 1:
+            _refuse(f"{source}: {key}: found {value}, expected at least 1.")
+    above_zero = {
+        "data.megabytes": data.megabytes,
+        "optimizer.learning_rate": optimizer.learning_rate,
+        "optimizer.clip_norm": optimizer.clip_norm,
+    }
+    for key, value in above_zero.items():
+        if not value > 0:
+            _refuse(f"{source}: {key}: found {value}, expected more than 0.")
+    if not 0 < data.heldout_fraction < 1:
+        _refuse(f"{source}: data.heldout_fraction: found {data.heldout_fraction}, expected between 0 and 1.")
+    if data.seq_len < 2:
+        _refuse(f"{source}: data.seq_len: found {data.seq_len}, expected at least 2, a token and the one after it.")
+    if data.vocab_size < 257:
+        _refuse(f"{source}: data.vocab_size: found {data.vocab_size}, expected at least 257, all bytes and an end.")
+    if not run.sample_prompt:
+        _refuse(f"{source}: run.sample_prompt: found an empty text, expected at least one character to go on from.")
+    if not 0 <= optimizer.warmup_steps < run.steps:
+        _refuse(
+            f"{source}: optimizer.warmup_steps: found {optimizer.warmup_steps}, expected 0 or more and fewer than "
+            f"run.steps ({run.steps})."
+        )
+    if data.batch_size % mesh.batch_shards:
+        _refuse(
+            f"{source}: data.batch_size: found {data.batch_size}, expected a multiple of {mesh.batch_shards}, the "
+            f"mesh's data x fsdp x expert ({mesh.data} x {mesh.fsdp} x {mesh.expert}), which share the rows evenly."
+        )
+    if config.model.get("vocab_size", data.vocab_size) != data.vocab_size:
+        _refuse(
+            f"{source}: model.vocab_size: found {config.model['vocab_size']}, expected it to be left out: the "
+            f"tokenizer decides it, and data.vocab_size is {data.vocab_size}."
+        )
+
+
+def _as_table(section: Any) -> dict[str, Any]:
+    return section if isinstance(section, dict) else dataclasses.asdict(section)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # A TOML basic string knows these escapes and wants every control character escaped.
+        short = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+        return '"' + "".join(short.get(c, c if c.isprintable() else f"\\U{ord(c):08x}") for c in value) + '"'
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items()) + "}"
+    return repr(value)
+
+
+def _type_name(kind: type) -> str:
+    return {bool: "true or false", int: "integer", float: "number", str: "string"}.get(kind, kind.__name__)
+
+
+def _describe(value: Any) -> str:
+    return f"{value!r} ({_type_name(type(value))})"
+
+
+def _unknown(message: str, name: str, known: list[str], title: str = "known") -> NoReturn:
+    near = difflib.get_close_matches(name, known, n=1)
+    _refuse(f"{message}; " + (f"did you mean {near[0]!r}? " if near else "") + f"{title}: {', '.join(known)}.")
+
+
+def _refuse(message: str) -> NoReturn:
+    from qwen_moe_jax.errors import ConfigError  # only when it is needed: the package may import jax
+
+    raise ConfigError(message) from None

@@ -1,0 +1,85 @@
+"""The run folder: what stands in it, and what starting again in it means."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from qwen_moe_jax.errors import ConfigError
+from train.config import TrainConfig, differences, load_config, to_toml
+
+# What a run means. A run may go on with another mesh, another execution or other intervals between its reports, but
+# not as a different model on different text.
+_MEANING = ("model", "data", "optimizer")
+_MEANING_OF_RUN = ("steps", "seed")
+
+
+class RunFolder:
+    """Paths of one run, and its end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.toml"
+        self.metrics = path / "metrics.jsonl"
+        self.corpus = path / "corpus"
+        self.checkpoints = path / "checkpoints"
+        self.hub = path / "hub"
+        self._result = path / "result.json"
+
+    @property
+    def finished(self) -> bool:
+        """Whether `finish` was reached."""
+        return self._result.exists()
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Marks the run as finished. Until this is written, starting again goes on from the last checkpoint."""
+        beside = self._result.with_suffix(".partial")
+        beside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        os.replace(beside, self._result)
+
+    def describe_result(self) -> str:
+        """What `finish` wrote, for people."""
+        result = json.loads(self._result.read_text(encoding="utf-8"))
+        speed = f" at {result['tokens_per_second']:,.0f} tokens/s" if result["tokens_per_second"] else ""
+        return (
+            f"Held-out loss {result['heldout_loss']:.3f} after {result['steps']} steps{speed}.\n"
+            f"Metrics in {self.metrics}, checkpoints in {self.checkpoints}, Hub folder in {self.hub}.\n\n"
+            f"The model goes on from {result['prompt']!r}:\n{result['prompt']}{result['sample']}"
+        )
+
+
+def open_run_folder(config: TrainConfig, *, fresh: bool) -> RunFolder:
+    """Makes the folder of this run, or opens the one that an earlier start left.
+
+    Args:
+        fresh: delete an earlier run in the folder first.
+
+    Raises:
+        ConfigError: the folder holds a run that means something else, or things that are no run at all.
+    """
+    path = Path(config.run.folder)
+    folder = RunFolder(path)
+    if folder.config.exists():
+        if fresh:
+            shutil.rmtree(path)
+        else:
+            _check_same_run(load_config(folder.config), config, path)
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(
+            f"run.folder: {path} exists and holds no config.toml, so it is no run of this program and is left alone. "
+            f"Choose another with --run.folder."
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    folder.config.write_text(to_toml(config), encoding="utf-8")
+    return folder
+
+
+def _check_same_run(old: TrainConfig, new: TrainConfig, path: Path) -> None:
+    changed = differences(old, new, _MEANING)
+    changed += [line for line in differences(old, new, ("run",)) if line.split(":")[0][4:] in _MEANING_OF_RUN]
+    if changed:
+        raise ConfigError(
+            f"run.folder: {path} holds a run with other settings:\n  " + "\n  ".join(changed) + "\n"
+            "Add --fresh to delete that run and start anew, or give this one a place of its own: --run.folder FOLDER."
+        )

@@ -1,0 +1,132 @@
+"""Training, from the top: what `python -m train CONFIG` does once its config is read."""
+
+import time
+from dataclasses import asdict
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import qwen_moe_jax as qmj
+from train.checkpoint import Checkpoints
+from train.config import TrainConfig
+from train.corpus import load_corpus, save_tokenizer
+from train.data import Batch, batch_at, heldout_batches, pack
+from train.folder import RunFolder
+from train.optimizer import make_optimizer, make_schedule
+from train.report import Report
+from train.step import heldout_loss, initial_state, make_eval_step, make_train_step, state_shardings
+
+
+def train(config: TrainConfig, folder: RunFolder) -> None:
+    """Trains, evaluates, exports and samples into `folder`; goes on from its last checkpoint, if it has one.
+
+    Raises:
+        ConfigError: there is too little text; the model's config means nothing.
+        ShardingError: there are too few devices, or sizes that do not divide over the mesh.
+    """
+    began = time.perf_counter()
+    mesh = qmj.make_mesh(**{axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "expert", "tensor")})
+
+    # Data: documents of tokens, packed into rows of T.
+    corpus = load_corpus(folder.corpus, config.data)
+    rows = pack(corpus.training, config.data.seq_len)
+    heldout_rows = pack(corpus.heldout, config.data.seq_len)
+    heldout = heldout_batches(heldout_rows, config.data.heldout_rows, config.data.batch_size)
+    heldout = [_place(batch, mesh) for batch in heldout]
+
+    # Model: a definition for each mode, and one set of parameters for both.
+    model = _make_model(config, corpus.end_id, mesh)
+    model.eval()  # no token is dropped
+    eval_graph = nnx.graphdef(model)
+    model.train()
+    train_graph, params = nnx.split(model)
+    params = nnx.to_pure_dict(params)
+
+    # Step: two compiled functions, and the state that goes from step to step.
+    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    shardings = state_shardings(params, optimizer, mesh)
+    balance_coef = model.config.moe.router_aux_loss_coef if model.config.moe else 0.0
+    train_step = make_train_step(train_graph, optimizer, balance_coef, shardings)
+    eval_step = make_eval_step(eval_graph)
+    state = initial_state(params, optimizer, shardings)
+
+    with Checkpoints(folder.checkpoints) as checkpoints:
+        state = checkpoints.restore_latest(like=state) or state
+        first_step, last_step = int(state.step), config.run.steps
+        report = Report(
+            folder.metrics,
+            first_step=first_step,
+            last_step=last_step,
+            log_every=config.run.log_every,
+            schedule=make_schedule(config.optimizer, last_step),
+        )
+        with report:
+            report.say(_introduction(config, model.config, tokens=rows.tokens_NT.size))
+            if first_step > 0:
+                report.say(f"going on from the checkpoint of step {first_step}")
+            else:
+                report.heldout(0, heldout_loss(eval_step, state.params, heldout))
+
+            for step in range(first_step, last_step):
+                batch = batch_at(rows, step, config.data.batch_size, config.run.seed)
+                state, metrics = train_step(state, _place(batch, mesh))
+                done = step + 1
+                report.step(done, metrics)
+                if done % config.run.eval_every == 0 and done < last_step:
+                    with report.aside():
+                        loss = heldout_loss(eval_step, state.params, heldout)
+                    report.heldout(done, loss)
+                if done % config.run.checkpoint_every == 0 or done == last_step:
+                    with report.aside():
+                        checkpoints.save(done, state)
+
+            loss = heldout_loss(eval_step, state.params, heldout)
+            report.heldout(last_step, loss)
+
+    # Export, and let the exported folder speak: what is shown is what others will load.
+    save_tokenizer(corpus.tokenizer, folder.hub)
+    qmj.save_pretrained(nnx.merge(eval_graph, state.params), folder.hub)
+    prompt = config.run.sample_prompt
+    exported = qmj.from_pretrained(folder.hub)
+    [sample] = qmj.generate(exported, [prompt], max_new_tokens=config.run.sample_tokens, tokenizer=corpus.tokenizer)
+    folder.finish(
+        {
+            "steps": last_step,
+            "heldout_loss": loss,
+            "tokens_per_second": report.tokens_per_second,
+            "seconds_of_last_start": time.perf_counter() - began,
+            "prompt": prompt,
+            "sample": sample,
+        }
+    )
+
+
+def _place(batch: Batch, mesh: Mesh) -> Batch:
+    """Rows over all axes that share the batch."""
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert"))))
+
+
+def _make_model(config: TrainConfig, end_id: int, mesh: Mesh) -> qmj.CausalLM:
+    """The model of the config's [model] table, with fresh weights and the vocabulary of the tokenizer."""
+    hub_config = {"eos_token_id": end_id, **config.model, "vocab_size": config.data.vocab_size}
+    execution = asdict(config.execution)
+    if execution["dispatch"] == "capacity":
+        execution["dispatch"] = None  # left open, it is capacity in training mode, and eval mode drops nothing
+    return qmj.CausalLM(
+        qmj.ModelConfig.from_pretrained(hub_config),
+        rngs=nnx.Rngs(config.run.seed),
+        mesh=mesh,
+        execution=qmj.ExecutionConfig(**execution),
+    )
+
+
+def _introduction(config: TrainConfig, model: qmj.ModelConfig, tokens: int) -> str:
+    total, active = model.num_parameters(), model.num_active_parameters()
+    per_step = config.data.batch_size * config.data.seq_len
+    epochs = config.run.steps * per_step / tokens
+    kind = "simulated" if config.mesh.simulated else jax.devices()[0].platform
+    return (
+        f"{total:,} parameters, {active:,} active per token; {config.mesh.devices} {kind} device(s); "
+        f"{tokens / 1e6:.2f}M tokens of text, {epochs:.1f} epochs of steps of {per_step} tokens"
+    )

@@ -1,0 +1,147 @@
+"""The two compiled functions of training: one step of the optimizer, one look at the held-out loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from train.data import Batch
+from train.loss import Loss, cross_entropy_sum, training_loss
+
+Params = dict[str, Any]
+"""Nested dict of arrays, named as the model's attributes; `nnx.merge(graphdef, params)` is the model again."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that changes from step to step. `step` counts the finished ones, int32 scalar."""
+
+    step: jax.Array
+    params: Params
+    optimizer: optax.OptState
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one step has to say: float32 scalars, and int32 for the counts.
+
+    `assignments` counts (token, expert) pairs over all layers that the router asked for, `dropped` those of them that
+    found no room in their expert. Both are 0 for a dense model.
+    """
+
+    loss: jax.Array
+    balance_loss: jax.Array
+    gradient_norm: jax.Array
+    tokens: jax.Array
+    assignments: jax.Array
+    dropped: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class HeldoutSum:
+    """The summed cross entropy (float32 scalar) of this many targets (int32 scalar); sums of batches add up."""
+
+    loss: jax.Array
+    targets: jax.Array
+
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+EvalStep = Callable[[Params, Batch], HeldoutSum]
+
+
+def state_shardings(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Where everything lies: moments as their parameters, counters on every device.
+
+    Left to itself, a jitted `optimizer.init` puts the moments wherever it likes, since zeros depend on no input.
+
+    Args:
+        params: placed arrays, or shapes with shardings.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    shardings = jax.tree.map(lambda array: array.sharding, params)
+    return TrainState(
+        step=everywhere,
+        params=shardings,
+        optimizer=optax.tree_utils.tree_map_params(
+            optimizer,
+            lambda _, sharding: sharding,
+            jax.eval_shape(optimizer.init, params),
+            shardings,
+            transform_non_params=lambda _: everywhere,
+        ),
+    )
+
+
+def initial_state(params: Params, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+    """Step 0: the given parameters and fresh moments, placed by `shardings`."""
+    moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(params)
+    return TrainState(step=jax.device_put(jnp.int32(0), shardings.step), params=params, optimizer=moments)
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, balance_coef: float, shardings: TrainState
+) -> TrainStep:
+    """The jitted step `(state, batch) → (state, metrics)`.
+
+    The old state's memory is reused for the new one: after the call the old state is gone.
+
+    Args:
+        graphdef: of the model in training mode, `nnx.split(model)[0]`.
+        balance_coef: weight of the router's balance loss; 0 for a dense model.
+        shardings: as `state_shardings` gives them; the new state keeps them.
+    """
+
+    def loss_and_router(params: Params, batch: Batch) -> tuple[jax.Array, tuple[Loss, jax.Array, jax.Array]]:
+        model = nnx.merge(graphdef, params)
+        out = model(batch.tokens_BT, segment_ids=batch.segment_ids_BT, positions=batch.positions_BT)
+        if out.router is None:
+            balance, assignments, dropped = jnp.float32(0), jnp.int32(0), jnp.int32(0)
+        else:
+            balance = out.router.losses.load_balancing
+            assignments = jnp.sum(out.router.stats.tokens_per_expert)
+            dropped = jnp.sum(out.router.stats.dropped_per_expert)
+        loss = training_loss(out.logits, batch, balance, balance_coef)
+        return loss.total, (loss, assignments, dropped)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        gradient_of = jax.grad(loss_and_router, has_aux=True)
+        gradients, (loss, assignments, dropped) = gradient_of(state.params, batch)
+        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+        metrics = StepMetrics(
+            loss=loss.cross_entropy,
+            balance_loss=loss.balance,
+            gradient_norm=optax.tree_utils.tree_norm(gradients),
+            tokens=jnp.sum(batch.segment_ids_BT > 0, dtype=jnp.int32),
+            assignments=assignments,
+            dropped=dropped,
+        )
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(step=state.step + 1, params=params, optimizer=moments), metrics
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, shardings.step))
+
+
+def make_eval_step(graphdef: nnx.GraphDef) -> EvalStep:
+    """The jitted `(params, batch) → HeldoutSum`; `graphdef` is of the model in eval mode, which drops no token."""
+
+    @jax.jit
+    def eval_step(params: Params, batch: Batch) -> HeldoutSum:
+        model = nnx.merge(graphdef, params)
+        out = model(batch.tokens_BT, segment_ids=batch.segment_ids_BT, positions=batch.positions_BT)
+        return HeldoutSum(*cross_entropy_sum(out.logits, batch))
+
+    return eval_step
+
+
+def heldout_loss(eval_step: EvalStep, params: Params, batches: list[Batch]) -> float:
+    """The mean cross entropy per target, in nats, over all batches."""
+    sums = [jax.device_get(eval_step(params, batch)) for batch in batches]
+    return float(sum(part.loss for part in sums) / sum(part.targets for part in sums))
