@@ -56,6 +56,7 @@ def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size
         for file, names in shards.items():
             shard = {name: next(tensors)[1] for name in names}
             save_file(shard, new / file, metadata={"format": "pt"})
+            (new / file).chmod((new / "config.json").stat().st_mode)  # safetensors leaves it to the owner alone
         if len(shards) > 1:
             _write_json(new / INDEX, _index(parameters, shards))
 
