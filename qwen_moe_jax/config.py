@@ -71,7 +71,8 @@ class RopeConfig:
 class AttentionConfig:
     """Grouped-query attention.
 
-    `sliding_window` is the number of keys that a query of a sliding layer sees, its own included.
+    `sliding_window` is the number of keys that a query of a sliding layer sees, its own included. `attention_dropout`
+    belongs to training alone.
     """
 
     num_attention_heads: int
@@ -81,6 +82,7 @@ class AttentionConfig:
     o_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
+    attention_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
@@ -94,6 +96,7 @@ class AttentionConfig:
         _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number (rotary embedding turns pairs)")
         if self.sliding_window is not None:
             _require(self.sliding_window > 0, "sliding_window", self.sliding_window, "a positive integer")
+        _require(0 <= self.attention_dropout < 1, "attention_dropout", self.attention_dropout, "in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +105,7 @@ class MoEConfig:
 
     `norm_topk_prob` renormalises the chosen weights to sum to one. `float32_weights` keeps them in float32 (Mixtral)
     instead of casting them to the model's dtype (Qwen). `shared_expert_intermediate_size` 0 means no shared expert.
+    `router_jitter_noise` belongs to training alone.
     """
 
     num_experts: int

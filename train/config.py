@@ -118,8 +118,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
         overrides: `["--run.steps=20", "--mesh.expert=4"]`, as `split_overrides` gives them.
 
     Raises:
-        ConfigError: the file is missing or no TOML; a section or key is unknown; a value has the wrong type or is out of
-          range. The message names the file and the key, what was found and what was expected.
+        ConfigError: the file is missing or no TOML; a section or key is unknown; a value has the wrong type or is out
+          of range. The message names the file and the key, what was found and what was expected.
     """
     path = Path(path)
     try:

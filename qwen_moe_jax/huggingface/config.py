@@ -230,8 +230,6 @@ def config_from_hub(hub: Mapping[str, Any], where: str = "config") -> ModelConfi
             "(float32, bfloat16 or float16). Use the unquantised checkpoint of the same model."
         )
     fields = Fields(hub, where, family.defaults)
-    if fields.number("attention_dropout", 0.0) != 0.0:
-        raise fields.error("attention_dropout", "0.0 (attention here has no dropout)")
     try:
         return _config(family, fields)
     except ConfigError as error:
@@ -293,6 +291,7 @@ def _attention(family: Family, fields: Fields, width: int, sliding: bool) -> Att
         o_bias=family.o_bias(fields),
         qk_norm=family.qk_norm,
         sliding_window=fields.integer("sliding_window") if sliding else None,
+        attention_dropout=fields.number("attention_dropout", 0.0),
     )
 
 
@@ -394,7 +393,7 @@ def config_to_hub(config: ModelConfig, head: str = "ForCausalLM") -> dict[str, A
         "initializer_range": config.initializer_range,
         "rms_norm_eps": config.rms_norm_eps,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "attention_dropout": 0.0,
+        "attention_dropout": config.attention.attention_dropout,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": _one_or_list(config.eos_token_id),
         "pad_token_id": config.pad_token_id,

@@ -68,8 +68,8 @@ def load_model(
     config = dataclasses.replace(config, dtype=config.dtype or _stored_dtype(tensors.values()))
     dtype = dtype or execution.dtype
     execution = dataclasses.replace(execution, dtype=dtype, param_dtype=param_dtype or execution.param_dtype or dtype)
-    generation = read_generation_config(folder, config)
-    described = model_class(config, rngs=None, mesh=mesh, execution=execution, generation=generation)
+    generation_config = read_generation_config(folder, config)
+    described = model_class(config, rngs=None, mesh=mesh, execution=execution, generation_config=generation_config)
     parameters = hub_parameters(described)
     _check(folder, parameters, tensors, tied=config.tie_word_embeddings)
     arrays = [_read(parameter, tensors) for parameter in parameters]

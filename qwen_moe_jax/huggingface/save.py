@@ -46,7 +46,7 @@ def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size
         "dtype": model.execution.param_dtype,
         "torch_dtype": model.execution.param_dtype,
     }
-    generation = generation_config_to_hub(model.generation, model.config)
+    generation = generation_config_to_hub(model.generation_config, model.config)
     parameters = hub_parameters(model)
     shards = _plan_shards(parameters, limit)
     with replaced_folder(folder) as new:

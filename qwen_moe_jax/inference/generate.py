@@ -57,7 +57,7 @@ def generate(
         tokenizer = load_tokenizer(tokenizer)
     ids = [encode(tokenizer, prompt) for prompt in prompts] if texts else [list(prompt) for prompt in prompts]
     _check(ids, max_new_tokens, model.config.vocab_size)
-    stop = model.generation.eos_token_id if stop_token_ids is None else tuple(stop_token_ids)
+    stop = model.generation_config.eos_token_id if stop_token_ids is None else tuple(stop_token_ids)
     new = _generate_ids(model, ids, max_new_tokens, stop)
     return [decode(tokenizer, one) for one in new] if texts else new
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, ModelConfig
-from qwen_moe_jax.errors import RequestError
+from qwen_moe_jax.errors import ConfigError, RequestError
 from qwen_moe_jax.model.attention import Sequence
 from qwen_moe_jax.model.embedding import TABLE, Embedding
 from qwen_moe_jax.model.output import ModelOutput, RouterOutput
@@ -76,7 +76,7 @@ class Model(nnx.Module):
             sharding) without allocating anything.
         mesh: see `make_mesh`; None is one device.
         execution: how it is run.
-        generation: how its text ends; None takes the stop tokens of the config.
+        generation_config: how its text ends; None takes the stop tokens of the config.
 
     Attributes:
         deterministic: True in eval mode, which is how every model starts; `train()` and `eval()` switch it.
@@ -92,12 +92,12 @@ class Model(nnx.Module):
         rngs: nnx.Rngs | None,
         mesh: Mesh | None = None,
         execution: ExecutionConfig = ExecutionConfig(),
-        generation: GenerationConfig | None = None,
+        generation_config: GenerationConfig | None = None,
     ):
         dtype = execution.dtype or config.dtype or "float32"
         self.config = config
         self.execution = dataclasses.replace(execution, dtype=dtype, param_dtype=execution.param_dtype or dtype)
-        self.generation = generation or GenerationConfig(eos_token_id=config.eos_token_id)
+        self.generation_config = generation_config or GenerationConfig(eos_token_id=config.eos_token_id)
         self.mesh = checked_mesh(mesh)
         self.deterministic = True
         make = ParameterFactory(
@@ -149,9 +149,12 @@ class Model(nnx.Module):
 
         Raises:
             RequestError: the arrays are not integers, or not all [B, T].
+            ConfigError: in training mode, the config asks for dropout or router jitter.
         """
         segment_ids = jnp.ones(jnp.shape(tokens_BT), jnp.int32) if segment_ids is None else segment_ids
         _check_inputs(tokens_BT, segment_ids=segment_ids, positions=positions)
+        if not self.deterministic:
+            _check_trainable(self.config)
         return _forward(
             self,
             tokens_BT,
@@ -237,6 +240,17 @@ def _check_inputs(tokens_BT: jax.typing.ArrayLike, **others: jax.typing.ArrayLik
         dtype = jnp.result_type(array)
         if not (jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)):
             raise RequestError(f"{name} has dtype {dtype}, expected integers.")
+
+
+def _check_trainable(config: ModelConfig) -> None:
+    """Noise that transformers adds in training mode and this package does not must not be left out silently."""
+    noise = {
+        "attention_dropout": config.attention.attention_dropout,
+        "router_jitter_noise": config.moe.router_jitter_noise if config.moe else 0.0,
+    }
+    for name, value in noise.items():
+        if value:
+            raise ConfigError(f"{name}={value} is not applied in training here: set it to 0.0 in config.json to train.")
 
 
 def positions_in_segments(segment_ids_BT: jax.Array) -> jax.Array:
