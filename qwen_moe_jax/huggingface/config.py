@@ -30,6 +30,7 @@ class Family:
         sliding: (fields, layer index) → does this layer slide, where no `layer_types` is given.
         writes_layer_types: the family knows the `layer_types` field.
         moe: reads the sparse block, None for a dense family.
+        sparse: (fields, layer index) → does this layer have a sparse block.
     """
 
     class_prefix: str
@@ -40,6 +41,7 @@ class Family:
     sliding: Callable[[Fields, int], bool]
     writes_layer_types: bool
     moe: Callable[[Fields], MoEConfig] | None = None
+    sparse: Callable[[Fields, int], bool] = lambda fields, layer: False
 
 
 def _never(fields: Fields) -> bool:
@@ -51,7 +53,7 @@ def _attention_bias(fields: Fields) -> bool:
 
 
 def _slides_from_max_window_layers(fields: Fields, layer: int) -> bool:
-    return fields.boolean("use_sliding_window", False) and layer >= fields.integer("max_window_layers", 28)
+    return _slides_if_used(fields, layer) and layer >= fields.integer("max_window_layers", 28)
 
 
 def _slides_every_other_below_max_window_layers(fields: Fields, layer: int) -> bool:
@@ -60,21 +62,33 @@ def _slides_every_other_below_max_window_layers(fields: Fields, layer: int) -> b
 
 
 def _slides_if_used(fields: Fields, layer: int) -> bool:
-    return fields.boolean("use_sliding_window", False)
+    return fields.boolean("use_sliding_window", False) and not fields.is_null("sliding_window")
 
 
 def _slides_if_given(fields: Fields, layer: int) -> bool:
     return "sliding_window" in fields
 
 
+def _always(fields: Fields, layer: int) -> bool:
+    return True
+
+
+def _sparse_by_step(fields: Fields, layer: int) -> bool:
+    step = fields.integer("decoder_sparse_step", 1)
+    if step < 1:
+        raise fields.error("decoder_sparse_step", "a positive integer")
+    chosen = layer not in fields.integers("mlp_only_layers") and (layer + 1) % step == 0
+    return chosen and _expert_count(fields) > 0
+
+
 def _expert_count(fields: Fields) -> int:
     """Transformers 5 stores `num_local_experts`, and it wins where both are given and differ."""
-    return fields.integer("num_local_experts", None) or fields.integer("num_experts")
+    return fields.integer("num_local_experts" if "num_local_experts" in fields else "num_experts")
 
 
-def _qwen_moe(fields: Fields, *, experts: int, shared_expert: int) -> MoEConfig:
+def _qwen_moe(fields: Fields, *, shared_expert: int) -> MoEConfig:
     return MoEConfig(
-        num_experts=experts,
+        num_experts=_expert_count(fields),
         num_experts_per_tok=fields.integer("num_experts_per_tok"),
         moe_intermediate_size=fields.integer("moe_intermediate_size"),
         norm_topk_prob=fields.boolean("norm_topk_prob", False),
@@ -85,12 +99,12 @@ def _qwen_moe(fields: Fields, *, experts: int, shared_expert: int) -> MoEConfig:
 
 def _qwen2_moe(fields: Fields) -> MoEConfig:
     shared = fields.integer("shared_expert_intermediate_size")
-    return _qwen_moe(fields, experts=fields.integer("num_experts"), shared_expert=shared)
+    return _qwen_moe(fields, shared_expert=shared)
 
 
 def _qwen3_moe(fields: Fields) -> MoEConfig:
     # Coder configs carry shared_expert_intermediate_size; transformers ignores it, and so must we.
-    return _qwen_moe(fields, experts=_expert_count(fields), shared_expert=0)
+    return _qwen_moe(fields, shared_expert=0)
 
 
 def _mixtral(fields: Fields) -> MoEConfig:
@@ -105,7 +119,15 @@ def _mixtral(fields: Fields) -> MoEConfig:
     )
 
 
-_QWEN_DEFAULTS = {"vocab_size": 151_936, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "sliding_window": 4096}
+_QWEN_DEFAULTS = {
+    "vocab_size": 151_936,
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "sliding_window": 4096,
+    "bos_token_id": None,
+    "eos_token_id": (),
+}
 _DENSE_DEFAULTS = {
     **_QWEN_DEFAULTS,
     "hidden_size": 4096,
@@ -145,6 +167,7 @@ FAMILIES = {
         sliding=_slides_every_other_below_max_window_layers,
         writes_layer_types=True,
         moe=_qwen2_moe,
+        sparse=_sparse_by_step,
     ),
     "qwen3": Family(
         class_prefix="Qwen3",
@@ -174,6 +197,7 @@ FAMILIES = {
         sliding=_slides_if_used,
         writes_layer_types=False,
         moe=_qwen3_moe,
+        sparse=_sparse_by_step,
     ),
     "mixtral": Family(
         class_prefix="Mixtral",
@@ -190,7 +214,7 @@ FAMILIES = {
             "rms_norm_eps": 1e-5,
             "rope_theta": 1_000_000.0,
             "bos_token_id": 1,
-            "eos_token_id": 2,
+            "eos_token_id": (2,),
         },
         qkv_bias=_never,
         o_bias=_never,
@@ -198,6 +222,7 @@ FAMILIES = {
         sliding=_slides_if_given,
         writes_layer_types=False,
         moe=_mixtral,
+        sparse=_always,
     ),
 }
 
@@ -261,12 +286,12 @@ def _config(family: Family, fields: Fields) -> ModelConfig:
         moe=family.moe(fields) if family.moe and sparse else None,
         rms_norm_eps=fields.number("rms_norm_eps"),
         hidden_act=fields.string("hidden_act", "silu"),
-        max_position_embeddings=fields.integer("max_position_embeddings", 32_768),
+        max_position_embeddings=fields.integer("max_position_embeddings"),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         initializer_range=fields.number("initializer_range", 0.02),
         dtype=dtype.removeprefix("torch.") if dtype else None,
-        bos_token_id=fields.integer("bos_token_id", family.defaults.get("bos_token_id")),
-        eos_token_id=fields.integers("eos_token_id") or Fields(family.defaults, "").integers("eos_token_id"),
+        bos_token_id=None if fields.is_null("bos_token_id") else fields.integer("bos_token_id"),
+        eos_token_id=() if fields.is_null("eos_token_id") else fields.integers("eos_token_id"),
         pad_token_id=fields.integer("pad_token_id", None),
         num_labels=len(fields.mapping("id2label")) or fields.integer("num_labels", 2),
         hub_fields=freeze(fields.values),
@@ -282,6 +307,8 @@ def _attention(family: Family, fields: Fields, width: int, sliding: bool) -> Att
                 "num_attention_heads", f"a divisor of hidden_size={width}, or an explicit head_dim beside it"
             )
         head_dim = width // heads
+    if sliding and fields.is_null("sliding_window"):
+        raise fields.error("sliding_window", "an integer, since some layers slide")
     multi_head = fields.values.get("num_key_value_heads", 0) is None  # an explicit null means one per query head
     return AttentionConfig(
         num_attention_heads=heads,
@@ -309,18 +336,9 @@ def _layer_kinds(family: Family, fields: Fields) -> tuple[LayerKind, ...]:
     else:
         attention = ["sliding" if family.sliding(fields, layer) else "full" for layer in range(count)]
     return tuple(
-        LayerKind(attention=attention[layer], mlp="sparse" if _is_sparse(family, fields, layer) else "dense")
+        LayerKind(attention=attention[layer], mlp="sparse" if family.sparse(fields, layer) else "dense")
         for layer in range(count)
     )
-
-
-def _is_sparse(family: Family, fields: Fields, layer: int) -> bool:
-    if family.moe is None:
-        return False
-    step = fields.integer("decoder_sparse_step", 1)
-    if step < 1:
-        raise fields.error("decoder_sparse_step", "a positive integer")
-    return layer not in fields.integers("mlp_only_layers") and (layer + 1) % step == 0
 
 
 def _rope(fields: Fields) -> RopeConfig:
@@ -340,7 +358,7 @@ def _rope(fields: Fields) -> RopeConfig:
     theta = rope.number("rope_theta", None) or fields.number("rope_theta")
     if rope_type == "default":
         return RopeConfig(rope_theta=theta)
-    longest = fields.integer("max_position_embeddings", 32_768)
+    longest = fields.integer("max_position_embeddings")
     original = fields.integer("original_max_position_embeddings", None) or rope.integer(
         "original_max_position_embeddings", longest
     )

@@ -44,6 +44,10 @@ class Fields:
     def __contains__(self, name: str) -> bool:
         return self.values.get(name) is not None
 
+    def is_null(self, name: str) -> bool:
+        """Whether the field is given, as null."""
+        return name in self.values and self.values[name] is None
+
     def error(self, name: str, expected: str) -> ConfigError:
         """The refusal of a field, ready to be raised."""
         return ConfigError(f"{self.where}: {name}={self.values.get(name)!r} is not supported: expected {expected}.")
@@ -88,7 +92,7 @@ class Fields:
 
     def integers(self, name: str) -> tuple[int, ...]:
         """A list of ints, or one int, or nothing; always as a tuple."""
-        found = self._get(name, ())
+        found = self._get(name, self.defaults.get(name, ()))
         found = tuple(found) if isinstance(found, list | tuple) else (found,)
         if not all(isinstance(value, int) and not isinstance(value, bool) for value in found):
             raise self.error(name, "an integer or a list of integers")

@@ -22,16 +22,34 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 @dataclasses.dataclass(frozen=True)
 class TensorFile:
-    """Where a tensor stands, what it is, and how to read it."""
+    """Where a tensor stands, what it is, and how to read it.
+
+    Attributes:
+        path: the file.
+        shape, dtype: of the tensor.
+        slices: safetensors' lazy tensor: indexing it reads that part of the file.
+        expert, first_row: where the tensor is a part of a larger one in the file, [expert, first_row:…, :] of it.
+    """
 
     path: Path
     shape: tuple[int, ...]
     dtype: str
-    slices: Any  # safetensors' lazy tensor: indexing it reads that part of the file
+    slices: Any
+    expert: int | None = None
+    first_row: int = 0
 
-    def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """Reads a part of the tensor, and no more, from the file."""
-        return self.slices[index] if index else self.slices[...]
+    def part(self, expert: int, first_row: int, rows: int) -> "TensorFile":
+        """One expert's rows of a tensor [experts, rows, columns]."""
+        shape = (rows, *self.shape[2:])
+        return dataclasses.replace(self, shape=shape, expert=expert, first_row=first_row)
+
+    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """Reads a part of the tensor, given with start and stop, and no more, from the file."""
+        index = index or tuple(slice(0, size) for size in self.shape)
+        if self.expert is None:
+            return self.slices[index] if index else self.slices[...]
+        rows = slice(index[0].start + self.first_row, index[0].stop + self.first_row)
+        return self.slices[(self.expert, rows, *index[1:])]
 
 
 def open_tensors(folder: Path) -> dict[str, TensorFile]:

@@ -16,7 +16,7 @@ from qwen_moe_jax.config import ExecutionConfig
 from qwen_moe_jax.errors import CheckpointError
 from qwen_moe_jax.huggingface.config import read_config, read_generation_config
 from qwen_moe_jax.huggingface.files import DTYPES, TensorFile, open_tensors
-from qwen_moe_jax.huggingface.tensors import HARMLESS, HubParameter, hub_parameters, hub_tensors
+from qwen_moe_jax.huggingface.tensors import HARMLESS, HubParameter, hub_parameters, hub_tensors, unfused
 from qwen_moe_jax.model.causal_lm import CausalLM, Model
 
 AnyModel = TypeVar("AnyModel", bound=Model)
@@ -64,7 +64,7 @@ def load_model(
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder. Download the checkpoint first and give its folder.")
     config = read_config(folder)
-    tensors = open_tensors(folder)
+    tensors = unfused(open_tensors(folder), config.model_type)
     config = dataclasses.replace(config, dtype=config.dtype or _stored_dtype(tensors.values()))
     dtype = dtype or execution.dtype
     execution = dataclasses.replace(execution, dtype=dtype, param_dtype=param_dtype or execution.param_dtype or dtype)
@@ -107,7 +107,7 @@ def _repeats_embedding(name: str, tensors: dict[str, TensorFile]) -> bool:
     embedding = tensors.get("model.embed_tokens.weight")
     if name != "lm_head.weight" or embedding is None:
         return False
-    return np.array_equal(tensors[name].read(()), embedding.read(()))
+    return np.array_equal(tensors[name].read(), embedding.read())
 
 
 def _read(parameter: HubParameter, tensors: dict[str, TensorFile]) -> jax.Array:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from qwen_moe_jax.huggingface.files import TensorFile
 from qwen_moe_jax.model.causal_lm import Model
 
 #: Hub names that differ from the module's, for families whose files do not follow the Qwen names: (ours, the Hub's).
@@ -63,6 +64,29 @@ def hub_tensors(parameters: list[HubParameter]) -> Iterator[tuple[str, HubParame
     """(name, parameter, index into it) of every Hub tensor, layer by layer."""
     entries = [(name, parameter, index) for parameter in parameters for index, name in np.ndenumerate(parameter.names)]
     return iter(sorted(entries, key=lambda entry: _natural(entry[0])))
+
+
+def unfused(tensors: dict[str, TensorFile], model_type: str) -> dict[str, TensorFile]:
+    """A folder's tensors under per-expert names, where the experts stand fused in it.
+
+    transformers 5 holds the experts of a layer as `mlp.experts.gate_up_proj` [E, 2F, D] (gate rows first) and
+    `mlp.experts.down_proj` [E, D, F], and writes them so when told not to save in the original format.
+    """
+    rename = _renamer(model_type)
+    found: dict[str, TensorFile] = {}
+    for name, tensor in tensors.items():
+        fused = re.fullmatch(r"(.+\.mlp\.experts)\.(gate_up|down)_proj", name)
+        if fused is None or len(tensor.shape) != 3:
+            found[rename(name)] = tensor
+            continue
+        experts, rows, _ = tensor.shape
+        kinds = ("down",) if fused[2] == "down" else ("gate", "up")
+        each = rows // len(kinds)
+        for expert in range(experts):
+            for number, kind in enumerate(kinds):
+                part = tensor.part(expert, number * each, each)
+                found[rename(f"{fused[1]}.{expert}.{kind}_proj.weight")] = part
+    return found
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

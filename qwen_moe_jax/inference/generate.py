@@ -11,6 +11,7 @@ from os import PathLike
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from qwen_moe_jax.errors import RequestError
 from qwen_moe_jax.inference.tokenizer import Tokenizer, decode, encode, load_tokenizer
@@ -31,7 +32,7 @@ def generate(
     """Continues every prompt with the most probable tokens.
 
     Args:
-        model: in eval mode, whose dispatch drops no token unless its `ExecutionConfig` says so.
+        model: run in eval mode, whose dispatch drops no token unless the model's `ExecutionConfig` says so.
         prompts: texts, or lists of token ids. They need not be of one length.
         max_new_tokens: at most so many per prompt.
         stop_token_ids: tokens that end a text; None means the model's own (generation_config.json, else config.json),
@@ -57,6 +58,9 @@ def generate(
         tokenizer = load_tokenizer(tokenizer)
     ids = [encode(tokenizer, prompt) for prompt in prompts] if texts else [list(prompt) for prompt in prompts]
     _check(ids, max_new_tokens, model.config.vocab_size)
+    if not model.deterministic:
+        model = nnx.merge(*nnx.split(model))  # a view of the same weights: the caller's model stays in training mode
+        model.eval()
     stop = model.generation_config.eos_token_id if stop_token_ids is None else tuple(stop_token_ids)
     new = _generate_ids(model, ids, max_new_tokens, stop)
     return [decode(tokenizer, one) for one in new] if texts else new

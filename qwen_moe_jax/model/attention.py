@@ -77,9 +77,13 @@ def attend(
     """
 
     def local(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+        dtype = q_BTNH.dtype
+        if dtype == jnp.float16:
+            # dot_product_attention asks for float32 sums of float16 products, which XLA has not on every platform.
+            q_BTNH, k_BSKH, v_BSKH = (x.astype(jnp.float32) for x in (q_BTNH, k_BSKH, v_BSKH))
         same = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
         real = segment_ids_BT[:, None, :] != 0
-        return jax.nn.dot_product_attention(
+        mixed_BTNH = jax.nn.dot_product_attention(
             q_BTNH,
             k_BSKH,
             v_BSKH,
@@ -88,6 +92,7 @@ def attend(
             # dot_product_attention counts the keys before the query; the Hub's window counts the query itself too.
             local_window_size=None if sliding_window is None else (sliding_window - 1, 0),
         )
+        return mixed_BTNH.astype(dtype)
 
     specs = (HEADS, HEADS, HEADS, P(BATCH, None))
     return jax.shard_map(local, in_specs=specs, out_specs=HEADS)(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)

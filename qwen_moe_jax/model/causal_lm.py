@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -139,7 +140,7 @@ class Model(nnx.Module):
             tokens_BT: token ids, integers [B, T].
             segment_ids: integers [B, T]; tokens attend within their own segment, 0 is padding (so an attention mask of
                 zeros and ones is one). None means no padding, one segment a row.
-            positions: integers [B, T]; None counts from 0 within each segment.
+            positions: integers [B, T]; None counts from 0 at the first token of each segment.
             output_router_logits: also return `router.logits`.
             output_hidden_states: also return `hidden_states`.
 
@@ -151,7 +152,8 @@ class Model(nnx.Module):
             RequestError: the arrays are not integers, or not all [B, T].
             ConfigError: in training mode, the config asks for dropout or router jitter.
         """
-        segment_ids = jnp.ones(jnp.shape(tokens_BT), jnp.int32) if segment_ids is None else segment_ids
+        tokens_BT, segment_ids, positions = map(_as_array, (tokens_BT, segment_ids, positions))
+        segment_ids = np.ones(tokens_BT.shape, np.int32) if segment_ids is None else segment_ids
         _check_inputs(tokens_BT, segment_ids=segment_ids, positions=positions)
         if not self.deterministic:
             _check_trainable(self.config)
@@ -208,6 +210,7 @@ def _forward(
     batch = tokens_BT.shape[0]
     tokens_BT, segment_ids_BT = (jnp.asarray(x).astype(jnp.int32) for x in (tokens_BT, segment_ids_BT))
     positions_BT = positions_in_segments(segment_ids_BT) if positions_BT is None else positions_BT
+    positions_BT = jnp.where(segment_ids_BT != 0, positions_BT, 0)  # padding must not lengthen a dynamic rope
     missing = -batch % math.prod(model.mesh.shape[axis] for axis in BATCH)
     inputs = [jnp.pad(x, ((0, missing), (0, 0))) for x in (tokens_BT, segment_ids_BT, positions_BT)]
 
@@ -228,18 +231,22 @@ def _forward(
     return dataclasses.replace(out, logits=out.logits[:batch], router=router, hidden_states=hidden)
 
 
-def _check_inputs(tokens_BT: jax.typing.ArrayLike, **others: jax.typing.ArrayLike | None) -> None:
-    shape = jnp.shape(tokens_BT)
+def _as_array(x: Any) -> Any:
+    """Lists become arrays; arrays stay where they are."""
+    return np.asarray(x) if isinstance(x, list | tuple) else x
+
+
+def _check_inputs(tokens_BT: jax.Array | np.ndarray, **others: jax.Array | np.ndarray | None) -> None:
+    shape = tokens_BT.shape
     if len(shape) != 2 or 0 in shape:
         raise RequestError(f"tokens have shape {shape}, expected [batch, length], neither of them 0.")
     for name, array in {"tokens": tokens_BT, **others}.items():
         if array is None:
             continue
-        if jnp.shape(array) != shape:
-            raise RequestError(f"{name} has shape {jnp.shape(array)}, expected that of the tokens, {shape}.")
-        dtype = jnp.result_type(array)
-        if not (jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)):
-            raise RequestError(f"{name} has dtype {dtype}, expected integers.")
+        if array.shape != shape:
+            raise RequestError(f"{name} has shape {array.shape}, expected that of the tokens, {shape}.")
+        if not (jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.bool_)):
+            raise RequestError(f"{name} has dtype {array.dtype}, expected integers.")
 
 
 def _check_trainable(config: ModelConfig) -> None:
@@ -254,10 +261,12 @@ def _check_trainable(config: ModelConfig) -> None:
 
 
 def positions_in_segments(segment_ids_BT: jax.Array) -> jax.Array:
-    """Positions counted from 0 at every change of segment, [B, T]."""
+    """Positions counted from the first token of each segment, [B, T]; padding inside a segment counts as well."""
     index_BT = jnp.broadcast_to(jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32), segment_ids_BT.shape)
-    before_BT = jnp.pad(segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    starts_BT = jnp.where(segment_ids_BT != before_BT, index_BT, 0)
+    last_real_BT = jax.lax.cummax(jnp.where(segment_ids_BT != 0, index_BT, 0), axis=1)
+    filled_BT = jnp.take_along_axis(segment_ids_BT, last_real_BT, axis=1)  # padding belongs to the segment before it
+    before_BT = jnp.pad(filled_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    starts_BT = jnp.where(filled_BT != before_BT, index_BT, 0)
     return index_BT - jax.lax.cummax(starts_BT, axis=1)
 
 

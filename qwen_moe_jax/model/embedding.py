@@ -15,7 +15,7 @@ class Embedding(nnx.Module):
     """Vectors of the vocabulary, [V, D]. Looking up `padding_idx` teaches it nothing, as in torch."""
 
     def __init__(self, name: str, vocab_size: int, hidden_size: int, padding_idx: int | None, make: ParameterFactory):
-        self.weight = make.normal(f"{name}.weight", (vocab_size, hidden_size), TABLE)
+        self.weight = make.normal(f"{name}.weight", (vocab_size, hidden_size), TABLE, zero_row=padding_idx)
         self.padding_idx = padding_idx
 
     def __call__(self, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -39,9 +39,14 @@ class ParameterFactory:
         """A factory whose parameters have a leading axis of `count` layers."""
         return dataclasses.replace(self, stack=count)
 
-    def normal(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-        """A matrix drawn from N(0, initializer_range²), as every Linear and Embedding of transformers."""
-        return self._create("normal", name, shape, axes)
+    def normal(
+        self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], zero_row: int | None = None
+    ) -> nnx.Param:
+        """A matrix drawn from N(0, initializer_range²), as every Linear and Embedding of transformers.
+
+        `zero_row` is left zero, as torch leaves the row of the padding token.
+        """
+        return self._create("normal", name, shape, axes, zero_row)
 
     def zeros(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
         """A bias."""
@@ -51,24 +56,27 @@ class ParameterFactory:
         """A norm's scale."""
         return self._create("ones", name, shape, axes)
 
-    def _create(self, kind: Kind, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    def _create(
+        self, kind: Kind, name: str, shape: tuple[int, ...], axes: tuple[str, ...], zero_row: int | None = None
+    ) -> nnx.Param:
         if self.stack is not None:
             shape, axes = (self.stack, *shape), ("layers", *axes)
         sharding = parameter_sharding(name, shape, axes, self.mesh)
         dtype = jnp.dtype(self.dtype)
         if self.rngs is None:
             return nnx.Param(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding), axes=axes)
-        value = _drawer(kind, shape, dtype, sharding)(self.rngs.params(), self.initializer_range)
+        value = _drawer(kind, shape, dtype, sharding, zero_row)(self.rngs.params(), self.initializer_range)
         return nnx.Param(value, axes=axes)
 
 
 @functools.cache
-def _drawer(kind: Kind, shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding):
+def _drawer(kind: Kind, shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding, zero_row: int | None):
     """A compiled function (key, scale) → the parameter, each device drawing its own part."""
 
     def draw(key: jax.Array, scale: float) -> jax.Array:
         if kind == "normal":
-            return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+            drawn = (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+            return drawn if zero_row is None else drawn.at[zero_row].set(0)
         return jnp.full(shape, 1.0 if kind == "ones" else 0.0, dtype)
 
     return jax.jit(draw, out_shardings=sharding)
