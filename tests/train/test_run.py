@@ -5,8 +5,10 @@ import io
 import json
 import shutil
 
+import numpy as np
 import pytest
 
+import qwen_moe_jax as qmj
 from train.__main__ import main
 
 CONFIG = """
@@ -169,3 +171,35 @@ def test_fresh_deletes_the_old_run_and_ctrl_c_says_how_to_go_on(finished, config
     code, _, complaint = start(config_file, folder, "--fresh")
     assert code == 130 and "goes on from the last checkpoint" in complaint
     assert [path.name for path in folder.iterdir()] == ["config.toml"]
+
+
+def test_the_exported_folder_opens_in_transformers_with_the_same_logits(finished):
+    torch = pytest.importorskip("torch", reason="transformers needs torch, which is not installed here")
+    transformers = pytest.importorskip("transformers", reason="not installed here")
+    folder = str(finished[0] / "hub")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = "class Reader:\n    def __init__(self):\n"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    with torch.no_grad():
+        expected = transformers.AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([ids])).logits.numpy()
+    found = np.asarray(qmj.from_pretrained(folder)(np.array([ids])).logits)
+    # float32 on both sides: rounding only
+    assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
+
+
+def test_a_run_can_be_drawn(finished):
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    from train import plot
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert plot.main([str(finished[0])]) == 0
+    assert (finished[0] / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_drawing_a_folder_that_is_no_run_says_so(tmp_path):
+    from train import plot
+
+    with contextlib.redirect_stderr(io.StringIO()) as complaint:
+        assert plot.main([str(tmp_path)]) == 2
+    assert "metrics.jsonl: there is no such file" in complaint.getvalue()
