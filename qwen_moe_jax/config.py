@@ -1,6 +1,6 @@
 """What a model means (`ModelConfig`), how it is run (`ExecutionConfig`), how its text ends (`GenerationConfig`).
 
-Nothing here knows a Hub name or imports JAX: `huggingface/config.py` translates config.json into these fields, and no
+Nothing here knows a Hub name or imports JAX: `huggingface/` translates config.json into these fields, and no
 layer ever asks which family it belongs to.
 """
 

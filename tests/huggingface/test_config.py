@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.huggingface.config import config_to_hub
+from qwen_moe_jax.huggingface.export_config import config_to_hub
 from tests.cases import ABSENT, CASES, COMMON, FAMILIES, PLAIN
 
 PUBLISHED = Path(__file__).parents[2] / "configs" / "models"

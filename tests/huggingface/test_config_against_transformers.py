@@ -5,7 +5,7 @@ import json
 import pytest
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.huggingface.config import config_to_hub
+from qwen_moe_jax.huggingface.export_config import config_to_hub
 from tests.cases import CASES
 from tests.huggingface.test_config import meaning
 from tests.referee import transformers

@@ -12,6 +12,7 @@ from qwen_moe_jax.config import MoEConfig
 from qwen_moe_jax.moe.losses import load_balancing_loss
 from qwen_moe_jax.moe.router import route
 from qwen_moe_jax.moe.stats import RouterStats, count
+from qwen_moe_jax.sharding.rules import BATCH
 
 E, A = 6, 2
 
@@ -30,7 +31,7 @@ def routed(logits_BTE, real_BT, **moe):
             return routing, count(routing, np.zeros(E, np.int32))
 
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            specs = (P(None, None, None), P(None, None))
+            specs = (P(BATCH, None, None), P(BATCH, None))
             return jax.sharding.explicit_axes(inside, in_sharding=specs)(logits_BTE, real_BT)
 
     placed = jax.device_put(logits_BTE, jax.sharding.NamedSharding(mesh, P()))

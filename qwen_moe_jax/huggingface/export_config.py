@@ -1,0 +1,150 @@
+"""ModelConfig → config.json that transformers 4 and 5 both read, and GenerationConfig → generation_config.json.
+
+Both generations of keys are written. What a family cannot express is refused, not written and read back differently.
+"""
+
+import dataclasses
+from typing import Any
+
+from qwen_moe_jax.config import GenerationConfig, ModelConfig, MoEConfig, RopeConfig
+from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.huggingface.config import LAYER_TYPES, config_from_hub, layer_kinds
+from qwen_moe_jax.huggingface.families import Family, family_of
+from qwen_moe_jax.huggingface.fields import Fields, thaw
+
+
+def config_to_hub(config: ModelConfig, head: str = "ForCausalLM") -> dict[str, Any]:
+    """The content of a config.json that transformers 4 and 5 both read as this model.
+
+    Args:
+        config: the model.
+        head: the last part of the transformers class, for `architectures`.
+
+    Raises:
+        ConfigError: the family cannot express the config (for example sliding layers in a pattern of its own); the
+            message names the field.
+    """
+    family = family_of(config.model_type, "config")
+    hub = thaw(config.hub_fields)
+    hub |= {
+        "architectures": [family.class_prefix + head],
+        "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.attention.num_attention_heads,
+        "num_key_value_heads": config.attention.num_key_value_heads,
+        "hidden_act": config.hidden_act,
+        "max_position_embeddings": config.max_position_embeddings,
+        "initializer_range": config.initializer_range,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "attention_dropout": config.attention.attention_dropout,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": _one_or_list(config.eos_token_id),
+        "pad_token_id": config.pad_token_id,
+        "dtype": config.dtype,
+        "torch_dtype": config.dtype,
+    }
+    hub.setdefault("use_cache", True)
+    implied = "head_dim" not in family.defaults and "head_dim" not in hub
+    if not (implied and config.attention.head_dim * config.attention.num_attention_heads == config.hidden_size):
+        hub["head_dim"] = config.attention.head_dim
+    hub |= _rope_to_hub(config.rope)
+    hub |= _biases_to_hub(config)
+    if config.moe is not None:
+        hub |= _moe_to_hub(config, config.moe)
+    if config.num_labels != (len(hub.get("id2label") or ()) or hub.get("num_labels", 2)):
+        hub["id2label"] = {str(label): f"LABEL_{label}" for label in range(config.num_labels)}
+        hub["label2id"] = {f"LABEL_{label}": label for label in range(config.num_labels)}
+        hub.pop("num_labels", None)
+    hub |= _layers_to_hub(config, family, hub)
+    _assert_reads_back(config, hub)
+    return hub
+
+
+def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
+    return list(ids) if len(ids) > 1 else (ids[0] if ids else None)
+
+
+def _rope_to_hub(rope: RopeConfig) -> dict[str, Any]:
+    default = RopeConfig(rope_theta=rope.rope_theta)
+    given = {
+        field.name: getattr(rope, field.name)
+        for field in dataclasses.fields(rope)
+        if getattr(rope, field.name) != getattr(default, field.name)
+    }
+    if rope.rope_type == "default":
+        scaling = None
+    else:
+        scaling = {"rope_type": rope.rope_type, "factor": rope.factor} | given
+        if rope.rope_type == "llama3":
+            scaling |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    return {
+        "rope_theta": rope.rope_theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_type": rope.rope_type, "rope_theta": rope.rope_theta} | (scaling or {}),
+    }
+
+
+def _biases_to_hub(config: ModelConfig) -> dict[str, Any]:
+    if config.model_type == "qwen2_moe":
+        return {"qkv_bias": config.attention.qkv_bias}
+    if config.model_type in ("qwen3", "qwen3_moe"):
+        return {"attention_bias": config.attention.qkv_bias}
+    return {}
+
+
+def _moe_to_hub(config: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
+    hub = {"num_experts_per_tok": moe.num_experts_per_tok, "router_aux_loss_coef": moe.router_aux_loss_coef}
+    if config.model_type == "mixtral":
+        return hub | {"num_local_experts": moe.num_experts, "router_jitter_noise": moe.router_jitter_noise}
+    hub |= {
+        "num_experts": moe.num_experts,
+        "moe_intermediate_size": moe.moe_intermediate_size,
+        "norm_topk_prob": moe.norm_topk_prob,
+    }
+    if config.model_type == "qwen2_moe":
+        return hub | {"shared_expert_intermediate_size": moe.shared_expert_intermediate_size}
+    # transformers 5 reads num_local_experts, transformers 4 num_experts; each ignores the other.
+    return hub | {"num_local_experts": moe.num_experts}
+
+
+def _layers_to_hub(config: ModelConfig, family: Family, hub: dict[str, Any]) -> dict[str, Any]:
+    """The fields that say which layer is of which kind: those the config came with where they still say it."""
+    written: dict[str, Any] = {}
+    if config.attention.sliding_window is not None:
+        written = {"sliding_window": config.attention.sliding_window, "use_sliding_window": True}
+    elif config.model_type == "mixtral":
+        written = {"sliding_window": None}
+    else:
+        written = {"use_sliding_window": False}
+    if family.writes_layer_types:
+        names = {kind: name for name, kind in LAYER_TYPES.items()}
+        written["layer_types"] = [names[kind.attention] for kind in config.layers]
+    if family.moe is not None and config.model_type != "mixtral":
+        mlps = [kind.mlp for kind in config.layers]
+        as_given = Fields({**hub, **written}, "config", family.defaults)
+        if [kind.mlp for kind in layer_kinds(family, as_given)] != mlps:
+            written["decoder_sparse_step"] = 1
+            written["mlp_only_layers"] = [layer for layer, mlp in enumerate(mlps) if mlp == "dense"]
+    return written
+
+
+def _assert_reads_back(config: ModelConfig, hub: dict[str, Any]) -> None:
+    """A family has rules of its own (qwen2's biases, mixtral's sliding): what it cannot say must not be written."""
+    read = config_from_hub(hub, "config")
+    for field in dataclasses.fields(ModelConfig):
+        wanted, found = getattr(config, field.name), getattr(read, field.name)
+        if field.name != "hub_fields" and wanted != found:
+            raise ConfigError(
+                f"{field.name}={wanted!r} cannot be written as model_type={config.model_type!r}: its config.json would "
+                f"be read back as {found!r}. Choose another model_type."
+            )
+
+
+def generation_config_to_hub(generation: GenerationConfig, config: ModelConfig) -> dict[str, Any]:
+    """The content of a generation_config.json."""
+    hub = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id} | thaw(generation.hub_fields)
+    return hub | {"eos_token_id": _one_or_list(generation.eos_token_id)}

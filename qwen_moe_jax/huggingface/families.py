@@ -1,0 +1,229 @@
+"""How each model type of the Hub is read: one entry per family, one small function per rule.
+
+The rules are those of transformers 5.23, observed by running it: which layers slide differs by family, and so do
+biases, head size and the defaults of absent fields.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qwen_moe_jax.config import MoEConfig
+from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.huggingface.fields import Fields
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """How one model type of the Hub is read.
+
+    Attributes:
+        class_prefix: of the transformers classes, as `architectures` names them.
+        defaults: the values of fields that a config.json leaves out.
+        qkv_bias, o_bias: read the biases of the attention projections.
+        sliding: (fields, layer index) → does this layer slide, where no `layer_types` is given.
+        writes_layer_types: the family knows the `layer_types` field.
+        moe: reads the sparse block, None for a dense family.
+        sparse: (fields, layer index) → does this layer have a sparse block.
+    """
+
+    class_prefix: str
+    defaults: Mapping[str, Any]
+    qkv_bias: Callable[[Fields], bool]
+    o_bias: Callable[[Fields], bool]
+    qk_norm: bool
+    sliding: Callable[[Fields, int], bool]
+    writes_layer_types: bool
+    moe: Callable[[Fields], MoEConfig] | None = None
+    sparse: Callable[[Fields, int], bool] = lambda fields, layer: False
+
+
+def _never(fields: Fields) -> bool:
+    return False
+
+
+def _attention_bias(fields: Fields) -> bool:
+    return fields.boolean("attention_bias", False)
+
+
+def _slides_from_max_window_layers(fields: Fields, layer: int) -> bool:
+    return _slides_if_used(fields, layer) and layer >= fields.integer("max_window_layers", 28)
+
+
+def _slides_every_other_below_max_window_layers(fields: Fields, layer: int) -> bool:
+    below = layer < fields.integer("max_window_layers", 28)
+    return fields.boolean("use_sliding_window", False) and layer % 2 == 0 and below
+
+
+def _slides_if_used(fields: Fields, layer: int) -> bool:
+    return fields.boolean("use_sliding_window", False) and not fields.is_null("sliding_window")
+
+
+def _slides_if_given(fields: Fields, layer: int) -> bool:
+    return "sliding_window" in fields
+
+
+def _always(fields: Fields, layer: int) -> bool:
+    return True
+
+
+def _sparse_by_step(fields: Fields, layer: int) -> bool:
+    step = fields.integer("decoder_sparse_step", 1)
+    if step < 1:
+        raise fields.error("decoder_sparse_step", "a positive integer")
+    chosen = layer not in fields.integers("mlp_only_layers") and (layer + 1) % step == 0
+    return chosen and _expert_count(fields) > 0
+
+
+def _expert_count(fields: Fields) -> int:
+    """Transformers 5 stores `num_local_experts`, and it wins where both are given and differ."""
+    return fields.integer("num_local_experts" if "num_local_experts" in fields else "num_experts")
+
+
+def _qwen_moe(fields: Fields, *, shared_expert: int) -> MoEConfig:
+    return MoEConfig(
+        num_experts=_expert_count(fields),
+        num_experts_per_tok=fields.integer("num_experts_per_tok"),
+        moe_intermediate_size=fields.integer("moe_intermediate_size"),
+        norm_topk_prob=fields.boolean("norm_topk_prob", False),
+        shared_expert_intermediate_size=shared_expert,
+        router_aux_loss_coef=fields.number("router_aux_loss_coef", 0.001),
+    )
+
+
+def _qwen2_moe(fields: Fields) -> MoEConfig:
+    shared = fields.integer("shared_expert_intermediate_size")
+    return _qwen_moe(fields, shared_expert=shared)
+
+
+def _qwen3_moe(fields: Fields) -> MoEConfig:
+    # Coder configs carry shared_expert_intermediate_size; transformers ignores it, and so must we.
+    return _qwen_moe(fields, shared_expert=0)
+
+
+def _mixtral(fields: Fields) -> MoEConfig:
+    return MoEConfig(
+        num_experts=_expert_count(fields),
+        num_experts_per_tok=fields.integer("num_experts_per_tok"),
+        moe_intermediate_size=fields.integer("intermediate_size"),
+        norm_topk_prob=True,
+        float32_weights=True,
+        router_aux_loss_coef=fields.number("router_aux_loss_coef", 0.001),
+        router_jitter_noise=fields.number("router_jitter_noise", 0.0),
+    )
+
+
+_QWEN_DEFAULTS = {
+    "vocab_size": 151_936,
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "sliding_window": 4096,
+    "bos_token_id": None,
+    "eos_token_id": (),
+}
+_DENSE_DEFAULTS = {
+    **_QWEN_DEFAULTS,
+    "hidden_size": 4096,
+    "intermediate_size": 22_016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+}
+
+FAMILIES = {
+    "qwen2": Family(
+        class_prefix="Qwen2",
+        defaults=_DENSE_DEFAULTS,
+        qkv_bias=lambda fields: True,
+        o_bias=_never,
+        qk_norm=False,
+        sliding=_slides_from_max_window_layers,
+        writes_layer_types=True,
+    ),
+    "qwen2_moe": Family(
+        class_prefix="Qwen2Moe",
+        defaults={
+            **_QWEN_DEFAULTS,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+        },
+        qkv_bias=lambda fields: fields.boolean("qkv_bias", True),
+        o_bias=_never,
+        qk_norm=False,
+        sliding=_slides_every_other_below_max_window_layers,
+        writes_layer_types=True,
+        moe=_qwen2_moe,
+        sparse=_sparse_by_step,
+    ),
+    "qwen3": Family(
+        class_prefix="Qwen3",
+        defaults={**_DENSE_DEFAULTS, "head_dim": 128},
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        qk_norm=True,
+        sliding=_slides_from_max_window_layers,
+        writes_layer_types=True,
+    ),
+    "qwen3_moe": Family(
+        class_prefix="Qwen3Moe",
+        defaults={
+            **_QWEN_DEFAULTS,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        qk_norm=True,
+        sliding=_slides_if_used,
+        writes_layer_types=False,
+        moe=_qwen3_moe,
+        sparse=_sparse_by_step,
+    ),
+    "mixtral": Family(
+        class_prefix="Mixtral",
+        defaults={
+            "vocab_size": 32_000,
+            "hidden_size": 4096,
+            "intermediate_size": 14_336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 131_072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+            "bos_token_id": 1,
+            "eos_token_id": (2,),
+        },
+        qkv_bias=_never,
+        o_bias=_never,
+        qk_norm=False,
+        sliding=_slides_if_given,
+        writes_layer_types=False,
+        moe=_mixtral,
+        sparse=_always,
+    ),
+}
+
+
+def family_of(model_type: Any, where: str) -> Family:
+    """The entry of a model type; `where` names the config in the refusal of an unknown one."""
+    if model_type not in FAMILIES:
+        supported = ", ".join(FAMILIES)
+        raise ConfigError(f"{where}: model_type={model_type!r} is not supported: expected one of {supported}.")
+    return FAMILIES[model_type]
