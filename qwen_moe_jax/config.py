@@ -53,7 +53,7 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         _require_choice("rope_type", self.rope_type, RopeType)
-        _require(self.rope_theta > 0, "rope_theta", self.rope_theta, "a positive number")
+        _require(self.rope_theta > 1, "rope_theta", self.rope_theta, "a number above 1")
         _require(self.factor >= 1, "rope factor", self.factor, "a number of at least 1")
         if self.rope_type in ("yarn", "llama3"):
             found = self.original_max_position_embeddings
@@ -183,7 +183,8 @@ class ModelConfig:
         _require(not sliding or window is not None, "sliding_window", window, "an integer, since some layers slide")
         for name in ("bos_token_id", "pad_token_id"):
             found = getattr(self, name)
-            _require(found is None or found < self.vocab_size, name, found, f"less than vocab_size={self.vocab_size}")
+            inside = found is None or 0 <= found < self.vocab_size
+            _require(inside, name, found, f"between 0 and vocab_size={self.vocab_size}, exclusive")
 
     @classmethod
     def from_pretrained(cls, source: str | PathLike[str] | Mapping[str, Any]) -> "ModelConfig":
@@ -192,7 +193,7 @@ class ModelConfig:
         Raises:
             ConfigError: naming the field, what was found and what is supported.
         """
-        # The one arrow that runs upwards: only huggingface/ may know Hub names, and users look for the reader here.
+        # One of the two arrows that run upwards: only huggingface/ may know Hub names, and users look for it here.
         from qwen_moe_jax.huggingface.config import read_config
 
         return read_config(source)

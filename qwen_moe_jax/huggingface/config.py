@@ -143,6 +143,8 @@ def _rope(fields: Fields) -> RopeConfig:
     original = fields.integer("original_max_position_embeddings", None) or rope.integer(
         "original_max_position_embeddings", longest
     )
+    if original < 1:
+        raise rope.error("original_max_position_embeddings", "a positive integer")
     scaled = rope_type in ("yarn", "llama3")
     factor = rope.number("factor", longest / original if rope_type == "yarn" else None)
     if factor is None:

@@ -223,7 +223,7 @@ FAMILIES = {
 
 def family_of(model_type: Any, where: str) -> Family:
     """The entry of a model type; `where` names the config in the refusal of an unknown one."""
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         supported = ", ".join(FAMILIES)
         raise ConfigError(f"{where}: model_type={model_type!r} is not supported: expected one of {supported}.")
     return FAMILIES[model_type]

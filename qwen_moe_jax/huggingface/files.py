@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -58,10 +59,10 @@ def open_tensors(folder: Path) -> dict[str, TensorFile]:
     Raises:
         CheckpointError: no safetensors, an index that names an absent file or tensor, a damaged file.
     """
-    if (folder / INDEX).is_file():
-        weight_map = _weight_map(folder / INDEX)
-    elif (folder / SINGLE).is_file():
+    if (folder / SINGLE).is_file():  # wins over an index, as in transformers
         weight_map = None
+    elif (folder / INDEX).is_file():
+        weight_map = _weight_map(folder / INDEX)
     else:
         raise CheckpointError(
             f"{folder}: found neither {SINGLE} nor {INDEX}. A checkpoint folder needs one of them; other formats have "
@@ -73,7 +74,9 @@ def open_tensors(folder: Path) -> dict[str, TensorFile]:
         raise CheckpointError(f"{folder / INDEX} names files that are not there: {', '.join(absent)}.")
     tensors: dict[str, TensorFile] = {}
     for name in files:
-        tensors |= _open_file(folder / name)
+        opened = _open_file(folder / name)
+        # A tensor counts in the file that the index names for it, not in another one that happens to have it as well.
+        tensors |= {key: found for key, found in opened.items() if (weight_map or {}).get(key, name) == name}
     if weight_map is not None:
         lost = sorted(name for name in weight_map if name not in tensors)
         if lost:
@@ -113,7 +116,15 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
     Files of the old folder that the new one does not have are kept (a tokenizer, a README), except weights, which
     belong to the config beside them. On an error the old folder stays as it was.
+
+    Raises:
+        CheckpointError: `folder` is a file, or a mount point, which cannot be renamed.
     """
+    folder = folder.absolute()
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file, expected a folder to write or none yet.")
+    if folder.is_mount() or folder == Path.cwd():
+        raise CheckpointError(f"{folder} cannot be replaced as a whole (it is in use): give a folder inside it.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
@@ -121,22 +132,39 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         yield staging
         if folder.exists():
             _keep_other_files(folder, staging)
-            retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
-            folder.rename(retired / folder.name)
-            staging.rename(folder)
-            shutil.rmtree(retired)
+            _swap(staging, folder)
         else:
             staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _swap(new: Path, old: Path) -> None:
+    retired = Path(tempfile.mkdtemp(prefix=f".{old.name}.", suffix=".old", dir=old.parent))
+    old.rename(retired / old.name)
+    try:
+        new.rename(old)
+    except BaseException:
+        (retired / old.name).rename(old)
+        retired.rmdir()
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
+
+
 def _keep_other_files(old: Path, new: Path) -> None:
+    """Links (or copies, where links are not to be had) what the new folder does not have itself."""
     for path in old.iterdir():
         weights = path.name == INDEX or (path.name.startswith("model") and path.suffix == ".safetensors")
         if weights or (new / path.name).exists():
             continue
-        if path.is_dir():
-            shutil.copytree(path, new / path.name, symlinks=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, symlinks=True, copy_function=_link)
         else:
-            shutil.copy2(path, new / path.name, follow_symlinks=False)
+            _link(path, new / path.name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)

@@ -111,17 +111,19 @@ def _repeats_embedding(name: str, tensors: dict[str, TensorFile]) -> bool:
 
 
 def _read(parameter: HubParameter, tensors: dict[str, TensorFile]) -> jax.Array:
-    """Assembles one parameter on the devices that own it."""
-    described = parameter.leaf
-    parts: dict[str, np.ndarray] = {}  # devices that hold copies of a part share one reading of it
+    """Assembles one parameter on the devices that own it, one device's part after the other.
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        key = str(index)
-        if key not in parts:
-            parts[key] = _read_part(parameter, tensors, index)
-        return parts[key]
-
-    return jax.make_array_from_callback(described.shape, described.sharding, part)
+    Host memory holds one part at a time; devices with copies of a part share one reading of it.
+    """
+    shape, sharding = parameter.leaf.shape, parameter.leaf.sharding
+    owners: dict[str, list[tuple[jax.Device, tuple[slice, ...]]]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        owners.setdefault(str(index), []).append((device, index))
+    placed = []
+    for group in owners.values():
+        part = _read_part(parameter, tensors, group[0][1])
+        placed += jax.block_until_ready([jax.device_put(part, device) for device, _ in group])
+    return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
 
 def _read_part(parameter: HubParameter, tensors: dict[str, TensorFile], index: tuple[slice, ...]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Model → Hub folder: per-layer, per-expert safetensors that transformers 4 and 5 load."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -11,13 +12,13 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.errors import ConfigError, ShardingError
 from qwen_moe_jax.huggingface.export_config import config_to_hub, generation_config_to_hub
 from qwen_moe_jax.huggingface.files import INDEX, SINGLE, replaced_folder
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_tensors
 from qwen_moe_jax.model.causal_lm import CausalLM, Model, SequenceClassifier, TokenClassifier
 
-HEADS = {
+HUB_CLASSES = {
     CausalLM: "ForCausalLM",
     SequenceClassifier: "ForSequenceClassification",
     TokenClassifier: "ForTokenClassification",
@@ -30,7 +31,7 @@ def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size
 
     The folder is written beside and renamed, so that an interrupted export never looks finished. Where it exists
     already, its weights and configs are replaced and its other files (a tokenizer) are kept. Tensors are fetched from
-    the devices layer by layer, and at most one shard is held in memory.
+    the devices layer by layer; in memory are at most one shard and the experts of one layer.
 
     Args:
         model: any head; its parameters keep their dtype.
@@ -40,9 +41,15 @@ def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size
 
     Raises:
         ConfigError: the family cannot express the config, or max_shard_size is not a size.
+        CheckpointError: `folder` is a file or a mount point.
+        ShardingError: the model is spread over several hosts.
     """
     folder, limit = Path(folder), _bytes(max_shard_size)
-    config = config_to_hub(model.config, HEADS[type(model)]) | {
+    if jax.process_count() > 1:
+        raise ShardingError("save_pretrained runs on one host; this program runs on several.")
+    model.require_weights()
+    head = next(suffix for head, suffix in HUB_CLASSES.items() if isinstance(model, head))
+    config = config_to_hub(model.config, head) | {
         "dtype": model.execution.param_dtype,
         "torch_dtype": model.execution.param_dtype,
     }
@@ -54,8 +61,7 @@ def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size
         _write_json(new / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
         tensors = export_tensors(model)
         for file, names in shards.items():
-            shard = {name: next(tensors)[1] for name in names}
-            save_file(shard, new / file, metadata={"format": "pt"})
+            save_file(dict(itertools.islice(tensors, len(names))), new / file, metadata={"format": "pt"})
             (new / file).chmod((new / "config.json").stat().st_mode)  # safetensors leaves it to the owner alone
         if len(shards) > 1:
             _write_json(new / INDEX, _index(parameters, shards))
@@ -63,12 +69,12 @@ def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size
 
 def export_tensors(model: Model) -> Iterator[tuple[str, np.ndarray]]:
     """Every (Hub name, array) of a model, or of its gradients, layer by layer."""
-    held: tuple[Any, np.ndarray] | None = None
+    held_key, held = None, None
     for name, parameter, index in hub_tensors(hub_parameters(model)):
         key = (id(parameter), index[:1])
-        if held is None or held[0] != key:  # the experts of a layer come one after the other: fetch them once
-            held = (key, np.asarray(jax.device_get(parameter.leaf[index[0]] if index else parameter.leaf)))
-        yield name, np.ascontiguousarray(held[1][index[1:]])
+        if key != held_key:  # the experts of a layer come one after the other: they are fetched together, once
+            held_key, held = key, np.asarray(jax.device_get(parameter.leaf[index[0]] if index else parameter.leaf))
+        yield name, held[index[1:]].copy()  # a view would keep all the experts of the layer in memory
 
 
 def _plan_shards(parameters: list[HubParameter], limit: int) -> dict[str, list[str]]:
@@ -105,7 +111,7 @@ def _bytes(size: int | str) -> int:
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
     parsed = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]B)?", str(size))
-    if parsed is None or float(parsed[1]) == 0:
+    if parsed is None or float(parsed[1]) * UNITS[parsed[2] or ""] < 1:
         raise ConfigError(f"max_shard_size={size!r} is not a size: expected bytes, or for example '500MB' or '5GB'.")
     return int(float(parsed[1]) * UNITS[parsed[2] or ""])
 

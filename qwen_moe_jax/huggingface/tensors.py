@@ -61,9 +61,17 @@ def hub_parameters(model: Model) -> list[HubParameter]:
 
 
 def hub_tensors(parameters: list[HubParameter]) -> Iterator[tuple[str, HubParameter, tuple[int, ...]]]:
-    """(name, parameter, index into it) of every Hub tensor, layer by layer."""
+    """(name, parameter, index into it) of every Hub tensor: layer by layer, and within a layer parameter by parameter.
+
+    So whoever fetches a parameter's layer finds all its experts next to one another.
+    """
     entries = [(name, parameter, index) for parameter in parameters for index, name in np.ndenumerate(parameter.names)]
-    return iter(sorted(entries, key=lambda entry: _natural(entry[0])))
+
+    def place(entry: tuple[str, HubParameter, tuple[int, ...]]) -> tuple[Any, ...]:
+        name, _, index = entry
+        return _natural(re.sub(r"\.experts\.\d+\.", ".experts.", name)), index
+
+    return iter(sorted(entries, key=place))
 
 
 def unfused(tensors: dict[str, TensorFile], model_type: str) -> dict[str, TensorFile]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qwen_moe_jax.errors import RequestError
+from qwen_moe_jax.errors import RequestError, ShardingError
 from qwen_moe_jax.inference.tokenizer import Tokenizer, decode, encode, load_tokenizer
 from qwen_moe_jax.model.causal_lm import CausalLM
 
@@ -46,10 +46,11 @@ def generate(
     Raises:
         RequestError: an empty prompt, a token id outside the vocabulary, or texts without a tokenizer; the message
             names the prompt.
+        ShardingError: the program runs on several hosts.
     """
     if isinstance(prompts, str):
         raise RequestError("prompts is one string, expected a list: generate(model, [prompt], …).")
-    if not prompts:
+    if len(prompts) == 0:
         return []
     texts = all(isinstance(prompt, str) for prompt in prompts)
     if texts and tokenizer is None:
@@ -58,6 +59,8 @@ def generate(
         tokenizer = load_tokenizer(tokenizer)
     ids = [encode(tokenizer, prompt) for prompt in prompts] if texts else [list(prompt) for prompt in prompts]
     _check(ids, max_new_tokens, model.config.vocab_size)
+    if jax.process_count() > 1:
+        raise ShardingError("generate runs on one host; this program runs on several.")
     if not model.deterministic:
         model = nnx.merge(*nnx.split(model))  # a view of the same weights: the caller's model stays in training mode
         model.eval()
@@ -104,9 +107,8 @@ def _greedy(
         step, buffer_BT, ends_B, done_B = state
         # Places that hold no token yet are padding: they take no expert's capacity.
         written_BT = (columns < ends_B[:, None]).astype(jnp.int32)
-        logits_BTV = model(buffer_BT, segment_ids=written_BT).logits
-        last_BV = jnp.take_along_axis(logits_BTV, (ends_B - 1)[:, None, None], axis=1)[:, 0]
-        token_B = jnp.argmax(last_BV, axis=-1).astype(jnp.int32)
+        logits_B1V = model(buffer_BT, segment_ids=written_BT, logits_at=ends_B - 1).logits
+        token_B = jnp.argmax(logits_B1V[:, 0], axis=-1).astype(jnp.int32)
         here_BT = (columns == ends_B[:, None]) & ~done_B[:, None]
         buffer_BT = jnp.where(here_BT, token_B[:, None], buffer_BT)
         ends_B = ends_B + ~done_B

@@ -20,7 +20,7 @@ HEADS = P(BATCH, None, "tensor", None)
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sequence:
+class TokenContext:
     """Where every token stands: what the layers know about a batch besides its hidden states.
 
     Attributes:
@@ -50,15 +50,15 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(f"{name}.k_norm", head_dim, config.rms_norm_eps, make) if qk_norm else None
         self.head_dim = head_dim
 
-    def __call__(self, hidden_BTD: jax.Array, sequence: Sequence, sliding_window: int | None) -> jax.Array:
+    def __call__(self, hidden_BTD: jax.Array, context: TokenContext, sliding_window: int | None) -> jax.Array:
         """[B, T, D] to [B, T, D]. `sliding_window` is the number of keys seen, None for all."""
         q_BTNH = self._heads(self.q_proj(hidden_BTD))
         k_BTKH = self._heads(self.k_proj(hidden_BTD))
         v_BTKH = self._heads(self.v_proj(hidden_BTD))
         if self.q_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        q_BTNH, k_BTKH = apply_rotary(q_BTNH, sequence.rotary), apply_rotary(k_BTKH, sequence.rotary)
-        mixed_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, sequence.segment_ids_BT, sliding_window)
+        q_BTNH, k_BTKH = apply_rotary(q_BTNH, context.rotary), apply_rotary(k_BTKH, context.rotary)
+        mixed_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, context.segment_ids_BT, sliding_window)
         batch, length, heads, head_dim = mixed_BTNH.shape
         return self.o_proj(jnp.reshape(mixed_BTNH, (batch, length, heads * head_dim)))
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, ModelConfig
 from qwen_moe_jax.errors import ConfigError, RequestError
-from qwen_moe_jax.model.attention import Sequence
+from qwen_moe_jax.model.attention import TokenContext
 from qwen_moe_jax.model.embedding import TABLE, Embedding
 from qwen_moe_jax.model.output import ModelOutput, RouterOutput
 from qwen_moe_jax.model.rotary import rotary_tables
@@ -58,9 +58,10 @@ class Decoder(nnx.Module):
         rotary = rotary_tables(
             config.rope, config.attention.head_dim, config.max_position_embeddings, positions_BT, dtype
         )
+        known_BT = jnp.where(segment_ids_BT != 0, tokens_BT, 0)  # what stands in the padding means nothing
         out = self.layers(
-            self.embed_tokens(tokens_BT, dtype),
-            Sequence(segment_ids_BT=segment_ids_BT, rotary=rotary),
+            self.embed_tokens(known_BT, dtype),
+            TokenContext(segment_ids_BT=segment_ids_BT, rotary=rotary),
             execution,
             keep_router_logits=keep_router_logits,
             keep_inputs=keep_inputs,
@@ -120,7 +121,7 @@ class Model(nnx.Module):
     @classmethod
     def from_pretrained(cls, folder: str | PathLike[str], **kwargs: Any) -> Self:
         """Loads a checkpoint folder under this head; see `qwen_moe_jax.from_pretrained` for the arguments."""
-        # An arrow upwards, as in ModelConfig: reading Hub folders is huggingface/'s business.
+        # One of the two arrows that run upwards, with ModelConfig's: reading Hub folders is huggingface/'s business.
         from qwen_moe_jax.huggingface.load import load_model
 
         return load_model(cls, folder, **kwargs)
@@ -133,6 +134,7 @@ class Model(nnx.Module):
         *,
         output_router_logits: bool = False,
         output_hidden_states: bool = False,
+        logits_at: jax.typing.ArrayLike | None = None,
     ) -> ModelOutput:
         """Runs the model.
 
@@ -143,6 +145,7 @@ class Model(nnx.Module):
             positions: integers [B, T]; None counts from 0 at the first token of each segment.
             output_router_logits: also return `router.logits`.
             output_hidden_states: also return `hidden_states`.
+            logits_at: integers [B]; the head runs on this one token of each row, and `logits` is [B, 1, …].
 
         Returns:
             See `ModelOutput`. Padding has finite logits that mean nothing; a token id outside the vocabulary makes its
@@ -152,6 +155,7 @@ class Model(nnx.Module):
             RequestError: the arrays are not integers, or not all [B, T].
             ConfigError: in training mode, the config asks for dropout or router jitter.
         """
+        self.require_weights()
         tokens_BT, segment_ids, positions = map(_as_array, (tokens_BT, segment_ids, positions))
         segment_ids = np.ones(tokens_BT.shape, np.int32) if segment_ids is None else segment_ids
         _check_inputs(tokens_BT, segment_ids=segment_ids, positions=positions)
@@ -162,15 +166,28 @@ class Model(nnx.Module):
             tokens_BT,
             segment_ids,
             positions,
+            _as_array(logits_at),
             output_router_logits=output_router_logits,
             output_hidden_states=output_hidden_states,
         )
+
+    def require_weights(self) -> None:
+        """Refuses a model that was only described (`rngs=None`).
+
+        Raises:
+            RequestError: its leaves are shapes, not arrays.
+        """
+        if isinstance(self.model.norm.weight.get_value(), jax.ShapeDtypeStruct):
+            raise RequestError(
+                "this model is a description without weights (rngs=None): it can be compiled for, not run or saved."
+            )
 
     def _explicit_forward(
         self,
         tokens_BT: jax.Array,
         segment_ids_BT: jax.Array,
         positions_BT: jax.Array,
+        logits_at_B: jax.Array | None,
         *,
         output_router_logits: bool,
         output_hidden_states: bool,
@@ -192,7 +209,8 @@ class Model(nnx.Module):
             router = RouterOutput(stats=out.stats, losses=losses, logits=out.router_logits_LBTE)
         if output_hidden_states:
             hidden_states = jnp.concatenate([out.inputs_LBTD, out.hidden_BTD[None]])
-        logits = self._head(out.hidden_BTD, tokens_BT, segment_ids_BT)
+        hidden_BTD = out.hidden_BTD if logits_at_B is None else token_at(out.hidden_BTD, logits_at_B)[:, None]
+        logits = self._head(hidden_BTD, tokens_BT, segment_ids_BT)
         return ModelOutput(logits=logits, router=router, hidden_states=hidden_states)
 
 
@@ -202,6 +220,7 @@ def _forward(
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array,
     positions_BT: jax.Array | None,
+    logits_at_B: jax.Array | None,
     *,
     output_router_logits: bool,
     output_hidden_states: bool,
@@ -213,15 +232,19 @@ def _forward(
     positions_BT = jnp.where(segment_ids_BT != 0, positions_BT, 0)  # padding must not lengthen a dynamic rope
     missing = -batch % math.prod(model.mesh.shape[axis] for axis in BATCH)
     inputs = [jnp.pad(x, ((0, missing), (0, 0))) for x in (tokens_BT, segment_ids_BT, positions_BT)]
+    specs = [P(BATCH, None)] * len(inputs)
+    if logits_at_B is not None:
+        inputs, specs = [*inputs, jnp.pad(jnp.asarray(logits_at_B), (0, missing))], [*specs, P(BATCH)]
 
     def run(model: Model, *inputs: jax.Array) -> ModelOutput:
         flags = dict(output_router_logits=output_router_logits, output_hidden_states=output_hidden_states)
-        return model._explicit_forward(*inputs, **flags)
+        tokens_BT, segment_ids_BT, positions_BT, *rest = inputs
+        return model._explicit_forward(tokens_BT, segment_ids_BT, positions_BT, *(rest or [None]), **flags)
 
     # float32 means float32: accelerators would otherwise multiply in bfloat16 or TF32.
     precision = "highest" if model.execution.dtype == "float32" else None
     with jax.default_matmul_precision(precision):
-        out = explicitly_sharded(run, model.mesh, [P(BATCH, None)] * len(inputs))(model, *inputs)
+        out = explicitly_sharded(run, model.mesh, specs)(model, *inputs)
     if not missing:
         return out
     router, hidden = out.router, out.hidden_states
@@ -232,8 +255,21 @@ def _forward(
 
 
 def _as_array(x: Any) -> Any:
-    """Lists become arrays; arrays stay where they are."""
-    return np.asarray(x) if isinstance(x, list | tuple) else x
+    """Lists and numbers become arrays; JAX arrays stay where they are."""
+    if x is None or isinstance(x, jax.Array):
+        return x
+    try:
+        return np.asarray(x)
+    except ValueError:
+        raise RequestError(
+            "the rows have different lengths: pad them to one length, and pass segment_ids that are 0 on the padding."
+        ) from None
+
+
+def token_at(x_BTD: jax.Array, index_B: jax.Array) -> jax.Array:
+    """One token of each row, [B, D]; a masked sum, since a gather along T would have to name its sharding."""
+    chosen_BT1 = (jnp.arange(x_BTD.shape[1]) == index_B[:, None])[..., None]
+    return jnp.sum(jnp.where(chosen_BT1, x_BTD, 0), axis=1)
 
 
 def _check_inputs(tokens_BT: jax.Array | np.ndarray, **others: jax.Array | np.ndarray | None) -> None:
@@ -310,6 +346,4 @@ class SequenceClassifier(Model):
         pad = self.config.pad_token_id
         real_BT = segment_ids_BT != 0 if pad is None else tokens_BT != pad
         last_B = jnp.max(jnp.where(real_BT, jnp.arange(real_BT.shape[1]), 0), axis=1)
-        logits_BTC = self.score(hidden_BTD).astype(jnp.float32)
-        chosen_BT1 = (jnp.arange(real_BT.shape[1]) == last_B[:, None])[..., None]
-        return jnp.sum(jnp.where(chosen_BT1, logits_BTC, 0), axis=1)
+        return self.score(token_at(hidden_BTD, last_B)[:, None])[:, 0].astype(jnp.float32)

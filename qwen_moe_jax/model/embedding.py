@@ -25,6 +25,8 @@ class Embedding(nnx.Module):
         mesh, and an all-to-all turns slices of all tokens into whole vectors of a device's own tokens. A token id
         outside the vocabulary becomes NaN, which is seen, rather than some other token, which is not.
         """
+        beyond = self.weight.shape[0]
+        tokens_BT = jnp.where(tokens_BT < 0, beyond, tokens_BT)  # a negative index would count from the end
         tokens_BT = jax.sharding.reshard(tokens_BT, P("data", None))
         sliced = P("data", None, STORED["embed"])
         hidden_BTD = self.weight.at[tokens_BT].get(out_sharding=sliced, mode="fill", fill_value=jnp.nan).astype(dtype)

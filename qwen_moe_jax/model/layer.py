@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 
 from qwen_moe_jax.config import ExecutionConfig, LayerKind, ModelConfig
-from qwen_moe_jax.model.attention import Attention, Sequence
+from qwen_moe_jax.model.attention import Attention, TokenContext
 from qwen_moe_jax.moe.block import SparseMoeBlock
 from qwen_moe_jax.moe.stats import RouterStats
 from qwen_moe_jax.nn.mlp import MLP
@@ -28,13 +28,13 @@ class DecoderLayer(nnx.Module):
         self.sliding_window = config.attention.sliding_window if kind.attention == "sliding" else None
 
     def __call__(
-        self, hidden_BTD: jax.Array, sequence: Sequence, execution: ExecutionConfig
+        self, hidden_BTD: jax.Array, context: TokenContext, execution: ExecutionConfig
     ) -> tuple[jax.Array, RouterStats | None, jax.Array | None]:
         """[B, T, D] to the same; where there is a router, also its counts and its logits [B, T, E]."""
-        attended_BTD = self.self_attn(self.input_layernorm(hidden_BTD), sequence, self.sliding_window)
+        attended_BTD = self.self_attn(self.input_layernorm(hidden_BTD), context, self.sliding_window)
         hidden_BTD = hidden_BTD + attended_BTD
         normed_BTD = self.post_attention_layernorm(hidden_BTD)
         if self.kind.mlp == "dense":
             return hidden_BTD + self.mlp(normed_BTD), None, None
-        mixed_BTD, stats, logits_BTE = self.mlp(normed_BTD, sequence.segment_ids_BT != 0, execution)
+        mixed_BTD, stats, logits_BTE = self.mlp(normed_BTD, context.segment_ids_BT != 0, execution)
         return hidden_BTD + mixed_BTD, stats, logits_BTE

@@ -6,22 +6,23 @@ of two layers, twice; `dense, sparse, sparse, sparse` is two segments.
 
 import dataclasses
 import functools
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from qwen_moe_jax.config import ExecutionConfig, LayerKind, ModelConfig
-from qwen_moe_jax.model.attention import Sequence
+from qwen_moe_jax.model.attention import TokenContext
 from qwen_moe_jax.model.layer import DecoderLayer
 from qwen_moe_jax.moe.stats import RouterStats
+from qwen_moe_jax.nn.matmul import WEIGHT_MATMUL
 from qwen_moe_jax.nn.parameters import ParameterFactory
 
 #: What jax.checkpoint may save, by the name ExecutionConfig.remat gives it.
 SAVEABLE = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(WEIGHT_MATMUL),
 }
 
 
@@ -44,7 +45,7 @@ def _preference(option: tuple[int, tuple[Segment, ...]]) -> tuple[int, int, int]
     return compiled, len(segments), -len(segments[0].period) * segments[0].repeats
 
 
-def plan_segments(kinds: Seq[LayerKind]) -> tuple[Segment, ...]:
+def plan_segments(kinds: Sequence[LayerKind]) -> tuple[Segment, ...]:
     """Covers the layers with repeating periods, such that the fewest layers have to be compiled."""
     kinds = tuple(kinds)
 
@@ -97,7 +98,7 @@ class LayerStack(nnx.Module):
     def __call__(
         self,
         hidden_BTD: jax.Array,
-        sequence: Sequence,
+        context: TokenContext,
         execution: ExecutionConfig,
         *,
         keep_router_logits: bool,
@@ -107,21 +108,23 @@ class LayerStack(nnx.Module):
 
         Args:
             hidden_BTD: embeddings.
-            sequence: where every token stands.
+            context: where every token stands.
             execution: how, with `dispatch` resolved.
             keep_router_logits: also return the routers' logits.
             keep_inputs: also return what entered each layer.
         """
         run_layer = functools.partial(_run_layer, execution=execution)
         if execution.remat != "none":
-            # Inside a scan the compiler cannot undo the recomputation, so its barriers (prevent_cse) would only cost.
-            run_layer = jax.checkpoint(run_layer, policy=SAVEABLE[execution.remat], prevent_cse=False)
+            # The compiler unrolls a scan of one step, and would then undo the recomputation without a barrier. In a
+            # longer one it cannot, and the barrier (prevent_cse) would only cost.
+            unrolled = any(segment.repeats == 1 for segment in self.plan)
+            run_layer = jax.checkpoint(run_layer, policy=SAVEABLE[execution.remat], prevent_cse=unrolled)
 
         def body(hidden_BTD: jax.Array, period: list[DecoderLayer]):
             kept = []
             for layer in period:
                 entered_BTD = hidden_BTD
-                hidden_BTD, stats, logits_BTE = run_layer(layer, hidden_BTD, sequence)
+                hidden_BTD, stats, logits_BTE = run_layer(layer, hidden_BTD, context)
                 kept.append((stats, logits_BTE if keep_router_logits else None, entered_BTD if keep_inputs else None))
             return hidden_BTD, [_join(jnp.stack, column) for column in zip(*kept, strict=True)]
 
@@ -133,11 +136,11 @@ class LayerStack(nnx.Module):
         return StackOutput(hidden_BTD=hidden_BTD, stats=stats, router_logits_LBTE=logits, inputs_LBTD=inputs)
 
 
-def _run_layer(layer: DecoderLayer, hidden_BTD: jax.Array, sequence: Sequence, *, execution: ExecutionConfig):
-    return layer(hidden_BTD, sequence, execution)
+def _run_layer(layer: DecoderLayer, hidden_BTD: jax.Array, context: TokenContext, *, execution: ExecutionConfig):
+    return layer(hidden_BTD, context, execution)
 
 
-def _join(join, results: Seq):
+def _join(join, results: Sequence):
     """Joins what several layers or segments returned, leaf by leaf; those that returned nothing are left out."""
     present = [result for result in results if result is not None]
     return jax.tree.map(lambda *parts: join(parts), *present) if present else None

@@ -66,7 +66,10 @@ def run(
         return _into_groups(x, group_size)
 
     places = _assign(group(routing.experts_BTA), group(routing.real_BT), num_experts, capacity, hidden_BTD.dtype)
-    x_EGCD = _dispatch(group(hidden_BTD), places)
+    # The dispatch einsum multiplies every token with zeros: a NaN or infinity would reach its whole group. The token's
+    # own result is NaN all the same, through the router's weights.
+    sound_BT1 = jnp.isfinite(hidden_BTD).all(axis=-1, keepdims=True)
+    x_EGCD = _dispatch(group(jnp.where(sound_BT1, hidden_BTD, 0)), places)
     y_EGCD = experts.per_expert(x_EGCD)
     combined_GgD = _combine(y_EGCD, places, group(routing.weights_BTA))
     return _out_of_groups(combined_GgD.astype(hidden_BTD.dtype), batch, length), places.dropped_E

@@ -4,9 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.sharding.rules import as_used
+
+#: The name that remat policies know these products by.
+WEIGHT_MATMUL = "weight_matmul"
 
 
 def weight_einsum(
@@ -36,4 +40,4 @@ def weight_einsum(
         used = as_used(weight.astype(x.dtype), *axes)
         return jnp.einsum(letters, x, used, out_sharding=out, preferred_element_type=preferred_element_type)
 
-    return multiply(x, weight)
+    return checkpoint_name(multiply(x, weight), WEIGHT_MATMUL)

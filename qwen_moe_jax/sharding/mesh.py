@@ -37,9 +37,10 @@ def make_mesh(
             _offer_simulated_devices(needed)
         devices = jax.devices()
     if len(devices) < needed:
+        found = devices[0].platform if devices else "none"
         shape = " * ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
         raise ShardingError(
-            f"make_mesh: {shape} needs {needed} devices, found {len(devices)} ({devices[0].platform}). "
+            f"make_mesh: {shape} needs {needed} devices, found {len(devices)} ({found}). "
             f"To simulate them on the CPU, call make_mesh before anything else uses JAX, or start Python with "
             f"JAX_NUM_CPU_DEVICES={needed} (and JAX_PLATFORMS=cpu where there is an accelerator)."
         )
@@ -84,7 +85,7 @@ def checked_mesh(mesh: Mesh | None) -> Mesh:
         ShardingError: the mesh lacks one of the axes.
     """
     if mesh is None:
-        return make_mesh(devices=jax.devices()[:1])
+        return make_mesh(devices=jax.local_devices()[:1])
     if set(mesh.axis_names) != set(AXES):
         raise ShardingError(
             f"the mesh has axes {mesh.axis_names}, expected exactly {AXES}: build it with qwen_moe_jax.make_mesh, "
