@@ -112,11 +112,11 @@ class Model(nnx.Module):
         self._add_head(make)
 
     def _add_head(self, make: ParameterFactory) -> None:
-        raise TypeError(f"{type(self).__name__} has no head: use CausalLM, SequenceClassifier or TokenClassifier.")
+        """Creates the head's parameters; each subclass has its own."""
 
     def _head(self, hidden_BTD: jax.Array, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
         """Normalised hidden states to float32 logits."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no head: use CausalLM, SequenceClassifier or TokenClassifier.")
 
     @classmethod
     def from_pretrained(cls, folder: str | PathLike[str], **kwargs: Any) -> Self:
