@@ -51,7 +51,10 @@ def setting():
 
 def test_moments_lie_where_their_parameters_lie_before_and_after_a_step(setting):
     before, state, _, _, _ = setting
-    is_pair = lambda leaf: isinstance(leaf, tuple) and len(leaf) == 2 and isinstance(leaf[0], np.ndarray)  # noqa: E731
+
+    def is_pair(leaf):
+        return isinstance(leaf, tuple) and len(leaf) == 2 and isinstance(leaf[0], np.ndarray)
+
     for tree in (
         jax.tree.map(lambda pair: pair[1], before, is_leaf=is_pair),
         jax.tree.map(lambda a: a.sharding, state),
