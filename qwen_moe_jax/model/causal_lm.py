@@ -22,6 +22,7 @@ from qwen_moe_jax.model.embedding import TABLE, Embedding
 from qwen_moe_jax.model.output import ModelOutput, RouterOutput
 from qwen_moe_jax.model.rotary import rotary_tables
 from qwen_moe_jax.model.stack import LayerStack, StackOutput
+from qwen_moe_jax.moe.choices import choose
 from qwen_moe_jax.moe.losses import RouterLosses, load_balancing_loss
 from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.matmul import weight_einsum
@@ -50,7 +51,7 @@ class Decoder(nnx.Module):
         positions_BT: jax.Array,
         execution: ExecutionConfig,
         *,
-        keep_router_logits: bool,
+        keep_trace: bool,
         keep_inputs: bool,
     ) -> StackOutput:
         """Hidden states after the final norm, with what the layers returned on the way."""
@@ -63,7 +64,7 @@ class Decoder(nnx.Module):
             self.embed_tokens(known_BT, dtype),
             TokenContext(segment_ids_BT=segment_ids_BT, rotary=rotary),
             execution,
-            keep_router_logits=keep_router_logits,
+            keep_trace=keep_trace,
             keep_inputs=keep_inputs,
         )
         return dataclasses.replace(out, hidden_BTD=self.norm(out.hidden_BTD))
@@ -143,7 +144,7 @@ class Model(nnx.Module):
             segment_ids: integers [B, T]; tokens attend within their own segment, 0 is padding (so an attention mask of
                 zeros and ones is one). None means no padding, one segment a row.
             positions: integers [B, T]; None counts from 0 at the first token of each segment.
-            output_router_logits: also return `router.logits`.
+            output_router_logits: also return `router.trace`: logits, experts, weights and drops of every token.
             output_hidden_states: also return `hidden_states`.
             logits_at: integers [B]; the head runs on this one token of each row, and `logits` is [B, 1, …].
 
@@ -171,6 +172,11 @@ class Model(nnx.Module):
             output_hidden_states=output_hidden_states,
         )
 
+    @property
+    def execution_in_use(self) -> ExecutionConfig:
+        """`execution` with everything that was left open chosen for the present mode (`train()` or `eval()`)."""
+        return choose(self.execution, self.config.moe, self.mesh, training=not self.deterministic)
+
     def require_weights(self) -> None:
         """Refuses a model that was only described (`rngs=None`).
 
@@ -193,20 +199,18 @@ class Model(nnx.Module):
         output_hidden_states: bool,
     ) -> ModelOutput:
         """The forward pass on explicitly sharded arrays, B over `BATCH`."""
-        default = "dense" if self.deterministic else "capacity"
-        execution = dataclasses.replace(self.execution, dispatch=self.execution.dispatch or default)
         out = self.model(
             tokens_BT,
             segment_ids_BT,
             positions_BT,
-            execution,
-            keep_router_logits=output_router_logits,
+            self.execution_in_use,
+            keep_trace=output_router_logits,
             keep_inputs=output_hidden_states,
         )
         router = hidden_states = None
         if out.stats is not None:
             losses = RouterLosses(load_balancing=load_balancing_loss(out.stats))
-            router = RouterOutput(stats=out.stats, losses=losses, logits=out.router_logits_LBTE)
+            router = RouterOutput(stats=out.stats, losses=losses, trace=out.trace)
         if output_hidden_states:
             hidden_states = jnp.concatenate([out.inputs_LBTD, out.hidden_BTD[None]])
         hidden_BTD = out.hidden_BTD if logits_at_B is None else token_at(out.hidden_BTD, logits_at_B)[:, None]
@@ -248,8 +252,8 @@ def _forward(
     if not missing:
         return out
     router, hidden = out.router, out.hidden_states
-    if router is not None and router.logits is not None:
-        router = dataclasses.replace(router, logits=router.logits[:, :batch])
+    if router is not None:
+        router = dataclasses.replace(router, trace=jax.tree.map(lambda x: x[:, :batch], router.trace))
     hidden = hidden if hidden is None else hidden[:, :batch]
     return dataclasses.replace(out, logits=out.logits[:batch], router=router, hidden_states=hidden)
 

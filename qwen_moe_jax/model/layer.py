@@ -6,7 +6,7 @@ from flax import nnx
 from qwen_moe_jax.config import ExecutionConfig, LayerKind, ModelConfig
 from qwen_moe_jax.model.attention import Attention, TokenContext
 from qwen_moe_jax.moe.block import SparseMoeBlock
-from qwen_moe_jax.moe.stats import RouterStats
+from qwen_moe_jax.moe.stats import RouterStats, RouterTrace
 from qwen_moe_jax.nn.mlp import MLP
 from qwen_moe_jax.nn.norm import RMSNorm
 from qwen_moe_jax.nn.parameters import ParameterFactory
@@ -29,12 +29,12 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self, hidden_BTD: jax.Array, context: TokenContext, execution: ExecutionConfig
-    ) -> tuple[jax.Array, RouterStats | None, jax.Array | None]:
-        """[B, T, D] to the same; where there is a router, also its counts and its logits [B, T, E]."""
+    ) -> tuple[jax.Array, RouterStats | None, RouterTrace | None]:
+        """[B, T, D] to the same; where there is a router, also its counts and what it said of every token."""
         attended_BTD = self.self_attn(self.input_layernorm(hidden_BTD), context, self.sliding_window)
         hidden_BTD = hidden_BTD + attended_BTD
         normed_BTD = self.post_attention_layernorm(hidden_BTD)
         if self.kind.mlp == "dense":
             return hidden_BTD + self.mlp(normed_BTD), None, None
-        mixed_BTD, stats, logits_BTE = self.mlp(normed_BTD, context.segment_ids_BT != 0, execution)
-        return hidden_BTD + mixed_BTD, stats, logits_BTE
+        mixed_BTD, stats, trace = self.mlp(normed_BTD, context.segment_ids_BT != 0, execution)
+        return hidden_BTD + mixed_BTD, stats, trace

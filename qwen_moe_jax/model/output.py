@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from qwen_moe_jax.moe.losses import RouterLosses
-from qwen_moe_jax.moe.stats import RouterStats
+from qwen_moe_jax.moe.stats import RouterStats, RouterTrace
 
 
 @jax.tree_util.register_dataclass
@@ -16,12 +16,13 @@ class RouterOutput:
     Attributes:
         stats: counts, stacked [L_sparse, …] in layer order.
         losses: unscaled auxiliary losses.
-        logits: [L_sparse, B, T, E] in the model's dtype, where `output_router_logits` asked for them.
+        trace: logits, chosen experts, weights and drops of every token, stacked likewise, where
+            `output_router_logits` asked for it.
     """
 
     stats: RouterStats
     losses: RouterLosses
-    logits: jax.Array | None = None
+    trace: RouterTrace | None = None
 
 
 @jax.tree_util.register_dataclass

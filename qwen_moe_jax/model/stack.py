@@ -15,14 +15,16 @@ from flax import nnx
 from qwen_moe_jax.config import ExecutionConfig, LayerKind, ModelConfig
 from qwen_moe_jax.model.attention import TokenContext
 from qwen_moe_jax.model.layer import DecoderLayer
-from qwen_moe_jax.moe.stats import RouterStats
+from qwen_moe_jax.moe.experts import EXCHANGED
+from qwen_moe_jax.moe.stats import RouterStats, RouterTrace
 from qwen_moe_jax.nn.matmul import WEIGHT_MATMUL
 from qwen_moe_jax.nn.parameters import ParameterFactory
 
 #: What jax.checkpoint may save, by the name ExecutionConfig.remat gives it.
 SAVEABLE = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names(WEIGHT_MATMUL),
+    "exchange": jax.checkpoint_policies.save_only_these_names(EXCHANGED),
+    "dots": jax.checkpoint_policies.save_only_these_names(EXCHANGED, WEIGHT_MATMUL),
 }
 
 
@@ -72,13 +74,13 @@ class StackOutput:
     Attributes:
         hidden_BTD: after the last layer.
         stats: counts of the sparse layers, stacked [L, …] in layer order; None without sparse layers.
-        router_logits_LBTE: of the sparse layers, where kept.
+        trace: what the routers said of every token, stacked [L, …] likewise, where kept.
         inputs_LBTD: the hidden states that entered each layer, where kept.
     """
 
     hidden_BTD: jax.Array
     stats: RouterStats | None
-    router_logits_LBTE: jax.Array | None
+    trace: RouterTrace | None
     inputs_LBTD: jax.Array | None
 
 
@@ -101,7 +103,7 @@ class LayerStack(nnx.Module):
         context: TokenContext,
         execution: ExecutionConfig,
         *,
-        keep_router_logits: bool,
+        keep_trace: bool,
         keep_inputs: bool,
     ) -> StackOutput:
         """Runs the layers.
@@ -110,7 +112,7 @@ class LayerStack(nnx.Module):
             hidden_BTD: embeddings.
             context: where every token stands.
             execution: how, with `dispatch` resolved.
-            keep_router_logits: also return the routers' logits.
+            keep_trace: also return what the routers said of every token.
             keep_inputs: also return what entered each layer.
         """
         run_layer = functools.partial(_run_layer, execution=execution)
@@ -124,16 +126,16 @@ class LayerStack(nnx.Module):
             kept = []
             for layer in period:
                 entered_BTD = hidden_BTD
-                hidden_BTD, stats, logits_BTE = run_layer(layer, hidden_BTD, context)
-                kept.append((stats, logits_BTE if keep_router_logits else None, entered_BTD if keep_inputs else None))
+                hidden_BTD, stats, trace = run_layer(layer, hidden_BTD, context)
+                kept.append((stats, trace if keep_trace else None, entered_BTD if keep_inputs else None))
             return hidden_BTD, [_join(jnp.stack, column) for column in zip(*kept, strict=True)]
 
         kept = []
         for segment in self.segments:
             hidden_BTD, columns = jax.lax.scan(body, hidden_BTD, list(segment))
             kept.append([jax.tree.map(_in_layer_order, column) for column in columns])
-        stats, logits, inputs = (_join(jnp.concatenate, column) for column in zip(*kept, strict=True))
-        return StackOutput(hidden_BTD=hidden_BTD, stats=stats, router_logits_LBTE=logits, inputs_LBTD=inputs)
+        stats, trace, inputs = (_join(jnp.concatenate, column) for column in zip(*kept, strict=True))
+        return StackOutput(hidden_BTD=hidden_BTD, stats=stats, trace=trace, inputs_LBTD=inputs)
 
 
 def _run_layer(layer: DecoderLayer, hidden_BTD: jax.Array, context: TokenContext, *, execution: ExecutionConfig):

@@ -4,12 +4,15 @@ import jax
 from flax import nnx
 
 from qwen_moe_jax.config import ExecutionConfig, ModelConfig
-from qwen_moe_jax.moe import capacity, dense, stats
+from qwen_moe_jax.moe import capacity, dense, dropless, stats
 from qwen_moe_jax.moe.experts import Experts
 from qwen_moe_jax.moe.router import route
 from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.mlp import MLP
 from qwen_moe_jax.nn.parameters import ParameterFactory
+
+#: Each takes (hidden_BTD, routing, experts, execution) and returns the weighted sum [B, T, D] and the drops.
+DISPATCH = {"capacity": capacity.run, "dropless": dropless.run, "dense": dense.run}
 
 
 class SparseMoeBlock(nnx.Module):
@@ -28,30 +31,28 @@ class SparseMoeBlock(nnx.Module):
 
     def __call__(
         self, hidden_BTD: jax.Array, real_BT: jax.Array, execution: ExecutionConfig
-    ) -> tuple[jax.Array, stats.RouterStats, jax.Array]:
+    ) -> tuple[jax.Array, stats.RouterStats, stats.RouterTrace]:
         """Runs the block.
 
         Args:
             hidden_BTD: normalised hidden states.
             real_BT: False for padding, which is routed nowhere.
-            execution: with `dispatch` resolved.
+            execution: with nothing left open (`moe.choices.choose`).
 
         Returns:
-            The block's result [B, T, D], the layer's counts, and the router's logits [B, T, E].
+            The block's result [B, T, D], the layer's counts, and what the router said of every token.
         """
         logits_BTE = self.gate(hidden_BTD)
         routing = route(logits_BTE, real_BT, self.moe)
-        if execution.dispatch == "capacity":
-            combined_BTD, dropped_E = capacity.run(
-                hidden_BTD,
-                routing,
-                self.experts,
-                capacity_factor=execution.capacity_factor,
-                group_size=execution.group_size,
-            )
-        else:
-            combined_BTD, dropped_E = dense.run(hidden_BTD, routing, self.experts)
+        combined_BTD, drops = DISPATCH[execution.dispatch](hidden_BTD, routing, self.experts, execution)
         if self.shared_expert is not None:
             opening_BT1 = jax.nn.sigmoid(self.shared_expert_gate(hidden_BTD))
             combined_BTD = combined_BTD + opening_BT1 * self.shared_expert(hidden_BTD)
-        return combined_BTD.astype(hidden_BTD.dtype), stats.count(routing, dropped_E), logits_BTE
+        trace = stats.RouterTrace(
+            logits=logits_BTE,
+            experts=routing.experts_BTA,
+            weights=routing.weights_BTA,
+            dropped=drops.by_capacity_BTA | drops.by_buffer_BTA,
+        )
+        counts = stats.count(logits_BTE, routing, drops)
+        return combined_BTD.astype(hidden_BTD.dtype), counts, trace

@@ -1,13 +1,19 @@
 """The routed experts: stacked SwiGLU weights, and their matmuls over tokens that are already in place."""
 
+import dataclasses
+import functools
+
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from qwen_moe_jax.config import Activation, MoEConfig
-from qwen_moe_jax.nn.matmul import weight_einsum
+from qwen_moe_jax.config import Activation, GroupedMatmul, MoEConfig
+from qwen_moe_jax.moe.grouped_matmul import grouped_matmul
+from qwen_moe_jax.nn.matmul import WEIGHT_MATMUL, weight_einsum
 from qwen_moe_jax.nn.mlp import ACTIVATIONS
 from qwen_moe_jax.nn.parameters import ParameterFactory
+from qwen_moe_jax.sharding.rules import gathered, partition_spec
 
 WIDEN = ("expert", "ffn", "expert_embed")
 NARROW = ("expert", "expert_embed", "ffn")
@@ -19,6 +25,46 @@ WIDE_PLACES = P("expert", ("data", "fsdp"), None, "tensor")
 #: Tokens [B, T, D] gathered over `expert`, for methods that bring every token to every expert.
 GATHERED_TOKENS = P(("data", "fsdp"), None, None)
 WIDE_TOKENS = P(("data", "fsdp"), None, "expert", "tensor")
+
+#: The name that remat policies know the arrays by that came over the `expert` axis.
+EXCHANGED = "exchanged"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertWeights:
+    """The weights of experts as plain arrays, [E, F, D], [E, F, D], [E, D, F]; inside a shard_map, one device's part.
+
+    `act` is the activation between the matmuls.
+    """
+
+    gate_proj: jax.Array
+    up_proj: jax.Array
+    down_proj: jax.Array
+    act: Activation = dataclasses.field(metadata={"static": True})
+
+    def on_rows(self, rows_RD: jax.Array, sizes_E: jax.Array, backend: GroupedMatmul) -> jax.Array:
+        """Each row through its expert, [R, D] to the same, inside a shard_map.
+
+        Over `tensor`, which splits F, the results are partial sums. Weights are gathered over fsdp, here and again in
+        the backward pass.
+
+        Args:
+            rows_RD: rows sorted by expert; see `grouped_matmul`.
+            sizes_E: rows of each of the device's experts.
+            backend: of `grouped_matmul`.
+        """
+
+        def multiply(x: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+            @functools.partial(jax.checkpoint, prevent_cse=False)
+            def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+                return grouped_matmul(x, gathered(weight.astype(x.dtype), *axes), sizes_E, backend)
+
+            return checkpoint_name(product(x, weight), WEIGHT_MATMUL)
+
+        gated_RF = multiply(rows_RD, self.gate_proj, WIDEN)
+        raised_RF = multiply(rows_RD, self.up_proj, WIDEN)
+        return multiply(ACTIVATIONS[self.act](gated_RF) * raised_RF, self.down_proj, NARROW)
 
 
 class Experts(nnx.Module):
@@ -33,6 +79,17 @@ class Experts(nnx.Module):
         self.up_proj = make.normal(f"{name}.up_proj", (count, width, hidden_size), WIDEN)
         self.down_proj = make.normal(f"{name}.down_proj", (count, hidden_size, width), NARROW)
         self.act = act
+
+    def weights(self) -> ExpertWeights:
+        """The stored arrays, to be handed to a shard_map with `specs`."""
+        return ExpertWeights(
+            gate_proj=self.gate_proj[...], up_proj=self.up_proj[...], down_proj=self.down_proj[...], act=self.act
+        )
+
+    def specs(self) -> ExpertWeights:
+        """Where `weights` lie at rest."""
+        widen, narrow = partition_spec(WIDEN), partition_spec(NARROW)
+        return ExpertWeights(gate_proj=widen, up_proj=widen, down_proj=narrow, act=self.act)
 
     def per_expert(self, x_EGCD: jax.Array) -> jax.Array:
         """Each expert on its own places: [E, G, C, D] to the same, E over `expert` and G over data and fsdp."""

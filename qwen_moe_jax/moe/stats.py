@@ -10,35 +10,101 @@ from qwen_moe_jax.moe.router import Routing
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Drops:
+    """Which assignments of real tokens did not reach their expert, bool [B, T, A] each.
+
+    Attributes:
+        by_capacity_BTA: the expert had no place left in the token's group.
+        by_buffer_BTA: the expert's device had no room left for rows.
+    """
+
+    by_capacity_BTA: jax.Array
+    by_buffer_BTA: jax.Array
+
+
+def no_drops(routing: Routing) -> Drops:
+    """Every token reached its experts."""
+    nothing_BTA = jnp.zeros_like(routing.experts_BTA, dtype=bool)
+    return Drops(by_capacity_BTA=nothing_BTA, by_buffer_BTA=nothing_BTA)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterStats:
     """Counts over the real tokens of a batch, for one sparse layer, or stacked [L, …] for all of them.
 
     Attributes:
         tokens: int32 []; real tokens routed.
         tokens_per_expert: int32 [E]; tokens that chose the expert. Sums to `tokens * num_experts_per_tok`.
-        dropped_per_expert: int32 [E]; of those, the ones it had no place for.
+        dropped_by_capacity: int32 [E]; of those, the ones it had no place for (`dispatch="capacity"`).
+        dropped_by_buffer: int32 [E]; of those, the ones its device had no room for (`dispatch="dropless"` with a
+            `buffer_factor`, on several expert devices).
         probs_per_expert: float32 [E]; sum of the router's probabilities (differentiable).
         entropy: float32 []; mean entropy of the router's distribution, in nats; log(E) is uniform.
+        max_logit: float32 []; the largest router logit. One that keeps growing foretells trouble in bfloat16.
     """
 
     tokens: jax.Array
     tokens_per_expert: jax.Array
-    dropped_per_expert: jax.Array
+    dropped_by_capacity: jax.Array
+    dropped_by_buffer: jax.Array
     probs_per_expert: jax.Array
     entropy: jax.Array
+    max_logit: jax.Array
+
+    @property
+    def dropped_per_expert(self) -> jax.Array:
+        """int32 [E]; tokens that chose the expert and did not reach it, for whatever reason."""
+        return self.dropped_by_capacity + self.dropped_by_buffer
+
+    @property
+    def load_imbalance(self) -> jax.Array:
+        """float32 []; the largest load of an expert over the mean load: 1 is perfect balance."""
+        load = self.tokens_per_expert.astype(jnp.float32)
+        return jnp.max(load, axis=-1) / jnp.maximum(jnp.mean(load, axis=-1), 1e-9)
 
 
-def count(routing: Routing, dropped_per_expert: jax.Array) -> RouterStats:
-    """Counts one layer's routing."""
+def count(logits_BTE: jax.Array, routing: Routing, drops: Drops) -> RouterStats:
+    """Counts one layer's routing.
+
+    Args:
+        logits_BTE: of the router.
+        routing: what came of them.
+        drops: what was lost on the way.
+    """
     num_experts = routing.probs_BTE.shape[-1]
-    chosen_BTAE = routing.experts_BTA[..., None] == jnp.arange(num_experts)
-    chosen_BTAE = chosen_BTAE & routing.real_BT[..., None, None]
+
+    def per_expert(counted_BTA: jax.Array) -> jax.Array:
+        chosen_BTAE = routing.experts_BTA[..., None] == jnp.arange(num_experts)
+        return jnp.sum(chosen_BTAE & counted_BTA[..., None], axis=(0, 1, 2), dtype=jnp.int32)
+
     tokens = jnp.sum(routing.real_BT, dtype=jnp.int32)
     entropy_BT = -jnp.sum(jax.scipy.special.xlogy(routing.probs_BTE, routing.probs_BTE), axis=-1)
+    real_BT1 = routing.real_BT[..., None]
     return RouterStats(
         tokens=tokens,
-        tokens_per_expert=jnp.sum(chosen_BTAE, axis=(0, 1, 2), dtype=jnp.int32),
-        dropped_per_expert=dropped_per_expert,
+        tokens_per_expert=per_expert(jnp.broadcast_to(real_BT1, routing.experts_BTA.shape)),
+        dropped_by_capacity=per_expert(drops.by_capacity_BTA),
+        dropped_by_buffer=per_expert(drops.by_buffer_BTA),
         probs_per_expert=jnp.sum(routing.probs_BTE, axis=(0, 1)),
         entropy=jax.lax.stop_gradient(jnp.sum(entropy_BT) / jnp.maximum(tokens, 1)),
+        max_logit=jax.lax.stop_gradient(jnp.max(jnp.where(real_BT1, logits_BTE.astype(jnp.float32), -jnp.inf))),
     )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterTrace:
+    """What the router said of every token, for one sparse layer, or stacked [L, …] for all of them.
+
+    Attributes:
+        logits: [B, T, E] in the dtype of the router.
+        experts: int32 [B, T, A]; the chosen experts, the strongest first.
+        weights: [B, T, A]; what each counts; 0 for padding.
+        dropped: bool [B, T, A]; choices that did not reach their expert.
+    """
+
+    logits: jax.Array
+    experts: jax.Array
+    weights: jax.Array
+    dropped: jax.Array

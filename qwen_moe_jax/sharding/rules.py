@@ -79,6 +79,14 @@ def parameter_sharding(name: str, shape: Sequence[int], axes: Sequence[str], mes
     return NamedSharding(mesh, spec)
 
 
+def gathered(weight: jax.Array, *axes: str) -> jax.Array:
+    """`as_used` for the inside of a `jax.shard_map`, where the weight is one device's part."""
+    for dimension, axis in enumerate(axes):
+        if STORED[axis] != USED[axis]:
+            weight = jax.lax.all_gather(weight, STORED[axis], axis=dimension, tiled=True)
+    return weight
+
+
 def as_used(weight: jax.Array, *axes: str) -> jax.Array:
     """Gathers a stored weight for the layer that multiplies with it (the all-gather of fully sharded training)."""
     return jax.sharding.reshard(weight, partition_spec(axes, USED))

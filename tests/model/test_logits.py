@@ -40,7 +40,7 @@ def test_logits_and_routing_equal_transformers(references, name):
     if not sparse:
         assert output.router is None
         return
-    found, expected = np.asarray(output.router.logits), reference.router_logits
+    found, expected = np.asarray(output.router.trace.logits), reference.router_logits
     assert_near(found[:, batch.real], expected[:, batch.real], LOGITS_TOLERANCE, "router logits")
     np.testing.assert_array_equal(output.router.stats.tokens_per_expert, reference.tokens_per_expert)
     assert not np.asarray(output.router.stats.dropped_per_expert).any(), "a model in eval mode drops nothing"

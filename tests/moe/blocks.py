@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import AttentionConfig, ExecutionConfig, LayerKind, ModelConfig, MoEConfig
 from qwen_moe_jax.moe.block import SparseMoeBlock
+from qwen_moe_jax.moe.choices import choose
 from qwen_moe_jax.nn.parameters import ParameterFactory
 from qwen_moe_jax.sharding.border import explicitly_sharded
 from qwen_moe_jax.sharding.rules import BATCH
@@ -49,10 +50,12 @@ class BlockResult:
 
 
 def forward(block, mesh, hidden_BTD, real_BT, execution: ExecutionConfig):
-    """The jitted forward pass (block, hidden, real) → (mixed, stats, logits), to be called or compiled."""
+    """The jitted forward pass (block, hidden, real) → (mixed, stats, trace), to be called or compiled."""
+
+    chosen = choose(execution, block.moe, mesh, training=True)
 
     def run(block, hidden_BTD, real_BT):
-        return block(hidden_BTD, real_BT, execution)
+        return block(hidden_BTD, real_BT, chosen)
 
     specs = [P(BATCH, None, None), P(BATCH, None)]
     return explicitly_sharded(run, mesh, specs)(block, hidden_BTD, real_BT)
@@ -63,16 +66,16 @@ def run_block(config, mesh, hidden_BTD, real_BT, execution, seed_BTD=None) -> Bl
     seed_BTD = np.ones_like(hidden_BTD) if seed_BTD is None else seed_BTD
 
     def objective(block, hidden_BTD):
-        mixed_BTD, stats, logits_BTE = forward(block, mesh, hidden_BTD, real_BT, execution)
-        return (mixed_BTD * seed_BTD * real_BT[..., None]).sum(), (mixed_BTD, stats, logits_BTE)
+        mixed_BTD, stats, trace = forward(block, mesh, hidden_BTD, real_BT, execution)
+        return (mixed_BTD * seed_BTD * real_BT[..., None]).sum(), (mixed_BTD, stats, trace)
 
     both = jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
-    (_, (mixed_BTD, stats, logits_BTE)), (of_block, of_input) = both(block, hidden_BTD)
+    (_, (mixed_BTD, stats, trace)), (of_block, of_input) = both(block, hidden_BTD)
     return BlockResult(
         mixed_BTD=np.asarray(mixed_BTD),
         tokens_per_expert=np.asarray(stats.tokens_per_expert),
         dropped_per_expert=np.asarray(stats.dropped_per_expert),
-        logits_BTE=np.asarray(logits_BTE),
+        logits_BTE=np.asarray(trace.logits),
         weight_gradients=[np.asarray(leaf) for leaf in jax.tree.leaves(of_block)],
         input_gradient=np.asarray(of_input),
     )

@@ -59,7 +59,9 @@ CASES = [(mixture, mesh) for mixture in MIXTURES for mesh in MESHES if mixture !
 @pytest.mark.parametrize("dispatch", ["dense", "capacity"])
 def test_ample_capacity_and_any_mesh_equal_dense_on_one_device(mixture, dispatch, mesh, reference):
     hidden_BTD, real_BT = batch()
-    execution = qmj.ExecutionConfig(dtype="float32", dispatch=dispatch, capacity_factor=8.0, group_size=4)
+    execution = qmj.ExecutionConfig(
+        dtype="float32", dispatch=dispatch, capacity_factor=8.0, group_size=4, eval_capacity_factor=8.0
+    )
     config = block_config(**MIXTURES[mixture])
     found = run_block(config, qmj.make_mesh(**MESHES[mesh]), hidden_BTD, real_BT, execution)
     wanted = reference(mixture)
@@ -136,7 +138,9 @@ def test_padding_takes_no_expert_capacity():
 @pytest.mark.parametrize("dispatch", ["dense", "capacity"])
 def test_nan_in_one_token_does_not_reach_another_token(dispatch):
     hidden_BTD, real_BT = batch(shape=(2, 8), padding=False)
-    execution = qmj.ExecutionConfig(dtype="float32", dispatch=dispatch, capacity_factor=8.0, group_size=4)
+    execution = qmj.ExecutionConfig(
+        dtype="float32", dispatch=dispatch, capacity_factor=8.0, group_size=4, eval_capacity_factor=8.0
+    )
     config, mesh = block_config(), qmj.make_mesh()
     clean = run_block(config, mesh, hidden_BTD, real_BT, execution)
     hidden_BTD[0, 1] = np.nan

@@ -1,0 +1,1 @@
+"""Grouped matmuls on accelerators: one module per maker, each with the same two functions, imported only when used."""

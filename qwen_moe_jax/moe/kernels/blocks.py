@@ -1,0 +1,91 @@
+"""Blocks of sorted rows, each multiplied with one expert's weights, in a loop: for any device, made for CPUs.
+
+The loop runs over the blocks there are, so what it costs follows the rows, not the room for them. A block starts where
+its expert's rows start and may reach into the next expert's; what it writes there is overwritten, since the next
+expert's blocks come later. Matrices accumulate in float32.
+"""
+
+import jax
+import jax.numpy as jnp
+
+#: Rows a buffer must have beyond the real ones, so that the last block stays inside.
+SLACK = 128
+
+
+def ragged(rows_RK: jax.Array, weights: jax.Array, sizes_E: jax.Array, *, transposed: bool) -> jax.Array:
+    """Each row times its expert's matrix.
+
+    Args:
+        rows_RK: rows sorted by expert; at least `SLACK` of them lie past the last real one.
+        weights: [E, N, K] if `transposed` (a row is multiplied with the transpose), else [E, K, N].
+        sizes_E: rows of each expert.
+
+    Returns:
+        [R, N] in the dtype of the rows. Rows past the last real one mean nothing.
+    """
+    block = _block_rows(len(rows_RK), len(weights))
+    ends_E = jnp.cumsum(sizes_E)
+    blocks_E = -(-sizes_E // block)
+    last_block_E = jnp.cumsum(blocks_E)
+
+    def multiply(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        index, out_RN = state
+        expert = jnp.searchsorted(last_block_E, index, side="right", method="compare_all")
+        nth = index - (last_block_E - blocks_E)[expert]
+        start = (ends_E - sizes_E)[expert] + nth * block
+        rows_bK = _rows_at(rows_RK, start, block)
+        matrix = _rows_at(weights, expert, 1)[0]
+        contracted = ((1,), (1 if transposed else 0,))
+        product_bN = jax.lax.dot_general(rows_bK, matrix, (contracted, ((), ())), preferred_element_type=jnp.float32)
+        return index + 1, jax.lax.dynamic_update_slice(out_RN, product_bN.astype(out_RN.dtype), (start, 0))
+
+    width = weights.shape[1 if transposed else 2]
+    start = jnp.int32(0), jnp.zeros((len(rows_RK), width), rows_RK.dtype)
+    return jax.lax.while_loop(lambda state: state[0] < last_block_E[-1], multiply, start)[1]
+
+
+def outer(left_RO: jax.Array, right_RI: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Each expert's sum of outer products of its rows, the gradient of its weights.
+
+    Args:
+        left_RO, right_RI: rows sorted by expert, with `SLACK`.
+        sizes_E: rows of each expert.
+
+    Returns:
+        [E, O, I] in the dtype of the rows; zeros for an expert without rows.
+    """
+    block = _block_rows(len(left_RO), len(sizes_E))
+    ends_E = jnp.cumsum(sizes_E)
+    starts_E = ends_E - sizes_E
+    shape = left_RO.shape[1], right_RI.shape[1]
+
+    def one_expert(expert: jax.Array, out_EOI: jax.Array) -> jax.Array:
+        def add(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            start, sum_OI = state
+            own_b1 = (start + jnp.arange(block) < ends_E[expert])[:, None]
+            left_bO = jnp.where(own_b1, _rows_at(left_RO, start, block), 0)
+            right_bI = jnp.where(own_b1, _rows_at(right_RI, start, block), 0)  # 0 * NaN of a neighbour is NaN
+            product_OI = jax.lax.dot_general(
+                left_bO, right_bI, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+            )
+            return start + block, sum_OI + product_OI
+
+        start = starts_E[expert], jnp.zeros(shape, jnp.float32)
+        sum_OI = jax.lax.while_loop(lambda state: state[0] < ends_E[expert], add, start)[1]
+        return jax.lax.dynamic_update_slice(out_EOI, sum_OI.astype(out_EOI.dtype)[None], (expert, 0, 0))
+
+    return jax.lax.fori_loop(0, len(sizes_E), one_expert, jnp.zeros((len(sizes_E), *shape), left_RO.dtype))
+
+
+def _block_rows(rows: int, experts: int) -> int:
+    """A power of two near the mean rows of an expert: longer blocks are half empty, shorter ones waste the matmul."""
+    mean = max(1, (rows - SLACK) // experts)
+    return min(max(1 << (mean - 1).bit_length(), 16), SLACK)
+
+
+def _rows_at(x: jax.Array, start: jax.Array, count: int) -> jax.Array:
+    """`x[start : start + count]`. XLA on CPUs would convert a whole bfloat16 operand to float32 and back to slice it."""
+    if x.dtype != jnp.bfloat16:
+        return jax.lax.dynamic_slice_in_dim(x, start, count)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint16)
+    return jax.lax.bitcast_convert_type(jax.lax.dynamic_slice_in_dim(bits, start, count), jnp.bfloat16)
