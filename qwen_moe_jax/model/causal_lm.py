@@ -23,7 +23,7 @@ from qwen_moe_jax.model.output import ModelOutput, RouterOutput
 from qwen_moe_jax.model.rotary import rotary_tables
 from qwen_moe_jax.model.stack import LayerStack, StackOutput
 from qwen_moe_jax.moe.choices import choose
-from qwen_moe_jax.moe.losses import RouterLosses, load_balancing_loss
+from qwen_moe_jax.moe.losses import router_losses
 from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.matmul import weight_einsum
 from qwen_moe_jax.nn.norm import RMSNorm
@@ -209,8 +209,7 @@ class Model(nnx.Module):
         )
         router = hidden_states = None
         if out.stats is not None:
-            losses = RouterLosses(load_balancing=load_balancing_loss(out.stats))
-            router = RouterOutput(stats=out.stats, losses=losses, trace=out.trace)
+            router = RouterOutput(stats=out.stats, losses=router_losses(out.stats), trace=out.trace)
         if output_hidden_states:
             hidden_states = jnp.concatenate([out.inputs_LBTD, out.hidden_BTD[None]])
         hidden_BTD = out.hidden_BTD if logits_at_B is None else token_at(out.hidden_BTD, logits_at_B)[:, None]

@@ -1,6 +1,7 @@
 """What the router did, counted exactly over the whole mesh."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,10 @@ class RouterStats:
         dropped_by_buffer: int32 [E]; of those, the ones its device had no room for (`dispatch="dropless"` with a
             `buffer_factor`, on several expert devices).
         probs_per_expert: float32 [E]; sum of the router's probabilities (differentiable).
+        squared_logsumexp: float32 []; sum over the tokens of logsumexp(logits)² (differentiable).
+        sequences: int32 []; rows of the batch that hold a real token.
+        sequence_balance: float32 []; sum over those rows of `E * sum_e f_e P_e / A`, where f_e is the mean number of
+            choices of expert e per token of the row, and P_e its mean probability (differentiable).
         entropy: float32 []; mean entropy of the router's distribution, in nats; log(E) is uniform.
         max_logit: float32 []; the largest router logit. One that keeps growing foretells trouble in bfloat16.
     """
@@ -49,6 +54,9 @@ class RouterStats:
     dropped_by_capacity: jax.Array
     dropped_by_buffer: jax.Array
     probs_per_expert: jax.Array
+    squared_logsumexp: jax.Array
+    sequences: jax.Array
+    sequence_balance: jax.Array
     entropy: jax.Array
     max_logit: jax.Array
 
@@ -72,23 +80,48 @@ def count(logits_BTE: jax.Array, routing: Routing, drops: Drops) -> RouterStats:
         routing: what came of them.
         drops: what was lost on the way.
     """
-    num_experts = routing.probs_BTE.shape[-1]
+    num_experts, chosen = routing.probs_BTE.shape[-1], routing.experts_BTA.shape[-1]
 
-    def per_expert(counted_BTA: jax.Array) -> jax.Array:
+    def per_row(counted_BTA: jax.Array) -> jax.Array:
         chosen_BTAE = routing.experts_BTA[..., None] == jnp.arange(num_experts)
-        return jnp.sum(chosen_BTAE & counted_BTA[..., None], axis=(0, 1, 2), dtype=jnp.int32)
+        return jnp.sum(chosen_BTAE & counted_BTA[..., None], axis=(1, 2), dtype=jnp.int32)
 
-    tokens = jnp.sum(routing.real_BT, dtype=jnp.int32)
-    entropy_BT = -jnp.sum(jax.scipy.special.xlogy(routing.probs_BTE, routing.probs_BTE), axis=-1)
     real_BT1 = routing.real_BT[..., None]
+    tokens_B = jnp.sum(routing.real_BT, axis=1, dtype=jnp.int32)
+    tokens = jnp.sum(tokens_B)
+    assigned_BE = per_row(jnp.broadcast_to(real_BT1, routing.experts_BTA.shape))
+    probs_BE = jnp.sum(routing.probs_BTE, axis=1)
+    logits_BTE = jnp.where(real_BT1, logits_BTE.astype(jnp.float32), 0)
+    squared_BT = jnp.where(routing.real_BT, jax.nn.logsumexp(logits_BTE, axis=-1) ** 2, 0)
+    per_token_B = 1 / jnp.maximum(tokens_B, 1).astype(jnp.float32)
+    balance_B = num_experts / chosen * per_token_B**2 * jnp.sum(assigned_BE * probs_BE, axis=-1)
+    entropy_BT = -jnp.sum(jax.scipy.special.xlogy(routing.probs_BTE, routing.probs_BTE), axis=-1)
     return RouterStats(
         tokens=tokens,
-        tokens_per_expert=per_expert(jnp.broadcast_to(real_BT1, routing.experts_BTA.shape)),
-        dropped_by_capacity=per_expert(drops.by_capacity_BTA),
-        dropped_by_buffer=per_expert(drops.by_buffer_BTA),
-        probs_per_expert=jnp.sum(routing.probs_BTE, axis=(0, 1)),
+        tokens_per_expert=jnp.sum(assigned_BE, axis=0),
+        dropped_by_capacity=jnp.sum(per_row(drops.by_capacity_BTA), axis=0),
+        dropped_by_buffer=jnp.sum(per_row(drops.by_buffer_BTA), axis=0),
+        probs_per_expert=jnp.sum(probs_BE, axis=0),
+        squared_logsumexp=jnp.sum(squared_BT),
+        sequences=jnp.sum(tokens_B > 0, dtype=jnp.int32),
+        sequence_balance=jnp.sum(balance_B),
         entropy=jax.lax.stop_gradient(jnp.sum(entropy_BT) / jnp.maximum(tokens, 1)),
-        max_logit=jax.lax.stop_gradient(jnp.max(jnp.where(real_BT1, logits_BTE.astype(jnp.float32), -jnp.inf))),
+        max_logit=jax.lax.stop_gradient(jnp.max(jnp.where(real_BT1, logits_BTE, -jnp.inf))),
+    )
+
+
+def sum_stats(steps: Sequence[RouterStats]) -> RouterStats:
+    """The stats of several batches as if they had been one, for example of the micro-steps of one optimizer step.
+
+    Args:
+        steps: at least one; of one layer each, or all stacked [L, …].
+    """
+    tokens = sum(step.tokens for step in steps)
+    summed = jax.tree.map(lambda *parts: sum(parts), *steps)
+    return dataclasses.replace(
+        summed,
+        entropy=sum(step.entropy * step.tokens for step in steps) / jnp.maximum(tokens, 1),
+        max_logit=jnp.stack([step.max_logit for step in steps]).max(axis=0),
     )
 
 
