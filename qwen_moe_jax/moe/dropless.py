@@ -99,9 +99,8 @@ def _gathered(
     ways, here = jax.lax.axis_size("expert"), jax.lax.axis_index("expert")
     own = num_experts // ways
     tokens, chosen = experts_TA.shape
-    bring = functools.partial(jax.lax.all_gather, axis_name="expert", axis=0, tiled=True)
-    x_TD = checkpoint_name(bring(x_TD), EXCHANGED)
-    experts_TA, weights_TA = bring(experts_TA), bring(weights_TA)
+    x_TD = checkpoint_name(_from_all(x_TD), EXCHANGED)
+    experts_TA, weights_TA = _from_all(experts_TA), _from_all(weights_TA)
 
     room = device_rows(tokens * ways, chosen, num_experts, ways, execution.buffer_factor)
     fits_TA = _within(room, experts_TA // own, ways, worst=tokens * ways * min(chosen, own))
@@ -109,8 +108,7 @@ def _gathered(
     mine_TA = fits_TA & (expert_here_TA >= 0) & (expert_here_TA < own)
     plan, sizes_E = sort_rows(jnp.where(mine_TA, expert_here_TA, own), own, buffer_rows(room))
     y_RD = experts.on_rows(to_rows(x_TD, plan), sizes_E, execution.grouped_matmul)
-    mixed_TD = from_rows(y_RD, weights_TA, plan)
-    mixed_TD = jax.lax.psum_scatter(mixed_TD, "expert", scatter_dimension=0, tiled=True)
+    mixed_TD = _to_all(from_rows(y_RD, weights_TA, plan))
     return mixed_TD, jax.lax.dynamic_slice_in_dim(fits_TA, here * tokens, tokens)
 
 
@@ -171,6 +169,18 @@ def exchange_rows(rows_RD: jax.Array, sent_X: jax.Array, arriving_X: jax.Array, 
     return jax.lax.ragged_all_to_all(
         rows_RD, jnp.zeros_like(rows_RD), starts_X, sent_X, there_X, arriving_X, axis_name="expert"
     )
+
+
+def _from_all(x_TD: jax.Array) -> jax.Array:
+    """The tokens of all devices of the `expert` axis. XLA would copy them where there is only one."""
+    alone = jax.lax.axis_size("expert") == 1
+    return x_TD if alone else jax.lax.all_gather(x_TD, "expert", axis=0, tiled=True)
+
+
+def _to_all(x_TD: jax.Array) -> jax.Array:
+    """The sum over the devices of the `expert` axis, to each its own tokens'."""
+    alone = jax.lax.axis_size("expert") == 1
+    return x_TD if alone else jax.lax.psum_scatter(x_TD, "expert", scatter_dimension=0, tiled=True)
 
 
 def _within(room: int, device_TA: jax.Array, ways: int, *, worst: int) -> jax.Array:

@@ -82,7 +82,8 @@ def parameter_sharding(name: str, shape: Sequence[int], axes: Sequence[str], mes
 def gathered(weight: jax.Array, *axes: str) -> jax.Array:
     """`as_used` for the inside of a `jax.shard_map`, where the weight is one device's part."""
     for dimension, axis in enumerate(axes):
-        if STORED[axis] != USED[axis]:
+        # XLA does not always see that a gather over one device is a copy.
+        if STORED[axis] != USED[axis] and jax.lax.axis_size(STORED[axis]) > 1:
             weight = jax.lax.all_gather(weight, STORED[axis], axis=dimension, tiled=True)
     return weight
 

@@ -7,12 +7,21 @@ import numpy as np
 import pytest
 
 import qwen_moe_jax as qmj
+from qwen_moe_jax.model.stack import SAVEABLE
 from qwen_moe_jax.moe.capacity import expert_capacity
+from qwen_moe_jax.moe.dropless import device_rows
 from tests.moe.blocks import block_config, build_block, forward
 
-B, T, GROUP, FACTOR = 16, 8, 8, 1.25
+B, T, E, A, GROUP, FACTOR = 16, 8, 8, 2, 8, 1.25
 MESH = dict(data=2, expert=4)
+WAYS, DEVICES = 4, 8
 KINDS = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+METHODS = {
+    "einsum": dict(dispatch="capacity", capacity_by="einsum"),
+    "index": dict(dispatch="capacity", capacity_by="index"),
+    "all-to-all": dict(dispatch="dropless", exchange="all_to_all"),
+    "gather": dict(dispatch="dropless", exchange="gather"),
+}
 
 
 def collectives(compiled) -> list[tuple[str, int]]:
@@ -21,49 +30,105 @@ def collectives(compiled) -> list[tuple[str, int]]:
     for line in compiled.as_text().splitlines():
         match = re.search(rf"= (.+?) ({KINDS})(?:-start)?\(", line)
         if match:
-            arrays = re.findall(r"\b[fs](\d+)\[([\d,]*)\]", match[1])
+            arrays = re.findall(r"\b[a-z]+(\d+)\[([\d,]*)\]", match[1])
             size = sum(int(bits) // 8 * int(np.prod([int(n) for n in dims.split(",") if n])) for bits, dims in arrays)
             found.append((match[2], size))
     return found
 
 
+def of_kind(found: list[tuple[str, int]], kind: str, at_least: int = 0) -> list[int]:
+    return sorted(size for name, size in found if name == kind and size >= at_least)
+
+
 @pytest.fixture(scope="module")
 def programs():
-    mesh = qmj.make_mesh(**MESH)
-    config = block_config()
+    """(method, "forward" or "both" passes, remat) → its collectives; compiled on first use."""
+    mesh, config, known = qmj.make_mesh(**MESH), block_config(), {}
     block = build_block(config, mesh)
-    execution = qmj.ExecutionConfig(dtype="float32", dispatch="capacity", capacity_factor=FACTOR, group_size=GROUP)
     hidden_BTD = jax.ShapeDtypeStruct((B, T, config.hidden_size), np.float32)
     real_BT = np.ones((B, T), bool)
 
-    def run(block, hidden_BTD):
-        return forward(block, mesh, hidden_BTD, real_BT, execution)[0]
+    def get(method: str, passes: str, remat: str = "none") -> list[tuple[str, int]]:
+        key = method, passes, remat
+        if key not in known:
+            execution = qmj.ExecutionConfig(
+                dtype="float32",
+                **METHODS[method],
+                capacity_factor=FACTOR,
+                min_capacity=1,
+                group_size=GROUP,
+                buffer_factor=FACTOR,
+            )
 
-    def objective(block, hidden_BTD):
-        return (run(block, hidden_BTD) ** 2).sum()
+            def run(block, hidden_BTD):
+                return forward(block, mesh, hidden_BTD, real_BT, execution)[0]
 
-    return {
-        "forward": collectives(jax.jit(run).lower(block, hidden_BTD).compile()),
-        "both": collectives(jax.jit(jax.grad(objective, (0, 1))).lower(block, hidden_BTD).compile()),
-    }, config
+            if remat != "none":
+                run = jax.checkpoint(run, policy=SAVEABLE[remat])
 
+            def objective(block, hidden_BTD):
+                return (run(block, hidden_BTD) ** 2).sum()
 
-def exchange_bytes(config) -> int:
-    """One direction, per device: [E, G, C, D] of float32, cut over the eight devices."""
-    capacity = expert_capacity(GROUP, 2, 8, FACTOR)
-    return 8 * (B * T // GROUP) * capacity * config.hidden_size * 4 // 8
+            program = run if passes == "forward" else jax.grad(objective, (0, 1))
+            known[key] = collectives(jax.jit(program).lower(block, hidden_BTD).compile())
+        return known[key]
 
-
-def test_capacity_exchanges_tokens_with_two_all_to_alls_forward_and_two_backward(programs):
-    found, config = programs
-    size = exchange_bytes(config)
-    assert [bytes_ for kind, bytes_ in found["forward"] if kind == "all-to-all"] == [size] * 2
-    assert [bytes_ for kind, bytes_ in found["both"] if kind == "all-to-all"] == [size] * 4
+    return get
 
 
-def test_nothing_as_large_as_an_expert_weight_is_gathered(programs):
-    """The only gather is the router's own matrix [E, D]: tokens travel to experts, weights never."""
-    found, config = programs
-    router = 8 * config.hidden_size * 4
-    for program in found.values():
-        assert all(bytes_ <= router for kind, bytes_ in program if kind == "all-gather"), program
+WIDTH = block_config().hidden_size
+CHOICES = B * T // DEVICES * A * 4
+"""Bytes of one integer per assignment of a device: what index work may exchange."""
+TOKENS = B * T // DEVICES * WIDTH * 4
+"""Bytes of a device's own tokens in float32."""
+
+
+def exchange_bytes(method: str) -> int:
+    """One direction, per device, of float32 rows."""
+    if method == "all-to-all":
+        return WAYS * device_rows(B * T // DEVICES, A, E, WAYS, FACTOR) * WIDTH * 4
+    # [E, G, C, D], cut over the eight devices
+    return E * (B * T // GROUP) * expert_capacity(GROUP, A, E, FACTOR, 1) * WIDTH * 4 // DEVICES
+
+
+@pytest.mark.parametrize("method", ["einsum", "index", "all-to-all"])
+def test_tokens_are_exchanged_with_two_all_to_alls_forward_and_two_backward(method, programs):
+    size = exchange_bytes(method)
+    assert of_kind(programs(method, "forward"), "all-to-all", CHOICES) == [size] * 2
+    assert of_kind(programs(method, "both"), "all-to-all", CHOICES) == [size] * 4
+    counts = of_kind(programs(method, "both"), "all-to-all")[:-4]
+    assert counts == ([E * 4] if method == "all-to-all" else []), "dropless also tells how many rows come"
+
+
+def test_gathered_tokens_come_once_and_their_sums_go_once(programs):
+    """All-gather there and reduce-scatter back; in the backward pass the other way round."""
+    forward, both = programs("gather", "forward"), programs("gather", "both")
+    assert not of_kind(both, "all-to-all")
+    assert of_kind(forward, "all-gather", TOKENS) == [WAYS * TOKENS]
+    assert of_kind(forward, "reduce-scatter") == [TOKENS]
+    assert of_kind(both, "all-gather", TOKENS) == [WAYS * TOKENS] * 2
+    assert of_kind(both, "reduce-scatter", TOKENS) == [TOKENS] * 2
+
+
+@pytest.mark.parametrize("method", ["einsum", "index", "all-to-all"])
+def test_nothing_larger_than_the_routers_scores_is_gathered(method, programs):
+    """What is gathered is the router's own matrix [E, D]: tokens travel to experts, weights never."""
+    router = E * WIDTH * 4
+    scores = B * T // DEVICES * E * 4
+    for passes in ("forward", "both"):
+        assert all(size <= max(router, scores) for size in of_kind(programs(method, passes), "all-gather"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_expert_weights_are_never_gathered_over_the_expert_axis(method, programs):
+    weight = E * WIDTH * block_config().moe.moe_intermediate_size * 4
+    for passes in ("forward", "both"):
+        gathered = of_kind(programs(method, passes), "all-gather")
+        assert all(size != weight and size <= WAYS * TOKENS for size in gathered)
+
+
+@pytest.mark.parametrize("method", ["einsum", "index", "all-to-all"])
+def test_the_backward_pass_repeats_the_exchange_only_under_full_remat(method, programs):
+    assert len(of_kind(programs(method, "both", "full"), "all-to-all", CHOICES)) > 4
+    assert len(of_kind(programs(method, "both", "exchange"), "all-to-all", CHOICES)) == 4
+    assert len(of_kind(programs(method, "both", "dots"), "all-to-all", CHOICES)) == 4
