@@ -110,7 +110,8 @@ class MoEConfig:
 
     `norm_topk_prob` renormalises the chosen weights to sum to one. `float32_weights` keeps them in float32 (Mixtral)
     instead of casting them to the model's dtype (Qwen). `shared_expert_intermediate_size` 0 means no shared expert.
-    `router_jitter_noise` belongs to training alone.
+    `router_jitter_noise` belongs to training alone. `balancing_bias` gives every router a bias on which experts it
+    chooses, but not on what they count, which training moves towards an even load (DeepSeek-V3, arXiv 2412.19437).
     """
 
     num_experts: int
@@ -121,6 +122,7 @@ class MoEConfig:
     shared_expert_intermediate_size: int = 0
     router_aux_loss_coef: float = 0.001
     router_jitter_noise: float = 0.0
+    balancing_bias: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "moe_intermediate_size"):

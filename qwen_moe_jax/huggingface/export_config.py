@@ -97,6 +97,11 @@ def _biases_to_hub(config: ModelConfig) -> dict[str, Any]:
 
 
 def _moe_to_hub(config: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
+    if moe.balancing_bias:
+        raise ConfigError(
+            "balancing_bias=True cannot be written: no family of transformers that is supported here has a balancing "
+            "bias, and without it a checkpoint would route otherwise."
+        )
     hub = {"num_experts_per_tok": moe.num_experts_per_tok, "router_aux_loss_coef": moe.router_aux_loss_coef}
     if config.model_type == "mixtral":
         return hub | {"num_local_experts": moe.num_experts, "router_jitter_noise": moe.router_jitter_noise}

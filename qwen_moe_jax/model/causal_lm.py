@@ -51,6 +51,7 @@ class Decoder(nnx.Module):
         positions_BT: jax.Array,
         execution: ExecutionConfig,
         *,
+        noise_key: jax.Array | None,
         keep_trace: bool,
         keep_inputs: bool,
     ) -> StackOutput:
@@ -64,6 +65,7 @@ class Decoder(nnx.Module):
             self.embed_tokens(known_BT, dtype),
             TokenContext(segment_ids_BT=segment_ids_BT, rotary=rotary),
             execution,
+            noise_key=noise_key,
             keep_trace=keep_trace,
             keep_inputs=keep_inputs,
         )
@@ -136,6 +138,7 @@ class Model(nnx.Module):
         output_router_logits: bool = False,
         output_hidden_states: bool = False,
         logits_at: jax.typing.ArrayLike | None = None,
+        noise_key: jax.Array | None = None,
     ) -> ModelOutput:
         """Runs the model.
 
@@ -147,14 +150,16 @@ class Model(nnx.Module):
             output_router_logits: also return `router.trace`: logits, experts, weights and drops of every token.
             output_hidden_states: also return `hidden_states`.
             logits_at: integers [B]; the head runs on this one token of each row, and `logits` is [B, 1, …].
+            noise_key: a `jax.random.key`, another one for every step; needed in training mode by a config with
+                `moe.router_jitter_noise`, and read there alone.
 
         Returns:
             See `ModelOutput`. Padding has finite logits that mean nothing; a token id outside the vocabulary makes its
             sequence NaN.
 
         Raises:
-            RequestError: the arrays are not integers, or not all [B, T].
-            ConfigError: in training mode, the config asks for dropout or router jitter.
+            RequestError: the arrays are not integers, or not all [B, T]; there is no `noise_key` where it is needed.
+            ConfigError: in training mode, the config asks for dropout.
         """
         self.require_weights()
         tokens_BT, segment_ids, positions = map(_as_array, (tokens_BT, segment_ids, positions))
@@ -168,6 +173,7 @@ class Model(nnx.Module):
             segment_ids,
             positions,
             _as_array(logits_at),
+            self._checked_noise_key(noise_key),
             output_router_logits=output_router_logits,
             output_hidden_states=output_hidden_states,
         )
@@ -176,6 +182,21 @@ class Model(nnx.Module):
     def execution_in_use(self) -> ExecutionConfig:
         """`execution` with everything that was left open chosen for the present mode (`train()` or `eval()`)."""
         return choose(self.execution, self.config.moe, self.mesh, training=not self.deterministic)
+
+    def _checked_noise_key(self, noise_key: jax.Array | None) -> jax.Array | None:
+        """The key, where the present mode has a use for it."""
+        amount = self.config.moe.router_jitter_noise if self.config.moe else 0.0
+        if self.deterministic or not amount:
+            return None
+        if noise_key is None:
+            raise RequestError(
+                f"router_jitter_noise={amount} is drawn in training mode: pass noise_key=jax.random.key(…), another "
+                "one for every step, or call eval()."
+            )
+        if jnp.shape(noise_key) != () or not jnp.issubdtype(jnp.result_type(noise_key), jax.dtypes.prng_key):
+            found = f"{jnp.result_type(noise_key)} {list(jnp.shape(noise_key))}"
+            raise RequestError(f"noise_key is {found}, expected one key as jax.random.key(…) makes it.")
+        return noise_key
 
     def require_weights(self) -> None:
         """Refuses a model that was only described (`rngs=None`).
@@ -194,6 +215,7 @@ class Model(nnx.Module):
         segment_ids_BT: jax.Array,
         positions_BT: jax.Array,
         logits_at_B: jax.Array | None,
+        noise_key: jax.Array | None,
         *,
         output_router_logits: bool,
         output_hidden_states: bool,
@@ -204,6 +226,7 @@ class Model(nnx.Module):
             segment_ids_BT,
             positions_BT,
             self.execution_in_use,
+            noise_key=noise_key,
             keep_trace=output_router_logits,
             keep_inputs=output_hidden_states,
         )
@@ -224,6 +247,7 @@ def _forward(
     segment_ids_BT: jax.Array,
     positions_BT: jax.Array | None,
     logits_at_B: jax.Array | None,
+    noise_key: jax.Array | None,
     *,
     output_router_logits: bool,
     output_hidden_states: bool,
@@ -235,14 +259,12 @@ def _forward(
     positions_BT = jnp.where(segment_ids_BT != 0, positions_BT, 0)  # padding must not lengthen a dynamic rope
     missing = -batch % math.prod(model.mesh.shape[axis] for axis in BATCH)
     inputs = [jnp.pad(x, ((0, missing), (0, 0))) for x in (tokens_BT, segment_ids_BT, positions_BT)]
-    specs = [P(BATCH, None)] * len(inputs)
-    if logits_at_B is not None:
-        inputs, specs = [*inputs, jnp.pad(jnp.asarray(logits_at_B), (0, missing))], [*specs, P(BATCH)]
+    inputs += [None if logits_at_B is None else jnp.pad(jnp.asarray(logits_at_B), (0, missing)), noise_key]
+    specs = [*[P(BATCH, None)] * 3, P(BATCH), P()]
 
-    def run(model: Model, *inputs: jax.Array) -> ModelOutput:
+    def run(model: Model, *inputs: jax.Array | None) -> ModelOutput:
         flags = dict(output_router_logits=output_router_logits, output_hidden_states=output_hidden_states)
-        tokens_BT, segment_ids_BT, positions_BT, *rest = inputs
-        return model._explicit_forward(tokens_BT, segment_ids_BT, positions_BT, *(rest or [None]), **flags)
+        return model._explicit_forward(*inputs, **flags)
 
     # float32 means float32: accelerators would otherwise multiply in bfloat16 or TF32.
     precision = "highest" if model.execution.dtype == "float32" else None
@@ -290,13 +312,11 @@ def _check_inputs(tokens_BT: jax.Array | np.ndarray, **others: jax.Array | np.nd
 
 def _check_trainable(config: ModelConfig) -> None:
     """Noise that transformers adds in training mode and this package does not must not be left out silently."""
-    noise = {
-        "attention_dropout": config.attention.attention_dropout,
-        "router_jitter_noise": config.moe.router_jitter_noise if config.moe else 0.0,
-    }
-    for name, value in noise.items():
-        if value:
-            raise ConfigError(f"{name}={value} is not applied in training here: set it to 0.0 in config.json to train.")
+    found = config.attention.attention_dropout
+    if found:
+        raise ConfigError(
+            f"attention_dropout={found} is not applied in training here: set it to 0.0 in config.json to train."
+        )
 
 
 def positions_in_segments(segment_ids_BT: jax.Array) -> jax.Array:

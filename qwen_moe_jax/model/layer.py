@@ -28,13 +28,20 @@ class DecoderLayer(nnx.Module):
         self.sliding_window = config.attention.sliding_window if kind.attention == "sliding" else None
 
     def __call__(
-        self, hidden_BTD: jax.Array, context: TokenContext, execution: ExecutionConfig
+        self,
+        hidden_BTD: jax.Array,
+        context: TokenContext,
+        execution: ExecutionConfig,
+        noise_key: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats | None, RouterTrace | None]:
-        """[B, T, D] to the same; where there is a router, also its counts and what it said of every token."""
+        """[B, T, D] to the same; where there is a router, also its counts and what it said of every token.
+
+        With a `noise_key`, what enters a mixture of experts is jittered.
+        """
         attended_BTD = self.self_attn(self.input_layernorm(hidden_BTD), context, self.sliding_window)
         hidden_BTD = hidden_BTD + attended_BTD
         normed_BTD = self.post_attention_layernorm(hidden_BTD)
         if self.kind.mlp == "dense":
             return hidden_BTD + self.mlp(normed_BTD), None, None
-        mixed_BTD, stats, trace = self.mlp(normed_BTD, context.segment_ids_BT != 0, execution)
+        mixed_BTD, stats, trace = self.mlp(normed_BTD, context.segment_ids_BT != 0, execution, noise_key)
         return hidden_BTD + mixed_BTD, stats, trace

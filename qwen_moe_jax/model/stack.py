@@ -6,7 +6,7 @@ of two layers, twice; `dense, sparse, sparse, sparse` is two segments.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from flax import nnx
 from qwen_moe_jax.config import ExecutionConfig, LayerKind, ModelConfig
 from qwen_moe_jax.model.attention import TokenContext
 from qwen_moe_jax.model.layer import DecoderLayer
+from qwen_moe_jax.moe.block import SparseMoeBlock
 from qwen_moe_jax.moe.experts import EXCHANGED
 from qwen_moe_jax.moe.stats import RouterStats, RouterTrace
 from qwen_moe_jax.nn.matmul import WEIGHT_MATMUL
@@ -103,6 +104,7 @@ class LayerStack(nnx.Module):
         context: TokenContext,
         execution: ExecutionConfig,
         *,
+        noise_key: jax.Array | None,
         keep_trace: bool,
         keep_inputs: bool,
     ) -> StackOutput:
@@ -111,7 +113,8 @@ class LayerStack(nnx.Module):
         Args:
             hidden_BTD: embeddings.
             context: where every token stands.
-            execution: how, with `dispatch` resolved.
+            execution: how, with nothing left open (`moe.choices.choose`).
+            noise_key: of the jitter before the experts; every layer draws its own. None adds none.
             keep_trace: also return what the routers said of every token.
             keep_inputs: also return what entered each layer.
         """
@@ -122,24 +125,41 @@ class LayerStack(nnx.Module):
             unrolled = any(segment.repeats == 1 for segment in self.plan)
             run_layer = jax.checkpoint(run_layer, policy=SAVEABLE[execution.remat], prevent_cse=unrolled)
 
-        def body(hidden_BTD: jax.Array, period: list[DecoderLayer]):
+        def body(hidden_BTD: jax.Array, repeat: tuple[list[DecoderLayer], jax.Array | None]):
             kept = []
-            for layer in period:
+            period, keys = repeat
+            for position, layer in enumerate(period):
                 entered_BTD = hidden_BTD
-                hidden_BTD, stats, trace = run_layer(layer, hidden_BTD, context)
+                key = None if keys is None else keys[position]
+                hidden_BTD, stats, trace = run_layer(layer, hidden_BTD, context, key)
                 kept.append((stats, trace if keep_trace else None, entered_BTD if keep_inputs else None))
             return hidden_BTD, [_join(jnp.stack, column) for column in zip(*kept, strict=True)]
 
         kept = []
-        for segment in self.segments:
-            hidden_BTD, columns = jax.lax.scan(body, hidden_BTD, list(segment))
+        for segment, layers in zip(self.plan, self.segments, strict=True):
+            keys = None if noise_key is None else _layer_keys(noise_key, segment)
+            hidden_BTD, columns = jax.lax.scan(body, hidden_BTD, (list(layers), keys))
             kept.append([jax.tree.map(_in_layer_order, column) for column in columns])
         stats, trace, inputs = (_join(jnp.concatenate, column) for column in zip(*kept, strict=True))
         return StackOutput(hidden_BTD=hidden_BTD, stats=stats, trace=trace, inputs_LBTD=inputs)
 
 
-def _run_layer(layer: DecoderLayer, hidden_BTD: jax.Array, context: TokenContext, *, execution: ExecutionConfig):
-    return layer(hidden_BTD, context, execution)
+def _run_layer(
+    layer: DecoderLayer,
+    hidden_BTD: jax.Array,
+    context: TokenContext,
+    noise_key: jax.Array | None,
+    *,
+    execution: ExecutionConfig,
+):
+    return layer(hidden_BTD, context, execution, noise_key)
+
+
+def _layer_keys(noise_key: jax.Array, segment: Segment) -> jax.Array:
+    """A key for each layer, [repeats, period], by its number in the model: the plan has no part in the noise."""
+    numbers = segment.start + jnp.arange(segment.repeats * len(segment.period))
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(noise_key, numbers)
+    return keys.reshape(segment.repeats, len(segment.period))
 
 
 def _join(join, results: Sequence):
@@ -151,3 +171,14 @@ def _join(join, results: Sequence):
 def _in_layer_order(x: jax.Array) -> jax.Array:
     """[repeats, period, …] to [repeats * period, …]."""
     return x.reshape(-1, *x.shape[2:])
+
+
+def sparse_blocks(layers: LayerStack, x_LE: jax.Array) -> Iterator[tuple[SparseMoeBlock, jax.Array]]:
+    """Each stacked sparse block with its layers' part, [repeats, …], of what lies in layer order [L_sparse, …]."""
+    start = 0
+    for segment, period in zip(layers.plan, layers.segments, strict=True):
+        blocks = [layer.mlp for layer in period if layer.kind.mlp == "sparse"]
+        end = start + segment.repeats * len(blocks)
+        for position, block in enumerate(blocks):
+            yield block, x_LE[start + position : end : len(blocks)]
+        start = end

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import MoEConfig
+from qwen_moe_jax.config import Routing as RoutingChoice
 from qwen_moe_jax.sharding.rules import BATCH
 
 
@@ -28,22 +29,43 @@ class Routing:
     real_BT: jax.Array
 
 
-def route(logits_BTE: jax.Array, real_BT: jax.Array, moe: MoEConfig) -> Routing:
+def route(
+    logits_BTE: jax.Array,
+    real_BT: jax.Array,
+    moe: MoEConfig,
+    *,
+    bias_E: jax.Array | None = None,
+    routing: RoutingChoice = "learned",
+    dtype: jax.typing.DTypeLike | None = None,
+) -> Routing:
     """Softmax over all experts in float32, then the top `num_experts_per_tok`.
 
-    Weights are renormalised in float32 where the config says so, then cast to the logits' dtype unless it keeps them in
-    float32. Among equal probabilities the lower expert wins.
+    Weights are renormalised in float32 where the config says so, then cast to `dtype` unless it keeps them in float32.
+    Among equal scores the lower expert wins.
 
-    Source: `Qwen3MoeTopKRouter`, `Qwen2MoeTopKRouter`, `MixtralTopKRouter` of transformers 5.
+    Source: `Qwen3MoeTopKRouter`, `Qwen2MoeTopKRouter`, `MixtralTopKRouter` of transformers 5; the bias is DeepSeek-V3's
+    (arXiv 2412.19437, equation 16).
+
+    Args:
+        logits_BTE: of the router, in any dtype.
+        real_BT: False for padding.
+        moe: how many are chosen, and what they count.
+        bias_E: float32, added to the probabilities for the choice alone; weights and gradients know nothing of it.
+        routing: see `ExecutionConfig`. Under "balanced", the order of a token's experts means nothing, and the bias is
+            not read.
+        dtype: of the weights, which is that of the hidden states they multiply; None is that of the logits.
     """
+    dtype = logits_BTE.dtype if dtype is None else dtype
+    choose = CHOICES[routing]
 
-    def local(logits_BTE: jax.Array, real_BT: jax.Array) -> Routing:
+    def local(logits_BTE: jax.Array, real_BT: jax.Array, bias_E: jax.Array | None) -> Routing:
         probs_BTE = jax.nn.softmax(logits_BTE.astype(jnp.float32), axis=-1)
-        weights_BTA, experts_BTA = jax.lax.top_k(probs_BTE, moe.num_experts_per_tok)
+        experts_BTA = choose(jax.lax.stop_gradient(probs_BTE), bias_E, moe.num_experts_per_tok)
+        weights_BTA = jnp.take_along_axis(probs_BTE, experts_BTA, axis=-1)
         if moe.norm_topk_prob:
             weights_BTA = weights_BTA / jnp.sum(weights_BTA, axis=-1, keepdims=True)
         if not moe.float32_weights:
-            weights_BTA = weights_BTA.astype(logits_BTE.dtype)
+            weights_BTA = weights_BTA.astype(dtype)
         return Routing(
             experts_BTA=experts_BTA,
             weights_BTA=jnp.where(real_BT[..., None], weights_BTA, 0),
@@ -54,4 +76,46 @@ def route(logits_BTE: jax.Array, real_BT: jax.Array, moe: MoEConfig) -> Routing:
     # Every device routes its own tokens: partitioning top_k over tokens would gather the scores instead.
     tokens, choices = P(BATCH, None), P(BATCH, None, None)
     out = Routing(experts_BTA=choices, weights_BTA=choices, probs_BTE=choices, real_BT=tokens)
-    return jax.shard_map(local, in_specs=(choices, tokens), out_specs=out)(logits_BTE, real_BT)
+    return jax.shard_map(local, in_specs=(choices, tokens, P()), out_specs=out)(logits_BTE, real_BT, bias_E)
+
+
+def _strongest(probs_BTE: jax.Array, bias_E: jax.Array | None, chosen: int) -> jax.Array:
+    """The experts with the highest probability, bias included, [B, T, A]."""
+    scores_BTE = probs_BTE if bias_E is None else probs_BTE + jax.lax.stop_gradient(bias_E)
+    return jax.lax.top_k(scores_BTE, chosen)[1]
+
+
+def _in_turn(probs_BTE: jax.Array, bias_E: jax.Array | None, chosen: int) -> jax.Array:
+    """Token t of a device, counting padding, takes the experts after those of token t - 1, [B, T, A]."""
+    batch, length, num_experts = probs_BTE.shape
+    assignment_BTA = jnp.arange(batch * length * chosen, dtype=jnp.int32).reshape(batch, length, chosen)
+    return assignment_BTA % num_experts
+
+
+#: Each takes one device's probabilities, the bias and A, and returns experts.
+CHOICES = {"learned": _strongest, "balanced": _in_turn}
+
+
+def jitter(hidden_BTD: jax.Array, noise_key: jax.Array, amount: float) -> jax.Array:
+    """Multiplies every number by one drawn from U(1 - amount, 1 + amount); the same numbers on every mesh.
+
+    Source: `MixtralSparseMoeBlock` of transformers 5 in training mode.
+    """
+    spec = P(BATCH, None, None)
+    noise_BTD = jax.random.uniform(noise_key, hidden_BTD.shape, jnp.float32, 1 - amount, 1 + amount, out_sharding=spec)
+    return hidden_BTD * noise_BTD.astype(hidden_BTD.dtype)
+
+
+def update_balancing_bias(bias_LE: jax.Array, tokens_per_expert_LE: jax.Array, rate: float) -> jax.Array:
+    """Makes experts with less than the mean load likelier by `rate`, and those with more less likely.
+
+    Source: Wang et al., 2024, arXiv 2408.15664, algorithm 1 (DeepSeek-V3 trains with a rate of 0.001).
+
+    Args:
+        bias_LE: float32, of any number of layers [..., E].
+        tokens_per_expert_LE: int32, as in `RouterStats`; of the whole batch of a step.
+        rate: the same for all experts, however uneven the load is.
+    """
+    # Summed as integers: at millions of tokens, float32 would call an even load uneven.
+    mean_L1 = jnp.sum(tokens_per_expert_LE, axis=-1, keepdims=True) / tokens_per_expert_LE.shape[-1]
+    return bias_LE + rate * jnp.sign(mean_L1 - tokens_per_expert_LE)

@@ -14,6 +14,10 @@ from qwen_moe_jax.sharding.rules import parameter_sharding
 Kind = Literal["normal", "zeros", "ones"]
 
 
+class Untrained(nnx.Variable):
+    """A weight that a rule of its own changes, and no optimizer: `nnx.state(model, nnx.Param)` is without it."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParameterFactory:
     """What the modules' constructors draw their weights from.
@@ -55,6 +59,13 @@ class ParameterFactory:
     def ones(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
         """A norm's scale."""
         return self._create("ones", name, shape, axes)
+
+    def untrained(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Untrained:
+        """Zeros in float32, whatever the dtype of the parameters: what changes by tiny steps must not be rounded."""
+        # A key of its own: the weights beside it are those of a model without it.
+        rngs = None if self.rngs is None else nnx.Rngs(0)
+        created = dataclasses.replace(self, dtype="float32", rngs=rngs)._create("zeros", name, shape, axes)
+        return Untrained(created.get_value(), axes=created.axes)
 
     def _create(
         self, kind: Kind, name: str, shape: tuple[int, ...], axes: tuple[str, ...], zero_row: int | None = None

@@ -154,9 +154,9 @@ def test_pooling_lets_layers_make_up_for_each_other_and_the_global_batch_loss_do
 def test_global_batch_losses_of_micro_steps_sum_to_that_of_the_large_batch(axes):
     """Values and gradients; the micro-steps have different numbers of real tokens."""
     rows = 2 * B
-    logits_LBTE, real_BT = (
-        np.concatenate(parts, axis=axis) for parts, axis in zip(zip(example(1), example(2), strict=True), (1, 0))
-    )
+    (first_LBTE, first_BT), (second_LBTE, second_BT) = example(1), example(2)
+    logits_LBTE = np.concatenate([first_LBTE, second_LBTE], axis=1)
+    real_BT = np.concatenate([first_BT, second_BT])
     real_BT[B:, 2:] = False
     micro_steps = [slice(start, start + B) for start in range(0, rows, B)]
 
