@@ -1,0 +1,114 @@
+"""What the commands' arguments have in common: which checkpoint, and how it is run."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from qwen_moe_jax.config import Dispatch, Dtype, ExecutionConfig
+from qwen_moe_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qwen_moe_jax.model.causal_lm import CausalLM
+
+#: Those of `sharding.mesh`, which cannot be asked before JAX is imported; a test compares the two.
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """FOLDER, and what `load_model` needs to know besides."""
+    parser.add_argument(
+        "folder", type=_folder, metavar="FOLDER", help="a checkpoint in the Hub's form, with its tokenizer.json"
+    )
+    group = parser.add_argument_group("how the model is run")
+    group.add_argument(
+        "--mesh",
+        type=mesh_sizes,
+        default={},
+        metavar="AXIS=SIZE,…",
+        help=f"spread it over devices, for example expert=8,data=2; axes: {', '.join(MESH_AXES)}",
+    )
+    group.add_argument(
+        "--dtype", choices=get_args(Dtype), help="of weights and activations; the checkpoint's own if not given"
+    )
+    group.add_argument(
+        "--dispatch",
+        choices=get_args(Dispatch),
+        help="how tokens reach their experts; dropless if not given. Under capacity, full experts drop tokens",
+    )
+    group.add_argument(
+        "--capacity-factor",
+        type=float,
+        metavar="X",
+        help="with --dispatch capacity: places per expert, as a multiple of a balanced load "
+        f"({ExecutionConfig.eval_capacity_factor} if not given)",
+    )
+
+
+def load_model(arguments: argparse.Namespace) -> "CausalLM":
+    """The checkpoint that `add_model_arguments` asked for, in eval mode.
+
+    Raises:
+        ConfigError, CheckpointError, ShardingError: as `from_pretrained` and `make_mesh`.
+    """
+    settings = {"dtype": arguments.dtype, "dispatch": arguments.dispatch}
+    if arguments.capacity_factor is not None:
+        if arguments.dispatch != "capacity":
+            raise ConfigError("--capacity-factor has a meaning with --dispatch capacity only.")
+        settings["eval_capacity_factor"] = arguments.capacity_factor
+    execution = ExecutionConfig(**settings)
+
+    from qwen_moe_jax.huggingface.load import from_pretrained
+    from qwen_moe_jax.sharding.mesh import make_mesh
+
+    mesh = make_mesh(**arguments.mesh) if arguments.mesh else None
+    return from_pretrained(arguments.folder, mesh=mesh, execution=execution)
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """`expert=8,data=2` as {"expert": 8, "data": 2}."""
+    sizes: dict[str, int] = {}
+    for word in text.split(","):
+        axis, _, size = word.strip().partition("=")
+        if axis not in MESH_AXES or axis in sizes or not _is_number(size) or int(size) < 1:
+            raise argparse.ArgumentTypeError(
+                f"found {word!r} in {text!r}, expected AXIS=SIZE words separated by commas, each axis once, of "
+                f"{', '.join(MESH_AXES)}, for example expert=8,data=2"
+            )
+        sizes[axis] = int(size)
+    return sizes
+
+
+def number_ranges(text: str) -> tuple[int, ...]:
+    """`0,3-5` as (0, 3, 4, 5): in order, each once."""
+    numbers: set[int] = set()
+    for word in text.split(","):
+        first, dash, last = word.strip().partition("-")
+        last = last if dash else first
+        if not (_is_number(first) and _is_number(last) and int(first) <= int(last)):
+            raise argparse.ArgumentTypeError(
+                f"found {word!r} in {text!r}, expected numbers from 0 and rising ranges separated by commas, for "
+                "example 0,3-5"
+            )
+        numbers.update(range(int(first), int(last) + 1))
+    return tuple(sorted(numbers))
+
+
+def written_ranges(numbers: tuple[int, ...]) -> str:
+    """(0, 3, 4, 5) as `0,3-5`: what `number_ranges` reads."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+def _folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: no such folder. Download the checkpoint first and give its folder")
+    return Path(text)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()

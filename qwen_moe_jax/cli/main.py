@@ -1,0 +1,54 @@
+"""`qwen-moe-jax COMMAND …`. Arguments are understood before anything heavy is imported."""
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+
+from qwen_moe_jax import __version__
+from qwen_moe_jax.cli import route
+from qwen_moe_jax.errors import CheckpointError, ConfigError, RequestError, ShardingError
+
+#: A command is a module with `SUMMARY` (a line of help), `add_arguments(parser)` and `run(arguments)`. It imports JAX
+#: in `run`, so that help and refused arguments do not wait for it.
+COMMANDS = {
+    "route": route,
+}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        words: of the command line, without the program's name; None takes this process's own.
+
+    Returns:
+        The exit code: 0, 2 for a refusal (one message on stderr), 130 for Ctrl-C.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal has no sign for is no reason to stop
+    arguments = _parser().parse_args(words)
+    try:
+        COMMANDS[arguments.command].run(arguments)
+    except (CheckpointError, ConfigError, RequestError, ShardingError) as error:
+        print(f"qwen-moe-jax {arguments.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qwen-moe-jax",
+        description="Work with Qwen, Qwen-MoE and Mixtral checkpoints in JAX.",
+        epilog="qwen-moe-jax COMMAND --help tells more.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"qwen_moe_jax {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    for name, command in COMMANDS.items():
+        told = {"help": command.SUMMARY, "description": command.SUMMARY[0].upper() + command.SUMMARY[1:] + "."}
+        command.add_arguments(commands.add_parser(name, **told, allow_abbrev=False))
+    return parser

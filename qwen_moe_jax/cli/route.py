@@ -1,0 +1,107 @@
+"""`qwen-moe-jax route`: which experts a prompt's tokens chose, layer by layer."""
+
+import argparse
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_moe_jax.cli.arguments import add_model_arguments, load_model, number_ranges
+from qwen_moe_jax.errors import RequestError
+
+if TYPE_CHECKING:
+    from qwen_moe_jax.cli.routing import PromptRouting
+
+SUMMARY = "show which experts every token of a prompt chose, with which weight, and which were dropped"
+
+#: Stands near the start of every file that this command writes, so that it replaces no others.
+MARK = "qwen-moe-jax route"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to route")
+    parser.add_argument(
+        "--layers",
+        type=number_ranges,
+        metavar="N,N-N",
+        help="look at these layers, for example 0,3-5; all if not given",
+    )
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page that needs nothing besides itself, instead of tables"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, instead of tables")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints the tables, or writes the files that were asked for.
+
+    Raises:
+        RequestError: a prompt, layers or files that cannot be; nothing has been loaded or written then.
+        ConfigError, CheckpointError, ShardingError: as `from_pretrained` and `make_mesh`.
+    """
+    files = [path for path in (arguments.html, arguments.json) if path is not None]
+    for path in files:
+        _check_replaceable(path)
+
+    from rich.console import Console
+
+    from qwen_moe_jax.cli.routing import encode_prompt, routed_layers, trace_routing
+    from qwen_moe_jax.config import ModelConfig
+    from qwen_moe_jax.inference.tokenizer import load_tokenizer
+
+    # Weights take minutes to read: all that can be refused without them is refused first.
+    config = ModelConfig.from_pretrained(arguments.folder)
+    layers = routed_layers(config, arguments.layers)
+    tokenizer = load_tokenizer(arguments.folder)
+    encode_prompt(tokenizer, arguments.prompt, config.vocab_size)
+
+    with Console(stderr=True).status("") as status:
+        status.update(f"reading {arguments.folder}")
+        model = load_model(arguments)
+        status.update("routing the prompt")
+        name = arguments.folder.resolve().name
+        routing = trace_routing(model, tokenizer, arguments.prompt, name=name, layers=layers)
+
+    if arguments.html is not None:
+        from qwen_moe_jax.cli.routing_page import routing_page
+
+        _write(arguments.html, routing_page(routing, mark=MARK))
+    if arguments.json is not None:
+        _write(arguments.json, routing_json(routing))
+    if not files:
+        from qwen_moe_jax.cli.routing_table import print_routing
+
+        print_routing(routing, Console(highlight=False))
+
+
+def routing_json(routing: "PromptRouting") -> str:
+    """All of it as JSON: the fields of `PromptRouting`, arrays as nested lists."""
+    content = {"written_by": MARK, **dataclasses.asdict(routing)}
+    return json.dumps(content, ensure_ascii=False, default=lambda array: array.tolist()) + "\n"
+
+
+def _check_replaceable(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise RequestError(f"{path}: there is no folder {path.parent} to write into.")
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise RequestError(f"{path} is not a file, expected one to write or none yet.")
+    with path.open("rb") as file:
+        if MARK.encode() not in file.read(200):
+            raise RequestError(f"{path} exists and was not written by this command: give another name, or delete it.")
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes beside and renames: a file of this name is always whole."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written ({error.strerror}).") from None
+    finally:
+        beside.unlink(missing_ok=True)
+    print(f"Wrote {path}, {path.stat().st_size / 1e3:,.0f} kB.")

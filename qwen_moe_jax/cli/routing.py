@@ -1,0 +1,206 @@
+"""A prompt's way through the routers, as plain data: what the renderers draw and the numbers that --json writes."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import tokenizers
+
+from qwen_moe_jax.cli.arguments import written_ranges
+from qwen_moe_jax.cli.token_text import readable_tokens
+from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.errors import RequestError
+from qwen_moe_jax.inference.tokenizer import encode
+from qwen_moe_jax.model.causal_lm import CausalLM
+
+
+class Choice(NamedTuple):
+    """One token's choice of one expert.
+
+    Attributes:
+        token: its place in the prompt.
+        expert: the one chosen.
+        rank: 0 for the token's strongest.
+        weight: what the expert counts in the token's sum.
+        dropped: whether the token did not reach it.
+    """
+
+    token: int
+    expert: int
+    rank: int
+    weight: float
+    dropped: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRouting:
+    """What one layer's router did with the prompt.
+
+    Attributes:
+        layer: its number in the model, dense layers counted.
+        experts: int32 [T, A]; the experts of each token, the strongest first.
+        weights: float32 [T, A].
+        dropped: bool [T, A]; choices that did not reach their expert.
+        load: int32 [E]; tokens that chose the expert, dropped ones included.
+        entropy: mean entropy of the router's distribution over experts, in nats.
+        max_logit: the largest router logit.
+    """
+
+    layer: int
+    experts: np.ndarray
+    weights: np.ndarray
+    dropped: np.ndarray
+    load: np.ndarray
+    entropy: float
+    max_logit: float
+
+    @property
+    def uniform_entropy(self) -> float:
+        """The largest entropy there could be, log E, in nats."""
+        return math.log(len(self.load))
+
+    @property
+    def busiest(self) -> int:
+        """The expert most tokens chose."""
+        return int(np.argmax(self.load))
+
+    @property
+    def imbalance(self) -> float:
+        """The busiest expert's load over the mean load."""
+        return float(self.load.max() / self.load.mean())
+
+    def choices(self) -> list[Choice]:
+        """Every token's every choice, T * A of them, in order of token and rank."""
+        return [
+            Choice(token, int(self.experts[token, rank]), rank, float(self.weights[token, rank]), bool(dropped))
+            for (token, rank), dropped in np.ndenumerate(self.dropped)
+        ]
+
+    def choices_by_expert(self) -> dict[int, list[Choice]]:
+        """The same by expert, the busiest first; experts that nobody chose are left out."""
+        found: dict[int, list[Choice]] = {int(expert): [] for expert in np.argsort(-self.load, kind="stable")}
+        for choice in self.choices():
+            found[choice.expert].append(choice)
+        return {expert: choices for expert, choices in found.items() if choices}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptRouting:
+    """What the routers of a model did with a prompt.
+
+    Attributes:
+        model: its name, for people.
+        num_layers: of the model, dense ones included.
+        num_experts: E, in each layer with a router.
+        dispatch: how tokens reached their experts.
+        capacity_factor: places per expert as a multiple of a balanced load, where the dispatch has such a bound.
+        prompt: the text.
+        token_ids, tokens: what it was cut into, T of each; the tokens in readable form.
+        layers: the layers looked at, in order.
+    """
+
+    model: str
+    num_layers: int
+    num_experts: int
+    dispatch: str
+    capacity_factor: float | None
+    prompt: str
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    layers: tuple[LayerRouting, ...]
+
+    @property
+    def choices_per_layer(self) -> int:
+        """T * A."""
+        return self.layers[0].experts.size
+
+
+def routed_layers(config: ModelConfig, wanted: Sequence[int] | None) -> tuple[int, ...]:
+    """The layers to look at: those wanted, or all that have a router.
+
+    Raises:
+        RequestError: no layer has one, or one of those wanted has not.
+    """
+    sparse = tuple(number for number, kind in enumerate(config.layers) if kind.mlp == "sparse")
+    if not sparse:
+        raise RequestError("no layer of this model has a router: all of them are dense.")
+    for layer in wanted or ():
+        if layer not in sparse:
+            what = "has no router" if layer < len(config.layers) else "does not exist"
+            raise RequestError(f"--layers: layer {layer} {what}, expected some of {written_ranges(sparse)}.")
+    return tuple(wanted or sparse)
+
+
+def encode_prompt(tokenizer: tokenizers.Tokenizer, prompt: str, vocab_size: int) -> list[int]:
+    """Token ids of a prompt, with the special tokens the tokenizer adds by itself.
+
+    Raises:
+        RequestError: an empty prompt, one that is no Unicode text, or a tokenizer of some other model.
+    """
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RequestError("the prompt is not valid UTF-8, expected a text.") from None
+    ids = encode(tokenizer, prompt) if prompt else []
+    if not ids:
+        raise RequestError("the prompt is empty, expected at least one token.")
+    if max(ids) >= vocab_size:
+        raise RequestError(
+            f"the tokenizer gives token id {max(ids)}, expected ids below the model's vocab_size={vocab_size}: "
+            "does tokenizer.json belong to this model?"
+        )
+    return ids
+
+
+def trace_routing(
+    model: CausalLM,
+    tokenizer: tokenizers.Tokenizer,
+    prompt: str,
+    *,
+    name: str,
+    layers: Sequence[int] | None = None,
+) -> PromptRouting:
+    """Runs a prompt through a model and keeps what its routers said.
+
+    Args:
+        model: in the mode it is to be looked at; `eval` unless switched.
+        tokenizer: its tokenizer.
+        prompt: a text of at least one token.
+        name: of the model, for people.
+        layers: numbers of the layers to keep, dense layers counted; None keeps every layer with a router.
+
+    Raises:
+        RequestError: see `routed_layers` and `encode_prompt`.
+    """
+    config, execution = model.config, model.execution_in_use
+    sparse, wanted = routed_layers(config, None), routed_layers(config, layers)
+    ids = encode_prompt(tokenizer, prompt, config.vocab_size)
+    router = jax.device_get(model([ids], output_router_logits=True).router)
+    trace, stats = router.trace, router.stats
+
+    def routing(layer: int) -> LayerRouting:
+        index = sparse.index(layer)  # traces are stacked over the layers that have a router
+        return LayerRouting(
+            layer=layer,
+            experts=trace.experts[index, 0],
+            weights=trace.weights[index, 0].astype(np.float32),
+            dropped=trace.dropped[index, 0],
+            load=stats.tokens_per_expert[index],
+            entropy=float(stats.entropy[index]),
+            max_logit=float(stats.max_logit[index]),
+        )
+
+    return PromptRouting(
+        model=name,
+        num_layers=config.num_hidden_layers,
+        num_experts=config.moe.num_experts,
+        dispatch=execution.dispatch,
+        capacity_factor=execution.capacity_factor if execution.dispatch == "capacity" else None,
+        prompt=prompt,
+        token_ids=tuple(ids),
+        tokens=readable_tokens(tokenizer, ids),
+        layers=tuple(map(routing, wanted)),
+    )

@@ -1,0 +1,85 @@
+"""The command line: help without JAX, refusals as one message."""
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+from qwen_moe_jax.cli.arguments import MESH_AXES, mesh_sizes, number_ranges, written_ranges
+from qwen_moe_jax.cli.main import COMMANDS, main
+from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.sharding.mesh import AXES
+
+
+@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_help_answers_without_jax(words):
+    """JAX takes a second to import: nobody should wait for it to read how a command is called."""
+    program = (
+        "import sys; from qwen_moe_jax.cli.main import main\n"
+        f"try: main({words})\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "print(sorted({'jax', 'flax', 'numpy', 'tokenizers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"usage: {' '.join(['qwen-moe-jax', *words[:-1]])}")
+    assert done.stdout.endswith("[]\n")
+
+
+def test_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "qwen_moe_jax", "--version"], capture_output=True, text=True)
+    assert done.stdout.startswith("qwen_moe_jax ")
+
+
+def test_refusal_of_the_package_is_one_message(monkeypatch, capsys, tmp_path):
+    def refuse(_):
+        raise ConfigError("found this, expected that.")
+
+    monkeypatch.setattr(COMMANDS["route"], "run", refuse)
+    assert main(["route", str(tmp_path), "--prompt", "x"]) == 2
+    assert capsys.readouterr() == ("", "qwen-moe-jax route: error: found this, expected that.\n")
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--layers", "3-1"], "argument --layers: found '3-1' in '3-1', expected numbers from 0 and rising ranges"),
+        (["--layers", "0,,2"], "argument --layers: found '' in '0,,2'"),
+        (["--layers", "-1"], "argument --layers"),
+        (["--mesh", "expert=2,pipeline=2"], "found 'pipeline=2' in 'expert=2,pipeline=2', expected AXIS=SIZE"),
+        (["--mesh", "expert=0"], "found 'expert=0'"),
+        (["--mesh", "expert"], "found 'expert'"),
+        (["--mesh", "data=2,data=2"], "each axis once"),
+        (["--dispatch", "nearest"], "invalid choice: 'nearest'"),
+    ],
+)
+def test_bad_arguments_are_refused_with_what_was_found_and_expected(tmp_path, capsys, words, told):
+    with pytest.raises(SystemExit) as end:
+        main(["route", str(tmp_path), "--prompt", "x", *words])
+    assert end.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_folder_that_is_none(capsys):
+    with pytest.raises(SystemExit):
+        main(["route", "Qwen/Qwen3-30B-A3B", "--prompt", "x"])
+    assert "Qwen/Qwen3-30B-A3B: no such folder. Download the checkpoint first" in capsys.readouterr().err
+
+
+def test_mesh_axes_are_those_of_the_mesh():
+    assert MESH_AXES == AXES
+    assert mesh_sizes("expert=8, data=2") == {"expert": 8, "data": 2}
+
+
+@pytest.mark.parametrize(
+    "text, numbers, back",
+    [("0", (0,), "0"), ("0,3-5", (0, 3, 4, 5), "0,3-5"), ("5,3-4,4, 0-1", (0, 1, 3, 4, 5), "0-1,3-5")],
+)
+def test_ranges_are_read_and_written(text, numbers, back):
+    assert number_ranges(text) == numbers
+    assert written_ranges(numbers) == back
+
+
+def test_other_signs_than_digits_are_no_number():
+    with pytest.raises(argparse.ArgumentTypeError):
+        number_ranges("²")
