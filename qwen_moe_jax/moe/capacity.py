@@ -34,7 +34,7 @@ FILLED = P(None, BATCH, None, None)
 def expert_capacity(
     group_size: int, num_experts_per_tok: int, num_experts: int, capacity_factor: float, min_capacity: int
 ) -> int:
-    """Places per expert and group: a balanced share times the factor, at least `min_capacity`, at most one per token."""
+    """Places per expert and group: a balanced share times the factor, from `min_capacity` to one for every token."""
     share = math.ceil(group_size * num_experts_per_tok / num_experts * capacity_factor)
     return min(max(share, min_capacity), group_size)
 

@@ -23,7 +23,7 @@ def backend_for(platform: str) -> GroupedMatmul:
 
 
 def buffer_rows(rows: int) -> int:
-    """The size of a buffer that can hold this many real rows: whole tiles, and a spare one for every backend's reach."""
+    """The size of a buffer for this many real rows: whole tiles, and a spare one for every backend's reach."""
     return -(-rows // SLACK) * SLACK + SLACK
 
 
@@ -31,8 +31,8 @@ def buffer_rows(rows: int) -> int:
 def grouped_matmul(rows_RI: jax.Array, weights_EOI: jax.Array, sizes_E: jax.Array, backend: GroupedMatmul) -> jax.Array:
     """Each row times the transpose of its expert's matrix, accumulated in float32.
 
-    `jax.lax.ragged_dot` would be the obvious choice; it is dense over the experts on CPUs and NVIDIA GPUs, and in its
-    weight gradient on TPUs.
+    `jax.lax.ragged_dot` would be the obvious choice; it is dense over the experts on CPUs and NVIDIA GPUs, and in jax
+    0.10 in its weight gradient on TPUs (`benchmarks/compile_kernels.py`).
 
     Args:
         rows_RI: rows sorted by expert, R of `buffer_rows`.

@@ -54,11 +54,11 @@ def one_device():
     return np.asarray(model(TOKENS_BT, SEGMENTS_BT).logits), loss_and_gradients(model)
 
 
-@pytest.mark.parametrize("dispatch", ["dense", "capacity"])
+@pytest.mark.parametrize("dispatch", ["dense", "capacity", "dropless"])
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_any_mesh_gives_what_one_device_gives(axes, dispatch, one_device):
     logits_BTV, (loss, gradients) = one_device
-    model = build(qmj.make_mesh(**axes), dispatch=dispatch, capacity_factor=8.0, remat="full")
+    model = build(qmj.make_mesh(**axes), dispatch=dispatch, eval_capacity_factor=8.0, remat="full")
     found = np.asarray(model(TOKENS_BT, SEGMENTS_BT).logits)
     real = SEGMENTS_BT != 0
     # float32 sums in another order over devices: about 3e-7 a layer

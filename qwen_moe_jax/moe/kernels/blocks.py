@@ -84,7 +84,7 @@ def _block_rows(rows: int, experts: int) -> int:
 
 
 def _rows_at(x: jax.Array, start: jax.Array, count: int) -> jax.Array:
-    """`x[start : start + count]`. XLA on CPUs would convert a whole bfloat16 operand to float32 and back to slice it."""
+    """`x[start : start + count]`. XLA on CPUs would convert the whole of a bfloat16 operand to float32 first."""
     if x.dtype != jnp.bfloat16:
         return jax.lax.dynamic_slice_in_dim(x, start, count)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint16)

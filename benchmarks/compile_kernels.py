@@ -1,0 +1,191 @@
+"""What a layer's experts compile to on accelerators that are not here: `python benchmarks/compile_kernels.py`.
+
+Compiles one SwiGLU block of Qwen3-30B-A3B's experts for 8192 tokens, by `grouped_matmul` and by `jax.lax.ragged_dot`,
+and prints what XLA says of each program. Nothing runs, so there are no times. `jax[tpu]` brings the compiler for TPUs,
+`jax[cuda13]` the one for NVIDIA GPUs; a target whose compiler is missing is named and left out.
+"""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # where there is an accelerator, it is not asked
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # nor is a cloud's metadata server
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nor does another process that only compiles stand in the way
+
+import math
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src import xla_bridge
+from jax.experimental import topologies
+from jax.sharding import PartitionSpec as P
+
+from qwen_moe_jax.moe.grouped_matmul import buffer_rows, grouped_matmul
+from qwen_moe_jax.moe.kernels import nvidia, tpu
+
+D, F, E, A, TOKENS = 2048, 768, 128, 8, 8192  # Qwen3-30B-A3B
+ROWS = TOKENS * A
+USEFUL = 3 * 2 * ROWS * D * F  # three matmuls forward; backward, each has two more
+
+#: An H200 in XLA's own words (stream_executor/device_description.proto): XLA's description of the H100 in its tests,
+#: with the H200's memory. Versions are those of CUDA 13.
+H200 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  device_memory_size: 141000000000
+  memory_bandwidth: 4800000000000
+  l2_cache_size: 52428800
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  threads_per_warp: 32
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}
+platform_name: "CUDA"
+device_description_str: "NVIDIA H200"
+dnn_version_info { major: 9 minor: 8 }
+runtime_version { major: 13 }
+"""
+
+Matmul = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def tpu_device() -> jax.Device:
+    """A chip of a v5p slice."""
+    return topologies.get_topology_desc("v5p:2x2x1", "tpu").devices[0]
+
+
+def h200_device() -> jax.Device:
+    """An H200. JAX looks for a GPU to learn that "gpu" means CUDA here (jax-ml/jax#23971), so it is told."""
+    canonical = xla_bridge.canonicalize_platform
+    xla_bridge.canonicalize_platform = lambda platform: "cuda" if platform == "gpu" else canonical(platform)
+    return topologies.get_topology_desc("1x1x1", "cuda", topology="1x1x1", target_config=H200).devices[0]
+
+
+def lax_ragged_dot(rows_RI: jax.Array, weights_EOI: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """What JAX has for it."""
+    return jax.lax.ragged_dot(rows_RI, jnp.swapaxes(weights_EOI, 1, 2), sizes_E, preferred_element_type=rows_RI.dtype)
+
+
+def forward(matmul: Matmul, rows_RD, gate_EFD, up_EFD, down_EDF, sizes_E):
+    """One SwiGLU block."""
+    hidden_RF = jax.nn.silu(matmul(rows_RD, gate_EFD, sizes_E)) * matmul(rows_RD, up_EFD, sizes_E)
+    return matmul(hidden_RF, down_EDF, sizes_E)
+
+
+def forward_backward(matmul: Matmul, rows_RD, gate_EFD, up_EFD, down_EDF, sizes_E, gradient_RD):
+    """One SwiGLU block, and the gradients of its rows and weights."""
+
+    def block(*arrays):
+        return forward(matmul, *arrays, sizes_E)
+
+    out_RD, pull = jax.vjp(block, rows_RD, gate_EFD, up_EFD, down_EDF)
+    return out_RD, pull(gradient_RD)
+
+
+def compile_for(device: jax.Device, platform: str, function: Callable, matmul: Matmul) -> jax.stages.Compiled:
+    """The block's program for a device that is not here."""
+    mesh = jax.sharding.Mesh(np.array([device]), "x")
+
+    def array(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, P()))
+
+    rows_RD, sizes_E = array(buffer_rows(ROWS), D), array(E, dtype=jnp.int32)
+    arrays = [rows_RD, array(E, F, D), array(E, F, D), array(E, D, F), sizes_E]
+    if function is forward_backward:
+        arrays.append(rows_RD)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # from which Pallas learns the GPU's kind
+        traced = jax.jit(function, static_argnums=0).trace(matmul, *arrays)
+        return traced.lower(lowering_platforms=(platform,)).compile()
+
+
+def flops(compiled: jax.stages.Compiled) -> tuple[float, bool]:
+    """The program's FLOPs, and whether its kernels are in it.
+
+    XLA counts for TPUs, kernels by their own word. For GPUs it does not: there, the matmuls that the program spells
+    out.
+    """
+    if analysis := compiled.cost_analysis():
+        return analysis["flops"], True
+    text = compiled.as_text()
+    shapes = {name: dimensions(shape) for name, shape in re.findall(r"%?([\w.-]+) = \w+\[([\d,]*)\]", text)}
+    dots = r"= \w+\[([\d,]*)\]\S* dot\(%?([\w.-]+), .*?lhs_contracting_dims=\{([\d,]*)\}"
+    return sum(
+        2 * math.prod(dimensions(shape)) * math.prod(shapes[left][axis] for axis in dimensions(summed))
+        for shape, left, summed in re.findall(dots, text)
+    ), False
+
+
+def dimensions(text: str) -> list[int]:
+    """The numbers of "1,2,3"."""
+    return [int(number) for number in text.split(",") if number]
+
+
+def kernels(compiled: jax.stages.Compiled) -> int:
+    """How many times the program calls a Pallas kernel."""
+    return len(re.findall(r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton)"', compiled.as_text()))
+
+
+def tile_rows(row_tile: int, from_own_start: bool) -> float:
+    """Rows that the kernels multiply for each real one, if every token chooses its experts evenly at random.
+
+    A tile is multiplied whole. It starts where its expert's rows do, or is one of those that cut the rows evenly.
+    """
+    rng = np.random.default_rng(0)
+    chosen_TA = np.argsort(rng.random((TOKENS, E)), axis=1)[:, :A]
+    sizes_E = np.bincount(chosen_TA.ravel(), minlength=E)
+    ends_E = np.cumsum(sizes_E)
+    starts_E = np.zeros(E, int) if from_own_start else ends_E - sizes_E
+    stops_E = sizes_E if from_own_start else ends_E
+    tiles = -(-stops_E // row_tile) - starts_E // row_tile
+    return tiles.sum() * row_tile / ROWS
+
+
+#: Title, platform, device, backend, what brings the compiler, and rows multiplied for each real one.
+TARGETS = (
+    ("TPU v5p", "tpu", tpu_device, "megablox", "jax[tpu]", tile_rows(tpu._row_tile(buffer_rows(ROWS), E), False)),
+    ("H200", "cuda", h200_device, "triton", "jax[cuda13]", tile_rows(nvidia._row_tile(buffer_rows(ROWS), E), True)),
+)
+
+
+def main() -> None:
+    """Prints a table for each target."""
+    print(f"jax {jax.__version__}; bfloat16, {ROWS} rows, D {D}, F {F}, E {E}")
+    for title, platform, device_of, backend, package, tiles in TARGETS:
+        try:
+            device = device_of()
+        except (ImportError, NotImplementedError, RuntimeError) as error:
+            print(
+                f"\n{title}: left out; the compiler comes with pip install '{package}' ({str(error).splitlines()[0]})"
+            )
+            continue
+        methods = {
+            f"grouped_matmul, {backend}": lambda *arrays, backend=backend: grouped_matmul(*arrays, backend),
+            "jax.lax.ragged_dot": lax_ragged_dot,
+        }
+        print(f"\n{title}; in {backend}'s tiles, {tiles:.2f} rows multiplied for each real one\n")
+        print("| method | pass | kernels | FLOPs counted / useful | temporaries, MiB |\n|---|---|---|---|---|")
+        for method, matmul in methods.items():
+            for name, function, useful in (("forward", forward, 1), ("forward + backward", forward_backward, 3)):
+                compiled = compile_for(device, platform, function, matmul)
+                counted, with_kernels = flops(compiled)
+                ratio = f"{counted / (useful * USEFUL):.2f}"
+                if kernels(compiled) and not with_kernels:
+                    ratio += ", and the kernels'"
+                temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
+                print(f"| {method} | {name} | {kernels(compiled)} | {ratio} | {temporaries:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
