@@ -8,7 +8,7 @@ import difflib
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 
 def _key(default: Any, meaning: str) -> Any:
@@ -38,14 +38,48 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionSettings:
-    """How the numbers are computed; the fields of `qwen_moe_jax.ExecutionConfig` that training chooses."""
+    """How the numbers are computed; the fields of `qwen_moe_jax.ExecutionConfig` that belong to training.
+
+    None is the package's own choice for the model and the mesh. On held-out text no token is ever dropped.
+    """
 
     dtype: str = _key("float32", "of activations and matrix products")
     param_dtype: str = _key("float32", "of the weights and of the optimizer's moments")
-    dispatch: str = _key("capacity", "how tokens reach their experts while training: capacity or dense")
-    capacity_factor: float = _key(1.25, "room per expert, as a multiple of a perfectly even load")
-    group_size: int = _key(128, "tokens that share one capacity; smaller is faster and drops more")
-    remat: str = _key("none", "what the backward pass recomputes to save memory: none, dots or full")
+    router_dtype: str | None = _key(None, "of the router's matrix product; left out, that of the activations")
+    dispatch: str = _key("capacity", "how tokens reach their experts while training: capacity, dropless or dense")
+    capacity_factor: float = _key(1.25, "capacity: room per expert, as a multiple of a perfectly even load")
+    min_capacity: int = _key(4, "capacity: room that every expert has at least, in tokens of a group")
+    group_size: int | None = _key(None, "capacity: tokens that share the room; small groups drop more")
+    drop: str = _key("position", "capacity: who goes without room: position (the last tokens) or weight (the lightest)")
+    capacity_by: str | None = _key(None, "capacity: tokens move by einsum or by index; the same tokens either way")
+    buffer_factor: float = _key(
+        2.0,
+        "dropless: room per device, as a multiple of a perfectly even load; inf for the worst case, no drops at all",
+    )
+    exchange: str | None = _key(None, "dropless: how tokens travel: gather, all_to_all or ragged_all_to_all")
+    grouped_matmul: str | None = _key(None, "dropless: what multiplies: blocks, megablox (TPU) or triton (NVIDIA)")
+    routing: str = _key("learned", "learned, or balanced: to experts in turn, which measures speed and teaches nothing")
+    remat: str = _key("none", "what the backward pass recomputes to save memory: none, exchange, dots or full")
+
+
+#: The values of loss.balance, and the loss of `qwen_moe_jax.moe.losses.RouterLosses` that each is.
+BALANCE_LOSSES = {"pooled": "load_balancing", "global_batch": "global_batch", "sequence": "sequence"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What keeps the load of the experts even, and the router's scores small."""
+
+    balance: str = _key(
+        "pooled",
+        "where the load should be even: pooled (over all layers together, as in transformers), global_batch (in each "
+        "layer) or sequence (in each layer, within each row)",
+    )
+    balance_coef: float | None = _key(None, "weight of that loss; left out, the model's router_aux_loss_coef")
+    router_z_coef: float = _key(0.0, "weight of the mean squared logsumexp of the router's logits (z-loss)")
+    balancing_bias_rate: float = _key(
+        0.0, "above 0, routers have a bias on whom they choose, moved by this much a step; it needs run.export = false"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +121,7 @@ class RunConfig:
     checkpoint_every: int = _key(200, "steps between two checkpoints; the last step always has one")
     sample_prompt: str = _key("def", "the trained model continues this text")
     sample_tokens: int = _key(96, "how many tokens it adds")
+    export: bool = _key(True, "write hub/, for transformers, in the end")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +132,7 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     execution: ExecutionSettings = ExecutionSettings()
     data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     run: RunConfig = RunConfig()
 
@@ -105,6 +141,7 @@ SECTIONS: dict[str, type] = {
     "mesh": MeshConfig,
     "execution": ExecutionSettings,
     "data": DataConfig,
+    "loss": LossConfig,
     "optimizer": OptimizerConfig,
     "run": RunConfig,
 }
@@ -185,7 +222,7 @@ def to_toml(config: TrainConfig) -> str:
     """The whole config, defaults included, as TOML that `load_config` reads back to an equal config."""
     parts = []
     for name in ["model", *SECTIONS]:
-        table = _as_table(getattr(config, name))
+        table = {key: value for key, value in _as_table(getattr(config, name)).items() if value is not None}
         parts.append("\n".join([f"[{name}]", *(f"{key} = {_toml_value(value)}" for key, value in table.items())]))
     return "\n\n".join(parts) + "\n"
 
@@ -196,8 +233,8 @@ def describe_keys() -> str:
     for name, section in SECTIONS.items():
         lines.append("")
         for field in dataclasses.fields(section):
-            default = _toml_value(field.default)
-            lines.append(f"  --{name}.{field.name} {_type_name(field.type).upper()}  (default {default})")
+            default = "optional" if field.default is None else f"default {_toml_value(field.default)}"
+            lines.append(f"  --{name}.{field.name} {_type_name(_given_type(field)).upper()}  ({default})")
             lines.append(f"        {field.metadata['meaning']}")
     return "\n".join(lines)
 
@@ -250,7 +287,13 @@ def _override_model(table: dict[str, Any], key: str, word: str, where: str) -> A
 
 
 def _field_types(section: str) -> dict[str, type]:
-    return {field.name: field.type for field in dataclasses.fields(SECTIONS[section])}
+    return {field.name: _given_type(field) for field in dataclasses.fields(SECTIONS[section])}
+
+
+def _given_type(field: dataclasses.Field) -> type:
+    """What a value has to be if there is one: TOML knows no None, a key that is None is left out."""
+    kinds = [kind for kind in get_args(field.type) if kind is not type(None)]
+    return kinds[0] if kinds else field.type
 
 
 def _check_type(value: Any, section: str, key: str, where: str) -> Any:
@@ -266,7 +309,7 @@ def _check_type(value: Any, section: str, key: str, where: str) -> Any:
 
 
 def _check_values(config: TrainConfig, source: str) -> None:
-    data, run, optimizer, mesh = config.data, config.run, config.optimizer, config.mesh
+    data, run, optimizer, mesh, loss = config.data, config.run, config.optimizer, config.mesh, config.loss
     at_least_one = {
         **{f"mesh.{axis}": getattr(mesh, axis) for axis in ("data", "fsdp", "expert", "tensor")},
         **{f"data.{key}": getattr(data, key) for key in ("batch_size", "heldout_rows")},
@@ -286,6 +329,23 @@ def _check_values(config: TrainConfig, source: str) -> None:
     for key, value in above_zero.items():
         if not value > 0:
             _refuse(f"{source}: {key}: found {value}, expected more than 0.")
+    not_negative = {
+        "loss.balance_coef": loss.balance_coef or 0.0,
+        "loss.router_z_coef": loss.router_z_coef,
+        "loss.balancing_bias_rate": loss.balancing_bias_rate,
+    }
+    for key, value in not_negative.items():
+        if not value >= 0:
+            _refuse(f"{source}: {key}: found {value}, expected 0 or more.")
+    if loss.balance not in BALANCE_LOSSES:
+        known = list(BALANCE_LOSSES)
+        _unknown(f"{source}: loss.balance: found {loss.balance!r}, no balance loss", loss.balance, known)
+    if loss.balancing_bias_rate > 0 and run.export:
+        _refuse(
+            f"{source}: loss.balancing_bias_rate: found {loss.balancing_bias_rate} together with run.export = true: a "
+            "Hub folder cannot hold a balancing bias. Set run.export to false (the checkpoints hold the model), or the "
+            "rate to 0."
+        )
     if not 0 < data.heldout_fraction < 1:
         _refuse(f"{source}: data.heldout_fraction: found {data.heldout_fraction}, expected between 0 and 1.")
     if data.seq_len < 2:

@@ -11,7 +11,7 @@ from train.config import TrainConfig, differences, load_config, to_toml
 
 # What a run means. A run may go on with another mesh, another execution or other intervals between its reports, but
 # not as a different model on different text.
-_MEANING = ("model", "data", "optimizer")
+_MEANING = ("model", "data", "loss", "optimizer")
 _MEANING_OF_RUN = ("steps", "seed")
 
 
@@ -41,10 +41,11 @@ class RunFolder:
     def describe_result(self) -> str:
         """What `finish` wrote, for people."""
         result = json.loads(self._result.read_text(encoding="utf-8"))
+        hub = f", Hub folder in {self.hub}" if self.hub.exists() else ""
         speed = f" at {result['tokens_per_second']:,.0f} tokens/s" if result["tokens_per_second"] else ""
         return (
             f"Held-out loss {result['heldout_loss']:.3f} after {result['steps']} steps{speed}.\n"
-            f"Metrics in {self.metrics}, checkpoints in {self.checkpoints}, Hub folder in {self.hub}.\n\n"
+            f"Metrics in {self.metrics}, checkpoints in {self.checkpoints}{hub}.\n\n"
             f"The model goes on from {result['prompt']!r}:\n{result['prompt']}{result['sample']}"
         )
 

@@ -1,7 +1,8 @@
 """Training, from the top: what `python -m train CONFIG` does once its config is read."""
 
+import dataclasses
+import math
 import time
-from dataclasses import asdict
 
 import jax
 from flax import nnx
@@ -9,10 +10,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import qwen_moe_jax as qmj
 from train.checkpoint import Checkpoints
-from train.config import TrainConfig
+from train.config import ExecutionSettings, TrainConfig
 from train.corpus import load_corpus, save_tokenizer
 from train.data import Batch, batch_at, heldout_batches, pack
 from train.folder import RunFolder
+from train.loss import resolve_loss
 from train.optimizer import make_optimizer, make_schedule
 from train.report import Report
 from train.step import heldout_loss, initial_state, make_eval_step, make_train_step, state_shardings
@@ -27,6 +29,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     """
     began = time.perf_counter()
     mesh = qmj.make_mesh(**{axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "expert", "tensor")})
+    execution = _execution(config.execution)
 
     # Data: documents of tokens, packed into rows of T.
     corpus = load_corpus(folder.corpus, config.data)
@@ -36,7 +39,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     heldout = [_place(batch, mesh) for batch in heldout]
 
     # Model: a definition for each mode, and one set of parameters for both.
-    model = _make_model(config, corpus.end_id, mesh)
+    model = _make_model(config, corpus.end_id, mesh, execution)
     model.eval()  # no token is dropped
     eval_graph = nnx.graphdef(model)
     model.train()
@@ -46,8 +49,8 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     # Step: two compiled functions, and the state that goes from step to step.
     optimizer = make_optimizer(config.optimizer, config.run.steps)
     shardings = state_shardings(params, optimizer, mesh)
-    balance_coef = model.config.moe.router_aux_loss_coef if model.config.moe else 0.0
-    train_step = make_train_step(train_graph, optimizer, balance_coef, shardings)
+    loss_config = resolve_loss(config.loss, model.config)
+    train_step = make_train_step(train_graph, optimizer, loss_config, shardings, config.run.seed)
     eval_step = make_eval_step(eval_graph)
     state = initial_state(params, optimizer, shardings)
 
@@ -85,11 +88,13 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
             report.heldout(last_step, loss)
 
     # Export, and let the exported folder speak: what is shown is what others will load.
-    save_tokenizer(corpus.tokenizer, folder.hub)
-    qmj.save_pretrained(nnx.merge(eval_graph, state.params), folder.hub)
+    trained = nnx.merge(eval_graph, state.params)
+    if config.run.export:
+        save_tokenizer(corpus.tokenizer, folder.hub)
+        qmj.save_pretrained(trained, folder.hub)
+        trained = qmj.from_pretrained(folder.hub)
     prompt = config.run.sample_prompt
-    exported = qmj.from_pretrained(folder.hub)
-    [sample] = qmj.generate(exported, [prompt], max_new_tokens=config.run.sample_tokens, tokenizer=corpus.tokenizer)
+    [sample] = qmj.generate(trained, [prompt], max_new_tokens=config.run.sample_tokens, tokenizer=corpus.tokenizer)
     folder.finish(
         {
             "steps": last_step,
@@ -107,18 +112,24 @@ def _place(batch: Batch, mesh: Mesh) -> Batch:
     return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert"))))
 
 
-def _make_model(config: TrainConfig, end_id: int, mesh: Mesh) -> qmj.CausalLM:
+def _execution(settings: ExecutionSettings) -> qmj.ExecutionConfig:
+    """The package's form of the config's [execution] table."""
+    chosen = dataclasses.asdict(settings)
+    if settings.dispatch == "capacity":
+        chosen["dispatch"] = None  # left open, it is capacity in training mode, and eval mode drops nothing
+    if settings.buffer_factor == math.inf:
+        chosen["buffer_factor"] = None
+    return qmj.ExecutionConfig(**chosen)
+
+
+def _make_model(config: TrainConfig, end_id: int, mesh: Mesh, execution: qmj.ExecutionConfig) -> qmj.CausalLM:
     """The model of the config's [model] table, with fresh weights and the vocabulary of the tokenizer."""
     hub_config = {"eos_token_id": end_id, **config.model, "vocab_size": config.data.vocab_size}
-    execution = asdict(config.execution)
-    if execution["dispatch"] == "capacity":
-        execution["dispatch"] = None  # left open, it is capacity in training mode, and eval mode drops nothing
-    return qmj.CausalLM(
-        qmj.ModelConfig.from_pretrained(hub_config),
-        rngs=nnx.Rngs(config.run.seed),
-        mesh=mesh,
-        execution=qmj.ExecutionConfig(**execution),
-    )
+    model_config = qmj.ModelConfig.from_pretrained(hub_config)
+    if config.loss.balancing_bias_rate > 0 and model_config.moe is not None:
+        moe = dataclasses.replace(model_config.moe, balancing_bias=True)
+        model_config = dataclasses.replace(model_config, moe=moe)
+    return qmj.CausalLM(model_config, rngs=nnx.Rngs(config.run.seed), mesh=mesh, execution=execution)
 
 
 def _introduction(config: TrainConfig, model: qmj.ModelConfig, tokens: int) -> str:

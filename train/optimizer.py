@@ -1,5 +1,6 @@
 """AdamW: clipped gradients, warm-up and cosine, weight decay on matrices only."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             weight_decay=config.weight_decay,
             mask=decays,
         ),
+        optax.masked(optax.set_to_zero(), moves_by_itself),
     )
 
 
@@ -39,9 +41,16 @@ def decays(params: Any) -> Any:
     Norm scales and biases do not. They are told by their names, not by their number of axes: layers of one kind are
     stacked, so a norm's scale is [L,D] and looks like a matrix.
     """
+    return _by_name(lambda names: not any("norm" in name or name.endswith("bias") for name in names), params)
 
-    def decay(path: tuple[Any, ...], _: Any) -> bool:
-        names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
-        return not any("norm" in name or name == "bias" for name in names)
 
-    return jax.tree_util.tree_map_with_path(decay, params)
+def moves_by_itself(params: Any) -> Any:
+    """A tree of bools, shaped as `params`: is this a balancing bias, which a rule moves (`train/step.py`)?"""
+    return _by_name(lambda names: names[-1] == "e_score_correction_bias", params)
+
+
+def _by_name(holds: Callable[[list[str]], bool], params: Any) -> Any:
+    def of_leaf(path: tuple[Any, ...], _: Any) -> bool:
+        return holds(jax.tree_util.keystr(path, simple=True, separator=".").split("."))
+
+    return jax.tree_util.tree_map_with_path(of_leaf, params)

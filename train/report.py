@@ -89,9 +89,11 @@ class Report:
             "step": step,
             "loss": float(metrics.loss),
             "balance_loss": float(metrics.balance_loss),
+            "router_z": float(metrics.router_z),
             "gradient_norm": float(metrics.gradient_norm),
             "learning_rate": float(self._schedule(step - 1)),
             "dropped": int(metrics.dropped) / max(int(metrics.assignments), 1),
+            "load_imbalance": float(metrics.load_imbalance),
             "tokens_per_second": int(metrics.tokens) / seconds,
         }
         self._write(record)
@@ -161,6 +163,8 @@ def _status(record: dict[str, Any], seconds_left: float | None) -> str:
         f"dropped {record['dropped']:.1%}",
         f"ETA {_clock_time(seconds_left)}",
     ]
+    if record["load_imbalance"]:  # 0 is a dense model
+        parts[3:3] = [f"max load {record['load_imbalance']:.1f}x", f"z-loss {record['router_z']:.1f}"]
     return "  ".join(parts)
 
 

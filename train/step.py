@@ -10,6 +10,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qwen_moe_jax.model.balancing import update_balancing_biases
+from qwen_moe_jax.moe.stats import RouterStats
+from train.config import LossConfig
 from train.data import Batch
 from train.loss import Loss, cross_entropy_sum, training_loss
 
@@ -32,16 +35,19 @@ class TrainState:
 class StepMetrics:
     """What one step has to say: float32 scalars, and int32 for the counts.
 
-    `assignments` counts (token, expert) pairs over all layers that the router asked for, `dropped` those of them that
-    found no room in their expert. Both are 0 for a dense model.
+    `balance_loss` and `router_z` are unscaled. `assignments` counts (token, expert) pairs over all layers that the
+    router asked for, `dropped` those of them that found no room; `load_imbalance` is the largest load of an expert over
+    the mean load, in the layer where that is largest. All of these are 0 for a dense model.
     """
 
     loss: jax.Array
     balance_loss: jax.Array
+    router_z: jax.Array
     gradient_norm: jax.Array
     tokens: jax.Array
     assignments: jax.Array
     dropped: jax.Array
+    load_imbalance: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -87,7 +93,11 @@ def initial_state(params: Params, optimizer: optax.GradientTransformation, shard
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, balance_coef: float, shardings: TrainState
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    loss_config: LossConfig,
+    shardings: TrainState,
+    seed: int,
 ) -> TrainStep:
     """The jitted step `(state, batch) → (state, metrics)`.
 
@@ -95,35 +105,40 @@ def make_train_step(
 
     Args:
         graphdef: of the model in training mode, `nnx.split(model)[0]`.
-        balance_coef: weight of the router's balance loss; 0 for a dense model.
+        loss_config: with nothing left open (`train.loss.resolve_loss`).
         shardings: as `state_shardings` gives them; the new state keeps them.
+        seed: of the noise that the model draws, if it does; another one each step, the same after a restart.
     """
 
-    def loss_and_router(params: Params, batch: Batch) -> tuple[jax.Array, tuple[Loss, jax.Array, jax.Array]]:
+    def loss_and_stats(
+        params: Params, batch: Batch, noise_key: jax.Array
+    ) -> tuple[jax.Array, tuple[Loss, RouterStats | None]]:
         model = nnx.merge(graphdef, params)
-        out = model(batch.tokens_BT, segment_ids=batch.segment_ids_BT, positions=batch.positions_BT)
-        if out.router is None:
-            balance, assignments, dropped = jnp.float32(0), jnp.int32(0), jnp.int32(0)
-        else:
-            balance = out.router.losses.load_balancing
-            assignments = jnp.sum(out.router.stats.tokens_per_expert)
-            dropped = jnp.sum(out.router.stats.dropped_per_expert)
-        loss = training_loss(out.logits, batch, balance, balance_coef)
-        return loss.total, (loss, assignments, dropped)
+        out = model(
+            batch.tokens_BT, segment_ids=batch.segment_ids_BT, positions=batch.positions_BT, noise_key=noise_key
+        )
+        losses, stats = (None, None) if out.router is None else (out.router.losses, out.router.stats)
+        loss = training_loss(out.logits, batch, losses, loss_config)
+        return loss.total, (loss, stats)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        gradient_of = jax.grad(loss_and_router, has_aux=True)
-        gradients, (loss, assignments, dropped) = gradient_of(state.params, batch)
+        noise_key = jax.random.fold_in(jax.random.key(seed), state.step)
+        gradients, (loss, stats) = jax.grad(loss_and_stats, has_aux=True)(state.params, batch, noise_key)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         metrics = StepMetrics(
             loss=loss.cross_entropy,
             balance_loss=loss.balance,
+            router_z=loss.router_z,
             gradient_norm=optax.tree_utils.tree_norm(gradients),
             tokens=jnp.sum(batch.segment_ids_BT > 0, dtype=jnp.int32),
-            assignments=assignments,
-            dropped=dropped,
+            assignments=jnp.int32(0) if stats is None else jnp.sum(stats.tokens_per_expert),
+            dropped=jnp.int32(0) if stats is None else jnp.sum(stats.dropped_per_expert),
+            load_imbalance=jnp.float32(0) if stats is None else jnp.max(stats.load_imbalance),
         )
         params = optax.apply_updates(state.params, updates)
+        if loss_config.balancing_bias_rate > 0:
+            model = update_balancing_biases(nnx.merge(graphdef, params), stats, loss_config.balancing_bias_rate)
+            params = nnx.to_pure_dict(nnx.state(model))
         return TrainState(step=state.step + 1, params=params, optimizer=moments), metrics
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, shardings.step))

@@ -32,6 +32,12 @@ def build(tables=None, *overrides):
         ({"data": {"batch_size": 12}, "mesh": {"data": 2, "expert": 4}}, ["data.batch_size", "multiple of 8"]),
         ({"mesh": {"data": 0}}, ["mesh.data", "at least 1"]),
         ({"data": {"vocab_size": 100}}, ["data.vocab_size", "at least 257"]),
+        ({"execution": {"capacity_facter": 1.0}}, ["execution.capacity_facter", "did you mean 'capacity_factor'"]),
+        ({"execution": {"group_size": "128"}}, ["execution.group_size", "'128' (string)", "expected integer"]),
+        ({"loss": {"balance": "global"}}, ["loss.balance", "'global'", "did you mean 'global_batch'", "sequence"]),
+        ({"loss": {"balance_coef": "some"}}, ["loss.balance_coef", "'some' (string)", "expected number"]),
+        ({"loss": {"router_z_coef": -1.0}}, ["loss.router_z_coef", "-1.0", "0 or more"]),
+        ({"loss": {"balancing_bias_rate": 0.001}}, ["loss.balancing_bias_rate", "0.001", "Set run.export to false"]),
     ],
 )
 def test_a_wrong_config_is_refused_by_naming_the_key_what_was_found_and_what_was_expected(tables, parts):
@@ -95,6 +101,26 @@ def test_a_resolved_config_reads_back_equal(tmp_path):
     file = tmp_path / "config.toml"
     file.write_text(to_toml(config), encoding="utf-8")
     assert load_config(file) == config
+
+
+def test_keys_that_are_left_out_stay_so_and_can_be_given_in_every_way(tmp_path):
+    config = build({"execution": {"router_dtype": "float32"}}, "--execution.group_size=64", "--loss.balance_coef=1")
+    assert (config.execution.router_dtype, config.execution.group_size, config.loss.balance_coef) == (
+        "float32",
+        64,
+        1.0,
+    )
+    assert config.execution.exchange is None and build().loss.balance_coef is None
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config), encoding="utf-8")
+    assert "exchange" not in file.read_text() and load_config(file) == config
+
+
+def test_room_without_end_is_written_as_inf(tmp_path):
+    config = build({"execution": {"dispatch": "dropless"}}, "--execution.buffer_factor=inf")
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config), encoding="utf-8")
+    assert load_config(file).execution.buffer_factor == float("inf")
 
 
 def test_differences_name_the_keys_that_changed():

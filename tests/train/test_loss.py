@@ -2,9 +2,17 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+import qwen_moe_jax as qmj
+from qwen_moe_jax.moe.losses import RouterLosses
+from train.config import LossConfig
 from train.data import batch_at, pack
-from train.loss import cross_entropy_sum, training_loss
+from train.loss import cross_entropy_sum, resolve_loss, training_loss
+
+ROUTER = RouterLosses(
+    load_balancing=jnp.float32(4), global_batch=jnp.float32(5), sequence=jnp.float32(6), router_z=jnp.float32(7)
+)
 
 
 def example():
@@ -35,16 +43,42 @@ def test_bfloat16_logits_are_summed_in_float32():
     assert total.dtype == jnp.float32 and total == expected
 
 
-def test_training_loss_is_the_mean_plus_the_weighted_balance_loss():
+@pytest.mark.parametrize(("balance", "value"), [("pooled", 4), ("global_batch", 5), ("sequence", 6)])
+def test_training_loss_is_the_mean_plus_the_weighted_losses_of_the_router(balance, value):
     batch, logits_BTV, losses = example()
-    loss = training_loss(jnp.asarray(logits_BTV), batch, balance=jnp.float32(4.0), balance_coef=0.01)
+    config = LossConfig(balance=balance, balance_coef=0.01, router_z_coef=0.1)
+    loss = training_loss(jnp.asarray(logits_BTV), batch, ROUTER, config)
     np.testing.assert_allclose(loss.cross_entropy, np.mean(losses), rtol=1e-6)
-    np.testing.assert_allclose(loss.total, np.mean(losses) + 0.04, rtol=1e-6)
-    assert loss.balance == 4.0
+    np.testing.assert_allclose(loss.total, np.mean(losses) + 0.01 * value + 0.1 * 7, rtol=1e-6)
+    assert loss.balance == value and loss.router_z == 7
+
+
+SPARSE = qmj.ModelConfig.from_pretrained(
+    {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.03,
+    }
+)
+DENSE = qmj.ModelConfig.from_pretrained({"model_type": "qwen3", "num_hidden_layers": 2})
+
+
+def test_a_coefficient_that_is_left_out_is_the_models():
+    assert resolve_loss(LossConfig(), SPARSE).balance_coef == 0.03
+    assert resolve_loss(LossConfig(balance_coef=0.0), SPARSE).balance_coef == 0.0
+    assert resolve_loss(LossConfig(), DENSE).balance_coef == 0.0
+
+
+@pytest.mark.parametrize("key", ["balance_coef", "router_z_coef", "balancing_bias_rate"])
+def test_a_dense_model_has_no_router_to_ask_anything_of(key):
+    with pytest.raises(qmj.ConfigError, match=f"loss.{key}: found 0.5, and the model has no router"):
+        resolve_loss(LossConfig(**{key: 0.5}), DENSE)
 
 
 def test_a_batch_of_padding_has_loss_zero():
     batch, logits_BTV, _ = example()
     for field in vars(batch).values():
         field[...] = 0
-    assert training_loss(jnp.asarray(logits_BTV), batch, jnp.float32(0), 0.0).total == 0
+    assert training_loss(jnp.asarray(logits_BTV), batch, None, LossConfig(balance_coef=0.0)).total == 0

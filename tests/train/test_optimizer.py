@@ -15,11 +15,17 @@ PARAMS = {
             "q_norm": {"weight": jnp.ones((2, 4))},
             "q_proj": {"weight": jnp.ones((2, 4, 4)), "bias": jnp.ones((2, 4))},
         },
-        "mlp": {"gate": {"weight": jnp.ones((2, 4, 3))}, "experts": {"gate_proj": jnp.ones((2, 3, 4, 4))}},
+        "mlp": {
+            "gate": {"weight": jnp.ones((2, 4, 3))},
+            "e_score_correction_bias": jnp.ones((2, 4)),
+            "experts": {"gate_proj": jnp.ones((2, 3, 4, 4))},
+        },
     },
     "norm": {"weight": jnp.ones(4)},
 }
+BALANCING_BIAS = "layers.mlp.e_score_correction_bias"
 LEFT_ALONE = {
+    BALANCING_BIAS,
     "layers.input_layernorm.weight",
     "layers.self_attn.q_norm.weight",
     "layers.self_attn.q_proj.bias",
@@ -42,6 +48,13 @@ def test_without_gradients_only_matrices_shrink():
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, PARAMS), optimizer.init(PARAMS), PARAMS)
     for name, update in by_name(updates).items():
         np.testing.assert_allclose(update, 0.0 if name in LEFT_ALONE else -0.05, rtol=1e-6)
+
+
+def test_a_balancing_bias_stays_where_it_is_whatever_its_gradient():
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.5, warmup_steps=0), steps=10)
+    updates, _ = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
+    moved = {name for name, update in by_name(updates).items() if update.any()}
+    assert by_name(PARAMS).keys() - moved == {BALANCING_BIAS}
 
 
 def test_the_learning_rate_climbs_then_falls_to_its_end():

@@ -96,7 +96,7 @@ def test_piped_output_is_whole_lines_with_time_share_done_speed_drops_and_eta(fi
     _, output = finished
     lines = [line for line in output.splitlines() if "step 8/12" in line]
     assert len(lines) == 1
-    for part in ("67%", "loss ", "tokens/s", "dropped ", "ETA 0:"):
+    for part in ("67%", "loss ", "tokens/s", "dropped ", "max load ", "z-loss ", "ETA 0:"):
         assert part in lines[0]
     assert "\x1b" not in output and "\r" not in output
 
@@ -121,6 +121,19 @@ def test_starting_a_finished_run_again_says_so_and_how_to_start_afresh(finished,
     assert code == 0
     assert "is finished; --fresh trains it anew" in output and "Held-out loss" in output
     assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_with_balancing_biases_exports_nothing_and_samples_all_the_same(config_file, tmp_path):
+    folder = tmp_path / "biased"
+    words = ["--run.steps=3", "--run.export=false", "--execution.dispatch=dropless", "--loss.balance=sequence"]
+    words += ["--loss.balancing_bias_rate=0.01", "--loss.balance_coef=1e-4", "--loss.router_z_coef=1e-3"]
+    code, output, complaint = start(config_file, folder, *words)
+    assert code == 0, complaint
+    assert "The model goes on from" in output and "Hub folder" not in output
+    assert not (folder / "hub").exists() and (folder / "checkpoints" / "3").exists()
+    for record in metrics(folder)[1:-1]:
+        assert record["dropped"] == 0 and 1 <= record["load_imbalance"] <= 2 and record["router_z"] > 0
+        assert 0.9 < record["balance_loss"] < 1.5  # of one sequence, 1 is even
 
 
 def test_other_settings_in_the_same_folder_are_refused_with_the_difference(finished, config_file):

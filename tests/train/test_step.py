@@ -1,12 +1,15 @@
 """What a step does to where things lie, and what it counts."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 import qwen_moe_jax as qmj
-from train.config import OptimizerConfig
+from tests.model.test_balancing import biases
+from train.config import LossConfig, OptimizerConfig
 from train.data import batch_at, pack
 from train.optimizer import make_optimizer
 from train.step import heldout_loss, initial_state, make_eval_step, make_train_step, state_shardings
@@ -44,7 +47,7 @@ def setting():
     documents = np.split(np.random.default_rng(0).integers(1, 64, 120), [33, 60])
     batch = batch_at(pack(documents, 16), step=0, batch_size=8, seed=0)
     loss_before = heldout_loss(make_eval_step(eval_graph), params, [batch])
-    state, metrics = make_train_step(graph, optimizer, 0.01, shardings)(state, batch)
+    state, metrics = make_train_step(graph, optimizer, LossConfig(balance_coef=0.01), shardings, seed=0)(state, batch)
     loss_after = heldout_loss(make_eval_step(eval_graph), state.params, [batch])
     return before, state, metrics, batch, (loss_before, loss_after)
 
@@ -81,3 +84,42 @@ def test_metrics_count_real_tokens_and_dropped_assignments(setting):
     assert metrics.assignments == real * 2 * 2  # two experts a token in each of two layers
     assert 0 < metrics.dropped < metrics.assignments  # half the room that an even load needs
     assert np.isfinite(metrics.gradient_norm) and metrics.balance_loss > 1
+    assert 1 < metrics.load_imbalance <= 2  # of four experts, two of which every token takes
+    assert 0 < metrics.router_z < 20  # log(4)² = 1.9 is a router that knows nothing
+
+
+def one_step(model, loss: LossConfig, seed: int):
+    """The model after one training step on a fixed batch, that batch, and the step's metrics."""
+    model.train()
+    graph, params = nnx.split(model)
+    params = jax.tree.map(jax.numpy.copy, nnx.to_pure_dict(params))  # a step takes its state's memory
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0, weight_decay=0.5), steps=10)
+    shardings = state_shardings(params, optimizer, model.mesh)
+    state = initial_state(params, optimizer, shardings)
+    batch = batch_at(pack([np.random.default_rng(0).integers(1, 64, 120)], 16), step=0, batch_size=8, seed=0)
+    state, metrics = make_train_step(graph, optimizer, loss, shardings, seed)(state, batch)
+    return nnx.merge(graph, state.params), batch, metrics
+
+
+def test_a_step_moves_the_balancing_bias_by_its_rule_alone():
+    config = qmj.ModelConfig.from_pretrained(HUB_CONFIG)
+    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, balancing_bias=True))
+    model = qmj.CausalLM(config, rngs=nnx.Rngs(0), mesh=qmj.make_mesh(data=2, expert=2))
+    [bias] = [leaf for leaf in jax.tree.leaves(model, is_leaf=is_variable) if not isinstance(leaf, nnx.Param)]
+    bias.set_value(bias.get_value() + 0.25)  # weight decay would shrink it
+    after, batch, _ = one_step(model, LossConfig(balance_coef=0.0, balancing_bias_rate=0.125), seed=0)
+    stats = model(batch.tokens_BT, segment_ids=batch.segment_ids_BT).router.stats
+    for layer, loads_E in enumerate(np.asarray(stats.tokens_per_expert)):
+        np.testing.assert_array_equal(biases(after)[layer], 0.25 + 0.125 * np.sign(loads_E.mean() - loads_E))
+
+
+def test_jitter_is_drawn_from_the_seed():
+    settings = {key: value for key, value in HUB_CONFIG.items() if key not in ("num_experts", "norm_topk_prob")}
+    settings |= {"model_type": "mixtral", "num_local_experts": 4, "router_jitter_noise": 0.1, "intermediate_size": 16}
+    model = qmj.CausalLM(qmj.ModelConfig.from_pretrained(settings), rngs=nnx.Rngs(0))
+    losses = [one_step(model, LossConfig(balance_coef=0.0), seed)[2].loss for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def is_variable(node) -> bool:
+    return isinstance(node, nnx.Variable)
