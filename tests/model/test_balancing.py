@@ -44,8 +44,7 @@ def test_a_bias_of_zero_changes_nothing_and_is_float32_whatever_the_other_weight
         assert bias.dtype == np.float32 and bias.shape == (8,) and not bias.any()
 
 
-@pytest.mark.parametrize("axes", [{}, dict(data=2, expert=4)], ids=["one device", "data=2·expert=4"])
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("stack, axes", [*((stack, {}) for stack in STACKS), ("alternating", dict(data=2, expert=4))])
 def test_every_layers_bias_moves_by_its_own_load(stack, axes):
     model = make_model(axes=axes, **STACKS[stack])
     out = run(model, TOKENS)
