@@ -331,7 +331,12 @@ class ExecutionConfig:
             _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         for name in ("buffer_factor", "eval_buffer_factor"):
             found = getattr(self, name)
-            _require(found is None or found >= 1, name, found, "a number of at least 1, or None for the worst case")
+            _require(
+                found is None or 1 <= found < float("inf"),
+                name,
+                found,
+                "a number of at least 1, or None for the worst case",
+            )
         _require(self.min_capacity > 0, "min_capacity", self.min_capacity, "a positive integer")
         _require(self.group_size is None or self.group_size > 0, "group_size", self.group_size, "a positive integer")
 
