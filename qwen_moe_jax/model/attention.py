@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import ShardingError
+from qwen_moe_jax.model.cache import KeyValues, Past, attend_past, remember
 from qwen_moe_jax.model.rotary import RotaryTables, apply_rotary
 from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.norm import RMSNorm
@@ -52,13 +53,29 @@ class Attention(nnx.Module):
 
     def __call__(self, hidden_BTD: jax.Array, context: TokenContext, sliding_window: int | None) -> jax.Array:
         """[B, T, D] to [B, T, D]. `sliding_window` is the number of keys seen, None for all."""
+        q_BTNH, k_BTKH, v_BTKH = self._projected(hidden_BTD, context)
+        return self._merged(attend(q_BTNH, k_BTKH, v_BTKH, context.segment_ids_BT, sliding_window))
+
+    def extend(
+        self, hidden_BTD: jax.Array, context: TokenContext, sliding_window: int | None, past: Past
+    ) -> tuple[jax.Array, KeyValues]:
+        """The same for tokens that follow those in the cache, one sequence a row; also the cache with them in it."""
+        q_BTNH, k_BTKH, v_BTKH = self._projected(hidden_BTD, context)
+        real_BT = context.segment_ids_BT != 0
+        stored = remember(past, k_BTKH, v_BTKH, real_BT)
+        past = dataclasses.replace(past, stored=stored)
+        return self._merged(attend_past(q_BTNH, past, real_BT, sliding_window)), stored
+
+    def _projected(self, hidden_BTD: jax.Array, context: TokenContext) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, N, H], keys and values [B, T, K, H]; queries and keys normed and rotated."""
         q_BTNH = self._heads(self.q_proj(hidden_BTD))
         k_BTKH = self._heads(self.k_proj(hidden_BTD))
         v_BTKH = self._heads(self.v_proj(hidden_BTD))
         if self.q_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        q_BTNH, k_BTKH = apply_rotary(q_BTNH, context.rotary), apply_rotary(k_BTKH, context.rotary)
-        mixed_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, context.segment_ids_BT, sliding_window)
+        return apply_rotary(q_BTNH, context.rotary), apply_rotary(k_BTKH, context.rotary), v_BTKH
+
+    def _merged(self, mixed_BTNH: jax.Array) -> jax.Array:
         batch, length, heads, head_dim = mixed_BTNH.shape
         return self.o_proj(jnp.reshape(mixed_BTNH, (batch, length, heads * head_dim)))
 

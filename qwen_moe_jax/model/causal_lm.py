@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, ModelConfig
 from qwen_moe_jax.errors import ConfigError, RequestError
 from qwen_moe_jax.model.attention import TokenContext
+from qwen_moe_jax.model.cache import STORED as CACHE
+from qwen_moe_jax.model.cache import Cache
 from qwen_moe_jax.model.embedding import TABLE, Embedding
 from qwen_moe_jax.model.output import ModelOutput, RouterOutput
 from qwen_moe_jax.model.rotary import rotary_tables
@@ -70,6 +72,20 @@ class Decoder(nnx.Module):
             keep_inputs=keep_inputs,
         )
         return dataclasses.replace(out, hidden_BTD=self.norm(out.hidden_BTD))
+
+    def extend(
+        self, tokens_BT: jax.Array, real_BT: jax.Array, cache: Cache, execution: ExecutionConfig
+    ) -> tuple[jax.Array, Cache]:
+        """Hidden states of tokens that follow those in the cache, and the cache with them in it."""
+        config, dtype = self.config, jnp.dtype(execution.dtype)
+        positions_BT = jnp.where(real_BT, cache.lengths_B[:, None] + jnp.arange(tokens_BT.shape[1]), 0)
+        rotary = rotary_tables(
+            config.rope, config.attention.head_dim, config.max_position_embeddings, positions_BT, dtype
+        )
+        context = TokenContext(segment_ids_BT=real_BT.astype(jnp.int32), rotary=rotary)
+        hidden_BTD = self.embed_tokens(jnp.where(real_BT, tokens_BT, 0), dtype)
+        hidden_BTD, cache = self.layers.extend(hidden_BTD, context, execution, cache)
+        return self.norm(hidden_BTD), cache
 
 
 class Model(nnx.Module):
@@ -331,6 +347,32 @@ def positions_in_segments(segment_ids_BT: jax.Array) -> jax.Array:
 
 class CausalLM(Model):
     """Next-token logits over the vocabulary, [B, T, V]. `lm_head` is None where it is tied to the embedding."""
+
+    def extend(self, tokens_BT: jax.Array, counts_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Runs the model on tokens that follow those in the cache. Call it inside a `jax.jit` that donates the cache.
+
+        Args:
+            tokens_BT: int32; the next tokens of each row, from the left; B a multiple of the devices that share it.
+            counts_B: int32; how many of them there are, the rest is padding.
+            cache: of the tokens before; see `model.cache`.
+
+        Returns:
+            float32 logits [B, V] of each row's last token (of rows with none, nothing that means anything), and the
+            cache with these tokens in it.
+        """
+        specs = [P(BATCH, None), P(BATCH)]
+        leaves, treedef = jax.tree.flatten(cache)
+        specs += [CACHE if leaf.ndim == 5 else P(BATCH) for leaf in leaves]
+
+        def run(model: Self, tokens_BT: jax.Array, counts_B: jax.Array, *leaves: jax.Array):
+            real_BT = jnp.arange(tokens_BT.shape[1]) < counts_B[:, None]
+            cache = jax.tree.unflatten(treedef, leaves)
+            hidden_BTD, cache = model.model.extend(tokens_BT, real_BT, cache, model.execution_in_use)
+            last_B1D = token_at(hidden_BTD, counts_B - 1)[:, None]
+            return model._head(last_B1D, tokens_BT, real_BT)[:, 0], cache
+
+        with jax.default_matmul_precision("highest" if self.execution.dtype == "float32" else None):
+            return explicitly_sharded(run, self.mesh, specs)(self, tokens_BT, counts_B, *leaves)
 
     def _add_head(self, make: ParameterFactory) -> None:
         sizes = (self.config.vocab_size, self.config.hidden_size)

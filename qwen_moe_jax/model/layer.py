@@ -5,6 +5,7 @@ from flax import nnx
 
 from qwen_moe_jax.config import ExecutionConfig, LayerKind, ModelConfig
 from qwen_moe_jax.model.attention import Attention, TokenContext
+from qwen_moe_jax.model.cache import KeyValues, Past
 from qwen_moe_jax.moe.block import SparseMoeBlock
 from qwen_moe_jax.moe.stats import RouterStats, RouterTrace
 from qwen_moe_jax.nn.mlp import MLP
@@ -39,7 +40,21 @@ class DecoderLayer(nnx.Module):
         With a `noise_key`, what enters a mixture of experts is jittered.
         """
         attended_BTD = self.self_attn(self.input_layernorm(hidden_BTD), context, self.sliding_window)
-        hidden_BTD = hidden_BTD + attended_BTD
+        return self._mixed(hidden_BTD + attended_BTD, context, execution, noise_key)
+
+    def extend(
+        self, hidden_BTD: jax.Array, context: TokenContext, execution: ExecutionConfig, past: Past
+    ) -> tuple[jax.Array, KeyValues]:
+        """The same for tokens that follow those in the cache; also what the layer remembers then."""
+        normed_BTD = self.input_layernorm(hidden_BTD)
+        attended_BTD, stored = self.self_attn.extend(normed_BTD, context, self.sliding_window, past)
+        hidden_BTD, _, _ = self._mixed(hidden_BTD + attended_BTD, context, execution, None)
+        return hidden_BTD, stored
+
+    def _mixed(
+        self, hidden_BTD: jax.Array, context: TokenContext, execution: ExecutionConfig, noise_key: jax.Array | None
+    ) -> tuple[jax.Array, RouterStats | None, RouterTrace | None]:
+        """The second half of the layer."""
         normed_BTD = self.post_attention_layernorm(hidden_BTD)
         if self.kind.mlp == "dense":
             return hidden_BTD + self.mlp(normed_BTD), None, None

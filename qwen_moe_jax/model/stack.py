@@ -1,8 +1,4 @@
-"""The stack of layers: layers of a kind are stacked on a leading axis and scanned, so depth costs no compile time.
-
-Where kinds alternate, the smallest repeating period is the scanned unit: `dense, sparse, dense, sparse` is one segment
-of two layers, twice; `dense, sparse, sparse, sparse` is two segments.
-"""
+"""The stack of layers: layers of a kind are stacked on a leading axis and scanned, so depth costs no compile time."""
 
 import dataclasses
 import functools
@@ -12,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qwen_moe_jax.config import ExecutionConfig, LayerKind, ModelConfig
+from qwen_moe_jax.config import ExecutionConfig, ModelConfig
 from qwen_moe_jax.model.attention import TokenContext
+from qwen_moe_jax.model.cache import Cache, KeyValues, Past
 from qwen_moe_jax.model.layer import DecoderLayer
+from qwen_moe_jax.model.segments import Segment, plan_segments
 from qwen_moe_jax.moe.block import SparseMoeBlock
 from qwen_moe_jax.moe.experts import EXCHANGED
 from qwen_moe_jax.moe.stats import RouterStats, RouterTrace
@@ -27,45 +25,6 @@ SAVEABLE = {
     "exchange": jax.checkpoint_policies.save_only_these_names(EXCHANGED),
     "dots": jax.checkpoint_policies.save_only_these_names(EXCHANGED, WEIGHT_MATMUL),
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Segment:
-    """`repeats` times the layers of `period`, starting at layer `start`."""
-
-    start: int
-    period: tuple[LayerKind, ...]
-    repeats: int
-
-    def layer_index(self, position: int, repeat: int) -> int:
-        """The layer that stands at `position` of the `repeat`-th period."""
-        return self.start + repeat * len(self.period) + position
-
-
-def _preference(option: tuple[int, tuple[Segment, ...]]) -> tuple[int, int, int]:
-    """Fewest compiled layers, then fewest segments, then the longest first segment."""
-    compiled, segments = option
-    return compiled, len(segments), -len(segments[0].period) * segments[0].repeats
-
-
-def plan_segments(kinds: Sequence[LayerKind]) -> tuple[Segment, ...]:
-    """Covers the layers with repeating periods, such that the fewest layers have to be compiled."""
-    kinds = tuple(kinds)
-
-    @functools.cache
-    def best(start: int) -> tuple[int, tuple[Segment, ...]]:
-        if start == len(kinds):
-            return 0, ()
-        options = []
-        for size in range(1, len(kinds) - start + 1):
-            period, repeats = kinds[start : start + size], 1
-            while kinds[start + repeats * size : start + (repeats + 1) * size] == period:
-                repeats += 1
-            compiled, rest = best(start + repeats * size)
-            options.append((compiled + size, (Segment(start=start, period=period, repeats=repeats), *rest)))
-        return min(options, key=_preference)
-
-    return best(0)[1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,6 +101,41 @@ class LayerStack(nnx.Module):
             kept.append([jax.tree.map(_in_layer_order, column) for column in columns])
         stats, trace, inputs = (_join(jnp.concatenate, column) for column in zip(*kept, strict=True))
         return StackOutput(hidden_BTD=hidden_BTD, stats=stats, trace=trace, inputs_LBTD=inputs)
+
+    def extend(
+        self, hidden_BTD: jax.Array, context: TokenContext, execution: ExecutionConfig, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Runs the layers on tokens that follow those in the cache.
+
+        The cache is part of what the scan carries, not of what it collects: so it is written where it lies.
+
+        Args:
+            hidden_BTD: embeddings.
+            context: where the tokens stand.
+            execution: how, with nothing left open (`moe.choices.choose`).
+            cache: of the tokens before.
+
+        Returns:
+            Hidden states after the last layer, and the cache with these tokens in it.
+        """
+
+        def body(carry: tuple[jax.Array, tuple[KeyValues, ...]], repeat: tuple[list[DecoderLayer], jax.Array]):
+            hidden_BTD, stored = carry
+            period, index = repeat
+            written = []
+            for layer, own in zip(period, stored, strict=True):
+                past = Past(stored=own, layer=index, lengths_B=cache.lengths_B)
+                hidden_BTD, own = layer.extend(hidden_BTD, context, execution, past)
+                written.append(own)
+            return (hidden_BTD, tuple(written)), None
+
+        segments = []
+        for segment, layers, stored in zip(self.plan, self.segments, cache.segments, strict=True):
+            steps = (list(layers), jnp.arange(segment.repeats))
+            (hidden_BTD, stored), _ = jax.lax.scan(body, (hidden_BTD, stored), steps)
+            segments.append(stored)
+        counts_B = jnp.sum(context.segment_ids_BT != 0, axis=1, dtype=jnp.int32)
+        return hidden_BTD, Cache(segments=tuple(segments), lengths_B=cache.lengths_B + counts_B)
 
 
 def _run_layer(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.config import LayerKind
-from qwen_moe_jax.model.stack import plan_segments
+from qwen_moe_jax.model.segments import plan_segments
 
 KINDS = {
     "d": LayerKind(mlp="dense"),
