@@ -47,9 +47,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from qwen_moe_jax.cli.routing import encode_prompt, routed_layers, trace_routing
+    from qwen_moe_jax.cli.routing import routed_layers, trace_routing
     from qwen_moe_jax.config import ModelConfig
-    from qwen_moe_jax.inference.tokenizer import load_tokenizer
+    from qwen_moe_jax.inference.tokenizer import encode_prompt, load_tokenizer
 
     # Weights take minutes to read: all that can be refused without them is refused first.
     config = ModelConfig.from_pretrained(arguments.folder)

@@ -13,7 +13,7 @@ from qwen_moe_jax.cli.arguments import written_ranges
 from qwen_moe_jax.cli.token_text import readable_tokens
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import RequestError
-from qwen_moe_jax.inference.tokenizer import encode
+from qwen_moe_jax.inference.tokenizer import encode_prompt
 from qwen_moe_jax.model.causal_lm import CausalLM
 
 
@@ -132,27 +132,6 @@ def routed_layers(config: ModelConfig, wanted: Sequence[int] | None) -> tuple[in
             what = "has no router" if layer < len(config.layers) else "does not exist"
             raise RequestError(f"--layers: layer {layer} {what}, expected some of {written_ranges(sparse)}.")
     return tuple(wanted or sparse)
-
-
-def encode_prompt(tokenizer: tokenizers.Tokenizer, prompt: str, vocab_size: int) -> list[int]:
-    """Token ids of a prompt, with the special tokens the tokenizer adds by itself.
-
-    Raises:
-        RequestError: an empty prompt, one that is no Unicode text, or a tokenizer of some other model.
-    """
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError:
-        raise RequestError("the prompt is not valid UTF-8, expected a text.") from None
-    ids = encode(tokenizer, prompt) if prompt else []
-    if not ids:
-        raise RequestError("the prompt is empty, expected at least one token.")
-    if max(ids) >= vocab_size:
-        raise RequestError(
-            f"the tokenizer gives token id {max(ids)}, expected ids below the model's vocab_size={vocab_size}: "
-            "does tokenizer.json belong to this model?"
-        )
-    return ids
 
 
 def trace_routing(

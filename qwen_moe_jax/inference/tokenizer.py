@@ -7,19 +7,19 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from qwen_moe_jax.errors import CheckpointError
+from qwen_moe_jax.errors import CheckpointError, RequestError
 
 
 class Tokenizer(Protocol):
     """What is needed of a tokenizer: `tokenizers.Tokenizer` has it, and so have those of transformers."""
 
-    def encode(self, text: str) -> Any: ...
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> Any: ...
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
 
 def load_tokenizer(folder: str | PathLike[str]) -> tokenizers.Tokenizer:
-    """Reads a checkpoint folder's tokenizer.json.
+    """Reads a checkpoint folder's tokenizer.json, without what it may say about padding and cutting texts.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -28,15 +28,43 @@ def load_tokenizer(folder: str | PathLike[str]) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file. The checkpoint folder has to hold its tokenizer.")
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise CheckpointError(f"{path}: cannot be read as a tokenizer ({error}).") from None
+    # Those settings are left over from somebody's training data; transformers ignores them as well.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a text, with the special tokens the tokenizer adds by itself."""
-    encoded = tokenizer.encode(text)
+def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of a text, with the special tokens the tokenizer adds by itself unless the text has its own.
+
+    Special tokens that the text spells out are tokens either way.
+    """
+    encoded = tokenizer.encode(text, add_special_tokens=add_special_tokens)
     return list(getattr(encoded, "ids", encoded))
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, vocab_size: int, *, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of a text that a model is to read: at least one, and all of them the model's.
+
+    Raises:
+        RequestError: an empty prompt, one that is no Unicode text, or a tokenizer of some other model.
+    """
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RequestError("the prompt is not valid UTF-8, expected a text.") from None
+    ids = encode(tokenizer, prompt, add_special_tokens=add_special_tokens) if prompt else []
+    if not ids:
+        raise RequestError("the prompt is empty, expected at least one token.")
+    if max(ids) >= vocab_size:
+        raise RequestError(
+            f"the tokenizer gives token id {max(ids)}, expected ids below the model's vocab_size={vocab_size}: "
+            "does tokenizer.json belong to this model?"
+        )
+    return ids
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
