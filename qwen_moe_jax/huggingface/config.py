@@ -1,4 +1,4 @@
-"""config.json → ModelConfig, and generation_config.json → GenerationConfig.
+"""config.json → ModelConfig.
 
 Both the old keys (`rope_theta`, `rope_scaling`, `torch_dtype`, `num_experts`) and those of transformers 5
 (`rope_parameters`, `dtype`, `num_local_experts`) are read.
@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from qwen_moe_jax.config import AttentionConfig, GenerationConfig, LayerKind, ModelConfig, RopeConfig
+from qwen_moe_jax.config import AttentionConfig, LayerKind, ModelConfig, RopeConfig
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.families import Family, family_of
 from qwen_moe_jax.huggingface.fields import Fields, freeze, read_json
@@ -162,13 +162,3 @@ def _rope(fields: Fields) -> RopeConfig:
     if rope_type == "llama3":
         known |= {name: rope.number(name) for name in ("low_freq_factor", "high_freq_factor")}
     return RopeConfig(**known)
-
-
-def read_generation_config(folder: Path, config: ModelConfig) -> GenerationConfig:
-    """Reads generation_config.json where there is one; otherwise the stop tokens of config.json."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return GenerationConfig(eos_token_id=config.eos_token_id)
-    hub = read_json(path)
-    ids = Fields(hub, str(path)).integers("eos_token_id")
-    return GenerationConfig(eos_token_id=ids, hub_fields=freeze(hub))

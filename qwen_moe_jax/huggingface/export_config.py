@@ -1,4 +1,4 @@
-"""ModelConfig → config.json that transformers 4 and 5 both read, and GenerationConfig → generation_config.json.
+"""ModelConfig → config.json that transformers 4 and 5 both read.
 
 Both generations of keys are written. What a family cannot express is refused, not written and read back differently.
 """
@@ -6,11 +6,11 @@ Both generations of keys are written. What a family cannot express is refused, n
 import dataclasses
 from typing import Any
 
-from qwen_moe_jax.config import GenerationConfig, ModelConfig, MoEConfig, RopeConfig
+from qwen_moe_jax.config import ModelConfig, MoEConfig, RopeConfig
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.config import LAYER_TYPES, config_from_hub, layer_kinds
 from qwen_moe_jax.huggingface.families import Family, family_of
-from qwen_moe_jax.huggingface.fields import Fields, thaw
+from qwen_moe_jax.huggingface.fields import Fields, one_or_list, thaw
 
 
 def config_to_hub(config: ModelConfig, head: str = "ForCausalLM") -> dict[str, Any]:
@@ -42,7 +42,7 @@ def config_to_hub(config: ModelConfig, head: str = "ForCausalLM") -> dict[str, A
         "tie_word_embeddings": config.tie_word_embeddings,
         "attention_dropout": config.attention.attention_dropout,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": _one_or_list(config.eos_token_id),
+        "eos_token_id": one_or_list(config.eos_token_id),
         "pad_token_id": config.pad_token_id,
         "dtype": config.dtype,
         "torch_dtype": config.dtype,
@@ -62,10 +62,6 @@ def config_to_hub(config: ModelConfig, head: str = "ForCausalLM") -> dict[str, A
     hub |= _layers_to_hub(config, family, hub)
     _assert_reads_back(config, hub)
     return hub
-
-
-def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
-    return list(ids) if len(ids) > 1 else (ids[0] if ids else None)
 
 
 def _rope_to_hub(rope: RopeConfig) -> dict[str, Any]:
@@ -147,9 +143,3 @@ def _assert_reads_back(config: ModelConfig, hub: dict[str, Any]) -> None:
                 f"{field.name}={wanted!r} cannot be written as model_type={config.model_type!r}: its config.json would "
                 f"be read back as {found!r}. Choose another model_type."
             )
-
-
-def generation_config_to_hub(generation: GenerationConfig, config: ModelConfig) -> dict[str, Any]:
-    """The content of a generation_config.json."""
-    hub = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id} | thaw(generation.hub_fields)
-    return hub | {"eos_token_id": _one_or_list(generation.eos_token_id)}

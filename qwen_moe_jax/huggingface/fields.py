@@ -114,3 +114,8 @@ def freeze(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 def thaw(pairs: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     """The JSON object that `freeze` took."""
     return {name: json.loads(text) for name, text in pairs}
+
+
+def one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
+    """Token ids as the Hub has them: one alone, several as a list, none as null."""
+    return list(ids) if len(ids) > 1 else (ids[0] if ids else None)

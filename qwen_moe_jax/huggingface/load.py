@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 
 from qwen_moe_jax.config import ExecutionConfig
 from qwen_moe_jax.errors import CheckpointError
-from qwen_moe_jax.huggingface.config import read_config, read_generation_config
+from qwen_moe_jax.huggingface.config import read_config
 from qwen_moe_jax.huggingface.files import DTYPES, TensorFile, open_tensors
+from qwen_moe_jax.huggingface.generation_config import read_generation_config
 from qwen_moe_jax.huggingface.tensors import HARMLESS, HubParameter, hub_parameters, hub_tensors, unfused
 from qwen_moe_jax.model.causal_lm import CausalLM, Model
 

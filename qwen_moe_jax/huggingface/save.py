@@ -13,8 +13,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from qwen_moe_jax.errors import ConfigError, ShardingError
-from qwen_moe_jax.huggingface.export_config import config_to_hub, generation_config_to_hub
+from qwen_moe_jax.huggingface.export_config import config_to_hub
 from qwen_moe_jax.huggingface.files import INDEX, SINGLE, replaced_folder
+from qwen_moe_jax.huggingface.generation_config import generation_config_to_hub
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_tensors
 from qwen_moe_jax.model.causal_lm import CausalLM, Model, SequenceClassifier, TokenClassifier
 

@@ -1,0 +1,108 @@
+"""generation_config.json ↔ GenerationConfig.
+
+Fields that this package does not act on (beams, `no_repeat_ngram_size`, …) are carried along and written again.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen_moe_jax.config import GenerationConfig, ModelConfig
+from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.huggingface.fields import Fields, freeze, one_or_list, read_json, thaw
+
+
+def read_generation_config(folder: Path, config: ModelConfig) -> GenerationConfig:
+    """Reads generation_config.json where there is one; otherwise the stop tokens of config.json.
+
+    Raises:
+        ConfigError: a field outside its range or of another type; the message names the file and the field.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return GenerationConfig(eos_token_id=config.eos_token_id)
+    return generation_config_from_hub(read_json(path), str(path))
+
+
+def generation_config_from_hub(hub: Mapping[str, Any], where: str = "generation_config") -> GenerationConfig:
+    """Translates the content of a generation_config.json. `where` names it in messages. Null is the default."""
+    fields = Fields(hub, where)
+    found = {OWN_NAMES.get(name, name): read(fields, name) for name, read in READERS.items() if name in fields}
+    try:
+        return GenerationConfig(**found, hub_fields=freeze(hub))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def generation_config_to_hub(generation: GenerationConfig, config: ModelConfig) -> dict[str, Any]:
+    """The content of a generation_config.json: what it came with, and what was changed since."""
+    hub = thaw(generation.hub_fields)
+    came_with = generation_config_from_hub(hub)
+    hub = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id} | hub
+    for name in READERS:
+        value = getattr(generation, OWN_NAMES.get(name, name))
+        if value != getattr(came_with, OWN_NAMES.get(name, name)):
+            hub[name] = WRITERS[name](value) if name in WRITERS else value
+    return hub
+
+
+def _strings(fields: Fields, name: str) -> tuple[str, ...]:
+    found = fields.values[name]
+    found = [found] if isinstance(found, str) else found
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise fields.error(name, "a string or a list of strings")
+    return tuple(found)
+
+
+def _words(fields: Fields, name: str) -> tuple[tuple[int, ...], ...]:
+    found = fields.values[name]
+    if not isinstance(found, list) or not all(_are_ids(word) for word in found):
+        raise fields.error(name, "a list of lists of token ids")
+    return tuple(map(tuple, found))
+
+
+def _biases(fields: Fields, name: str) -> tuple[tuple[tuple[int, ...], float], ...]:
+    found = fields.values[name]
+    pairs = isinstance(found, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in found)
+    if not pairs or not all(_are_ids(ids) and isinstance(bias, int | float) for ids, bias in found):
+        raise fields.error(name, "a list of [token ids, number]")
+    return tuple((tuple(ids), bias) for ids, bias in found)
+
+
+def _are_ids(found: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(token, int) for token in found)
+
+
+#: The fields that are acted on, and how each is read.
+READERS: dict[str, Callable[[Fields, str], Any]] = {
+    "eos_token_id": Fields.integers,
+    "stop_strings": _strings,
+    "max_new_tokens": Fields.integer,
+    "min_new_tokens": Fields.integer,
+    "do_sample": Fields.boolean,
+    "temperature": Fields.number,
+    "top_k": Fields.integer,
+    "top_p": Fields.number,
+    "min_p": Fields.number,
+    "repetition_penalty": Fields.number,
+    "presence_penalty": Fields.number,
+    "frequency_penalty": Fields.number,
+    "sequence_bias": _biases,
+    "bad_words_ids": _words,
+    "seed": Fields.integer,
+}
+#: Those that `GenerationConfig` calls otherwise.
+OWN_NAMES = {"sequence_bias": "logit_bias"}
+
+
+def _biases_to_hub(biases: tuple[tuple[int | tuple[int, ...], float], ...]) -> list[list[Any]] | None:
+    return [[list(ids) if isinstance(ids, tuple) else [ids], bias] for ids, bias in biases] or None
+
+
+#: Those whose JSON is not the value itself. transformers refuses empty lists: nothing is written as null.
+WRITERS: dict[str, Callable[[Any], Any]] = {
+    "eos_token_id": one_or_list,
+    "stop_strings": lambda strings: list(strings) or None,
+    "sequence_bias": _biases_to_hub,
+    "bad_words_ids": lambda words: [list(word) for word in words] or None,
+}
