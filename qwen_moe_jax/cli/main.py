@@ -6,12 +6,14 @@ import sys
 from collections.abc import Sequence
 
 from qwen_moe_jax import __version__
-from qwen_moe_jax.cli import route
+from qwen_moe_jax.cli import chat, generate, route
 from qwen_moe_jax.errors import CheckpointError, ConfigError, RequestError, ShardingError
 
 #: A command is a module with `SUMMARY` (a line of help), `add_arguments(parser)` and `run(arguments)`. It imports JAX
 #: in `run`, so that help and refused arguments do not wait for it.
 COMMANDS = {
+    "generate": generate,
+    "chat": chat,
     "route": route,
 }
 

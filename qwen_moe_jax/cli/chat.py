@@ -1,0 +1,178 @@
+"""`qwen-moe-jax chat`: a conversation with a checkpoint, line by line."""
+
+import argparse
+import contextlib
+import io
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from qwen_moe_jax.cli.arguments import add_model_arguments, load_model
+from qwen_moe_jax.cli.interruption import interruption
+from qwen_moe_jax.cli.sampling_arguments import add_sampling_arguments, sampled
+from qwen_moe_jax.errors import RequestError
+
+if TYPE_CHECKING:
+    from qwen_moe_jax.config import GenerationConfig
+    from qwen_moe_jax.inference.chat_template import ChatTemplate
+    from qwen_moe_jax.inference.engine import Session
+    from qwen_moe_jax.inference.tokenizer import Tokenizer
+
+SUMMARY = "talk with a checkpoint through its own chat template; it keeps what it has read of the conversation"
+
+#: Tokens of a conversation where --max-length is not given: the cache for all of a long model's positions may not fit.
+DEFAULT_MAX_LENGTH = 8192
+
+HELP = "/reset begins anew, /system TEXT too and with another system prompt, /quit ends; Ctrl-C stops an answer"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt")
+    parser.add_argument(
+        "--no-thinking", action="store_true", help="tell the template enable_thinking=False, which Qwen3's knows"
+    )
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help=f"tokens of the whole conversation; the model's own limit, but at most {DEFAULT_MAX_LENGTH}, if not given",
+    )
+    add_sampling_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Reads lines and prints answers until the lines end. What a turn cannot do is told on stderr, and the next comes.
+
+    Raises:
+        RequestError: a length that cannot be.
+        ConfigError, CheckpointError, ShardingError: as `sampled`, `load_chat_template`, `from_pretrained` and
+            `make_mesh`.
+    """
+    if arguments.max_length is not None and arguments.max_length < 1:
+        raise RequestError(f"--max-length {arguments.max_length}, expected at least 1.")
+
+    from rich.console import Console
+
+    from qwen_moe_jax.config import ModelConfig
+    from qwen_moe_jax.huggingface.generation_config import read_generation_config
+    from qwen_moe_jax.inference.chat_template import load_chat_template
+    from qwen_moe_jax.inference.engine import Session
+    from qwen_moe_jax.inference.tokenizer import load_tokenizer
+
+    # Weights take minutes to read: all that can be refused without them is refused first.
+    config = ModelConfig.from_pretrained(arguments.folder)
+    tokenizer, template = load_tokenizer(arguments.folder), load_chat_template(arguments.folder)
+    generation = sampled(arguments, read_generation_config(arguments.folder, config))
+    with Console(stderr=True).status(f"reading {arguments.folder}"):
+        model = load_model(arguments)
+        limit = arguments.max_length or min(config.max_position_embeddings, DEFAULT_MAX_LENGTH)
+        session = Session(model, limit)
+    conversation = Conversation(
+        session=session,
+        tokenizer=tokenizer,
+        template=template,
+        generation=generation,
+        vocab_size=config.vocab_size,
+        variables={"enable_thinking": False} if arguments.no_thinking else {},
+    )
+    conversation.begin(arguments.system)
+    if sys.stdin.isatty():
+        _tell(f"{arguments.folder.resolve().name}. {HELP}")
+    for line in _lines():
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return
+        elif command == "/reset":
+            conversation.begin(conversation.system)
+        elif command == "/system":
+            conversation.begin(rest.strip() or None)
+        else:
+            try:
+                conversation.say(line)
+            except RequestError as error:
+                _tell(str(error))
+
+
+@dataclass(kw_only=True)
+class Conversation:
+    """What was said, and whom it is said to.
+
+    Attributes:
+        session: keeps what the model has read, so that a turn costs the reading of what is new.
+        tokenizer, template: of the checkpoint.
+        generation: how answers are made.
+        vocab_size: of the model.
+        variables: for the template.
+        system: the system prompt.
+        messages: all turns so far, the system prompt first.
+    """
+
+    session: "Session"
+    tokenizer: "Tokenizer"
+    template: "ChatTemplate"
+    generation: "GenerationConfig"
+    vocab_size: int
+    variables: dict[str, Any]
+    system: str | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def begin(self, system: str | None) -> None:
+        """Forgets all turns."""
+        self.system = system
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+
+    def say(self, text: str) -> None:
+        """Says something and prints the answer as it comes. Ctrl-C ends the answer: what came of it was said.
+
+        Raises:
+            RequestError: the template refuses it, or the conversation is too long; it was not said then.
+        """
+        from qwen_moe_jax.cli.answer import Answer
+        from qwen_moe_jax.inference.detokenize import TextStream
+        from qwen_moe_jax.inference.tokenizer import encode_prompt
+
+        messages = [*self.messages, {"role": "user", "content": text}]
+        whole = self.template.render(messages, **self.variables)
+        # The template has written all special tokens itself.
+        ids = encode_prompt(self.tokenizer, whole, self.vocab_size, add_special_tokens=False)
+        answer = Answer(TextStream(self.tokenizer, self.generation.stop_strings))
+        with interruption() as interrupted:
+            for chunk in self.session.generate(ids, self.generation):
+                print(answer.take(chunk), end="", flush=True)
+                if interrupted() or answer.finish_reason:
+                    break
+        if answer.finish_reason is None:
+            print(answer.close(), end="")
+        print()
+        if answer.finish_reason != "stop":
+            _tell(f"stopped after {len(answer.token_ids)} tokens")
+        self.messages = [*messages, {"role": "assistant", "content": answer.text}]
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, or what is piped in, empty lines left out. Ctrl-C empties the line, Ctrl-D ends."""
+    typed = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused as a turn
+    if typed:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  input() edits lines with it
+    while True:
+        try:
+            line = input("> " if typed else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not typed:
+                raise
+            _tell(f"\n{HELP}")
+            continue
+        if line:
+            yield line
+
+
+def _tell(text: str) -> None:
+    """Says something that the model did not say."""
+    print(text, file=sys.stderr, flush=True)

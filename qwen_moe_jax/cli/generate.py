@@ -1,0 +1,160 @@
+"""`qwen-moe-jax generate`: texts that go on where prompts end."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_moe_jax.cli.arguments import add_model_arguments, load_model
+from qwen_moe_jax.cli.sampling_arguments import add_sampling_arguments, sampled
+from qwen_moe_jax.errors import RequestError
+
+if TYPE_CHECKING:
+    from qwen_moe_jax.cli.answer import Answer
+
+SUMMARY = "continue prompts, several of them together, and show the texts as they come"
+
+#: New tokens where neither --max-new-tokens nor generation_config.json says how many.
+DEFAULT_LENGTH = 128
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    # One list for both, so that prompts are numbered as they stand on the command line.
+    parser.add_argument(
+        "--prompt", action="append", dest="prompts", metavar="TEXT", help="a prompt; give several, one --prompt each"
+    )
+    parser.add_argument(
+        "--file",
+        action="append",
+        type=Path,
+        dest="prompts",
+        metavar="FILE",
+        help="a file whose whole content is a prompt; may be repeated. Standard input is one if nothing is given",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print a line of JSON for each prompt: its number from 1, prompt, text, token_ids, log_probs in nats and "
+        "finish_reason (stop, length); number, prompt and error where it cannot be served",
+    )
+    add_sampling_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints a text for every prompt that can be served, in their order, and on stderr why the others cannot.
+
+    Raises:
+        RequestError: at the end, if some prompts could not be served; before the weights are read, if none can, or if
+            a file cannot be read.
+        ConfigError, CheckpointError, ShardingError: as `sampled`, `from_pretrained` and `make_mesh`.
+    """
+    prompts = [_content(source) for source in arguments.prompts or [None]]
+
+    from rich.console import Console
+
+    from qwen_moe_jax.cli.answer import Answer
+    from qwen_moe_jax.config import ModelConfig
+    from qwen_moe_jax.huggingface.generation_config import read_generation_config
+    from qwen_moe_jax.inference.detokenize import TextStream
+    from qwen_moe_jax.inference.engine import stream
+    from qwen_moe_jax.inference.tokenizer import encode_prompt, load_tokenizer
+
+    # Weights take minutes to read: all that can be refused without them is refused first.
+    config = ModelConfig.from_pretrained(arguments.folder)
+    tokenizer = load_tokenizer(arguments.folder)
+    defaults = read_generation_config(arguments.folder, config)
+    if arguments.max_new_tokens is None and defaults.max_new_tokens is None:
+        arguments.max_new_tokens = DEFAULT_LENGTH
+    generation = sampled(arguments, defaults)
+
+    requests: dict[int, list[int]] = {}  # by the prompt's number, as are refusals and answers
+    refusals: dict[int, str] = {}
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            requests[number] = encode_prompt(tokenizer, prompt, config.vocab_size)
+        except RequestError as error:
+            refusals[number] = str(error)
+            print(f"prompt {number}: {error}", file=sys.stderr)
+    answers = {number: Answer(TextStream(tokenizer, generation.stop_strings)) for number in requests}
+    page = _Lines(prompts, answers, refusals) if arguments.json else _Texts(answers, headed=len(prompts) > 1)
+    if requests:
+        with Console(stderr=True).status(f"reading {arguments.folder}"):
+            model = load_model(arguments)
+        start, growing = time.perf_counter(), list(answers.values())
+        for chunk in stream(model, list(requests.values()), [generation] * len(requests)):
+            growing[chunk.index].take(chunk)
+            page.show()
+            if all(answer.finish_reason for answer in growing):
+                break  # stop strings may end a text before the engine does
+        print(_speed(growing, time.perf_counter() - start), file=sys.stderr)
+    page.show()
+    if refusals:
+        raise RequestError(f"{len(refusals)} of {len(prompts)} prompts could not be served: see above.")
+
+
+class _Texts:
+    """Texts on the terminal, in order: the first that has not ended as it grows, the others when it is their turn."""
+
+    def __init__(self, answers: "Mapping[int, Answer]", *, headed: bool):
+        self._answers = answers
+        self._headed = headed
+        self._waiting = list(answers)
+        self._written: int | None = None  # characters of the first one's text; None before its heading
+
+    def show(self) -> None:
+        while self._waiting:
+            number, answer = self._waiting[0], self._answers[self._waiting[0]]
+            if self._written is None and self._headed:
+                print(f"── {number} ──")
+            print(answer.text[self._written or 0 :], end="", flush=True)
+            self._written = len(answer.text)
+            if answer.finish_reason is None:
+                return
+            print()
+            self._waiting.pop(0)
+            self._written = None
+
+
+class _Lines:
+    """A line of JSON for each prompt, in order."""
+
+    def __init__(self, prompts: Sequence[str], answers: "Mapping[int, Answer]", refusals: Mapping[int, str]):
+        self._answers = answers
+        self._refusals = refusals
+        self._waiting = list(enumerate(prompts, 1))
+
+    def show(self) -> None:
+        while self._waiting:
+            number, prompt = self._waiting[0]
+            line = {"number": number, "prompt": prompt}
+            if number in self._refusals:
+                line |= {"error": self._refusals[number]}
+            else:
+                answer = self._answers[number]
+                if answer.finish_reason is None:
+                    return
+                names = ("text", "token_ids", "log_probs", "finish_reason")
+                line |= {name: getattr(answer, name) for name in names}
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+            self._waiting.pop(0)
+
+
+def _content(source: str | Path | None) -> str:
+    """A prompt as given, of a file, or of standard input."""
+    if isinstance(source, str):
+        return source
+    # Bytes that are no UTF-8 are kept, so that the prompt is refused for them, and not for something else.
+    try:
+        content = sys.stdin.buffer.read() if source is None else source.read_bytes()
+    except OSError as error:
+        raise RequestError(f"{source}: cannot be read ({error.strerror}).") from None
+    return content.decode("utf-8", "surrogateescape")
+
+
+def _speed(answers: "Sequence[Answer]", seconds: float) -> str:
+    count = sum(len(answer.token_ids) for answer in answers)
+    return f"{count} tokens in {seconds:.1f} s, compiling included: {count / seconds:.1f} tokens per second"

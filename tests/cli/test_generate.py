@@ -1,0 +1,163 @@
+"""`qwen-moe-jax generate`: prompts in, texts out, in order; what cannot be served stands in no other's way."""
+
+import io
+import json
+import re
+
+import pytest
+
+from qwen_moe_jax.cli.main import main
+from tests.cli.fake_engine import END, install, write_folder
+from tests.inference.tokenizer_kinds import KINDS
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "tiny")
+
+
+def generate(folder, *words: str) -> int:
+    return main(["generate", str(folder), *words])
+
+
+def test_text_of_one_prompt_is_all_there_is(folder, monkeypatch, capsys):
+    engine = install(monkeypatch, f" fox 你好👍🏽{END}")
+    assert generate(folder, "--prompt", "The quick") == 0
+    out, err = capsys.readouterr()
+    assert out == " fox 你好👍🏽\n"
+    assert re.search(r"^\d+ tokens in [\d.]+ s, compiling included: [\d.]+ tokens per second$", err, re.M)
+    [(prompt, config)] = engine.asked
+    assert prompt == "The quick"
+    assert config.max_new_tokens == 128 and not config.do_sample
+    assert config.eos_token_id == (KINDS["byte_level"].token_to_id(END),)
+
+
+def test_text_comes_while_it_is_made(folder, monkeypatch, capsys):
+    seen = []
+    install(monkeypatch, f"the lazy dog{END}", size=1, on_chunk=lambda: seen.append(capsys.readouterr().out))
+    assert generate(folder, "--prompt", "x") == 0
+    assert len(list(filter(None, seen))) > 2
+    assert "".join(seen) + capsys.readouterr().out == "the lazy dog\n"
+
+
+def test_several_prompts_are_one_batch_and_stay_in_order(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "second.txt").write_text("second\n", encoding="utf-8")
+    engine = install(monkeypatch, f"one, which takes longer{END}", f"two{END}", f"three\n{END}")
+    words = ["--prompt", "first", "--file", str(tmp_path / "second.txt"), "--prompt", "third"]
+    assert generate(folder, *words) == 0
+    assert capsys.readouterr().out == "── 1 ──\none, which takes longer\n── 2 ──\ntwo\n── 3 ──\nthree\n\n"
+    assert [prompt for prompt, _ in engine.asked] == ["first", "second\n", "third"]
+
+
+def test_json_lines(folder, monkeypatch, capsys):
+    install(monkeypatch, f" fox{END}", "jumps over the lazy dog")
+    assert generate(folder, "--json", "--prompt", "1", "--prompt", "2", "--max-new-tokens", "5") == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    ids = KINDS["byte_level"].encode(f" fox{END}").ids
+    assert first == {
+        "number": 1,
+        "prompt": "1",
+        "text": " fox",
+        "token_ids": ids,
+        "log_probs": [place / -8 for place in range(len(ids))],
+        "finish_reason": "stop",
+    }
+    assert second["finish_reason"] == "length"
+    assert second["token_ids"] == KINDS["byte_level"].encode("jumps over the lazy dog").ids[:5]
+    assert len(second["log_probs"]) == 5
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]], ids=["text", "json"])
+def test_prompts_that_cannot_be_served_do_not_stop_the_others(folder, monkeypatch, capsys, words):
+    engine = install(monkeypatch, f"one{END}", f"four{END}")
+    prompts = [word for prompt in ("a", "", "\udce4", "d") for word in ("--prompt", prompt)]
+    assert generate(folder, *words, *prompts) == 2
+    out, err = capsys.readouterr()
+    told = ["the prompt is empty, expected at least one token.", "the prompt is not valid UTF-8, expected a text."]
+    assert f"prompt 2: {told[0]}\nprompt 3: {told[1]}\n" in err
+    assert err.endswith("qwen-moe-jax generate: error: 2 of 4 prompts could not be served: see above.\n")
+    assert [prompt for prompt, _ in engine.asked] == ["a", "d"]
+    if words:
+        lines = [json.loads(line) for line in out.splitlines()]
+        assert [line.get("text") for line in lines] == ["one", None, None, "four"]
+        assert lines[1] == {"number": 2, "prompt": "", "error": told[0]}
+    else:
+        assert out == "── 1 ──\none\n── 4 ──\nfour\n"
+
+
+def test_nothing_is_loaded_for_nothing(folder, monkeypatch, capsys):
+    install(monkeypatch)
+    monkeypatch.setattr("qwen_moe_jax.cli.generate.load_model", lambda arguments: pytest.fail("loaded"))
+    assert generate(folder, "--prompt", "") == 2
+    assert generate(folder, "--file", str(folder / "absent.txt")) == 2
+    assert "absent.txt: cannot be read (No such file or directory)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content, told", [(b"The quick", None), (b"\xe4\xbd", "not valid UTF-8"), (b"", "empty")])
+def test_prompt_from_standard_input(folder, monkeypatch, capsys, content, told):
+    engine = install(monkeypatch, f"fox{END}")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert generate(folder) == (2 if told else 0)
+    out, err = capsys.readouterr()
+    assert told in err if told else (out, engine.asked[0][0]) == ("fox\n", "The quick")
+
+
+def test_stop_strings_end_texts_before_the_engine_does(folder, monkeypatch, capsys):
+    """The token that completes one is the last that counts; nobody waits for the rest."""
+    chunks = []
+    texts = ["over the lazy dog. The end, and so on and on and on and on and on", "a stop. And more"]
+    install(monkeypatch, *texts, size=1, on_chunk=lambda: chunks.append(1))
+    prompts = ["--prompt", "x", "--prompt", "y", "--stop", "dog", "--stop", "stop"]
+    assert generate(folder, "--json", *prompts) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["text"], second["text"]) == ("over the lazy ", "a ")
+    assert first["finish_reason"] == second["finish_reason"] == "stop"
+    with_last = KINDS["byte_level"].decode(first["token_ids"])
+    without_last = KINDS["byte_level"].decode(first["token_ids"][:-1])
+    assert "dog" in with_last and "dog" not in without_last
+    assert len(chunks) <= 2 * len(first["token_ids"])
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ([], {"do_sample": True, "temperature": 0.6, "top_k": 20, "max_new_tokens": 7, "seed": None}),
+        (["--temperature", "0"], {"do_sample": False, "temperature": 0.0, "top_k": 20}),
+        (["--temperature", "1.5", "--seed", "3"], {"do_sample": True, "temperature": 1.5, "top_k": 20, "seed": 3}),
+        (["--top-p", "0.5", "--top-k", "0", "--min-p", "0.1"], {"top_p": 0.5, "top_k": 0, "min_p": 0.1}),
+        (["--repetition-penalty", "1.1", "--max-new-tokens", "9"], {"repetition_penalty": 1.1, "max_new_tokens": 9}),
+        (["--stop", "a", "--stop", "b"], {"stop_strings": ("a", "b"), "temperature": 0.6}),
+    ],
+)
+def test_arguments_speak_before_the_checkpoints_own_settings(tmp_path, monkeypatch, words, expected):
+    own = {"do_sample": True, "temperature": 0.6, "top_k": 20, "max_new_tokens": 7}
+    engine = install(monkeypatch, f"x{END}")
+    assert generate(write_folder(tmp_path / "own", **own), "--prompt", "x", *words) == 0
+    [(_, config)] = engine.asked
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_drawing_is_asked_for_by_what_shapes_it(folder, monkeypatch):
+    engine = install(monkeypatch, *[f"x{END}"] * 3)
+    for words in (["--top-k", "5"], ["--temperature", "0.5"], ["--seed", "1"]):
+        assert generate(folder, "--prompt", "x", *words) == 0
+    assert [config.do_sample for _, config in engine.asked] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (
+            ["--temperature", "0", "--top-p", "0.9", "--min-p", "0.1"],
+            "--temperature 0 draws nothing: leave out --top-p, ",
+        ),
+        (["--temperature", "-1"], "temperature"),
+        (["--max-new-tokens", "0"], "max_new_tokens"),
+        (["--stop", ""], "stop_strings"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_weights_are_read(folder, monkeypatch, capsys, words, told):
+    install(monkeypatch)
+    monkeypatch.setattr("qwen_moe_jax.cli.generate.load_model", lambda arguments: pytest.fail("loaded"))
+    assert generate(folder, "--prompt", "x", *words) == 2
+    assert told in capsys.readouterr().err
