@@ -1,120 +1,190 @@
-"""Greedy generation for a batch of prompts of different lengths.
+"""Prompts in, texts out: what most users need of inference."""
 
-The loop runs on the device and stops when every sequence has stopped. It runs the whole model over prompt and text for
-every new token, so its cost grows with the square of the length.
-"""
-
-import functools
-from collections.abc import Sequence
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
 from os import PathLike
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-
-from qwen_moe_jax.errors import RequestError, ShardingError
-from qwen_moe_jax.inference.tokenizer import Tokenizer, decode, encode, load_tokenizer
+from qwen_moe_jax.config import GenerationConfig
+from qwen_moe_jax.errors import RequestError
+from qwen_moe_jax.inference.detokenize import TextStream
+from qwen_moe_jax.inference.engine import Chunk, Finish, check_request, stream
+from qwen_moe_jax.inference.tokenizer import Tokenizer, encode, load_tokenizer
 from qwen_moe_jax.model.causal_lm import CausalLM
 
-#: Buffers are rounded up to this many tokens, so that requests of similar lengths share one compilation.
-BUCKET = 64
+#: New tokens where neither the call nor generation_config.json says how many.
+MAX_NEW_TOKENS = 64
+
+Prompts = Sequence[str] | Sequence[Sequence[int]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What became of one request.
+
+    Attributes:
+        token_ids: the new tokens, as in transformers with the stop token, or the one that completed a stop string.
+        log_probs: of each, in nats, by the model's own distribution (before temperature and the like). Those of the
+            prompt's tokens are `score`'s.
+        text: without special tokens, up to a stop string; None without a tokenizer.
+        finished: "stop" or "length"; None where there is an error.
+        error: why the request could not be served; the others of its batch were.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    log_probs: tuple[float, ...] = ()
+    text: str | None = None
+    finished: Finish | None = None
+    error: RequestError | None = None
 
 
 def generate(
     model: CausalLM,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
+    prompts: Prompts,
+    config: GenerationConfig | Sequence[GenerationConfig] | None = None,
     *,
-    max_new_tokens: int = 64,
-    stop_token_ids: Sequence[int] | None = None,
     tokenizer: Tokenizer | str | PathLike[str] | None = None,
+    cache_dtype: str | None = None,
+    **settings: Any,
 ) -> list[str] | list[list[int]]:
-    """Continues every prompt with the most probable tokens.
+    """Continues every prompt.
 
     Args:
         model: run in eval mode, whose dispatch drops no token unless the model's `ExecutionConfig` says so.
         prompts: texts, or lists of token ids. They need not be of one length.
-        max_new_tokens: at most so many per prompt.
-        stop_token_ids: tokens that end a text; None means the model's own (generation_config.json, else config.json),
-            () none.
-        tokenizer: needed for texts: a tokenizer, or the checkpoint folder that holds one.
+        config: for all, or one for each; None is the model's own (generation_config.json).
+        tokenizer: needed for texts and for stop strings: a tokenizer, or the checkpoint folder that holds one.
+        cache_dtype: of the cached keys and values; None is the model's.
+        settings: fields of `GenerationConfig` that replace those of `config`: `max_new_tokens=100, do_sample=True,
+            temperature=0.7`. Where nobody says it, `max_new_tokens` is 64.
 
     Returns:
-        For texts, the new texts without special tokens. For token ids, the new token ids, the stop token included, as
-        in transformers.
+        For texts, the new texts; for token ids, the new token ids (see `Completion`).
 
     Raises:
-        RequestError: an empty prompt, a token id outside the vocabulary, or texts without a tokenizer; the message
-            names the prompt.
+        RequestError: requests that cannot be served, each named; none is run then (`complete` serves the others).
         ShardingError: the program runs on several hosts.
     """
+    completions = _complete(model, prompts, config, tokenizer, cache_dtype, settings, strict=True)
+    if all(isinstance(prompt, str) for prompt in prompts):
+        return [completion.text or "" for completion in completions]
+    return [list(completion.token_ids) for completion in completions]
+
+
+def complete(
+    model: CausalLM,
+    prompts: Prompts,
+    config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+    *,
+    tokenizer: Tokenizer | str | PathLike[str] | None = None,
+    cache_dtype: str | None = None,
+    **settings: Any,
+) -> list[Completion]:
+    """`generate` with all that is known of each completion. A request that cannot be served does not stop the others.
+
+    Raises:
+        RequestError: the call as a whole means nothing (texts without a tokenizer, an unknown setting).
+        ShardingError: the program runs on several hosts.
+    """
+    return _complete(model, prompts, config, tokenizer, cache_dtype, settings, strict=False)
+
+
+def _complete(
+    model: CausalLM,
+    prompts: Prompts,
+    config: GenerationConfig | Sequence[GenerationConfig] | None,
+    tokenizer: Tokenizer | str | PathLike[str] | None,
+    cache_dtype: str | None,
+    settings: Mapping[str, Any],
+    *,
+    strict: bool,
+) -> list[Completion]:
     if isinstance(prompts, str):
         raise RequestError("prompts is one string, expected a list: generate(model, [prompt], …).")
-    if len(prompts) == 0:
-        return []
-    texts = all(isinstance(prompt, str) for prompt in prompts)
-    if texts and tokenizer is None:
-        raise RequestError("the prompts are texts, but no tokenizer was given: pass tokenizer=<checkpoint folder>.")
     if isinstance(tokenizer, str | PathLike):
         tokenizer = load_tokenizer(tokenizer)
-    ids = [encode(tokenizer, prompt) for prompt in prompts] if texts else [list(prompt) for prompt in prompts]
-    _check(ids, max_new_tokens, model.config.vocab_size)
-    if jax.process_count() > 1:
-        raise ShardingError("generate runs on one host; this program runs on several.")
-    if not model.deterministic:
-        model = nnx.merge(*nnx.split(model))  # a view of the same weights: the caller's model stays in training mode
-        model.eval()
-    stop = model.generation_config.eos_token_id if stop_token_ids is None else tuple(stop_token_ids)
-    new = _generate_ids(model, ids, max_new_tokens, stop)
-    return [decode(tokenizer, one) for one in new] if texts else new
+    configs = request_configs(model, len(prompts), config, settings)
+    if tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
+        raise RequestError("the prompts are texts, but no tokenizer was given: pass tokenizer=<checkpoint folder>.")
+    if tokenizer is None and any(config.stop_strings for config in configs):
+        raise RequestError("stop strings need a tokenizer: pass tokenizer=<checkpoint folder>.")
+    ids = [encode(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+
+    errors: dict[int, RequestError] = {}
+    for index, (prompt, config) in enumerate(zip(ids, configs, strict=True)):
+        try:
+            check_request(model, f"prompt {index}", prompt, config)
+        except RequestError as error:
+            errors[index] = error
+    if errors and strict:
+        raise RequestError(" ".join(map(str, errors.values())))
+    served = [index for index in range(len(ids)) if index not in errors]
+    texts = [TextStream(tokenizer, configs[index].stop_strings) if tokenizer else None for index in served]
+    written: list[str] = [""] * len(served)
+    chunks: list[list[Chunk]] = [[] for _ in served]
+
+    def has_stop_string(chunk: Chunk) -> bool:
+        text = texts[chunk.index]
+        if text is None:
+            return False
+        written[chunk.index] += text.push(chunk.token_ids)
+        return text.stopped is not None
+
+    for chunk in stream(
+        model,
+        [ids[index] for index in served],
+        [configs[index] for index in served],
+        cache_dtype=cache_dtype,
+        enough=has_stop_string,
+    ):
+        chunks[chunk.index].append(chunk)
+
+    completions = [Completion(error=errors.get(index)) for index in range(len(ids))]
+    for index, text, start, parts in zip(served, texts, written, chunks, strict=True):
+        completions[index] = _joined(parts, text, start)
+    return completions
 
 
-def _check(prompts: list[list[int]], max_new_tokens: int, vocab_size: int) -> None:
-    if max_new_tokens < 1:
-        raise RequestError(f"max_new_tokens={max_new_tokens}, expected at least 1.")
-    for number, prompt in enumerate(prompts):
-        if not prompt:
-            raise RequestError(f"prompt {number} is empty, expected at least one token.")
-        for token in prompt:
-            if not isinstance(token, int | np.integer) or not 0 <= token < vocab_size:
-                raise RequestError(f"prompt {number} holds {token!r}, expected token ids from 0 to {vocab_size - 1}.")
+def _joined(parts: Sequence[Chunk], text: TextStream | None, start: str) -> Completion:
+    """One request's chunks together; tokens behind a stop string do not count."""
+    token_ids = tuple(token for part in parts for token in part.token_ids)
+    log_probs = tuple(log_prob for part in parts for log_prob in part.log_probs)
+    count = len(token_ids) if text is None else text.num_tokens
+    finished = "stop" if text is not None and text.stopped is not None else parts[-1].finished
+    return Completion(
+        token_ids=token_ids[:count],
+        log_probs=log_probs[:count],
+        text=None if text is None else start + text.finish(),
+        finished=finished,
+    )
 
 
-def _generate_ids(model: CausalLM, prompts: list[list[int]], budget: int, stop: tuple[int, ...]) -> list[list[int]]:
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    size = -(-(int(lengths.max()) + budget) // BUCKET) * BUCKET
-    buffer_BT = np.zeros((len(prompts), size), np.int32)
-    for row, prompt in zip(buffer_BT, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    # -1 is no token: the list of stop tokens keeps its length, and with it the compilation, for most models.
-    stop_S = np.array([*stop, *[-1] * (-len(stop) % 4)], np.int32)
-    buffer_BT, ends = jax.device_get(_greedy(model, buffer_BT, lengths, stop_S, np.int32(budget)))
-    return [row[start:end].tolist() for row, start, end in zip(buffer_BT, lengths, ends, strict=True)]
+def request_configs(
+    model: CausalLM,
+    count: int,
+    config: GenerationConfig | Sequence[GenerationConfig] | None,
+    settings: Mapping[str, Any],
+) -> list[GenerationConfig]:
+    """The config of each of `count` requests.
 
-
-@functools.partial(jax.jit, donate_argnames="buffer_BT")
-def _greedy(
-    model: CausalLM, buffer_BT: jax.Array, lengths_B: jax.Array, stop_S: jax.Array, budget: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Fills the buffer behind the prompts; returns it with the length of every sequence."""
-    columns = jnp.arange(buffer_BT.shape[1])
-
-    def going(state: tuple[jax.Array, ...]) -> jax.Array:
-        step, _, _, done_B = state
-        return (step < budget) & ~jnp.all(done_B)
-
-    def step(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        step, buffer_BT, ends_B, done_B = state
-        # Places that hold no token yet are padding: they take no expert's capacity.
-        written_BT = (columns < ends_B[:, None]).astype(jnp.int32)
-        logits_B1V = model(buffer_BT, segment_ids=written_BT, logits_at=ends_B - 1).logits
-        token_B = jnp.argmax(logits_B1V[:, 0], axis=-1).astype(jnp.int32)
-        here_BT = (columns == ends_B[:, None]) & ~done_B[:, None]
-        buffer_BT = jnp.where(here_BT, token_B[:, None], buffer_BT)
-        ends_B = ends_B + ~done_B
-        done_B = done_B | jnp.any(token_B[:, None] == stop_S, axis=1)
-        return step + 1, buffer_BT, ends_B, done_B
-
-    done_B = jnp.zeros(len(lengths_B), bool)
-    _, buffer_BT, ends_B, _ = jax.lax.while_loop(going, step, (jnp.int32(0), buffer_BT, lengths_B, done_B))
-    return buffer_BT, ends_B
+    Raises:
+        RequestError: configs of another number, or a setting that is none.
+        ConfigError: a setting outside its range.
+    """
+    known = [field.name for field in dataclasses.fields(GenerationConfig)]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f" Did you mean {near[0]!r}?" if near else f" Expected some of {', '.join(known)}."
+            raise RequestError(f"{name}={settings[name]!r}: there is no such setting of generation.{meant}")
+    if config is None or isinstance(config, GenerationConfig):
+        configs = [config or model.generation_config] * count
+    else:
+        configs = list(config)
+    if len(configs) != count:
+        raise RequestError(f"there are {len(configs)} configs for {count} prompts: expected one for each, or one.")
+    return [
+        dataclasses.replace(one, **{"max_new_tokens": one.max_new_tokens or MAX_NEW_TOKENS, **settings})
+        for one in configs
+    ]

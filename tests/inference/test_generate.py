@@ -56,7 +56,7 @@ def test_ragged_prompts_continue_as_each_does_alone_in_transformers(references, 
     prompts = make_prompts()
     expected = greedy(reference.model, prompts)
     model = qmj.from_pretrained(reference.folder, dtype="float32")
-    found = qmj.generate(model, prompts, max_new_tokens=NEW_TOKENS, stop_token_ids=())
+    found = qmj.generate(model, prompts, max_new_tokens=NEW_TOKENS, eos_token_id=())
     assert found == expected
 
 
@@ -67,7 +67,7 @@ def test_dynamic_rope_is_not_stretched_by_room_kept_for_new_tokens(tmp_path):
     reference = Reference(dataclasses.replace(case, settings=settings), tmp_path)
     prompts = [prompt[:7] for prompt in make_prompts()]
     model = qmj.from_pretrained(reference.folder, dtype="float32")
-    found = qmj.generate(model, prompts, max_new_tokens=NEW_TOKENS, stop_token_ids=())
+    found = qmj.generate(model, prompts, max_new_tokens=NEW_TOKENS, eos_token_id=())
     assert found == greedy(reference.model, prompts)
 
 
@@ -93,7 +93,7 @@ def test_generation_ends_with_the_first_stop_token(references):
     expected = greedy(reference.model, prompts, stop)
     assert len({len(tokens) for tokens in expected}) > 1
     model = qmj.from_pretrained(reference.folder, dtype="float32")
-    found = qmj.generate(model, prompts, max_new_tokens=NEW_TOKENS, stop_token_ids=stop)
+    found = qmj.generate(model, prompts, max_new_tokens=NEW_TOKENS, eos_token_id=stop)
     assert found == expected
 
 
@@ -117,7 +117,7 @@ def test_stop_tokens_default_to_the_checkpoints_own(references, tmp_path, place)
     model = qmj.from_pretrained(folder, dtype="float32")
     expected = free[: free.index(free[3]) + 1]
     assert qmj.generate(model, prompts, max_new_tokens=NEW_TOKENS) == [expected]
-    assert qmj.generate(model, prompts, max_new_tokens=NEW_TOKENS, stop_token_ids=()) == [free]
+    assert qmj.generate(model, prompts, max_new_tokens=NEW_TOKENS, eos_token_id=()) == [free]
 
 
 def word_tokenizer() -> tokenizers.Tokenizer:
@@ -137,7 +137,7 @@ def test_strings_go_in_and_come_out_through_the_tokenizer(references):
         model,
         [tokenizer.decode(prompt) for prompt in prompts],
         max_new_tokens=NEW_TOKENS,
-        stop_token_ids=(),
+        eos_token_id=(),
         tokenizer=tokenizer,
     )
     assert found == expected
@@ -150,5 +150,5 @@ def test_generation_does_not_depend_on_a_training_mode_left_on(references):
     model = qmj.from_pretrained(reference.folder, dtype="float32", execution=execution)
     prompts = make_prompts()
     model.train()
-    found = qmj.generate(model, prompts, max_new_tokens=NEW_TOKENS, stop_token_ids=())
+    found = qmj.generate(model, prompts, max_new_tokens=NEW_TOKENS, eos_token_id=())
     assert found == greedy(reference.model, prompts)
