@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qwen_moe_jax.cli.arguments import add_model_arguments, load_model
-from qwen_moe_jax.cli.interruption import interruption
 from qwen_moe_jax.cli.sampling_arguments import add_sampling_arguments, sampled
+from qwen_moe_jax.cli.terminal import interruption, show
 from qwen_moe_jax.errors import RequestError
 
 if TYPE_CHECKING:
@@ -140,11 +140,11 @@ class Conversation:
         answer = Answer(TextStream(self.tokenizer, self.generation.stop_strings))
         with interruption() as interrupted:
             for chunk in self.session.generate(ids, self.generation):
-                print(answer.take(chunk), end="", flush=True)
+                show(answer.take(chunk))
                 if interrupted() or answer.finish_reason:
                     break
         if answer.finish_reason is None:
-            print(answer.close(), end="")
+            show(answer.close())
         print()
         if answer.finish_reason != "stop":
             _tell(f"stopped after {len(answer.token_ids)} tokens")

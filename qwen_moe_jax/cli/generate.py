@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from qwen_moe_jax.cli.arguments import add_model_arguments, load_model
 from qwen_moe_jax.cli.sampling_arguments import add_sampling_arguments, sampled
+from qwen_moe_jax.cli.terminal import show
 from qwen_moe_jax.errors import RequestError
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class _Texts:
             number, answer = self._waiting[0], self._answers[self._waiting[0]]
             if self._written is None and self._headed:
                 print(f"── {number} ──")
-            print(answer.text[self._written or 0 :], end="", flush=True)
+            show(answer.text[self._written or 0 :])
             self._written = len(answer.text)
             if answer.finish_reason is None:
                 return

@@ -1,8 +1,19 @@
-"""Ctrl-C that waits for a good moment."""
+"""What a terminal needs: text that cannot steer it, and a Ctrl-C that waits for a good moment."""
 
+import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
+
+
+def show(text: str) -> None:
+    """Prints a piece of a model's text at once; on a terminal, with codes in the place of what would steer it."""
+    if sys.stdout.isatty():
+        text = _CONTROLS.sub(lambda match: f"‹U+{ord(match[0]):04X}›", text)
+    print(text, end="", flush=True)
 
 
 @contextmanager
