@@ -219,12 +219,12 @@ class Session:
                 tokens_BT[index, : len(part)] = part
                 count_B[index] = len(part)
             self._cache, logits_BV = _prefill(self._model, self._cache, tokens_BT, count_B, logits_BV)
-            known_B += count_B
+            known_B = known_B + count_B  # not in place: JAX may read the old one where it lies
         return logits_BV
 
     def _known(self, index: int, row: list[int]) -> int:
         """How many tokens of a prompt the row's cache has. The last is run in any case: its logits are needed."""
-        cached = self._cached[index]
+        cached = self._cached[index][:-1]  # the last token was chosen, and never read
         same = next(
             (at for at, (a, b) in enumerate(zip(cached, row, strict=False)) if a != b), min(len(cached), len(row))
         )
@@ -249,8 +249,6 @@ class Session:
             if enough(chunk) and finished is None:
                 alive.discard(index)
                 chunk = dataclasses.replace(chunk, finished="stop")
-            if chunk.finished:
-                self._cached[index].pop()  # the last token was chosen, and never read
             yield chunk
 
 
