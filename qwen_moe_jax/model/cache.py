@@ -6,6 +6,8 @@ written at once.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -90,10 +92,15 @@ def describe_cache(
 
 def empty_cache(described: Cache) -> Cache:
     """The cache that `describe_cache` told of, in place on its devices, with nothing in it."""
+    return _zeros(described)()
+
+
+@functools.cache
+def _zeros(described: Cache) -> Callable[[], Cache]:
+    """Compiled once: every request has a cache."""
     shardings = jax.tree.map(lambda x: x.sharding, described)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), described)
-    make = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=shardings)
-    return make()
+    return jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=shardings)
 
 
 def cache_bytes(config: ModelConfig, *, batch: int, max_length: int, max_write: int, dtype: str) -> int:
