@@ -16,7 +16,7 @@ from qwen_moe_jax.errors import RequestError
 if TYPE_CHECKING:
     from qwen_moe_jax.config import GenerationConfig
     from qwen_moe_jax.inference.chat_template import ChatTemplate
-    from qwen_moe_jax.inference.engine import Session
+    from qwen_moe_jax.inference.engine import Chunk, Session
     from qwen_moe_jax.inference.tokenizer import Tokenizer
 
 SUMMARY = "talk with a checkpoint through its own chat template; it keeps what it has read of the conversation"
@@ -139,10 +139,13 @@ class Conversation:
         ids = encode_prompt(self.tokenizer, whole, self.vocab_size, add_special_tokens=False)
         answer = Answer(TextStream(self.tokenizer, self.generation.stop_strings))
         with interruption() as interrupted:
-            for chunk in self.session.generate(ids, self.generation):
+
+            def ended(chunk: "Chunk") -> bool:
                 show(answer.take(chunk))
-                if interrupted() or answer.finish_reason:
-                    break
+                return interrupted() or answer.finish_reason is not None
+
+            for _ in self.session.generate(ids, self.generation, ended):
+                pass
         if answer.finish_reason is None:
             show(answer.close())
         print()

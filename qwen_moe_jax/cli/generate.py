@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     from qwen_moe_jax.config import ModelConfig
     from qwen_moe_jax.huggingface.generation_config import read_generation_config
     from qwen_moe_jax.inference.detokenize import TextStream
-    from qwen_moe_jax.inference.engine import stream
+    from qwen_moe_jax.inference.engine import Chunk, stream
     from qwen_moe_jax.inference.tokenizer import encode_prompt, load_tokenizer
 
     # Weights take minutes to read: all that can be refused without them is refused first.
@@ -86,11 +86,13 @@ def run(arguments: argparse.Namespace) -> None:
         with Console(stderr=True).status(f"reading {arguments.folder}"):
             model = load_model(arguments)
         start, growing = time.perf_counter(), list(answers.values())
-        for chunk in stream(model, list(requests.values()), [generation] * len(requests)):
+
+        def ended(chunk: Chunk) -> bool:
             growing[chunk.index].take(chunk)
+            return growing[chunk.index].finish_reason is not None  # of stop strings the engine knows nothing
+
+        for _ in stream(model, list(requests.values()), [generation] * len(requests), enough=ended):
             page.show()
-            if all(answer.finish_reason for answer in growing):
-                break  # stop strings may end a text before the engine does
         print(_speed(growing, time.perf_counter() - start), file=sys.stderr)
     page.show()
     if refusals:

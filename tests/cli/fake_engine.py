@@ -57,7 +57,7 @@ class FakeEngine:
     on_chunk: object = lambda: None
     max_length: int | None = None
 
-    def stream(self, model, prompts, configs):
+    def stream(self, model, prompts, configs, enough):
         assert model == "the model"
         rows = [self._chunks(index, *request) for index, request in enumerate(zip(prompts, configs, strict=True))]
         while rows:
@@ -65,18 +65,20 @@ class FakeEngine:
                 chunk = next(row, None)
                 if chunk is None:
                     rows.remove(row)
-                else:
-                    self.on_chunk()
-                    yield chunk
+                    continue
+                self.on_chunk()
+                if enough(chunk):
+                    rows.remove(row)
+                yield chunk
 
     def session(self, model, max_length):
         self.max_length = max_length
-        return types.SimpleNamespace(generate=lambda ids, config: self.generate(model, ids, config))
+        return types.SimpleNamespace(generate=lambda *request: self.generate(model, *request))
 
-    def generate(self, model, ids, config):
+    def generate(self, model, ids, config, enough):
         if len(ids) >= self.max_length:
             raise RequestError(f"the prompt has {len(ids)} tokens: no room.")
-        yield from self.stream(model, [ids], [config])
+        yield from self.stream(model, [ids], [config], enough)
 
     def _chunks(self, index, prompt, config):
         tokenizer = KINDS["byte_level"]
@@ -95,7 +97,7 @@ class FakeEngine:
 def install(monkeypatch, *texts: str, **settings) -> FakeEngine:
     """Puts an engine in the place of the real one, and "the model" in the place of a model."""
     engine = FakeEngine(list(texts), **settings)
-    module = types.SimpleNamespace(stream=engine.stream, Session=engine.session)
+    module = types.SimpleNamespace(Chunk=Chunk, stream=engine.stream, Session=engine.session)
     monkeypatch.setitem(sys.modules, "qwen_moe_jax.inference.engine", module)
     for command in ("generate", "chat"):
         monkeypatch.setattr(f"qwen_moe_jax.cli.{command}.load_model", lambda arguments: "the model")
