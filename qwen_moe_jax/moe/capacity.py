@@ -147,10 +147,10 @@ def _by_index(
     tokens = P(BATCH, None, None)
     plan_spec = RowPlan(assignment_R=P(BATCH), row_TA=P(BATCH, None))
     x_EGCD, plan = jax.shard_map(
-        fill, in_specs=(tokens, tokens, P(BATCH, None), tokens), out_specs=(FILLED, plan_spec), check_vma=False
+        fill, in_specs=(tokens, tokens, P(BATCH, None), tokens), out_specs=(FILLED, plan_spec)
     )(hidden_BTD, routing.experts_BTA, routing.real_BT, place_GgA)
     y_EGCD = _through_experts(x_EGCD, experts)
-    return jax.shard_map(empty, in_specs=(FILLED, tokens, plan_spec), out_specs=tokens, check_vma=False)(
+    return jax.shard_map(empty, in_specs=(FILLED, tokens, plan_spec), out_specs=tokens)(
         y_EGCD, routing.weights_BTA, plan
     )
 

@@ -26,7 +26,7 @@ from qwen_moe_jax.moe.grouped_matmul import buffer_rows
 from qwen_moe_jax.moe.router import Routing
 from qwen_moe_jax.moe.rows import from_rows, plan_rows, ranks, sort_rows, to_rows
 from qwen_moe_jax.moe.stats import Drops, no_drops
-from qwen_moe_jax.sharding.rules import BATCH
+from qwen_moe_jax.sharding.rules import BATCH, over_all_single_axes
 
 
 def run(
@@ -61,14 +61,16 @@ def run(
         return mixed_TD.reshape(1, -1, length, width), fits_TA.reshape(-1, length, chosen)
 
     tokens = P(BATCH, None, None)
+    inputs = (hidden_BTD, routing.experts_BTA, routing.weights_BTA, routing.real_BT, experts.weights())
+    specs = jax.tree.map(over_all_single_axes, (tokens, tokens, tokens, P(BATCH, None), experts.specs()))
     # Partial sums over `tensor` leave as a leading axis and are summed outside, where the sum and its gradient are in
     # the types. Kernels do not say over which axes their results vary, so that is not checked.
     mixed_XBTD, fits_BTA = jax.shard_map(
         per_device,
-        in_specs=(tokens, tokens, tokens, P(BATCH, None), experts.specs()),
+        in_specs=specs,
         out_specs=(P("tensor", BATCH, None, None), tokens),
         check_vma=False,
-    )(hidden_BTD, routing.experts_BTA, routing.weights_BTA, routing.real_BT, experts.weights())
+    )(*jax.tree.map(jax.sharding.reshard, inputs, specs))
     no_room_BTA = routing.real_BT[..., None] & ~fits_BTA
     return jnp.sum(mixed_XBTD, axis=0), Drops(
         by_capacity_BTA=no_drops(routing).by_capacity_BTA, by_buffer_BTA=no_room_BTA

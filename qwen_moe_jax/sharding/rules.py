@@ -79,6 +79,19 @@ def parameter_sharding(name: str, shape: Sequence[int], axes: Sequence[str], mes
     return NamedSharding(mesh, spec)
 
 
+def over_all_single_axes(spec: P) -> P:
+    """The same partition, with the mesh axes of size 1 named as well.
+
+    A `jax.shard_map` that is not checked sums the gradient of an input over the axes its spec does not name. Over a
+    single device that is nothing, but XLA does not always see it, and copies the array.
+    """
+    named = {axis for place in spec if place for axis in ((place,) if isinstance(place, str) else place)}
+    mesh = jax.sharding.get_abstract_mesh()
+    single = tuple(axis for axis in mesh.axis_names if mesh.shape[axis] == 1 and axis not in named)
+    first = (spec[0],) if isinstance(spec[0], str) else (spec[0] or ())
+    return P((*first, *single), *spec[1:])
+
+
 def gathered(weight: jax.Array, *axes: str) -> jax.Array:
     """`as_used` for the inside of a `jax.shard_map`, where the weight is one device's part."""
     for dimension, axis in enumerate(axes):

@@ -37,11 +37,13 @@ def ragged(rows_RK: jax.Array, weights: jax.Array, sizes_E: jax.Array, *, transp
         matrix = _rows_at(weights, expert, 1)[0]
         contracted = ((1,), (1 if transposed else 0,))
         product_bN = jax.lax.dot_general(rows_bK, matrix, (contracted, ((), ())), preferred_element_type=jnp.float32)
-        return index + 1, jax.lax.dynamic_update_slice(out_RN, product_bN.astype(out_RN.dtype), (start, 0))
+        return index + 1, jax.lax.dynamic_update_slice(out_RN, product_bN, (start, 0))
 
+    # Cast once at the end: a cast on the way into the buffer takes XLA on CPUs longer than the product itself.
     width = weights.shape[1 if transposed else 2]
-    start = jnp.int32(0), jnp.zeros((len(rows_RK), width), rows_RK.dtype)
-    return jax.lax.while_loop(lambda state: state[0] < last_block_E[-1], multiply, start)[1]
+    start = jnp.int32(0), jnp.zeros((len(rows_RK), width), jnp.float32)
+    out_RN = jax.lax.while_loop(lambda state: state[0] < last_block_E[-1], multiply, start)[1]
+    return out_RN.astype(rows_RK.dtype)
 
 
 def outer(left_RO: jax.Array, right_RI: jax.Array, sizes_E: jax.Array) -> jax.Array:

@@ -1,0 +1,119 @@
+"""What a sparse block sends on accelerators that are not here: `python benchmarks/compile_block.py`.
+
+Compiles a block of Qwen3-30B-A3B's shapes on expert=4, 2048 tokens a device, with and without gradients, by every way of
+dispatch, and prints the collectives that XLA put into the program, with their bytes per device, and the temporaries.
+Nothing runs, so there are no times. Targets and their compilers are those of `compile_kernels.py`.
+"""
+
+import collections
+import re
+
+import compile_kernels  # sets what must stand before JAX starts
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qwen_moe_jax.config import AttentionConfig, ExecutionConfig, LayerKind, ModelConfig, MoEConfig
+from qwen_moe_jax.moe.block import SparseMoeBlock
+from qwen_moe_jax.moe.choices import choose
+from qwen_moe_jax.nn.parameters import ParameterFactory
+from qwen_moe_jax.sharding.border import explicitly_sharded
+from qwen_moe_jax.sharding.mesh import AXES
+from qwen_moe_jax.sharding.rules import BATCH
+
+WAYS, TOKENS, BUFFER = 4, 2048, 1.25
+CONFIG = ModelConfig(
+    model_type="qwen3_moe",
+    vocab_size=32,
+    hidden_size=compile_kernels.D,
+    intermediate_size=64,
+    layers=(LayerKind(mlp="sparse"),),
+    attention=AttentionConfig(num_attention_heads=2, num_key_value_heads=2, head_dim=8),
+    moe=MoEConfig(
+        num_experts=compile_kernels.E,
+        num_experts_per_tok=compile_kernels.A,
+        moe_intermediate_size=compile_kernels.F,
+        norm_topk_prob=True,
+    ),
+)
+METHODS = {
+    "capacity by einsum": dict(dispatch="capacity", capacity_by="einsum"),
+    "capacity by index": dict(dispatch="capacity", capacity_by="index"),
+    "dropless, gather": dict(dispatch="dropless", exchange="gather", buffer_factor=BUFFER),
+    "dropless, all-to-all": dict(dispatch="dropless", exchange="all_to_all", buffer_factor=BUFFER),
+    "dropless, ragged": dict(dispatch="dropless", exchange="ragged_all_to_all", buffer_factor=BUFFER),
+}
+KINDS = "ragged-all-to-all|all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
+SMALL = 2**20
+"""Bytes below which a collective is not worth a word: the router's matrix, counts, indices."""
+
+
+def collectives(text: str) -> dict[str, int]:
+    """How often each collective stands in a program, with the MiB that each moves per device."""
+    found: collections.Counter[str] = collections.Counter()
+    for line in text.splitlines():
+        if match := re.search(rf"= (.+?) ({KINDS})(?:-start)?\(", line):
+            arrays = re.findall(r"\b[a-z]+(\d+)\[([\d,]*)\]", match[1])
+            sizes = [int(bits) // 8 * int(np.prod([int(n) for n in dims.split(",") if n])) for bits, dims in arrays]
+            if max(sizes) >= SMALL:  # a started collective has its operand and its result in one tuple
+                found[f"{match[2]} of {max(sizes) / 2**20:.0f} MiB"] += 1
+    return dict(found)
+
+
+def report(target: str, devices: list[jax.Device]) -> None:
+    """Compiles every method for four of these devices and prints a line for each."""
+    mesh = Mesh(np.array(devices[:WAYS]).reshape(1, 1, WAYS, 1), AXES, axis_types=(AxisType.Auto,) * 4)
+    make = ParameterFactory(mesh=mesh, dtype="bfloat16", initializer_range=0.02, rngs=None)
+    block = SparseMoeBlock("mlp", CONFIG, make)
+    spread = NamedSharding(mesh, P(BATCH))
+    hidden_BTD = jax.ShapeDtypeStruct((WAYS, TOKENS, compile_kernels.D), jnp.bfloat16, sharding=spread)
+    real_BT = jax.ShapeDtypeStruct((WAYS, TOKENS), bool, sharding=spread)
+    print(f"\n{target}, jax {jax.__version__}: expert={WAYS}, {TOKENS} tokens a device, bfloat16")
+    for name, settings in METHODS.items():
+        execution = choose(ExecutionConfig(dtype="bfloat16", **settings), CONFIG.moe, mesh, training=True)
+
+        def forward(block, hidden_BTD, real_BT, execution=execution):
+            run = explicitly_sharded(
+                lambda *arguments: SparseMoeBlock.__call__(*arguments, execution)[0],
+                mesh,
+                [P(BATCH, None, None), P(BATCH, None)],
+            )
+            return run(block, hidden_BTD, real_BT)
+
+        def loss(block, hidden_BTD, real_BT, forward=forward):
+            return (forward(block, hidden_BTD, real_BT).astype(jnp.float32) ** 2).sum()
+
+        for passes, program in (("forward", forward), ("forward + backward", jax.grad(loss, (0, 1)))):
+            compiled = jax.jit(program).lower(block, hidden_BTD, real_BT).compile()
+            sent = ", ".join(f"{count} {what}" for what, count in collectives(compiled.as_text()).items())
+            temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
+            print(f"  {name:22}{passes:20}{temporaries:6.0f} MiB temporaries; {sent}", flush=True)
+
+
+def main() -> None:
+    """Both targets, as far as their compilers are here."""
+    for name, devices in (("v5p", _tpu), ("H200", _h200)):
+        try:
+            found = devices()
+        except Exception as error:  # each compiler says in its own way that it is not installed
+            print(f"\n{name}: no compiler for it here ({str(error).splitlines()[0]}); see compile_kernels.py")
+        else:
+            report(name, found)
+
+
+def _tpu() -> list[jax.Device]:
+    return list(topologies.get_topology_desc("v5p:2x2x1", "tpu").devices)
+
+
+def _h200() -> list[jax.Device]:
+    compile_kernels.h200_device()  # tells JAX what "gpu" means
+    shape = f"1x1x{WAYS}"
+    described = topologies.get_topology_desc(shape, "cuda", topology=shape, target_config=compile_kernels.H200)
+    return list(described.devices)
+
+
+if __name__ == "__main__":
+    main()
