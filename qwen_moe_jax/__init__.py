@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from qwen_moe_jax.errors import CheckpointError, ConfigError, RequestError, ShardingError
     from qwen_moe_jax.huggingface.load import from_pretrained
     from qwen_moe_jax.huggingface.save import save_pretrained
-    from qwen_moe_jax.inference.generate import generate
+    from qwen_moe_jax.inference.engine import Session, stream
+    from qwen_moe_jax.inference.generate import complete, generate
+    from qwen_moe_jax.inference.score import perplexity, score
     from qwen_moe_jax.model.causal_lm import CausalLM, SequenceClassifier, TokenClassifier
     from qwen_moe_jax.sharding.mesh import make_mesh
 
@@ -38,6 +40,11 @@ _HOME = {
     "from_pretrained": "huggingface.load",
     "save_pretrained": "huggingface.save",
     "generate": "inference.generate",
+    "complete": "inference.generate",
+    "stream": "inference.engine",
+    "Session": "inference.engine",
+    "score": "inference.score",
+    "perplexity": "inference.score",
 }
 
 __all__ = sorted(_HOME)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from qwen_moe_jax import __version__
-from qwen_moe_jax.cli import chat, generate, route
+from qwen_moe_jax.cli import chat, evaluate, generate, route, score
 from qwen_moe_jax.errors import CheckpointError, ConfigError, RequestError, ShardingError
 
 #: A command is a module with `SUMMARY` (a line of help), `add_arguments(parser)` and `run(arguments)`. It imports JAX
@@ -15,6 +15,8 @@ COMMANDS = {
     "generate": generate,
     "chat": chat,
     "route": route,
+    "score": score,
+    "eval": evaluate,
 }
 
 
