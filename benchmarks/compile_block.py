@@ -1,7 +1,7 @@
 """What a sparse block sends on accelerators that are not here: `python benchmarks/compile_block.py`.
 
-Compiles a block of Qwen3-30B-A3B's shapes on expert=4, 2048 tokens a device, with and without gradients, by every way of
-dispatch, and prints the collectives that XLA put into the program, with their bytes per device, and the temporaries.
+Compiles a block of Qwen3-30B-A3B's shapes on expert=4, 2048 tokens a device, forward and with gradients, by each way
+of dispatch, and prints the collectives that XLA put into the program, with their bytes per device, and the temporaries.
 Nothing runs, so there are no times. Targets and their compilers are those of `compile_kernels.py`.
 """
 

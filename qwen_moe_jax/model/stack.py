@@ -14,7 +14,7 @@ from qwen_moe_jax.model.cache import Cache, KeyValues, Past
 from qwen_moe_jax.model.layer import DecoderLayer
 from qwen_moe_jax.model.segments import Segment, plan_segments
 from qwen_moe_jax.moe.block import SparseMoeBlock
-from qwen_moe_jax.moe.experts import EXCHANGED
+from qwen_moe_jax.moe.experts import EXCHANGED, LayerOfExperts
 from qwen_moe_jax.moe.stats import RouterStats, RouterTrace
 from qwen_moe_jax.nn.matmul import WEIGHT_MATMUL
 from qwen_moe_jax.nn.parameters import ParameterFactory
@@ -123,7 +123,9 @@ class LayerStack(nnx.Module):
             hidden_BTD, stored = carry
             period, index = repeat
             written = []
-            for layer, own in zip(period, stored, strict=True):
+            for layer, whole, own in zip(period, layers, stored, strict=True):
+                if layer.kind.mlp == "sparse":  # a few tokens need a few experts: they are not cut out of the stack
+                    layer.mlp.experts = LayerOfExperts(stacked=whole.mlp.experts, layer=index)
                 past = Past(stored=own, layer=index, lengths_B=cache.lengths_B)
                 hidden_BTD, own = layer.extend(hidden_BTD, context, execution, past)
                 written.append(own)

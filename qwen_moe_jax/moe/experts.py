@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
@@ -13,7 +14,7 @@ from qwen_moe_jax.moe.grouped_matmul import grouped_matmul
 from qwen_moe_jax.nn.matmul import WEIGHT_MATMUL, weight_einsum
 from qwen_moe_jax.nn.mlp import ACTIVATIONS
 from qwen_moe_jax.nn.parameters import ParameterFactory
-from qwen_moe_jax.sharding.rules import gathered, partition_spec
+from qwen_moe_jax.sharding.rules import gathered, is_gathered, partition_spec
 
 WIDEN = ("expert", "ffn", "expert_embed")
 NARROW = ("expert", "expert_embed", "ffn")
@@ -26,21 +27,33 @@ WIDE_PLACES = P("expert", ("data", "fsdp"), None, "tensor")
 GATHERED_TOKENS = P(("data", "fsdp"), None, None)
 WIDE_TOKENS = P(("data", "fsdp"), None, "expert", "tensor")
 
+#: Rows per expert up to which it pays to leave a layer's experts in the stack of all layers.
+FEW_ROWS = 16
+
 #: The name that remat policies know the arrays by that came over the `expert` axis.
 EXCHANGED = "exchanged"
+
+
+def _specs(widen: tuple[str, ...], narrow: tuple[str, ...], layer: P | None, act: Activation) -> "ExpertWeights":
+    wide, slim = partition_spec(widen), partition_spec(narrow)
+    return ExpertWeights(gate_proj=wide, up_proj=wide, down_proj=slim, layer=layer, act=act)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertWeights:
-    """The weights of experts as plain arrays, [E, F, D], [E, F, D], [E, D, F]; inside a shard_map, one device's part.
+    """The weights of experts as plain arrays; inside a shard_map, one device's part.
 
-    `act` is the activation between the matmuls.
+    Attributes:
+        gate_proj, up_proj, down_proj: [E, F, D], [E, F, D], [E, D, F]; of a `layer`, with a leading axis of all layers.
+        layer: int32 []; which of the stacked layers is meant. None where they are not stacked.
+        act: between the matmuls.
     """
 
     gate_proj: jax.Array
     up_proj: jax.Array
     down_proj: jax.Array
+    layer: jax.Array | None = None
     act: Activation = dataclasses.field(metadata={"static": True})
 
     def on_rows(self, rows_RD: jax.Array, sizes_E: jax.Array, backend: GroupedMatmul) -> jax.Array:
@@ -58,7 +71,17 @@ class ExpertWeights:
         def multiply(x: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> jax.Array:
             @functools.partial(jax.checkpoint, prevent_cse=False)
             def product(x: jax.Array, weight: jax.Array) -> jax.Array:
-                return grouped_matmul(x, gathered(weight.astype(x.dtype), *axes), sizes_E, backend)
+                if self.layer is None:
+                    return grouped_matmul(x, gathered(weight.astype(x.dtype), *axes), sizes_E, backend)
+                layers, experts = weight.shape[:2]
+                if weight.dtype != x.dtype or is_gathered(*axes) or len(x) > FEW_ROWS * experts:
+                    own = jax.lax.dynamic_index_in_dim(weight, self.layer, keepdims=False)
+                    return grouped_matmul(x, gathered(own.astype(x.dtype), *axes), sizes_E, backend)
+                # All layers' experts in a row, of which those of the other layers have no rows: to cut this layer's out
+                # of the stack would copy all of them, and a few tokens ask for few.
+                sizes_N = jnp.zeros(layers * experts, sizes_E.dtype)
+                sizes_N = jax.lax.dynamic_update_slice_in_dim(sizes_N, sizes_E, self.layer * experts, axis=0)
+                return grouped_matmul(x, weight.reshape(layers * experts, *weight.shape[2:]), sizes_N, backend)
 
             return checkpoint_name(product(x, weight), WEIGHT_MATMUL)
 
@@ -88,8 +111,7 @@ class Experts(nnx.Module):
 
     def specs(self) -> ExpertWeights:
         """Where `weights` lie at rest."""
-        widen, narrow = partition_spec(WIDEN), partition_spec(NARROW)
-        return ExpertWeights(gate_proj=widen, up_proj=widen, down_proj=narrow, act=self.act)
+        return _specs(WIDEN, NARROW, None, self.act)
 
     def per_expert(self, x_EGCD: jax.Array) -> jax.Array:
         """Each expert on its own places: [E, G, C, D] to the same, E over `expert` and G over data and fsdp."""
@@ -105,3 +127,36 @@ class Experts(nnx.Module):
         hidden_BTEF = ACTIVATIONS[self.act](gated_BTEF) * raised_BTEF
         weighted_BTEF = (hidden_BTEF * weights_BTE[..., None]).astype(x_BTD.dtype)
         return weight_einsum("BTEF,EDF->BTD", weighted_BTEF, self.down_proj[...], NARROW, GATHERED_TOKENS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerOfExperts:
+    """The experts of one layer, left in the stack of all of them: what `Experts` is to the dispatch methods.
+
+    Attributes:
+        stacked: weights with a leading axis of layers.
+        layer: int32 []; which of them.
+    """
+
+    stacked: Experts
+    layer: jax.Array
+
+    def weights(self) -> ExpertWeights:
+        """As `Experts.weights`, with the layer beside them."""
+        return dataclasses.replace(self.stacked.weights(), layer=self.layer)
+
+    def specs(self) -> ExpertWeights:
+        """Where `weights` lie at rest."""
+        return _specs(("layers", *WIDEN), ("layers", *NARROW), P(), self.stacked.act)
+
+    def per_expert(self, x_EGCD: jax.Array) -> jax.Array:
+        """See `Experts.per_expert`."""
+        return self._alone().per_expert(x_EGCD)
+
+    def every_expert(self, x_BTD: jax.Array, weights_BTE: jax.Array) -> jax.Array:
+        """See `Experts.every_expert`."""
+        return self._alone().every_expert(x_BTD, weights_BTE)
+
+    def _alone(self) -> Experts:
+        """Cut out of the stack, for methods that need all of them anyway."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False), self.stacked)

@@ -7,7 +7,7 @@ import importlib.util
 import jax
 
 from qwen_moe_jax.config import GroupedMatmul
-from qwen_moe_jax.moe.kernels.blocks import SLACK
+from qwen_moe_jax.moe.kernels.blocks import tile_rows
 
 #: A backend is a module with `ragged` and `outer`; see `kernels/blocks.py` for what they promise.
 BACKENDS: dict[GroupedMatmul, str] = {
@@ -24,7 +24,7 @@ def backend_for(platform: str) -> GroupedMatmul:
 
 def buffer_rows(rows: int) -> int:
     """The size of a buffer for this many real rows: whole tiles, and a spare one for every backend's reach."""
-    return -(-rows // SLACK) * SLACK + SLACK
+    return -(-rows // tile_rows(rows)) * tile_rows(rows) + tile_rows(rows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -88,15 +88,24 @@ def over_all_single_axes(spec: P) -> P:
     named = {axis for place in spec if place for axis in ((place,) if isinstance(place, str) else place)}
     mesh = jax.sharding.get_abstract_mesh()
     single = tuple(axis for axis in mesh.axis_names if mesh.shape[axis] == 1 and axis not in named)
+    if len(spec) == 0:
+        return spec
     first = (spec[0],) if isinstance(spec[0], str) else (spec[0] or ())
     return P((*first, *single), *spec[1:])
+
+
+def is_gathered(*axes: str) -> bool:
+    """Whether a stored weight with these axes is cut over devices that each need it whole, inside a `jax.shard_map`.
+
+    Over one device there is nothing to gather, though XLA would copy it.
+    """
+    return any(STORED[axis] != USED[axis] and jax.lax.axis_size(STORED[axis]) > 1 for axis in axes)
 
 
 def gathered(weight: jax.Array, *axes: str) -> jax.Array:
     """`as_used` for the inside of a `jax.shard_map`, where the weight is one device's part."""
     for dimension, axis in enumerate(axes):
-        # XLA does not always see that a gather over one device is a copy.
-        if STORED[axis] != USED[axis] and jax.lax.axis_size(STORED[axis]) > 1:
+        if is_gathered(axis):
             weight = jax.lax.all_gather(weight, STORED[axis], axis=dimension, tiled=True)
     return weight
 

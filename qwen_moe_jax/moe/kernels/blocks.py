@@ -8,15 +8,20 @@ expert's blocks come later. Matrices accumulate in float32.
 import jax
 import jax.numpy as jnp
 
-#: Rows a buffer must have beyond the real ones, so that the last block stays inside.
-SLACK = 128
+#: Rows of the longest and the shortest block.
+LONGEST, SHORTEST = 128, 4
+
+
+def tile_rows(rows: int) -> int:
+    """The longest block for this many rows. A buffer has room for one more beyond the real rows, where the last ends."""
+    return min(max(SHORTEST, 1 << (rows - 1).bit_length()), LONGEST)
 
 
 def ragged(rows_RK: jax.Array, weights: jax.Array, sizes_E: jax.Array, *, transposed: bool) -> jax.Array:
     """Each row times its expert's matrix.
 
     Args:
-        rows_RK: rows sorted by expert; at least `SLACK` of them lie past the last real one.
+        rows_RK: rows sorted by expert, at least `tile_rows` of them past the last real one.
         weights: [E, N, K] if `transposed` (a row is multiplied with the transpose), else [E, K, N].
         sizes_E: rows of each expert.
 
@@ -50,7 +55,7 @@ def outer(left_RO: jax.Array, right_RI: jax.Array, sizes_E: jax.Array) -> jax.Ar
     """Each expert's sum of outer products of its rows, the gradient of its weights.
 
     Args:
-        left_RO, right_RI: rows sorted by expert, with `SLACK`.
+        left_RO, right_RI: rows sorted by expert, with room as for `ragged`.
         sizes_E: rows of each expert.
 
     Returns:
@@ -79,10 +84,11 @@ def outer(left_RO: jax.Array, right_RI: jax.Array, sizes_E: jax.Array) -> jax.Ar
     return jax.lax.fori_loop(0, len(sizes_E), one_expert, jnp.zeros((len(sizes_E), *shape), left_RO.dtype))
 
 
-def _block_rows(rows: int, experts: int) -> int:
+def _block_rows(buffer: int, experts: int) -> int:
     """A power of two near the mean rows of an expert: longer blocks are half empty, shorter ones waste the matmul."""
-    mean = max(1, (rows - SLACK) // experts)
-    return min(max(1 << (mean - 1).bit_length(), 16), SLACK)
+    longest = min(LONGEST, buffer // 2)  # what `tile_rows` said when the buffer was made
+    mean = max(1, (buffer - longest) // experts)
+    return min(max(1 << (mean - 1).bit_length(), SHORTEST), longest)
 
 
 def _rows_at(x: jax.Array, start: jax.Array, count: int) -> jax.Array:
