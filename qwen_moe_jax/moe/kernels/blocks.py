@@ -13,7 +13,7 @@ LONGEST, SHORTEST = 128, 4
 
 
 def tile_rows(rows: int) -> int:
-    """The longest block for this many rows. A buffer has room for one more beyond the real rows, where the last ends."""
+    """The longest block for this many rows. A buffer has room for one beyond the real rows, where the last ends."""
     return min(max(SHORTEST, 1 << (rows - 1).bit_length()), LONGEST)
 
 
