@@ -1,4 +1,4 @@
-"""Greedy generation gives transformers' tokens: ragged prompts, stop tokens, windows, strings."""
+"""`generate` and `complete`: transformers' tokens, stop tokens and strings, settings, refused requests."""
 
 import dataclasses
 import json
@@ -7,22 +7,21 @@ import shutil
 import numpy as np
 import pytest
 import tokenizers
+from flax import nnx
 
 import qwen_moe_jax as qmj
-from tests.cases import CASES, FAMILIES, VOCABULARY
+from qwen_moe_jax.errors import ConfigError, RequestError
+from qwen_moe_jax.inference import generate as generating
+from qwen_moe_jax.inference.generate import complete
+from tests.cases import CASES, VOCABULARY
 from tests.referee import Reference, torch
 
 NEW_TOKENS = 10
 # Where the best two tokens are closer than this, float32 rounding could choose either and the texts would part.
 SMALLEST_MARGIN = 1e-3
 
-NAMES = [
-    *(f"{family}-plain" for family in FAMILIES),
-    "mixtral-sliding_without_gate",  # prompts longer than the window, and growing past it
-    "qwen2_moe-sliding",
-    "qwen3_moe-mlp_only_and_sparse_step",
-    "qwen3-yarn_max_default",
-]
+#: What test_engine.py, where every family and its sliding windows are, does not have.
+NAMES = ["qwen3_moe-plain", "qwen3_moe-mlp_only_and_sparse_step", "qwen3-yarn_max_default"]
 
 
 def make_prompts() -> list[list[int]]:
@@ -152,3 +151,147 @@ def test_generation_does_not_depend_on_a_training_mode_left_on(references):
     model.train()
     found = qmj.generate(model, prompts, max_new_tokens=NEW_TOKENS, eos_token_id=())
     assert found == greedy(reference.model, prompts)
+
+
+# ---- settings, and requests that cannot be served: a model of one dense layer ---------------------------------------
+
+
+def make_small(generation_config: qmj.GenerationConfig | None = None) -> qmj.CausalLM:
+    settings = {"num_hidden_layers": 1, "initializer_range": 0.4}
+    config = qmj.ModelConfig.from_pretrained({**CASES["qwen2-plain"].config, **settings})
+    return qmj.CausalLM(config, rngs=nnx.Rngs(0), generation_config=generation_config)
+
+
+@pytest.fixture(scope="module")
+def small() -> qmj.CausalLM:
+    return make_small()
+
+
+@pytest.fixture
+def never_run(monkeypatch):
+    """Fails where anything is run."""
+
+    def stream(*_, **__):
+        raise AssertionError("the model was run")
+
+    monkeypatch.setattr(generating, "stream", stream)
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ([], "prompt 1 is empty"),
+        ([4, VOCABULARY], "prompt 1 holds 97, expected token ids from 0 to 96"),
+        ([-1], "prompt 1 holds -1"),
+        ([0.5], "prompt 1 holds 0.5"),
+    ],
+    ids=["empty", "outside_the_vocabulary", "negative", "no_id"],
+)
+def test_a_prompt_that_cannot_be_served_stops_no_other(small, bad, message):
+    first, second = make_prompts()[:2]
+    refused = complete(small, [first, bad, second], max_new_tokens=NEW_TOKENS)
+    served = complete(small, [first, second], max_new_tokens=NEW_TOKENS)
+    assert message in str(refused[1].error)
+    assert refused[1] == generating.Completion(error=refused[1].error), "nothing but the error"
+    assert [one.error for one in refused] == [None, refused[1].error, None]
+    assert [refused[0].token_ids, refused[2].token_ids] == [one.token_ids for one in served]
+    assert [refused[0].finished, refused[2].finished] == ["length", "length"]
+
+
+def test_where_no_prompt_can_be_served_all_errors_come_back(small):
+    first, second = complete(small, [[], [97]])
+    assert "prompt 0 is empty" in str(first.error) and "prompt 1 holds 97" in str(second.error)
+
+
+def test_generate_names_every_prompt_that_it_refuses_and_runs_none(small, never_run):
+    with pytest.raises(RequestError, match="prompt 1 is empty.* prompt 3 holds 97"):
+        qmj.generate(small, [[1], [], [2, 3], [97]], max_new_tokens=NEW_TOKENS)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(max_tokens=5), "max_tokens=5: there is no such setting of generation. Did you mean 'max_new_tokens'?"),
+        (dict(temprature=0.5), "Did you mean 'temperature'?"),
+        (dict(zzz=1), "Expected some of eos_token_id, stop_strings, max_new_tokens"),
+    ],
+)
+def test_an_unknown_setting_is_refused_with_the_one_that_was_meant(small, never_run, settings, message):
+    with pytest.raises(RequestError) as caught:
+        complete(small, [[1]], **settings)
+    assert message in str(caught.value)
+
+
+def test_a_setting_outside_its_range_is_refused(small, never_run):
+    with pytest.raises(ConfigError, match="max_new_tokens"):
+        complete(small, [[1]], max_new_tokens=0)
+
+
+def test_calls_that_mean_nothing_are_refused(small, never_run):
+    for function in (qmj.generate, complete):
+        with pytest.raises(RequestError, match="texts, but no tokenizer was given"):
+            function(small, ["w1 w2"])
+        with pytest.raises(RequestError, match="stop strings need a tokenizer"):
+            function(small, [[1]], stop_strings=["w1"])
+        with pytest.raises(RequestError, match="prompts is one string, expected a list"):
+            function(small, "w1 w2", tokenizer=word_tokenizer())
+        with pytest.raises(RequestError, match="1 configs for 2 prompts"):
+            function(small, [[1], [2]], [qmj.GenerationConfig()])
+
+
+def test_nothing_asked_is_nothing_answered(small):
+    assert qmj.generate(small, []) == []
+
+
+def test_every_request_has_a_config_of_its_own_and_settings_replace_those_of_all(small):
+    prompt = make_prompts()[0]
+    [free] = qmj.generate(small, [prompt], max_new_tokens=NEW_TOKENS)
+    configs = [
+        qmj.GenerationConfig(max_new_tokens=3),
+        qmj.GenerationConfig(max_new_tokens=NEW_TOKENS, eos_token_id=(free[4],)),
+        qmj.GenerationConfig(max_new_tokens=7, bad_words_ids=[[free[0]]]),
+        qmj.GenerationConfig(max_new_tokens=5),
+    ]
+    found = complete(small, [prompt] * 4, configs)
+    assert found[0].token_ids == tuple(free[:3]) and found[0].finished == "length"
+    assert found[1].token_ids == tuple(free[: free.index(free[4]) + 1]) and found[1].finished == "stop"
+    assert len(found[2].token_ids) == 7 and free[0] not in found[2].token_ids
+    assert found[3].token_ids == tuple(free[:5])
+    assert qmj.generate(small, [prompt] * 4, configs, max_new_tokens=1)[3] == free[:1]
+
+
+def test_a_stop_string_ends_the_text_before_it_and_the_tokens_with_the_one_that_completed_it(small):
+    """Over two tokens. The other request, whose text has no such string, goes on."""
+    tokenizer, prompts = word_tokenizer(), make_prompts()[:2]
+    one, other = complete(small, prompts, tokenizer=tokenizer, max_new_tokens=40)
+    stop = tokenizer.decode(one.token_ids[4:6])
+    assert stop not in other.text
+    ended = next(count for count in range(40) if stop in tokenizer.decode(one.token_ids[:count]))
+    found, unchanged = complete(small, prompts, tokenizer=tokenizer, max_new_tokens=40, stop_strings=["none", stop])
+    assert found.text == one.text[: one.text.index(stop)]
+    assert found.token_ids == one.token_ids[:ended]
+    assert found.log_probs == pytest.approx(one.log_probs[:ended], rel=1e-5)
+    assert (found.finished, unchanged.finished) == ("stop", "length")
+    assert (unchanged.token_ids, unchanged.text) == (other.token_ids, other.text)
+
+
+def test_token_ids_come_with_a_text_where_there_is_a_tokenizer(small):
+    tokenizer, prompts = word_tokenizer(), make_prompts()[:2]
+    texts = [tokenizer.decode(prompt) for prompt in prompts]
+    from_ids = complete(small, prompts, tokenizer=tokenizer, max_new_tokens=NEW_TOKENS)
+    from_texts = complete(small, texts, tokenizer=tokenizer, max_new_tokens=NEW_TOKENS)
+    assert from_ids == from_texts
+    assert [one.text for one in from_ids] == [tokenizer.decode(one.token_ids) for one in from_ids]
+    assert [one.text for one in complete(small, prompts, max_new_tokens=NEW_TOKENS)] == [None, None]
+    assert qmj.generate(small, prompts, tokenizer=tokenizer, max_new_tokens=NEW_TOKENS) == [
+        list(one.token_ids) for one in from_ids
+    ]
+
+
+def test_max_new_tokens_is_the_models_own_and_64_where_nobody_says(small):
+    model, prompt = make_small(qmj.GenerationConfig(max_new_tokens=5)), make_prompts()[:1]
+    assert list(map(len, qmj.generate(model, prompt))) == [5]
+    assert list(map(len, qmj.generate(model, prompt, max_new_tokens=3))) == [3]
+    assert list(map(len, qmj.generate(small, prompt, model.generation_config))) == [5]
+    assert list(map(len, qmj.generate(small, prompt, qmj.GenerationConfig()))) == [64]
+    assert list(map(len, qmj.generate(small, prompt))) == [64]
