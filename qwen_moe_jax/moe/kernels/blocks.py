@@ -95,5 +95,6 @@ def _rows_at(x: jax.Array, start: jax.Array, count: int) -> jax.Array:
     """`x[start : start + count]`. XLA on CPUs would convert the whole of a bfloat16 operand to float32 first."""
     if x.dtype != jnp.bfloat16:
         return jax.lax.dynamic_slice_in_dim(x, start, count)
+    x, start = jax.lax.optimization_barrier((x, start))  # or it would reinterpret, and copy, all of x before the loop
     bits = jax.lax.bitcast_convert_type(x, jnp.uint16)
     return jax.lax.bitcast_convert_type(jax.lax.dynamic_slice_in_dim(bits, start, count), jnp.bfloat16)
