@@ -159,5 +159,10 @@ def _content(source: str | Path | None) -> str:
 
 
 def _speed(answers: "Sequence[Answer]", seconds: float) -> str:
+    from qwen_moe_jax.inference.engine import compilations
+
     count = sum(len(answer.token_ids) for answer in answers)
-    return f"{count} tokens in {seconds:.1f} s, compiling included: {count / seconds:.1f} tokens per second"
+    return (
+        f"{count} tokens in {seconds:.1f} s, {compilations()} programs compiled in that time: "
+        f"{count / seconds:.1f} tokens per second"
+    )

@@ -108,7 +108,10 @@ def _gathered(
     fits_TA = _within(room, experts_TA // own, ways, worst=tokens * ways * min(chosen, own))
     expert_here_TA = experts_TA - here * own
     mine_TA = fits_TA & (expert_here_TA >= 0) & (expert_here_TA < own)
-    plan, sizes_E = sort_rows(jnp.where(mine_TA, expert_here_TA, own), own, buffer_rows(room))
+    expert_here_TA = jnp.where(mine_TA, expert_here_TA, own)
+    if len(x_TD) == 1 and execution.grouped_matmul == "blocks" and experts.lies_ready(x_TD):
+        return experts.on_token(x_TD, expert_here_TA[0], weights_TA[0]), fits_TA
+    plan, sizes_E = sort_rows(expert_here_TA, own, buffer_rows(room))
     y_RD = experts.on_rows(to_rows(x_TD, plan), sizes_E, execution.grouped_matmul)
     mixed_TD = _to_all(from_rows(y_RD, weights_TA, plan))
     return mixed_TD, jax.lax.dynamic_slice_in_dim(fits_TA, here * tokens, tokens)

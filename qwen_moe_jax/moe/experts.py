@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import Activation, GroupedMatmul, MoEConfig
 from qwen_moe_jax.moe.grouped_matmul import grouped_matmul
+from qwen_moe_jax.moe.kernels import blocks
 from qwen_moe_jax.nn.matmul import WEIGHT_MATMUL, weight_einsum
 from qwen_moe_jax.nn.mlp import ACTIVATIONS
 from qwen_moe_jax.nn.parameters import ParameterFactory
@@ -74,7 +75,7 @@ class ExpertWeights:
                 if self.layer is None:
                     return grouped_matmul(x, gathered(weight.astype(x.dtype), *axes), sizes_E, backend)
                 layers, experts = weight.shape[:2]
-                if weight.dtype != x.dtype or is_gathered(*axes) or len(x) > FEW_ROWS * experts:
+                if not self.lies_ready(x) or len(x) > FEW_ROWS * experts:
                     own = jax.lax.dynamic_index_in_dim(weight, self.layer, keepdims=False)
                     return grouped_matmul(x, gathered(own.astype(x.dtype), *axes), sizes_E, backend)
                 # All layers' experts in a row, of which those of the other layers have no rows: to cut this layer's out
@@ -88,6 +89,40 @@ class ExpertWeights:
         gated_RF = multiply(rows_RD, self.gate_proj, WIDEN)
         raised_RF = multiply(rows_RD, self.up_proj, WIDEN)
         return multiply(ACTIVATIONS[self.act](gated_RF) * raised_RF, self.down_proj, NARROW)
+
+    def on_token(self, x_TD: jax.Array, experts_A: jax.Array, weights_A: jax.Array) -> jax.Array:
+        """One token through its experts on CPUs, [1, D] to their weighted sum, inside a shard_map.
+
+        Decoding one text is this and little else: no rows are sorted, and the loop reads each chosen expert once, where
+        it lies. Over `tensor` the result is a partial sum.
+
+        Args:
+            x_TD: the token, T is 1.
+            experts_A: int32; the device's experts it chose; a number past them is none.
+            weights_A: what each counts.
+        """
+        matrices = [x.reshape(-1, *x.shape[-2:]) for x in (self.gate_proj, self.up_proj, self.down_proj)]
+        experts = self.gate_proj.shape[-3]
+        first = 0 if self.layer is None else self.layer * experts
+
+        def times(x_TI: jax.Array, matrix_OI: jax.Array) -> jax.Array:
+            product_TO = jnp.einsum("TI,OI->TO", x_TI, matrix_OI, preferred_element_type=jnp.float32)
+            return product_TO.astype(x_TI.dtype)
+
+        def add(choice: jax.Array, sum_TD: jax.Array) -> jax.Array:
+            expert = experts_A[choice]
+            at = first + jnp.minimum(expert, experts - 1)
+            gate_FD, up_FD, down_DF = (blocks.rows_at(matrix, at, 1)[0] for matrix in matrices)
+            hidden_TF = ACTIVATIONS[self.act](times(x_TD, gate_FD)) * times(x_TD, up_FD)
+            weighted_TD = times(hidden_TF, down_DF) * weights_A[choice]
+            return sum_TD + jnp.where(expert < experts, weighted_TD, 0)
+
+        sum_TD = jnp.zeros(x_TD.shape, jnp.result_type(x_TD, weights_A))
+        return jax.lax.fori_loop(0, len(experts_A), add, sum_TD)
+
+    def lies_ready(self, x_TD: jax.Array) -> bool:
+        """Whether the weights can be multiplied with as they are stored: in this dtype, and whole but for `tensor`."""
+        return self.gate_proj.dtype == x_TD.dtype and not is_gathered(*WIDEN, *NARROW)
 
 
 class Experts(nnx.Module):

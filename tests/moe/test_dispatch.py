@@ -332,3 +332,16 @@ def test_a_device_has_room_for_a_balanced_load_and_never_for_more_than_can_come(
     assert tokens * chosen / ways <= room <= tokens * min(chosen, own)
     if ways == 1:
         assert room == tokens * chosen, "on one device everything fits"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_token_alone_equals_dense(family):
+    """Decoding one text takes a path of its own on CPUs; padding takes it, too."""
+    hidden_BTD, _ = batch(shape=(1, 1), padding=False)
+    config = block_config(**FAMILIES[family])
+    for real in (True, False):
+        real_BT = np.array([[real]])
+        wanted_BTD, _, _ = run_forward(config, qmj.make_mesh(), hidden_BTD, real_BT, execution("dense"))
+        found_BTD, stats, _ = run_forward(config, qmj.make_mesh(), hidden_BTD, real_BT, execution("dropless by gather"))
+        np.testing.assert_allclose(found_BTD, wanted_BTD, rtol=1e-5, atol=1e-6)
+        assert stats.tokens_per_expert.sum() == 2 * real

@@ -38,8 +38,8 @@ def ragged(rows_RK: jax.Array, weights: jax.Array, sizes_E: jax.Array, *, transp
         expert = jnp.searchsorted(last_block_E, index, side="right", method="compare_all")
         nth = index - (last_block_E - blocks_E)[expert]
         start = (ends_E - sizes_E)[expert] + nth * block
-        rows_bK = _rows_at(rows_RK, start, block)
-        matrix = _rows_at(weights, expert, 1)[0]
+        rows_bK = rows_at(rows_RK, start, block)
+        matrix = rows_at(weights, expert, 1)[0]
         contracted = ((1,), (1 if transposed else 0,))
         product_bN = jax.lax.dot_general(rows_bK, matrix, (contracted, ((), ())), preferred_element_type=jnp.float32)
         return index + 1, jax.lax.dynamic_update_slice(out_RN, product_bN, (start, 0))
@@ -70,8 +70,8 @@ def outer(left_RO: jax.Array, right_RI: jax.Array, sizes_E: jax.Array) -> jax.Ar
         def add(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             start, sum_OI = state
             own_b1 = (start + jnp.arange(block) < ends_E[expert])[:, None]
-            left_bO = jnp.where(own_b1, _rows_at(left_RO, start, block), 0)
-            right_bI = jnp.where(own_b1, _rows_at(right_RI, start, block), 0)  # 0 * NaN of a neighbour is NaN
+            left_bO = jnp.where(own_b1, rows_at(left_RO, start, block), 0)
+            right_bI = jnp.where(own_b1, rows_at(right_RI, start, block), 0)  # 0 * NaN of a neighbour is NaN
             product_OI = jax.lax.dot_general(
                 left_bO, right_bI, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
             )
@@ -91,7 +91,7 @@ def _block_rows(buffer: int, experts: int) -> int:
     return min(max(1 << (mean - 1).bit_length(), SHORTEST), longest)
 
 
-def _rows_at(x: jax.Array, start: jax.Array, count: int) -> jax.Array:
+def rows_at(x: jax.Array, start: jax.Array, count: int) -> jax.Array:
     """`x[start : start + count]`. XLA on CPUs would convert the whole of a bfloat16 operand to float32 first."""
     if x.dtype != jnp.bfloat16:
         return jax.lax.dynamic_slice_in_dim(x, start, count)
