@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
         ConfigError, CheckpointError, ShardingError, RequestError: of the model or of what a task asks of it.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise RequestError("lm-eval is not installed: pip install 'qwen-moe-jax[lm-eval]'.")
+        raise RequestError("lm-eval is not installed: pip install 'qwen-moe-jax[eval]'.")
 
     from lm_eval.__main__ import cli_evaluate
 

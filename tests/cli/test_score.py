@@ -72,4 +72,4 @@ def test_refusals_come_before_the_weights(folder, tmp_path, capsys, monkeypatch,
 def test_eval_without_lm_eval(folder, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["eval", str(folder), "--tasks", "arc_easy"]) == 2
-    assert "pip install 'qwen-moe-jax[lm-eval]'" in capsys.readouterr().err
+    assert "pip install 'qwen-moe-jax[eval]'" in capsys.readouterr().err

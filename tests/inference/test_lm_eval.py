@@ -9,7 +9,7 @@ from qwen_moe_jax.cli.main import main
 from qwen_moe_jax.errors import RequestError
 from tests.inference.checkpoints import make_checkpoint
 
-lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[lm-eval]'")
+lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of its many dependencies
 
 DOCUMENTS = [
