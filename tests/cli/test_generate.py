@@ -25,7 +25,9 @@ def test_text_of_one_prompt_is_all_there_is(folder, monkeypatch, capsys):
     assert generate(folder, "--prompt", "The quick") == 0
     out, err = capsys.readouterr()
     assert out == " fox 你好👍🏽\n"
-    assert re.search(r"^\d+ tokens in [\d.]+ s, \d+ programs compiled in that time: [\d.]+ tokens per second$", err, re.M)
+    assert re.search(
+        r"^\d+ tokens in [\d.]+ s, \d+ programs compiled in that time: [\d.]+ tokens per second$", err, re.M
+    )
     [(prompt, config)] = engine.asked
     assert prompt == "The quick"
     assert config.max_new_tokens == 128 and not config.do_sample
