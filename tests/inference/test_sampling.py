@@ -113,12 +113,15 @@ def test_a_token_outside_the_vocabulary_is_refused_by_name(field):
 ODD = st.sampled_from([-np.inf, -80.0, -1.5, -0.0, 0.0, 1e-30, 0.25, 1.0, 1.0, 2.5, 60.0])
 LOGITS = st.one_of(
     st.lists(ODD, min_size=12, max_size=12),
-    st.lists(st.floats(-20, 20, width=32), min_size=12, max_size=12),
+    # No subnormal numbers: XLA's programs on a CPU take them for zero, and NumPy does not.
+    st.lists(st.floats(-20, 20, width=32, allow_subnormal=False), min_size=12, max_size=12),
 ).filter(lambda values: max(values) > -np.inf)
+
+PART = st.floats(0, 1, width=32, allow_subnormal=False)
 
 
 @hypothesis_settings(deadline=None, max_examples=300)
-@given(logits=LOGITS, k=st.integers(0, 15), p=st.floats(0, 1), m=st.floats(0, 1))
+@given(logits=LOGITS, k=st.integers(0, 15), p=PART, m=PART)
 def test_what_is_left_to_draw_from(logits, k, p, m):
     logits_V = np.array(logits, np.float32)
     found_V = processed(Config(do_sample=True, top_k=k, top_p=p, min_p=m), logits_V)
