@@ -13,6 +13,7 @@ from qwen_moe_jax.config import AttentionConfig, LayerKind, ModelConfig, RopeCon
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.families import Family, family_of
 from qwen_moe_jax.huggingface.fields import Fields, freeze, read_json
+from qwen_moe_jax.huggingface.quantisation import fp8_block
 
 LAYER_TYPES = {"full_attention": "full", "sliding_attention": "sliding"}
 
@@ -34,13 +35,9 @@ def read_config(source: str | PathLike[str] | Mapping[str, Any]) -> ModelConfig:
 def config_from_hub(hub: Mapping[str, Any], where: str = "config") -> ModelConfig:
     """Translates the content of a config.json. `where` names it in messages."""
     family = family_of(hub.get("model_type"), where)
-    if hub.get("quantization_config") is not None:
-        method = hub["quantization_config"]
-        method = method.get("quant_method", "unknown") if isinstance(method, Mapping) else method
-        raise ConfigError(
-            f"{where}: quantization_config (quant_method={method!r}) is not supported: expected unquantised weights "
-            "(float32, bfloat16 or float16). Use the unquantised checkpoint of the same model."
-        )
+    fp8_block(hub, where)  # refuses what cannot be widened
+    # The weights of the model are not quantised, whatever the files hold.
+    hub = {name: value for name, value in hub.items() if name != "quantization_config"}
     fields = Fields(hub, where, family.defaults)
     try:
         return _config(family, fields)

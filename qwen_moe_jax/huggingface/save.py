@@ -1,29 +1,28 @@
 """Model → Hub folder: per-layer, per-expert safetensors that transformers 4 and 5 load."""
 
-import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from qwen_moe_jax.errors import ConfigError, ShardingError
+from qwen_moe_jax.huggingface.checkpoint import HEADS, ORBAX
 from qwen_moe_jax.huggingface.export_config import config_to_hub
-from qwen_moe_jax.huggingface.files import INDEX, SINGLE, replaced_folder
+from qwen_moe_jax.huggingface.files import INDEX, SINGLE, is_weights
 from qwen_moe_jax.huggingface.generation_config import generation_config_to_hub
-from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_tensors
-from qwen_moe_jax.model.causal_lm import CausalLM, Model, SequenceClassifier, TokenClassifier
+from qwen_moe_jax.huggingface.tensors import hub_parameters, hub_tensors
+from qwen_moe_jax.model.causal_lm import Model
+from qwen_moe_jax.storage.folder import replaced_folder
+from qwen_moe_jax.storage.placement import Placed
+from qwen_moe_jax.storage.progress import bytes_bar
+from qwen_moe_jax.storage.safetensors_file import write_safetensors
+from qwen_moe_jax.storage.tensor import Part, Tensor
 
-HUB_CLASSES = {
-    CausalLM: "ForCausalLM",
-    SequenceClassifier: "ForSequenceClassification",
-    TokenClassifier: "ForTokenClassification",
-}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -32,7 +31,7 @@ def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size
 
     The folder is written beside and renamed, so that an interrupted export never looks finished. Where it exists
     already, its weights and configs are replaced and its other files (a tokenizer) are kept. Tensors are fetched from
-    the devices layer by layer; in memory are at most one shard and the experts of one layer.
+    the devices in blocks: the host holds a few of them.
 
     Args:
         model: any head; its parameters keep their dtype.
@@ -45,70 +44,107 @@ def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size
         CheckpointError: `folder` is a file or a mount point.
         ShardingError: the model is spread over several hosts.
     """
-    folder, limit = Path(folder), _bytes(max_shard_size)
+    folder, limit = Path(folder), size_in_bytes(max_shard_size)
     if jax.process_count() > 1:
-        raise ShardingError("save_pretrained runs on one host; this program runs on several.")
+        raise ShardingError(
+            "save_pretrained runs on one host; this program runs on several. Write with save_orbax, each host its part, "
+            "and turn it into the Hub's form on one: qwen-moe-jax convert FOLDER TARGET."
+        )
     model.require_weights()
-    head = next(suffix for head, suffix in HUB_CLASSES.items() if isinstance(model, head))
-    config = config_to_hub(model.config, head) | {
-        "dtype": model.execution.param_dtype,
-        "torch_dtype": model.execution.param_dtype,
-    }
+    configs = configs_to_hub(model)
+    tensors = placed_tensors(model)
+    with replaced_folder(folder, is_stale) as new:
+        with bytes_bar(f"Writing {folder.name}", sum(tensor.nbytes for tensor in tensors.values())) as advance:
+            write_hub_files(new, configs, tensors, limit, advance)
+
+
+def is_stale(name: str) -> bool:
+    """Whether a file of this name does not outlive the model it was written for."""
+    return is_weights(name) or name == ORBAX
+
+
+def configs_to_hub(model: Model) -> dict[str, dict[str, Any]]:
+    """Content of config.json and generation_config.json, by file name.
+
+    Raises:
+        ConfigError: the family cannot express the config.
+    """
+    head = next(suffix for suffix, head in HEADS.items() if isinstance(model, head))
+    dtype = model.execution.param_dtype
     generation = generation_config_to_hub(model.generation_config, model.config)
-    parameters = hub_parameters(model)
-    shards = _plan_shards(parameters, limit)
-    with replaced_folder(folder) as new:
-        _write_json(new / "config.json", config)
-        _write_json(new / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
-        tensors = export_tensors(model)
-        for file, names in shards.items():
-            save_file(dict(itertools.islice(tensors, len(names))), new / file, metadata={"format": "pt"})
-            (new / file).chmod((new / "config.json").stat().st_mode)  # safetensors leaves it to the owner alone
-        if len(shards) > 1:
-            _write_json(new / INDEX, _index(parameters, shards))
+    return {
+        "config.json": config_to_hub(model.config, head) | {"dtype": dtype, "torch_dtype": dtype},
+        "generation_config.json": {key: value for key, value in generation.items() if value is not None},
+    }
+
+
+def placed_tensors(model: Model) -> dict[str, Tensor]:
+    """Every Hub tensor of a model, or of its gradients, layer by layer; each is fetched when it is read."""
+    return {name: Part(Placed(of.leaf), index) for name, of, index in hub_tensors(hub_parameters(model))}
 
 
 def export_tensors(model: Model) -> Iterator[tuple[str, np.ndarray]]:
     """Every (Hub name, array) of a model, or of its gradients, layer by layer."""
-    held_key, held = None, None
-    for name, parameter, index in hub_tensors(hub_parameters(model)):
-        key = (id(parameter), index[:1])
-        if key != held_key:  # the experts of a layer come one after the other: they are fetched together, once
-            held_key, held = key, np.asarray(jax.device_get(parameter.leaf[index[0]] if index else parameter.leaf))
-        yield name, held[index[1:]].copy()  # a view would keep all the experts of the layer in memory
+    for name, tensor in placed_tensors(model).items():
+        yield name, tensor.read()
 
 
-def _plan_shards(parameters: list[HubParameter], limit: int) -> dict[str, list[str]]:
+def write_hub_files(
+    folder: Path,
+    configs: Mapping[str, dict[str, Any]],
+    tensors: Mapping[str, Tensor],
+    limit: int,
+    advance: Callable[[int], None],
+) -> None:
+    """Writes configs, safetensors and, where there are several, their index into a folder that is there.
+
+    Args:
+        folder: to write into.
+        configs: content of the JSON files by name.
+        tensors: by Hub name, in the order of the files.
+        limit: bytes of a file.
+        advance: is told of bytes written.
+    """
+    for name, content in configs.items():
+        _write_json(folder / name, content)
+    shards = _plan_shards(tensors, limit)
+    for file, names in shards.items():
+        write_safetensors(folder / file, {name: tensors[name] for name in names}, advance)
+    if len(shards) > 1:
+        _write_json(folder / INDEX, _index(tensors, shards))
+
+
+def _plan_shards(tensors: Mapping[str, Tensor], limit: int) -> dict[str, list[str]]:
     """File names, and the tensors of each in order."""
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, parameter, _ in hub_tensors(parameters):
-        size = _tensor_bytes(parameter)
-        if shards[-1] and filled + size > limit:
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > limit:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += size
+        filled += tensor.nbytes
     if len(shards) == 1:
         return {SINGLE: shards[0]}
     count = len(shards)
     return {f"model-{number:05d}-of-{count:05d}.safetensors": names for number, names in enumerate(shards, start=1)}
 
 
-def _index(parameters: list[HubParameter], shards: dict[str, list[str]]) -> dict[str, Any]:
-    total = sum(parameter.leaf.size for parameter in parameters)
-    size = sum(_tensor_bytes(parameter) * parameter.names.size for parameter in parameters)
+def _index(tensors: Mapping[str, Tensor], shards: dict[str, list[str]]) -> dict[str, Any]:
+    sizes = [(tensor.nbytes, tensor.nbytes // np.dtype(tensor.dtype).itemsize) for tensor in tensors.values()]
+    size, total = (sum(column) for column in zip(*sizes, strict=True))
     return {
         "metadata": {"total_parameters": total, "total_size": size},
         "weight_map": {name: file for file, names in shards.items() for name in names},
     }
 
 
-def _tensor_bytes(parameter: HubParameter) -> int:
-    return int(np.prod(parameter.tensor_shape)) * parameter.leaf.dtype.itemsize
+def size_in_bytes(size: int | str) -> int:
+    """5_000_000_000 of "5GB"; a number of bytes is itself.
 
-
-def _bytes(size: int | str) -> int:
+    Raises:
+        ConfigError: it is not a size.
+    """
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
     parsed = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]B)?", str(size))

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from qwen_moe_jax.huggingface.files import TensorFile
 from qwen_moe_jax.model.causal_lm import Model
 
 #: Hub names that differ from the module's, for families whose files do not follow the Qwen names: (ours, the Hub's).
@@ -29,7 +28,7 @@ RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
 #: Tensors that checkpoints carry and no forward pass reads.
 HARMLESS = re.compile(r"\.rotary_emb\.inv_freq$|^(model\.)?mtp\.")
 
-_STACKED = re.compile(r"\.model\.layers\.segments\[(\d+)\]\[(\d+)\]\.(.+)")
+_STACKED = re.compile(r"model\.layers\.segments\.(\d+)\.(\d+)\.(.+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +36,12 @@ class HubParameter:
     """One parameter of the model and the Hub tensors it is made of.
 
     Attributes:
+        path: of the array in the model, with dots.
         leaf: the array (or its description, or its gradient).
         names: Hub names, an object array over the leading axes that the Hub does not stack: [], [L] or [L, E].
     """
 
+    path: str
     leaf: Any
     names: np.ndarray
 
@@ -55,9 +56,12 @@ def hub_parameters(model: Model) -> list[HubParameter]:
 
     Works on anything with the model's structure: weights, gradients, `rngs=None` descriptions.
     """
-    rename = _renamer(model.config.model_type)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
-    return [HubParameter(leaf, _names(jax.tree_util.keystr(path), leaf, model, rename)) for path, leaf in leaves]
+    rename = renamer(model.config.model_type)
+    found = []
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(model):
+        path = jax.tree_util.keystr(keys, simple=True, separator=".").removesuffix(".value")
+        found.append(HubParameter(path, leaf, _names(path, leaf, model, rename)))
+    return found
 
 
 def hub_tensors(parameters: list[HubParameter]) -> Iterator[tuple[str, HubParameter, tuple[int, ...]]]:
@@ -74,27 +78,16 @@ def hub_tensors(parameters: list[HubParameter]) -> Iterator[tuple[str, HubParame
     return iter(sorted(entries, key=place))
 
 
-def unfused(tensors: dict[str, TensorFile], model_type: str) -> dict[str, TensorFile]:
-    """A folder's tensors under per-expert names, where the experts stand fused in it.
+def renamer(model_type: str) -> Callable[[str], str]:
+    """What turns a tensor's name in our modules into its name in the family's files."""
+    rules = RENAMES.get(model_type, ())
 
-    transformers 5 holds the experts of a layer as `mlp.experts.gate_up_proj` [E, 2F, D] (gate rows first) and
-    `mlp.experts.down_proj` [E, D, F], and writes them so when told not to save in the original format.
-    """
-    rename = _renamer(model_type)
-    found: dict[str, TensorFile] = {}
-    for name, tensor in tensors.items():
-        fused = re.fullmatch(r"(.+\.mlp\.experts)\.(gate_up|down)_proj", name)
-        if fused is None or len(tensor.shape) != 3:
-            found[rename(name)] = tensor
-            continue
-        experts, rows, _ = tensor.shape
-        kinds = ("down",) if fused[2] == "down" else ("gate", "up")
-        each = rows // len(kinds)
-        for expert in range(experts):
-            for number, kind in enumerate(kinds):
-                part = tensor.part(expert, number * each, each)
-                found[rename(f"{fused[1]}.{expert}.{kind}_proj.weight")] = part
-    return found
+    def rename(name: str) -> str:
+        for ours, hub in rules:
+            name = re.sub(ours, hub, name)
+        return name
+
+    return rename
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
@@ -102,10 +95,9 @@ def _natural(name: str) -> list[tuple[int, int | str]]:
 
 
 def _names(path: str, leaf: Any, model: Model, rename: Callable[[str], str]) -> np.ndarray:
-    path = path.removesuffix(".value")
     stacked = _STACKED.fullmatch(path)
     if stacked is None:
-        return np.array(rename(path.removeprefix(".")), dtype=object)
+        return np.array(rename(path), dtype=object)
     segment = model.model.layers.plan[int(stacked[1])]
     position, rest = int(stacked[2]), stacked[3]
     layers = [f"model.layers.{segment.layer_index(position, repeat)}" for repeat in range(segment.repeats)]
@@ -117,14 +109,3 @@ def _names(path: str, leaf: Any, model: Model, rename: Callable[[str], str]) -> 
         [[rename(f"{layer}.mlp.experts.{e}.{experts[1]}.weight") for e in range(count)] for layer in layers],
         dtype=object,
     )
-
-
-def _renamer(model_type: str) -> Callable[[str], str]:
-    rules = RENAMES.get(model_type, ())
-
-    def rename(name: str) -> str:
-        for ours, hub in rules:
-            name = re.sub(ours, hub, name)
-        return name
-
-    return rename

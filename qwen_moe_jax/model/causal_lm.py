@@ -121,17 +121,24 @@ class Model(nnx.Module):
         self.generation_config = generation_config or GenerationConfig(eos_token_id=config.eos_token_id)
         self.mesh = checked_mesh(mesh)
         self.deterministic = True
-        make = ParameterFactory(
-            mesh=self.mesh,
-            dtype=self.execution.param_dtype,
-            initializer_range=config.initializer_range,
-            rngs=rngs,
-        )
+        make = self._factory(rngs)
         self.model = Decoder(config, make)
         self._add_head(make)
 
+    def _factory(self, rngs: nnx.Rngs | None) -> ParameterFactory:
+        return ParameterFactory(
+            mesh=self.mesh,
+            dtype=self.execution.param_dtype,
+            initializer_range=self.config.initializer_range,
+            rngs=rngs,
+        )
+
     def _add_head(self, make: ParameterFactory) -> None:
         """Creates the head's parameters; each subclass has its own."""
+
+    def draw_head(self, rngs: nnx.Rngs) -> None:
+        """Gives the model a fresh head, to be trained on weights that came without one."""
+        self._add_head(self._factory(rngs))
 
     def _head(self, hidden_BTD: jax.Array, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
         """Normalised hidden states to float32 logits."""

@@ -1,9 +1,14 @@
-"""What a stored tensor is to whoever reads it, whatever holds it; and how a large one is cut into blocks."""
+"""What a tensor that stands somewhere else is to whoever reads it; and how tensors are cut and put together unread.
 
+A file, a stack of the files' tensors, an array on devices: all are a `Tensor`, read in parts. So whoever writes or
+places one never asks where it comes from, and never holds more of it than a block.
+"""
+
+import abc
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import ml_dtypes  # noqa: F401  registers bfloat16 and the float8 types with NumPy
 import numpy as np
@@ -12,31 +17,102 @@ import numpy as np
 Index = tuple[slice, ...]
 
 
-class Tensor(Protocol):
+class Tensor(abc.ABC):
     """An array that stands somewhere else and is read in parts.
 
     Attributes:
         shape: of the array.
         dtype: NumPy's name of its element type ("bfloat16", "float32", "float8_e4m3fn", …).
-        where: the file that holds it, for messages.
+        where: what holds it, for messages: a file's name.
     """
 
-    @property
-    def shape(self) -> tuple[int, ...]: ...
+    shape: tuple[int, ...]
+    dtype: str
+    where: str
 
-    @property
-    def dtype(self) -> str: ...
-
-    @property
-    def where(self) -> str: ...
-
-    def read(self, index: Index) -> np.ndarray:
-        """Reads that part, and as little besides as the format allows; may be called from several threads.
+    @abc.abstractmethod
+    def read_into(self, index: Index, out: np.ndarray) -> None:
+        """Reads a part into an array of its size, cast to that array's dtype; may be called from several threads.
 
         Raises:
             CheckpointError: the file cannot be read, or is shorter than its header says.
         """
-        ...
+
+    def read(self, index: Index | None = None) -> np.ndarray:
+        """Reads a part, or everything, into a new array."""
+        index = whole(self.shape) if index is None else index
+        out = np.empty(size_of(index), self.dtype)
+        self.read_into(index, out)
+        return out
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole array."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Part(Tensor):
+    """A window into another tensor, without the axes of which one row is taken.
+
+    Attributes:
+        tensor: that tensor.
+        window: a row number or a slice for each leading axis; the axes after them are taken whole.
+    """
+
+    tensor: Tensor
+    window: tuple[int | slice, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        kept = [part.stop - part.start for part in self.window if isinstance(part, slice)]
+        return (*kept, *self.tensor.shape[len(self.window) :])
+
+    @property
+    def dtype(self) -> str:
+        return self.tensor.dtype
+
+    @property
+    def where(self) -> str:
+        return self.tensor.where
+
+    def read_into(self, index: Index, out: np.ndarray) -> None:
+        asked = iter(index)
+        inner: list[slice] = []
+        for part in self.window:
+            if isinstance(part, slice):
+                own = next(asked)
+                inner.append(slice(part.start + own.start, part.start + own.stop))
+            else:
+                inner.append(slice(part, part + 1))
+        inner += asked
+        self.tensor.read_into(tuple(inner), out.reshape(size_of(tuple(inner))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked(Tensor):
+    """Tensors of one shape, side by side on new leading axes.
+
+    Attributes:
+        tensors: an object array of them; its axes become the leading ones.
+        dtype: which they are cast to.
+    """
+
+    tensors: np.ndarray
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.tensors.shape, *self.tensors.flat[0].shape)
+
+    @property
+    def where(self) -> str:
+        return self.tensors.flat[0].where
+
+    def read_into(self, index: Index, out: np.ndarray) -> None:
+        axes = self.tensors.ndim
+        for place, tensor in np.ndenumerate(self.tensors[index[:axes]]):
+            tensor.read_into(index[axes:], out[(*place, ...)])
 
 
 def whole(shape: Sequence[int]) -> Index:
@@ -47,11 +123,6 @@ def whole(shape: Sequence[int]) -> Index:
 def size_of(index: Index) -> tuple[int, ...]:
     """The shape of a part."""
     return tuple(part.stop - part.start for part in index)
-
-
-def nbytes(shape: Sequence[int], dtype: str) -> int:
-    """Bytes of an array."""
-    return math.prod(shape) * np.dtype(dtype).itemsize
 
 
 def blocks(shape: Sequence[int], itemsize: int, limit: int) -> Iterator[Index]:

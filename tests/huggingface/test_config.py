@@ -393,8 +393,12 @@ def test_pretraining_length_of_scaled_rope_defaults_to_the_longest_position(rope
         pytest.param("qwen3", {"rope_scaling": {"type": "linear"}}, ("factor",), id="rope-factor-missing"),
         pytest.param("qwen3", {"partial_rotary_factor": 0.5}, ("partial_rotary_factor", "0.5"), id="partial-rotary"),
         pytest.param(
-            "qwen3_moe", {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
-            ("quantization_config", "fp8", "bfloat16"), id="quantised",
+            "qwen3_moe", {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            ("quantization_config", "gptq", "unquantised checkpoint"), id="quantised",
+        ),
+        pytest.param(
+            "qwen3_moe", {"quantization_config": {"quant_method": "fp8", "weight_block_size": None}},
+            ("quantization_config", "weight_block_size", "None", "two positive integers"), id="fp8-without-blocks",
         ),
         pytest.param("qwen2", {"num_attention_heads": 5}, ("num_attention_heads", "5", "32"), id="heads-of-width"),
         pytest.param("qwen3", {"num_key_value_heads": 3}, ("num_key_value_heads", "3", "4"), id="kv-heads"),

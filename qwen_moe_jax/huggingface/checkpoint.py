@@ -1,0 +1,165 @@
+"""A checkpoint folder of any form, opened: its config, its tensors under the Hub's names, and all that is wrong."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.errors import CheckpointError
+from qwen_moe_jax.huggingface.config import config_from_hub
+from qwen_moe_jax.huggingface.fields import read_json
+from qwen_moe_jax.huggingface.files import Files, open_files
+from qwen_moe_jax.huggingface.layouts import EMBEDDING, HEAD, in_hub_form, tied
+from qwen_moe_jax.huggingface.quantisation import fp8_block, widened
+from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_tensors
+from qwen_moe_jax.model.causal_lm import CausalLM, Model, SequenceClassifier, TokenClassifier
+from qwen_moe_jax.storage.tensor import Part, Stacked, Tensor
+
+#: Where a native folder keeps its Orbax checkpoint, beside config.json.
+ORBAX = "orbax"
+
+#: The heads, and what the classes of transformers are called that have them.
+HEADS: dict[str, type[Model]] = {
+    "ForCausalLM": CausalLM,
+    "ForSequenceClassification": SequenceClassifier,
+    "ForTokenClassification": TokenClassifier,
+}
+
+#: Tensors that checkpoints carry and no forward pass reads.
+HARMLESS = re.compile(r"\.rotary_emb\.inv_freq$|^(model\.)?mtp\.")
+
+#: What weights may be stored in.
+FLOATS = ("float32", "bfloat16", "float16")
+_LISTED = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A folder, from its headers alone.
+
+    Attributes:
+        folder: the folder.
+        config: as config.json has it, and where that is silent or wrong (dtype, a tied head) as the tensors have it.
+        head: of the class that config.json names; CausalLM where it names none that is known.
+        tensors: by the names that the family's published checkpoints have.
+        ignored: names of tensors that no forward pass reads.
+        problems: what is wrong with the files themselves, a line each.
+        whole: False where some files could not be opened, so that what seems missing may be in them.
+        native: an Orbax folder, and not one of the Hub's.
+    """
+
+    folder: Path
+    config: ModelConfig
+    head: type[Model]
+    tensors: dict[str, Tensor]
+    ignored: tuple[str, ...]
+    problems: tuple[str, ...]
+    whole: bool
+    native: bool
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Opens a Hub folder or a native one.
+
+    Raises:
+        ConfigError: config.json is missing, or asks for what is not supported.
+        CheckpointError: there are no weights.
+    """
+    path = folder / "config.json"
+    hub = read_json(path)
+    config = config_from_hub(hub, str(path))
+    head = _head(hub)
+    if (folder / ORBAX).is_dir():
+        return _open_native(folder, config, head)
+    files = open_files(folder)
+    config = dataclasses.replace(config, dtype=config.dtype or _stored_dtype(files.tensors.values()))
+    block = fp8_block(hub, str(path))
+    tensors, wrong = (files.tensors, []) if block is None else widened(files.tensors, block)
+    tensors, twice = in_hub_form(tensors, config.model_type)
+    ignored = tuple(name for name in tensors if HARMLESS.search(name))
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in ignored}
+    if config.tie_word_embeddings and {EMBEDDING, HEAD} & tensors.keys():
+        tensors, really = tied(tensors)
+        config = dataclasses.replace(config, tie_word_embeddings=really)
+    problems = (*files.problems, *wrong, *twice)
+    return Checkpoint(folder, config, head, tensors, ignored, problems, _is_whole(files), native=False)
+
+
+def _open_native(folder: Path, config: ModelConfig, head: type[Model]) -> Checkpoint:
+    from qwen_moe_jax.storage.orbax import stored_tensors  # Orbax is slow to import, and most folders are the Hub's
+
+    stored = stored_tensors(folder / ORBAX)
+    described = head(config, rngs=None)
+    tensors: dict[str, Tensor] = {}
+    for parameter in hub_parameters(described):
+        if parameter.path in stored:
+            for index, name in np.ndenumerate(parameter.names):
+                tensors[name] = Part(stored[parameter.path], index)
+    return Checkpoint(folder, config, head, tensors, (), (), whole=True, native=True)
+
+
+def _is_whole(files: Files) -> bool:
+    return bool(files.tensors) and not files.unreadable
+
+
+def _head(hub: Mapping[str, object]) -> type[Model]:
+    named = hub.get("architectures")
+    for name in named if isinstance(named, list) else ():
+        for ending, head in HEADS.items():
+            if isinstance(name, str) and name.endswith(ending):
+                return head
+    return CausalLM
+
+
+def _stored_dtype(tensors: Iterable[Tensor]) -> str | None:
+    """What a config without a dtype means: that of the first floating-point tensor, as in transformers."""
+    return next((tensor.dtype for tensor in tensors if tensor.dtype in FLOATS), None)
+
+
+def problems_of(checkpoint: Checkpoint, parameters: list[HubParameter], spare: Iterable[str] = ()) -> list[str]:
+    """Everything that stands between a checkpoint and a model with these parameters, a line each.
+
+    Args:
+        checkpoint: the folder.
+        parameters: of the model.
+        spare: names of tensors that need not be there and are not minded.
+    """
+    problems = list(checkpoint.problems)
+    tensors, spare = checkpoint.tensors, set(spare)
+    wanted = {name: parameter.tensor_shape for name, parameter, _ in hub_tensors(parameters)}
+    if checkpoint.whole:
+        problems += [f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in tensors]
+    for name, tensor in tensors.items():
+        if name in spare:
+            continue
+        if name not in wanted:
+            problems.append(f"unexpected: {name} {list(tensor.shape)} in {tensor.where}")
+        elif tensor.shape != wanted[name]:
+            problems.append(f"shape: {name} is {list(tensor.shape)} in {tensor.where}, expected {list(wanted[name])}")
+        elif tensor.dtype not in FLOATS:
+            problems.append(f"dtype: {name} is {tensor.dtype} in {tensor.where}, expected one of {', '.join(FLOATS)}")
+    return problems
+
+
+def require_sound(folder: Path, problems: list[str]) -> None:
+    """Raises a CheckpointError that lists all problems, if there are any."""
+    if not problems:
+        return
+    more = [f"… and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    listed = "\n  ".join(problems[:_LISTED] + more)
+    raise CheckpointError(
+        f"{folder}: its tensors do not make up the model that config.json describes ({count}):\n  {listed}\n"
+        "Check that config.json belongs to these files and that the download is complete."
+    )
+
+
+def assembled(parameter: HubParameter, tensors: Mapping[str, Tensor]) -> Stacked:
+    """A parameter, put together from its Hub tensors when it is read."""
+    grid = np.empty(parameter.names.shape, object)
+    for index, name in np.ndenumerate(parameter.names):
+        grid[index] = tensors[name]
+    return Stacked(grid, str(parameter.leaf.dtype))

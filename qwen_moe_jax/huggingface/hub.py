@@ -1,0 +1,52 @@
+"""Names on the Hugging Face Hub → folders on this machine."""
+
+import re
+from os import PathLike
+from pathlib import Path
+
+from qwen_moe_jax.errors import CheckpointError
+
+_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+#: What is downloaded: configs, tokenizers, templates, and the weights in one of their two formats.
+_TEXTS = ["*.json", "*.txt", "*.jinja", "*.model"]
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether this can be the name of a model on the Hub: owner/model."""
+    return _NAME.fullmatch(source) is not None
+
+
+def local_folder(source: str | PathLike[str]) -> Path:
+    """The folder itself, or that of a Hub name in huggingface_hub's cache, downloaded unless it is there.
+
+    Raises:
+        CheckpointError: there is no such folder, and the Hub has no such model or cannot be reached.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is a file, expected a checkpoint folder.")
+    if not is_hub_name(str(source)):
+        raise CheckpointError(
+            f"{source}: no such folder, and no name on the Hub (owner/model) either. Download the checkpoint first and "
+            "give its folder."
+        )
+    return _cached(str(source))
+
+
+def _cached(name: str) -> Path:
+    from huggingface_hub import snapshot_download  # slow to import, and most folders are folders
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=[*_TEXTS, "model*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*_TEXTS, "pytorch_model*.bin"]))
+    except (OSError, ValueError, RuntimeError) as error:  # its own errors are all of these kinds
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{name}: there is no such folder, and the Hub could not be asked for a model of this name "
+            f"({type(error).__name__}: {reason[0] if reason else ''}). Without a network, download it elsewhere "
+            f"(hf download {name} --local-dir FOLDER) and give the folder."
+        ) from None
+    return folder

@@ -1,0 +1,244 @@
+"""safetensors files, read by parts and written tensor by tensor.
+
+The header is read here and not by the library, for three reasons: a damaged one is reported with everything that is
+wrong with it; reading by `pread` and not from a mapped file keeps the file's pages out of the process's memory, and
+turns a file that shrinks meanwhile into an error instead of a bus error; and the library's writer wants all tensors at
+once.
+
+The format is eight bytes of length, a JSON object and the data: https://huggingface.co/docs/safetensors.
+"""
+
+import dataclasses
+import json
+import math
+import mmap
+import os
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from qwen_moe_jax.errors import CheckpointError
+from qwen_moe_jax.storage.ahead import ahead
+from qwen_moe_jax.storage.tensor import Index, Tensor, blocks, size_of
+
+#: safetensors' names of element types, and NumPy's.
+DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "U16": "uint16",
+    "I32": "int32",
+    "U32": "uint32",
+    "I64": "int64",
+    "U64": "uint64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+}
+_NAMES = {numpy: name for name, numpy in DTYPES.items()}
+#: As the library: a longer one is taken for damage, before it is believed and read.
+_LONGEST_HEADER = 100_000_000
+#: Bytes that are read at a time to be written.
+_BLOCK = 64 << 20
+
+
+class OpenFile:
+    """A file open for reading, closed when nobody holds it any more."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        weakref.finalize(self, os.close, self.descriptor)
+        self.size = os.fstat(self.descriptor).st_size
+
+    def fill(self, data: np.ndarray, position: int) -> None:
+        """Reads bytes from a position on into an array of uint8."""
+        wanted = memoryview(data)
+        while len(wanted):
+            try:
+                found = os.preadv(self.descriptor, [wanted], position)
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: cannot be read ({error}).") from None
+            if not found:
+                end = position + len(wanted)
+                raise CheckpointError(f"{self.path}: ends before byte {end}, which its header promises.")
+            position, wanted = position + found, wanted[found:]
+
+
+@dataclasses.dataclass(frozen=True)
+class FileTensor(Tensor):
+    """One tensor of an open safetensors file.
+
+    Attributes:
+        shape, dtype: of the tensor.
+        file: that holds it.
+        offset: where its data begins, in bytes of the file.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: OpenFile
+    offset: int
+
+    @property
+    def where(self) -> str:
+        return self.file.path.name
+
+    def read_into(self, index: Index, out: np.ndarray) -> None:
+        if math.prod(size_of(index)) == 0:
+            return
+        run = _run(self.shape, index)
+        if run is None:
+            out[...] = self._mapped()[index]
+            return
+        start, count = run
+        direct = out.flags.c_contiguous and out.dtype == self.dtype
+        values = out if direct else np.empty(size_of(index), self.dtype)
+        self.file.fill(values.reshape(count).view(np.uint8), self.offset + start * values.itemsize)
+        if not direct:
+            out[...] = values.reshape(out.shape)
+
+    def _mapped(self) -> np.ndarray:
+        """The tensor as a mapped array: for parts that lie scattered, columns of a matrix. Unmapped when let go."""
+        first = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
+        mapped = mmap.mmap(
+            self.file.descriptor, self.offset + self.nbytes - first, access=mmap.ACCESS_READ, offset=first
+        )
+        return np.frombuffer(mapped, self.dtype, math.prod(self.shape), self.offset - first).reshape(self.shape)
+
+
+def _run(shape: tuple[int, ...], index: Index) -> tuple[int, int] | None:
+    """First element and length of a part that lies in one piece; None where it does not."""
+    sizes = size_of(index)
+    first = next((axis for axis, size in enumerate(sizes) if size != 1), len(shape))
+    if any(size != full for size, full in zip(sizes[first + 1 :], shape[first + 1 :], strict=True)):
+        return None
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return sum(part.start * stride for part, stride in zip(index, strides, strict=True)), math.prod(sizes)
+
+
+def open_safetensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a file by name, from its header alone, and all that is wrong with it.
+
+    Tensors whose entry cannot be believed are left out; each is a line of the second result.
+    """
+    try:
+        file = OpenFile(path)
+        begin, entries = _header(file)
+    except (OSError, ValueError, RecursionError) as error:
+        return {}, [f"damaged: {path.name} is not a safetensors file ({error})"]
+    tensors: dict[str, Tensor] = {}
+    problems: list[str] = []
+    ends: list[tuple[int, int, str]] = []
+    for name, entry in entries:
+        if name == "__metadata__":
+            continue
+        try:
+            shape, dtype, start, end = _entry(entry)
+        except ValueError as error:
+            problems.append(f"damaged: {name} in {path.name}: {error}")
+            continue
+        if name in tensors:
+            problems.append(f"duplicated: {name} stands twice in the header of {path.name}")
+        ends.append((start, end, name))
+        tensors[name] = FileTensor(shape, dtype, file, begin + start)
+    if not problems:
+        problems = _layout_problems(path, ends, file.size - begin)
+    return tensors, problems
+
+
+def _header(file: OpenFile) -> tuple[int, list[tuple[str, Any]]]:
+    """Where the data begins, and the header's entries, among which a name may stand twice."""
+    head = np.zeros(min(8, file.size), np.uint8)
+    file.fill(head, 0)
+    length = int.from_bytes(head.tobytes(), "little")
+    if file.size < 8 or length > min(file.size - 8, _LONGEST_HEADER):
+        raise ValueError(f"it has {file.size} bytes, and its first eight say that the header alone has {length}")
+    text = np.zeros(length, np.uint8)
+    file.fill(text, 8)
+    pairs = json.loads(text.tobytes(), object_pairs_hook=_Pairs)
+    if not isinstance(pairs, _Pairs):
+        raise ValueError("its header is not a JSON object")
+    return 8 + length, pairs
+
+
+class _Pairs(list):
+    """A JSON object as it stands in the file."""
+
+
+def _entry(entry: Any) -> tuple[tuple[int, ...], str, int, int]:
+    fields = dict(entry) if isinstance(entry, _Pairs) else {}
+    shape, offsets, dtype = fields.get("shape"), fields.get("data_offsets"), fields.get("dtype")
+    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2 or not isinstance(dtype, str):
+        raise ValueError("expected an object with dtype, shape and data_offsets")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not known, expected one of {', '.join(DTYPES)}")
+    expected = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+    if offsets[1] - offsets[0] != expected:
+        raise ValueError(
+            f"{dtype} {shape} has {expected} bytes, and its data_offsets {offsets} say {offsets[1] - offsets[0]}"
+        )
+    return tuple(shape), DTYPES[dtype], *offsets
+
+
+def _counts(values: Any) -> bool:
+    return type(values) is list and all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _layout_problems(path: Path, ends: list[tuple[int, int, str]], size: int) -> list[str]:
+    """The data is covered by the tensors without holes or overlaps, as the format asks."""
+    reached = 0
+    for start, end, name in sorted(ends):
+        if start != reached:
+            found = "overlaps the one before it" if start < reached else "leaves a hole before it"
+            return [f"damaged: {name} in {path.name} {found}: its data begins at {start}, expected {reached}"]
+        reached = end
+    if reached > size:
+        return [f"truncated: {path.name} has {size} bytes of data, and its header says {reached}"]
+    if reached < size:
+        return [f"damaged: {path.name} has {size - reached} bytes more than its header says"]
+    return []
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], advance: Callable[[int], None]) -> None:
+    """Writes a file from tensors that are read block by block: in memory are a few blocks.
+
+    Args:
+        path: of the new file.
+        tensors: by name; each is written in its own dtype.
+        advance: is told of bytes written.
+    """
+    # Wide elements first, as the library does: so every tensor is aligned to its elements.
+    names = sorted(tensors, key=lambda name: -np.dtype(tensors[name].dtype).itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        tensor, start = tensors[name], end
+        end = start + tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    parts = (
+        (tensors[name], block)
+        for name in names
+        for block in blocks(tensors[name].shape, np.dtype(tensors[name].dtype).itemsize, _BLOCK)
+    )
+    with open(path, "wb", buffering=0) as file:
+        _write(file, len(text).to_bytes(8, "little") + text)
+        for values in ahead(lambda part: part[0].read(part[1]), parts):
+            _write(file, values.reshape(-1).view(np.uint8))
+            advance(values.nbytes)
+
+
+def _write(file: BinaryIO, data: bytes | np.ndarray) -> None:
+    left = memoryview(data)
+    while len(left):
+        left = left[file.write(left) :]

@@ -1,0 +1,73 @@
+"""PyTorch's pickled files (.bin), read by torch with `weights_only`: no code of the file is run."""
+
+import dataclasses
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qwen_moe_jax.errors import CheckpointError
+from qwen_moe_jax.storage.tensor import Index, Tensor
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchTensor(Tensor):
+    """A tensor as torch holds it: mapped from the file, where the file allows it, and not read yet."""
+
+    tensor: "torch.Tensor"
+    path: Path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> str:
+        return str(self.tensor.dtype).removeprefix("torch.")
+
+    @property
+    def where(self) -> str:
+        return self.path.name
+
+    def read_into(self, index: Index, out: np.ndarray) -> None:
+        import torch
+
+        part = self.tensor[index].contiguous().view(-1)
+        # NumPy has no bfloat16 and no float8 of its own, so torch hands out bytes.
+        out[...] = part.view(torch.uint8).numpy().view(self.dtype).reshape(out.shape)
+
+
+def open_torch_file(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a file by name, and what is wrong with it, as `open_safetensors`.
+
+    Raises:
+        CheckpointError: torch is not installed.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise CheckpointError(
+            f"{path} is a PyTorch file, which torch has to read, and torch is not installed here. Install it "
+            "(pip install torch), or, where torch is, open the folder with transformers and call its save_pretrained, "
+            "which writes safetensors."
+        ) from None
+    try:
+        # Files older than PyTorch 1.6 are no zip archives; torch cannot map them and reads them whole.
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises whatever the damage leads to: pickle's errors, RuntimeError, KeyError, …
+        reason = str(error).strip().splitlines()
+        return {}, [f"damaged: {path.name} is not a PyTorch file of weights alone ({reason[0] if reason else error!r})"]
+    tensors = loaded.items() if isinstance(loaded, dict) else ()
+    if not tensors or not all(isinstance(name, str) and _plain(value) for name, value in tensors):
+        return {}, [f"damaged: {path.name} does not hold a dictionary of tensors by name"]
+    return {name: TorchTensor(value.detach(), path) for name, value in tensors}, []
+
+
+def _plain(value: object) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized
