@@ -2,11 +2,12 @@
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Sequence
 
 from qwen_moe_jax import __version__
-from qwen_moe_jax.cli import chat, evaluate, generate, route, score
+from qwen_moe_jax.cli import chat, convert, evaluate, generate, inspect, route, score
 from qwen_moe_jax.errors import CheckpointError, ConfigError, RequestError, ShardingError
 
 #: A command is a module with `SUMMARY` (a line of help), `add_arguments(parser)` and `run(arguments)`. It imports JAX
@@ -17,6 +18,8 @@ COMMANDS = {
     "route": route,
     "score": score,
     "eval": evaluate,
+    "inspect": inspect,
+    "convert": convert,
 }
 
 
@@ -27,7 +30,7 @@ def main(words: Sequence[str] | None = None) -> int:
         words: of the command line, without the program's name; None takes this process's own.
 
     Returns:
-        The exit code: 0, 2 for a refusal (one message on stderr), 130 for Ctrl-C.
+        The exit code: 0, 2 for a refusal (one message on stderr), 130 for Ctrl-C, 141 for a reader that has gone.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -35,11 +38,15 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(words)
     try:
         COMMANDS[arguments.command].run(arguments)
+        sys.stdout.flush()
     except (CheckpointError, ConfigError, RequestError, ShardingError) as error:
         print(f"qwen-moe-jax {arguments.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever reads has seen enough: `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        return 141
     return 0
 
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from qwen_moe_jax.huggingface.layouts import EMBEDDING, HEAD, in_hub_form, tied
 from qwen_moe_jax.huggingface.quantisation import fp8_block, widened
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_tensors
 from qwen_moe_jax.model.causal_lm import CausalLM, Model, SequenceClassifier, TokenClassifier
-from qwen_moe_jax.storage.tensor import Part, Stacked, Tensor
+from qwen_moe_jax.storage.ahead import ahead
+from qwen_moe_jax.storage.tensor import Index, Part, Stacked, Tensor, blocks
 
 #: Where a native folder keeps its Orbax checkpoint, beside config.json.
 ORBAX = "orbax"
@@ -34,6 +36,8 @@ HARMLESS = re.compile(r"\.rotary_emb\.inv_freq$|^(model\.)?mtp\.")
 #: What weights may be stored in.
 FLOATS = ("float32", "bfloat16", "float16")
 _LISTED = 40
+#: Bytes that are looked at at a time.
+_BLOCK = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +75,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     path = folder / "config.json"
     hub = read_json(path)
     config = config_from_hub(hub, str(path))
-    head = _head(hub)
+    head = head_of(hub)
     if (folder / ORBAX).is_dir():
         return _open_native(folder, config, head)
     files = open_files(folder)
@@ -105,7 +109,8 @@ def _is_whole(files: Files) -> bool:
     return bool(files.tensors) and not files.unreadable
 
 
-def _head(hub: Mapping[str, object]) -> type[Model]:
+def head_of(hub: Mapping[str, object]) -> type[Model]:
+    """The class that a config.json names in `architectures`; CausalLM where it names none that is known."""
     named = hub.get("architectures")
     for name in named if isinstance(named, list) else ():
         for ending, head in HEADS.items():
@@ -142,6 +147,30 @@ def problems_of(checkpoint: Checkpoint, parameters: list[HubParameter], spare: I
         elif tensor.dtype not in FLOATS:
             problems.append(f"dtype: {name} is {tensor.dtype} in {tensor.where}, expected one of {', '.join(FLOATS)}")
     return problems
+
+
+def non_finite(tensors: Mapping[str, Tensor], advance: Callable[[int], None]) -> list[str]:
+    """Reads every tensor once, block by block, and tells which hold infinities or NaN, a line each."""
+    parts = (
+        (name, tensor, block)
+        for name, tensor in tensors.items()
+        for block in blocks(tensor.shape, np.dtype(tensor.dtype).itemsize, _BLOCK)
+    )
+
+    def count(part: tuple[str, Tensor, Index]) -> tuple[str, int, int]:
+        name, tensor, block = part
+        values = tensor.read(block)
+        return name, int(values.size - np.isfinite(values).sum()), values.nbytes
+
+    found: Counter[str] = Counter()
+    for name, number, size in ahead(count, parts):
+        found[name] += number
+        advance(size)
+    return [
+        f"not finite: {name} in {tensors[name].where} has {number} values that are infinite or NaN"
+        for name, number in found.items()
+        if number
+    ]
 
 
 def require_sound(folder: Path, problems: list[str]) -> None:

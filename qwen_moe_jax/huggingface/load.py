@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 
 from qwen_moe_jax.config import ExecutionConfig
 from qwen_moe_jax.huggingface.checkpoint import (
-    ORBAX,
     Checkpoint,
     assembled,
     open_checkpoint,
@@ -108,12 +107,6 @@ def _draw_missing_head(described: Model, checkpoint: Checkpoint, rngs: nnx.Rngs)
 
 def _read(checkpoint: Checkpoint, parameters: list[HubParameter]) -> list[jax.Array]:
     described = [parameter.leaf for parameter in parameters]
-    if checkpoint.native:
-        from qwen_moe_jax.storage.orbax import restore_arrays
-
-        named = {parameter.path: parameter.leaf for parameter in parameters}
-        found = restore_arrays(checkpoint.folder / ORBAX, named)
-        return [found[path] for path in named]
     tensors = [assembled(parameter, checkpoint.tensors) for parameter in parameters]
     with bytes_bar(f"Loading {checkpoint.folder.name}", local_bytes(described)) as advance:
         return place(tensors, described, advance)

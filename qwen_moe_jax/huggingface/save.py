@@ -47,15 +47,16 @@ def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size
     folder, limit = Path(folder), size_in_bytes(max_shard_size)
     if jax.process_count() > 1:
         raise ShardingError(
-            "save_pretrained runs on one host; this program runs on several. Write with save_orbax, each host its part, "
-            "and turn it into the Hub's form on one: qwen-moe-jax convert FOLDER TARGET."
+            "save_pretrained runs on one host; this program runs on several. Write with save_orbax, each host its "
+            "part, and turn it into the Hub's form on one: qwen-moe-jax convert FOLDER TARGET."
         )
     model.require_weights()
     configs = configs_to_hub(model)
     tensors = placed_tensors(model)
-    with replaced_folder(folder, is_stale) as new:
-        with bytes_bar(f"Writing {folder.name}", sum(tensor.nbytes for tensor in tensors.values())) as advance:
-            write_hub_files(new, configs, tensors, limit, advance)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with replaced_folder(folder, is_stale) as new, bytes_bar(f"Writing {folder.name}", size) as advance:
+        write_configs(new, configs)
+        write_shards(new, tensors, limit, advance)
 
 
 def is_stale(name: str) -> bool:
@@ -89,29 +90,26 @@ def export_tensors(model: Model) -> Iterator[tuple[str, np.ndarray]]:
         yield name, tensor.read()
 
 
-def write_hub_files(
-    folder: Path,
-    configs: Mapping[str, dict[str, Any]],
-    tensors: Mapping[str, Tensor],
-    limit: int,
-    advance: Callable[[int], None],
-) -> None:
-    """Writes configs, safetensors and, where there are several, their index into a folder that is there.
+def write_configs(folder: Path, configs: Mapping[str, dict[str, Any]]) -> None:
+    """Writes JSON files by name into a folder that is there."""
+    for name, content in configs.items():
+        (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_shards(folder: Path, tensors: Mapping[str, Tensor], limit: int, advance: Callable[[int], None]) -> None:
+    """Writes safetensors and, where there are several, their index into a folder that is there.
 
     Args:
         folder: to write into.
-        configs: content of the JSON files by name.
         tensors: by Hub name, in the order of the files.
         limit: bytes of a file.
         advance: is told of bytes written.
     """
-    for name, content in configs.items():
-        _write_json(folder / name, content)
     shards = _plan_shards(tensors, limit)
     for file, names in shards.items():
         write_safetensors(folder / file, {name: tensors[name] for name in names}, advance)
     if len(shards) > 1:
-        _write_json(folder / INDEX, _index(tensors, shards))
+        write_configs(folder, {INDEX: _index(tensors, shards)})
 
 
 def _plan_shards(tensors: Mapping[str, Tensor], limit: int) -> dict[str, list[str]]:
@@ -151,7 +149,3 @@ def size_in_bytes(size: int | str) -> int:
     if parsed is None or float(parsed[1]) * UNITS[parsed[2] or ""] < 1:
         raise ConfigError(f"max_shard_size={size!r} is not a size: expected bytes, or for example '500MB' or '5GB'.")
     return int(float(parsed[1]) * UNITS[parsed[2] or ""])
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -73,7 +73,7 @@ def hub_tensors(parameters: list[HubParameter]) -> Iterator[tuple[str, HubParame
 
     def place(entry: tuple[str, HubParameter, tuple[int, ...]]) -> tuple[Any, ...]:
         name, _, index = entry
-        return _natural(re.sub(r"\.experts\.\d+\.", ".experts.", name)), index
+        return natural_order(re.sub(r"\.experts\.\d+\.", ".experts.", name)), index
 
     return iter(sorted(entries, key=place))
 
@@ -90,7 +90,8 @@ def renamer(model_type: str) -> Callable[[str], str]:
     return rename
 
 
-def _natural(name: str) -> list[tuple[int, int | str]]:
+def natural_order(name: str) -> list[tuple[int, int | str]]:
+    """A key to sort names by, in which layer 10 comes after layer 9."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
 
 

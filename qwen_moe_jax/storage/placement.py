@@ -134,7 +134,8 @@ def _overwrite(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, tuple
     """A function (array, block, begin) → the array with the block in every part from `begin` on, in the same memory."""
 
     def local(array: jax.Array, block: jax.Array, begin: tuple[jax.Array, ...]) -> jax.Array:
-        return jax.lax.dynamic_update_slice(array, block, begin)
+        # As bits: XLA on CPUs would widen the whole bfloat16 array to float32 and narrow it again for every block.
+        return _as_dtype(jax.lax.dynamic_update_slice(_as_bits(array), _as_bits(block), begin), array.dtype)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def overwrite(array: jax.Array, block: jax.Array, begin: tuple[int, ...]) -> jax.Array:
@@ -190,4 +191,12 @@ class Placed(Tensor):
 
 @functools.partial(jax.jit, static_argnums=2)
 def _cut(array: jax.Array, begin: tuple[int, ...], size: tuple[int, ...]) -> jax.Array:
-    return jax.lax.dynamic_slice(array, begin, size)
+    return _as_dtype(jax.lax.dynamic_slice(_as_bits(array), begin, size), array.dtype)
+
+
+def _as_bits(array: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
+
+
+def _as_dtype(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, dtype)

@@ -48,7 +48,7 @@ class Tensor(abc.ABC):
     @property
     def nbytes(self) -> int:
         """Bytes of the whole array."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        return nbytes(self.shape, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +115,41 @@ class Stacked(Tensor):
             tensor.read_into(index[axes:], out[(*place, ...)])
 
 
+@dataclasses.dataclass(frozen=True)
+class Cast(Tensor):
+    """A tensor in another dtype.
+
+    Attributes:
+        tensor: that tensor.
+        dtype: which its values are rounded to.
+    """
+
+    tensor: Tensor
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    @property
+    def where(self) -> str:
+        return self.tensor.where
+
+    def read_into(self, index: Index, out: np.ndarray) -> None:
+        if out.dtype == self.dtype:
+            self.tensor.read_into(index, out)
+        else:
+            out[...] = self.read(index)
+
+
 def whole(shape: Sequence[int]) -> Index:
     """The index of all of an array."""
     return tuple(slice(0, size) for size in shape)
+
+
+def nbytes(shape: Sequence[int], dtype: str) -> int:
+    """Bytes of an array."""
+    return math.prod(shape) * np.dtype(dtype).itemsize
 
 
 def size_of(index: Index) -> tuple[int, ...]:

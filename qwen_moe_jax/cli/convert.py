@@ -1,0 +1,55 @@
+"""`qwen-moe-jax convert`: a checkpoint in another form."""
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+from qwen_moe_jax.config import Dtype
+
+SUMMARY = (
+    "write a checkpoint in another form: the Hub's safetensors, or an Orbax folder; memory holds a few blocks of it"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", metavar="SRC", help="a Hub folder (safetensors or .bin), a native one, or a name on the Hub"
+    )
+    parser.add_argument("target", type=Path, metavar="DST", help="folder to write; it is whole or not there")
+    parser.add_argument(
+        "--to",
+        choices=("hub", "orbax"),
+        default="hub",
+        help="hub: safetensors that transformers and vLLM load (as if not given); orbax: for many hosts",
+    )
+    parser.add_argument("--dtype", choices=get_args(Dtype), help="of the weights; the checkpoint's own if not given")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="with --to hub, of one file (5GB if not given)"
+    )
+    parser.add_argument(
+        "--check-finite", action="store_true", help="first read all weights and refuse infinities and NaN"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Converts, and says what was written.
+
+    Raises:
+        ConfigError, CheckpointError: as `convert`; the target is untouched then.
+    """
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed: an accelerator is left to others
+
+    from qwen_moe_jax.huggingface.convert import convert
+
+    convert(
+        arguments.source,
+        arguments.target,
+        to=arguments.to,
+        dtype=arguments.dtype,
+        max_shard_size=arguments.max_shard_size,
+        check_finite=arguments.check_finite,
+    )
+    size = sum(path.stat().st_size for path in arguments.target.rglob("*") if path.is_file())
+    print(f"Wrote {arguments.target}, {size / 1e9:,.2f} GB.")

@@ -1,0 +1,101 @@
+"""`qwen-moe-jax inspect`: what a checkpoint consists of, and whether it loads."""
+
+import argparse
+import dataclasses
+import json
+import re
+from typing import TYPE_CHECKING
+
+from qwen_moe_jax.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from qwen_moe_jax.huggingface.summary import Summary
+
+#: The names of a layer's tensors are long and begin alike.
+_LAYERS = re.compile(r"(model\.layers\.(?:\{[^}]*\}|\d+)\.)?(.+)")
+
+SUMMARY = "show a checkpoint's tensors, sizes and parameters, and whether it loads, without reading its weights"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        help="a checkpoint folder, a config.json alone, or a name on the Hub (downloaded first)",
+    )
+    parser.add_argument("--tensors", action="store_true", help="list every tensor by name and shape, one a line")
+    parser.add_argument("--json", action="store_true", help="write everything as JSON")
+    parser.add_argument("--check-finite", action="store_true", help="read all weights, and look for infinities and NaN")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints the summary; a checkpoint that does not load is an error after it.
+
+    Raises:
+        ConfigError, CheckpointError: as `summarize`; the checkpoint does not load.
+    """
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # shapes only: an accelerator is left to others
+
+    from qwen_moe_jax.huggingface.summary import summarize
+
+    summary = summarize(arguments.source, check_finite=arguments.check_finite)
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(summary) | {"nbytes": summary.nbytes}, ensure_ascii=False))
+    elif arguments.tensors:
+        for name, shape in summary.tensors:
+            print(name, list(shape))
+    else:
+        print_summary(summary)
+    if summary.problems:
+        lines = "\n  ".join(summary.problems)
+        raise CheckpointError(f"{summary.where} does not load:\n  {lines}")
+
+
+def print_summary(summary: "Summary") -> None:
+    """Prints a headline and a table; in a pipe nothing but text."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.print(f"[bold]{summary.where}[/] · {summary.form} · {summary.model_type}, {summary.head}")
+    active = (
+        f", {_count(summary.active_parameters)} of them active"
+        if summary.active_parameters < summary.parameters
+        else ""
+    )
+    console.print(f"{_count(summary.parameters)} parameters{active} · {_size(summary.nbytes)}")
+    console.print(summary.layers)
+    console.print()
+    table = Table(box=None, pad_edge=False)
+    table.add_column("tensors", overflow="fold")
+    for heading in ("shape", "×", "dtype", "bytes"):
+        table.add_column(heading, justify="right" if heading in ("×", "bytes") else "left", no_wrap=True)
+    layers = ""
+    for row in summary.rows:
+        prefix, name = _LAYERS.fullmatch(row.names).groups("")
+        if prefix != layers and prefix:
+            table.add_row(prefix, style="dim")
+        layers = prefix
+        shape, count = " × ".join(map(str, row.shape)), f"{row.count:,}" if row.count > 1 else ""
+        table.add_row(f"  {name}" if prefix else name, shape, count, row.dtype or "absent", _size(row.nbytes))
+    console.print(table)
+    if summary.ignored:
+        console.print(f"\nNot read by any forward pass: {', '.join(summary.ignored)}")
+    if not summary.problems and summary.form != "config alone":
+        console.print("\nIt loads.")
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(number)
+
+
+def _size(number: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number} B"

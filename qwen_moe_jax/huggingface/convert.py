@@ -1,0 +1,120 @@
+"""Checkpoint folder → checkpoint folder of another form, without a model in between: memory holds a few blocks."""
+
+import fnmatch
+import shutil
+from os import PathLike
+from pathlib import Path
+from typing import Literal, get_args
+
+from qwen_moe_jax.config import Dtype, ExecutionConfig
+from qwen_moe_jax.errors import CheckpointError, ConfigError
+from qwen_moe_jax.huggingface.checkpoint import (
+    ORBAX,
+    Checkpoint,
+    assembled,
+    non_finite,
+    open_checkpoint,
+    problems_of,
+    require_sound,
+)
+from qwen_moe_jax.huggingface.generation_config import read_generation_config
+from qwen_moe_jax.huggingface.hub import local_folder
+from qwen_moe_jax.huggingface.save import configs_to_hub, is_stale, size_in_bytes, write_configs, write_shards
+from qwen_moe_jax.huggingface.tensors import hub_parameters, hub_tensors
+from qwen_moe_jax.model.causal_lm import Model
+from qwen_moe_jax.storage.folder import replaced_folder
+from qwen_moe_jax.storage.progress import bytes_bar
+from qwen_moe_jax.storage.tensor import Cast
+
+Form = Literal["hub", "orbax"]
+
+#: What travels with the weights: what a tokenizer is made of, and what a reader wants to know.
+COMPANIONS = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*.model",
+    "*.tiktoken",
+    "README*",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+def convert(
+    source: str | PathLike[str],
+    target: str | PathLike[str],
+    *,
+    to: Form = "hub",
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    check_finite: bool = False,
+) -> None:
+    """Writes a checkpoint in another form.
+
+    Nothing is placed on a device, and nothing larger than some blocks is held, however large a tensor is. The target is
+    written beside and renamed; the tokenizer and its companions are carried along.
+
+    Args:
+        source: a folder that `from_pretrained` reads, or a name on the Hub.
+        target: folder to write. Where it exists already, weights and configs in it are replaced, other files are kept.
+        to: "hub" is safetensors under the names that the family's published checkpoints have, "orbax" what
+            `save_orbax` writes.
+        dtype: of the weights; None keeps the checkpoint's (of an FP8 one, the dtype that config.json names).
+        max_shard_size: with "hub", bytes of a file, or for example "5GB".
+        check_finite: reads all weights once before writing, and refuses those that are not finite numbers.
+
+    Raises:
+        ConfigError: config.json asks for what is not supported; an unknown form or dtype.
+        CheckpointError: the tensors do not make up the model, all problems in one message; the target is the source.
+    """
+    for value, known in ((to, get_args(Form)), (dtype or "float32", get_args(Dtype))):
+        if value not in known:
+            raise ConfigError(f"{value!r} is not known, expected one of {', '.join(known)}.")
+    limit = size_in_bytes(max_shard_size)
+    checkpoint = open_checkpoint(local_folder(source))
+    target = Path(target).absolute()
+    if target.resolve() == checkpoint.folder.resolve():
+        raise CheckpointError(f"{target} is the checkpoint itself: give another folder to write to.")
+    described = describe(checkpoint, dtype)
+    parameters = hub_parameters(described)
+    require_sound(checkpoint.folder, problems_of(checkpoint, parameters))
+    stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    if check_finite:
+        with bytes_bar(f"Checking {checkpoint.folder.name}", stored) as advance:
+            require_sound(checkpoint.folder, non_finite(checkpoint.tensors, advance))
+    written = sum(parameter.leaf.size * parameter.leaf.dtype.itemsize for parameter in parameters)
+    with replaced_folder(target, is_stale) as new, bytes_bar(f"Writing {target.name}", written) as advance:
+        write_configs(new, configs_to_hub(described))
+        _copy_companions(checkpoint.folder, new)
+        if to == "orbax":
+            from qwen_moe_jax.storage.orbax import stream_tensors
+
+            stacked = {parameter.path: assembled(parameter, checkpoint.tensors) for parameter in parameters}
+            stream_tensors(new / ORBAX, stacked, advance=advance)
+        else:
+            tensors = {
+                name: Cast(checkpoint.tensors[name], str(parameter.leaf.dtype))
+                for name, parameter, _ in hub_tensors(parameters)
+            }
+            write_shards(new, tensors, limit, advance)
+
+
+def describe(checkpoint: Checkpoint, dtype: str | None = None) -> Model:
+    """The model of a checkpoint, without weights."""
+    return checkpoint.head(
+        checkpoint.config,
+        rngs=None,
+        execution=ExecutionConfig(dtype=dtype),
+        generation_config=read_generation_config(checkpoint.folder, checkpoint.config),
+    )
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    for path in source.iterdir():
+        if any(fnmatch.fnmatch(path.name, pattern) for pattern in COMPANIONS):
+            # The Hub's cache holds links: what they point to is copied.
+            shutil.copytree(path, target / path.name) if path.is_dir() else shutil.copy2(path, target / path.name)

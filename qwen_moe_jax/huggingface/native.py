@@ -1,0 +1,40 @@
+"""Model → native folder: the configs of a Hub folder beside the parameters as one Orbax checkpoint.
+
+It is written and read in parallel by all processes, restored onto any mesh, and takes no renaming or unstacking. The
+parameters have the names they have in the model.
+"""
+
+from os import PathLike
+from pathlib import Path
+
+import jax
+
+from qwen_moe_jax.huggingface.checkpoint import ORBAX
+from qwen_moe_jax.huggingface.save import configs_to_hub, is_stale, write_configs
+from qwen_moe_jax.huggingface.tensors import hub_parameters
+from qwen_moe_jax.model.causal_lm import Model
+from qwen_moe_jax.storage.folder import replaced_folder
+
+
+def save_orbax(model: Model, folder: str | PathLike[str]) -> None:
+    """Writes a model as a native folder, which `from_pretrained` reads like one of the Hub's, on any mesh.
+
+    It is written beside and renamed. Several processes call it together, with one folder that all of them see: each
+    writes what its own devices hold.
+
+    Args:
+        model: any head; its parameters keep their dtype.
+        folder: to write. Where it exists already, weights and configs in it are replaced, other files are kept.
+
+    Raises:
+        ConfigError: the family cannot express the config.
+        CheckpointError: `folder` is a file or a mount point.
+    """
+    from qwen_moe_jax.storage.orbax import save_arrays
+
+    model.require_weights()
+    configs = configs_to_hub(model)
+    with replaced_folder(Path(folder), is_stale) as new:
+        save_arrays(new / ORBAX, {parameter.path: parameter.leaf for parameter in hub_parameters(model)})
+        if jax.process_index() == 0:
+            write_configs(new, configs)
