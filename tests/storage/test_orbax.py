@@ -307,7 +307,7 @@ def test_several_processes_do_not_stream(tmp_path, monkeypatch):
 
 
 IN_A_FRESH_PROCESS = """
-import dataclasses, json, os, resource, signal, sys, time
+import dataclasses, json, os, signal, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -330,7 +330,9 @@ class Made(Tensor):
 
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    # Not getrusage, which counts from what the parent process had.
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) // 1024
 
 
 folder = Path(sys.argv[1])
@@ -349,7 +351,7 @@ except KeyboardInterrupt:
 [unfinished] = folder.glob("interrupted*")
 files = sorted(unfinished.rglob("*"))
 time.sleep(0.3)
-still = sorted(unfinished.rglob("*")) == files
+still = unfinished.name != "interrupted" and sorted(unfinished.rglob("*")) == files
 print(json.dumps(dict(stream=streamed - begin, read=read - streamed, wrong=max(sums), stopped=stopped, still=still)))
 """
 
@@ -365,5 +367,5 @@ def test_memory_is_bounded_and_an_interrupt_ends_the_writing(tmp_path):
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout.splitlines()[-1])
     # 537 MB in one tensor; held whole, and TensorStore's copy of it, they would be twice that.
-    assert found["stream"] < 350 and found["read"] < 150, found
+    assert found["stream"] < 300 and found["read"] < 150, found
     assert found["wrong"] == 0 and found["stopped"] and found["still"], found
