@@ -5,7 +5,6 @@ of two layers, twice; `dense, sparse, sparse, sparse` is two segments.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 from qwen_moe_jax.config import LayerKind
@@ -33,18 +32,22 @@ def _preference(option: tuple[int, tuple[Segment, ...]]) -> tuple[int, int, int]
 def plan_segments(kinds: Sequence[LayerKind]) -> tuple[Segment, ...]:
     """Covers the layers with repeating periods, such that the fewest layers have to be compiled."""
     kinds = tuple(kinds)
-
-    @functools.cache
-    def best(start: int) -> tuple[int, tuple[Segment, ...]]:
-        if start == len(kinds):
-            return 0, ()
-        options = []
+    numbers = list(dict.fromkeys(kinds))
+    codes = [numbers.index(kind) for kind in kinds]  # quick to compare
+    #: From every layer on: how many layers are compiled, and the segments.
+    best: dict[int, tuple[int, tuple[Segment, ...]]] = {len(kinds): (0, ())}
+    for start in reversed(range(len(kinds))):
+        options: list[tuple[int, tuple[Segment, ...]]] = []
+        fewest = len(kinds)
         for size in range(1, len(kinds) - start + 1):
-            period, repeats = kinds[start : start + size], 1
-            while kinds[start + repeats * size : start + (repeats + 1) * size] == period:
+            if size > fewest:  # its period alone is more to compile
+                break
+            period, repeats = codes[start : start + size], 1
+            while codes[start + repeats * size : start + (repeats + 1) * size] == period:
                 repeats += 1
-            compiled, rest = best(start + repeats * size)
-            options.append((compiled + size, (Segment(start=start, period=period, repeats=repeats), *rest)))
-        return min(options, key=_preference)
-
-    return best(0)[1]
+            compiled, rest = best[start + repeats * size]
+            segment = Segment(start=start, period=kinds[start : start + size], repeats=repeats)
+            options.append((compiled + size, (segment, *rest)))
+            fewest = min(fewest, compiled + size)
+        best[start] = min(options, key=_preference)
+    return best[0][1]

@@ -50,6 +50,13 @@ def test_a_plan_covers_every_layer_once_in_order(kinds):
     assert [covered[layer] for layer in range(len(kinds))] == [KINDS[letter] for letter in kinds]
 
 
+def test_a_thousand_layers_are_planned():
+    """Neither Python's stack nor the square of their number is in the way."""
+    assert plan("s" * 1000) == [("s", 1000)]
+    drawn = "".join(np.random.default_rng(0).choice(list("ds"), 1000))
+    assert "".join(period * repeats for period, repeats in plan(drawn)) == drawn
+
+
 def test_depth_does_not_grow_the_program():
     """Compile time of 32 layers is that of 2: the compiled training step has the same instructions."""
 
