@@ -91,7 +91,7 @@ def convert(
         write_configs(new, configs_to_hub(described))
         _copy_companions(checkpoint.folder, new)
         if to == "orbax":
-            from qwen_moe_jax.storage.orbax import stream_tensors
+            from qwen_moe_jax.storage.orbax_stream import stream_tensors
 
             stacked = {parameter.path: assembled(parameter, checkpoint.tensors) for parameter in parameters}
             stream_tensors(new / ORBAX, stacked, advance=advance)

@@ -6,8 +6,9 @@ of this process alone, put on them, and written into the array in place; no step
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,25 +20,29 @@ from qwen_moe_jax.storage.tensor import Index, Tensor, blocks, size_of
 
 #: Bytes of one block, of all parts that this process holds together.
 BLOCK = 64 << 20
+#: Bytes of a cache line.
+_LINE = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class _Piece:
+class _Block:
     """One block of one array: the same window of every device's part.
 
     Attributes:
+        number: of the array.
         tensor: what is read.
-        described: the whole array.
+        array: the whole array, described.
         window: of each part.
     """
 
+    number: int
     tensor: Tensor
-    described: jax.ShapeDtypeStruct
+    array: jax.ShapeDtypeStruct
     window: Index
 
     @property
-    def covers_all(self) -> bool:
-        return size_of(self.window) == self.described.sharding.shard_shape(self.described.shape)
+    def is_whole_part(self) -> bool:
+        return size_of(self.window) == self.array.sharding.shard_shape(self.array.shape)
 
 
 def place(
@@ -53,75 +58,74 @@ def place(
     Raises:
         CheckpointError: as reading raises it.
     """
-    pieces = (
-        piece for tensor, array in zip(tensors, described, strict=True) for piece in _pieces(tensor, array)
-    )  # fmt: skip
-    arrays: list[jax.Array] = []
-    growing: jax.Array | None = None
-    for piece, parts in ahead(lambda piece: (piece, _read(piece)), pieces):
-        sharding = piece.described.sharding
+    blocks_of = [_blocks(number, *pair) for number, pair in enumerate(zip(tensors, described, strict=True))]
+    # Allocated at once: where the model does not fit, nothing has been read yet; and beside the first reads.
+    arrays = [
+        None if first.is_whole_part else _empty(array)()
+        for (first, *_), array in zip(blocks_of, described, strict=True)
+    ]
+    for block, parts in ahead(lambda block: (block, _read(block)), itertools.chain.from_iterable(blocks_of)):
+        sharding = block.array.sharding
         placed = [jax.device_put(values, device) for values, devices in parts for device in devices]
-        shape = _global_shape(size_of(piece.window), sharding, piece.described.shape)
-        block = jax.make_array_from_single_device_arrays(shape, sharding, placed)
+        shape = _global_shape(size_of(block.window), block.array)
+        array = jax.make_array_from_single_device_arrays(shape, sharding, placed)
+        if not block.is_whole_part:
+            begin = tuple(part.start for part in block.window)
+            array = _overwrite(sharding)(arrays[block.number], array, begin)
+        arrays[block.number] = jax.block_until_ready(array)
         advance(sum(values.nbytes for values, _ in parts))
-        if piece.covers_all:
-            arrays.append(jax.block_until_ready(block))
-            continue
-        begin = tuple(part.start for part in piece.window)
-        if growing is None:
-            growing = _empty(piece.described)()
-        growing = jax.block_until_ready(_overwrite(sharding)(growing, block, begin))
-        part_shape = sharding.shard_shape(piece.described.shape)
-        if all(part.stop == size for part, size in zip(piece.window, part_shape, strict=True)):
-            arrays.append(growing)
-            growing = None
     return arrays
 
 
 def local_bytes(described: Iterable[jax.ShapeDtypeStruct]) -> int:
     """Bytes that `place` reads in this process: of every part, once."""
     return sum(
-        len(_owners(array.shape, array.sharding))
-        * math.prod(array.sharding.shard_shape(array.shape))
-        * array.dtype.itemsize
+        len(_owners(array)) * math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
         for array in described
     )
 
 
-def _pieces(tensor: Tensor, described: jax.ShapeDtypeStruct) -> Iterator[_Piece]:
-    parts = len(_owners(described.shape, described.sharding))
-    part_shape = described.sharding.shard_shape(described.shape)
-    for window in blocks(part_shape, described.dtype.itemsize, BLOCK // parts):
-        yield _Piece(tensor, described, window)
+def _blocks(number: int, tensor: Tensor, array: jax.ShapeDtypeStruct) -> list[_Block]:
+    part_shape, parts = array.sharding.shard_shape(array.shape), len(_owners(array))
+    windows = blocks(part_shape, array.dtype.itemsize, BLOCK // parts)
+    return [_Block(number, tensor, array, window) for window in windows]
 
 
-def _owners(shape: tuple[int, ...], sharding: NamedSharding) -> list[tuple[Index, list[jax.Device]]]:
+def _owners(array: jax.ShapeDtypeStruct) -> list[tuple[Index, list[jax.Device]]]:
     """The different parts that this process holds, and the devices that hold each."""
     owners: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+    for device, index in array.sharding.addressable_devices_indices_map(array.shape).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, array.shape, strict=True))
         owners.setdefault(bounds, []).append(device)
     return [(tuple(slice(*bound) for bound in bounds), devices) for bounds, devices in owners.items()]
 
 
-def _read(piece: _Piece) -> list[tuple[np.ndarray, list[jax.Device]]]:
+def _read(block: _Block) -> list[tuple[np.ndarray, list[jax.Device]]]:
     """The block's window of every part, read, and the devices it goes to."""
     read = []
-    for part, devices in _owners(piece.described.shape, piece.described.sharding):
-        values = np.empty(size_of(piece.window), piece.described.dtype)
-        piece.tensor.read_into(_within(part, piece.window), values)
+    for part, devices in _owners(block.array):
+        values = _aligned_empty(size_of(block.window), block.array.dtype)
+        block.tensor.read_into(_within(part, block.window), values)
         read.append((values, devices))
     return read
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """As `np.empty`, where JAX on CPUs takes the memory as it is: it would copy what does not begin at a cache line."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _LINE, np.uint8)
+    begin = -memory.ctypes.data % _LINE
+    return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
 def _within(part: Index, window: Index) -> Index:
     return tuple(slice(at.start + own.start, at.start + own.stop) for at, own in zip(part, window, strict=True))
 
 
-def _global_shape(part_shape: tuple[int, ...], sharding: NamedSharding, like: tuple[int, ...]) -> tuple[int, ...]:
+def _global_shape(part_shape: tuple[int, ...], like: jax.ShapeDtypeStruct) -> tuple[int, ...]:
     """Of an array, sharded so, whose parts have this shape."""
-    counts = [size // part for size, part in zip(like, sharding.shard_shape(like), strict=True)]
-    return tuple(size * count for size, count in zip(part_shape, counts, strict=True))
+    own_shape = like.sharding.shard_shape(like.shape)
+    return tuple(part * (size // own) for part, size, own in zip(part_shape, like.shape, own_shape, strict=True))
 
 
 @functools.cache
