@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import LayerKind, ModelConfig
 from qwen_moe_jax.model.segments import plan_segments
+from qwen_moe_jax.nn.bits import as_bits, from_bits
 from qwen_moe_jax.sharding.rules import BATCH
 
 #: Keys and values [L, B, S, K, H] lie with their sequences and heads: nothing is exchanged for attention.
@@ -28,8 +29,8 @@ class KeyValues:
     """What the layers at one place of a segment's period remember, stacked as their weights are.
 
     Attributes:
-        keys_LBSKH: rotated keys.
-        values_LBSKH: values.
+        keys_LBSKH: rotated keys; bfloat16 as its bits, uint16 (see `nn.bits`).
+        values_LBSKH: values, likewise.
     """
 
     keys_LBSKH: jax.Array
@@ -78,7 +79,8 @@ def describe_cache(
     def described(kind: LayerKind, repeats: int) -> KeyValues:
         room = slots(config, kind, max_length, max_write)
         shape = (repeats, batch, room, attention.num_key_value_heads, attention.head_dim)
-        one = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, STORED))
+        bits = jax.eval_shape(as_bits, jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
+        one = jax.ShapeDtypeStruct(shape, bits.dtype, sharding=NamedSharding(mesh, STORED))
         return KeyValues(keys_LBSKH=one, values_LBSKH=one)
 
     return Cache(
@@ -138,7 +140,7 @@ def remember(past: Past, k_BTKH: jax.Array, v_BTKH: jax.Array, real_BT: jax.Arra
         row_B1 = jnp.arange(batch)[:, None]
 
         def write(store_LBSKH: jax.Array, x_BTKH: jax.Array) -> jax.Array:
-            x_BTKH = x_BTKH.astype(store_LBSKH.dtype)
+            x_BTKH = as_bits(x_BTKH.astype(from_bits(store_LBSKH).dtype))
             return store_LBSKH.at[layer, row_B1, slot_BT].set(x_BTKH, mode="drop", unique_indices=True)
 
         return KeyValues(keys_LBSKH=write(stored.keys_LBSKH, k_BTKH), values_LBSKH=write(stored.values_LBSKH, v_BTKH))
@@ -158,11 +160,11 @@ def attend_past(q_BTNH: jax.Array, past: Past, real_BT: jax.Array, sliding_windo
     """
 
     def local(q_BTNH, stored: KeyValues, layer, lengths_B, real_BT) -> jax.Array:
-        batch, length, heads, head_dim = q_BTNH.shape
         keys_BSKH, values_BSKH = (
-            jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (stored.keys_LBSKH, stored.values_LBSKH)
+            from_bits(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)).astype(q_BTNH.dtype)
+            for x in (stored.keys_LBSKH, stored.values_LBSKH)
         )
-        room, kv_heads = keys_BSKH.shape[1:3]
+        room, length = keys_BSKH.shape[1], q_BTNH.shape[1]
         # Slot s holds the last position that is s modulo the room; negative where nothing was written yet.
         last_B1 = lengths_B[:, None] + jnp.sum(real_BT, axis=1, keepdims=True) - 1
         position_BS = last_B1 - (last_B1 - jnp.arange(room)) % room
@@ -171,16 +173,42 @@ def attend_past(q_BTNH: jax.Array, past: Past, real_BT: jax.Array, sliding_windo
         seen_BTS = (distance_BTS >= 0) & (position_BS >= 0)[:, None, :]
         if sliding_window is not None:
             seen_BTS &= distance_BTS < sliding_window
-        q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-        keys_BSKH = keys_BSKH.astype(q_BTNH.dtype)
-        scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, keys_BSKH, preferred_element_type=jnp.float32)
-        scores_BKGTS = jnp.where(seen_BTS[:, None, None], scores_BKGTS * head_dim**-0.5, -1e30)
-        weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(q_BTNH.dtype)
-        mixed_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, values_BSKH.astype(q_BTNH.dtype))
-        return mixed_BTKGH.reshape(q_BTNH.shape)
+        attend = _attend_alone if length == 1 else _attend_together
+        return attend(q_BTNH, keys_BSKH, values_BSKH, seen_BTS)
 
     heads, spec = P(BATCH, None, "tensor", None), KeyValues(keys_LBSKH=STORED, values_LBSKH=STORED)
     in_specs = (heads, spec, P(), P(BATCH), P(BATCH, None))
     return jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=False)(
         q_BTNH, past.stored, past.layer, past.lengths_B, real_BT
     )
+
+
+def _attend_together(q_BTNH: jax.Array, keys_BSKH: jax.Array, values_BSKH: jax.Array, seen_BTS: jax.Array) -> jax.Array:
+    """Head by head. It takes keys and values turned round, head before slot: many queries share the price of that."""
+    batch, length, heads, head_dim = q_BTNH.shape
+    kv_heads = keys_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, keys_BSKH, preferred_element_type=jnp.float32)
+    scores_BKGTS = jnp.where(seen_BTS[:, None, None], scores_BKGTS * head_dim**-0.5, -1e30)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(q_BTNH.dtype)
+    mixed_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, values_BSKH)
+    return mixed_BTKGH.reshape(q_BTNH.shape)
+
+
+def _attend_alone(q_BTNH: jax.Array, keys_BSKH: jax.Array, values_BSKH: jax.Array, seen_BTS: jax.Array) -> jax.Array:
+    """The same for one query a row: all heads in one matmul over keys and values as they lie.
+
+    Every query head meets the keys of all heads, with zeros where they are not its own: K times the products, of
+    which a single query has so few that reading the cache is what takes the time, on any device.
+    """
+    batch, _, heads, head_dim = q_BTNH.shape
+    room, kv_heads = keys_BSKH.shape[1:3]
+    keys_BSI, values_BSI = (x.reshape(batch, room, kv_heads * head_dim) for x in (keys_BSKH, values_BSKH))
+    own_KN = jnp.repeat(jnp.eye(kv_heads, dtype=q_BTNH.dtype), heads // kv_heads, axis=1)
+    q_BIN = jnp.einsum("BNH,KN->BKHN", q_BTNH[:, 0], own_KN).reshape(batch, kv_heads * head_dim, heads)
+    scores_BSN = jnp.einsum("BSI,BIN->BSN", keys_BSI, q_BIN, preferred_element_type=jnp.float32)
+    scores_BSN = jnp.where(seen_BTS[:, 0, :, None], scores_BSN * head_dim**-0.5, -1e30)
+    weights_BSN = jax.nn.softmax(scores_BSN, axis=1).astype(q_BTNH.dtype)
+    mixed_BNI = jnp.einsum("BSN,BSI->BNI", weights_BSN, values_BSI)
+    mixed_BNKH = mixed_BNI.reshape(batch, heads, kv_heads, head_dim)
+    return jnp.einsum("BNKH,KN->BNH", mixed_BNKH, own_KN).reshape(q_BTNH.shape)

@@ -16,6 +16,7 @@ from qwen_moe_jax.model.segments import Segment, plan_segments
 from qwen_moe_jax.moe.block import SparseMoeBlock
 from qwen_moe_jax.moe.experts import EXCHANGED, LayerOfExperts
 from qwen_moe_jax.moe.stats import RouterStats, RouterTrace
+from qwen_moe_jax.nn.bits import rows_at
 from qwen_moe_jax.nn.matmul import WEIGHT_MATMUL
 from qwen_moe_jax.nn.parameters import ParameterFactory
 
@@ -107,7 +108,8 @@ class LayerStack(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """Runs the layers on tokens that follow those in the cache.
 
-        The cache is part of what the scan carries, not of what it collects: so it is written where it lies.
+        The cache is part of what the scan carries, not of what it collects: so it is written where it lies. Nor are the
+        weights what it runs over: a layer is taken out of the stack in the body (see `nn.bits`).
 
         Args:
             hidden_BTD: embeddings.
@@ -119,11 +121,13 @@ class LayerStack(nnx.Module):
             Hidden states after the last layer, and the cache with these tokens in it.
         """
 
-        def body(carry: tuple[jax.Array, tuple[KeyValues, ...]], repeat: tuple[list[DecoderLayer], jax.Array]):
+        def body(
+            layers: Sequence[DecoderLayer], carry: tuple[jax.Array, tuple[KeyValues, ...]], index: jax.Array
+        ) -> tuple[tuple[jax.Array, tuple[KeyValues, ...]], None]:
             hidden_BTD, stored = carry
-            period, index = repeat
             written = []
-            for layer, whole, own in zip(period, layers, stored, strict=True):
+            for whole, own in zip(layers, stored, strict=True):
+                layer = jax.tree.map(lambda x: rows_at(x, index, 1)[0], whole)
                 if layer.kind.mlp == "sparse":  # a few tokens need a few experts: they are not cut out of the stack
                     layer.mlp.experts = LayerOfExperts(stacked=whole.mlp.experts, layer=index)
                 past = Past(stored=own, layer=index, lengths_B=cache.lengths_B)
@@ -133,8 +137,8 @@ class LayerStack(nnx.Module):
 
         segments = []
         for segment, layers, stored in zip(self.plan, self.segments, cache.segments, strict=True):
-            steps = (list(layers), jnp.arange(segment.repeats))
-            (hidden_BTD, stored), _ = jax.lax.scan(body, (hidden_BTD, stored), steps)
+            run_period, indices = functools.partial(body, layers), jnp.arange(segment.repeats)
+            (hidden_BTD, stored), _ = jax.lax.scan(run_period, (hidden_BTD, stored), indices)
             segments.append(stored)
         counts_B = jnp.sum(context.segment_ids_BT != 0, axis=1, dtype=jnp.int32)
         return hidden_BTD, Cache(segments=tuple(segments), lengths_B=cache.lengths_B + counts_B)

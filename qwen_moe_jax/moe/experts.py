@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import Activation, GroupedMatmul, MoEConfig
 from qwen_moe_jax.moe.grouped_matmul import grouped_matmul
-from qwen_moe_jax.moe.kernels import blocks
+from qwen_moe_jax.nn.bits import rows_at
 from qwen_moe_jax.nn.matmul import WEIGHT_MATMUL, weight_einsum
 from qwen_moe_jax.nn.mlp import ACTIVATIONS
 from qwen_moe_jax.nn.parameters import ParameterFactory
@@ -29,7 +29,8 @@ GATHERED_TOKENS = P(("data", "fsdp"), None, None)
 WIDE_TOKENS = P(("data", "fsdp"), None, "expert", "tensor")
 
 #: Rows per expert up to which a layer's experts stay in the stack of all layers. With more, the products outweigh the
-#: copy that cutting them out costs, and blocks sized for one layer's experts are better filled. Reasoned, not measured.
+#: copy that cutting them out costs, and blocks sized for one layer's experts are better filled. Measured on CPUs: at 8
+#: cutting out takes half as long again, at 16 the two are even (`benchmarks/results/decode-cpu.md`).
 FEW_ROWS = 16
 
 #: The name that remat policies know the arrays by that came over the `expert` axis.
@@ -113,7 +114,7 @@ class ExpertWeights:
         def add(choice: jax.Array, sum_TD: jax.Array) -> jax.Array:
             expert = experts_A[choice]
             at = first + jnp.minimum(expert, experts - 1)
-            gate_FD, up_FD, down_DF = (blocks.rows_at(matrix, at, 1)[0] for matrix in matrices)
+            gate_FD, up_FD, down_DF = (rows_at(matrix, at, 1)[0] for matrix in matrices)
             hidden_TF = ACTIVATIONS[self.act](times(x_TD, gate_FD)) * times(x_TD, up_FD)
             weighted_TD = times(hidden_TF, down_DF) * weights_A[choice]
             return sum_TD + jnp.where(expert < experts, weighted_TD, 0)

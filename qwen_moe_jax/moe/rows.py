@@ -9,6 +9,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from qwen_moe_jax.nn.bits import as_bits, from_bits
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,8 +116,5 @@ def _choices(plan: RowPlan, weights_TA: jax.Array):
 
 
 def _take(x_ND: jax.Array, index_M: jax.Array) -> jax.Array:
-    """`x[index]`, zeros where the index is N. bfloat16 travels as bits: XLA on CPUs would widen all of it first."""
-    if x_ND.dtype != jnp.bfloat16:
-        return x_ND.at[index_M].get(mode="fill", fill_value=0)
-    bits_ND = jax.lax.bitcast_convert_type(x_ND, jnp.uint16)
-    return jax.lax.bitcast_convert_type(bits_ND.at[index_M].get(mode="fill", fill_value=0), jnp.bfloat16)
+    """`x[index]`, zeros where the index is N."""
+    return from_bits(as_bits(x_ND).at[index_M].get(mode="fill", fill_value=0))

@@ -142,7 +142,7 @@ def test_keys_and_values_in_bfloat16_stay_near():
     model = CausalLM(config_of("plain", mlp_only_layers=[0, 1, 2]), rngs=nnx.Rngs(0))
     expected_BTV = np.asarray(model(TOKENS_BT).logits)
     cache = new_cache(model, dtype="bfloat16")
-    assert all(leaf.dtype == jax.numpy.bfloat16 for leaf in jax.tree.leaves(cache.segments))
+    assert all(leaf.dtype == jax.numpy.uint16 for leaf in jax.tree.leaves(cache.segments)), "its bits"
     logits, _ = read(model, COUNTS_SB[:12], cache)
     distances = [relative_l2(found_V, expected_BTV[place]) for place, found_V in logits.items()]
     assert 1e-4 < max(distances) < 2e-2, distances

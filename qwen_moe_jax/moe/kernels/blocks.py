@@ -8,8 +8,13 @@ expert's blocks come later. Matrices accumulate in float32.
 import jax
 import jax.numpy as jnp
 
+from qwen_moe_jax.nn.bits import rows_at
+
 #: Rows of the longest and the shortest block.
 LONGEST, SHORTEST = 128, 4
+#: Rows that are worth a matmul: XLA's on CPUs turns the matrix round first, which takes as long as multiplying it with
+#: some 4 vectors.
+MATMUL = 8
 
 
 def tile_rows(rows: int) -> int:
@@ -29,25 +34,31 @@ def ragged(rows_RK: jax.Array, weights: jax.Array, sizes_E: jax.Array, *, transp
         [R, N] in the dtype of the rows. Rows past the last real one mean nothing.
     """
     block = _block_rows(len(rows_RK), len(weights))
+    block = block if block >= MATMUL else 1
     ends_E = jnp.cumsum(sizes_E)
-    blocks_E = -(-sizes_E // block)
-    last_block_E = jnp.cumsum(blocks_E)
+    contracted = ((1,), (1 if transposed else 0,))
 
-    def multiply(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        index, out_RN = state
-        expert = jnp.searchsorted(last_block_E, index, side="right", method="compare_all")
-        nth = index - (last_block_E - blocks_E)[expert]
-        start = (ends_E - sizes_E)[expert] + nth * block
-        rows_bK = rows_at(rows_RK, start, block)
+    def run_expert(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        first, out_RN = state
+        # The next one that has rows. Its matrix is copied, since XLA on CPUs multiplies with no slice: once is enough.
+        expert = jnp.searchsorted(ends_E, first, side="right", method="compare_all")
         matrix = rows_at(weights, expert, 1)[0]
-        contracted = ((1,), (1 if transposed else 0,))
-        product_bN = jax.lax.dot_general(rows_bK, matrix, (contracted, ((), ())), preferred_element_type=jnp.float32)
-        return index + 1, jax.lax.dynamic_update_slice(out_RN, product_bN, (start, 0))
+
+        def multiply(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            start, out_RN = state
+            rows_bK = rows_at(rows_RK, start, block)
+            product_bN = jax.lax.dot_general(
+                rows_bK, matrix, (contracted, ((), ())), preferred_element_type=jnp.float32
+            )
+            return start + block, jax.lax.dynamic_update_slice(out_RN, product_bN, (start, 0))
+
+        end = ends_E[expert]
+        return end, jax.lax.while_loop(lambda state: state[0] < end, multiply, (first, out_RN))[1]
 
     # Cast once at the end: a cast on the way into the buffer takes XLA on CPUs longer than the product itself.
     width = weights.shape[1 if transposed else 2]
     start = jnp.int32(0), jnp.zeros((len(rows_RK), width), jnp.float32)
-    out_RN = jax.lax.while_loop(lambda state: state[0] < last_block_E[-1], multiply, start)[1]
+    out_RN = jax.lax.while_loop(lambda state: state[0] < ends_E[-1], run_expert, start)[1]
     return out_RN.astype(rows_RK.dtype)
 
 
@@ -89,12 +100,3 @@ def _block_rows(buffer: int, experts: int) -> int:
     longest = min(LONGEST, buffer // 2)  # what `tile_rows` said when the buffer was made
     mean = max(1, (buffer - longest) // experts)
     return min(max(1 << (mean - 1).bit_length(), SHORTEST), longest)
-
-
-def rows_at(x: jax.Array, start: jax.Array, count: int) -> jax.Array:
-    """`x[start : start + count]`. XLA on CPUs would convert the whole of a bfloat16 operand to float32 first."""
-    if x.dtype != jnp.bfloat16:
-        return jax.lax.dynamic_slice_in_dim(x, start, count)
-    x, start = jax.lax.optimization_barrier((x, start))  # or it would reinterpret, and copy, all of x before the loop
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint16)
-    return jax.lax.bitcast_convert_type(jax.lax.dynamic_slice_in_dim(bits, start, count), jnp.bfloat16)
