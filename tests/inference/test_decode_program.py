@@ -1,0 +1,66 @@
+"""What the compiled program of decoding touches, by the compiler's own account."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+import qwen_moe_jax as qmj
+from qwen_moe_jax.inference import engine
+from qwen_moe_jax.inference.sampling import initial_state, sampling_settings
+from qwen_moe_jax.model.cache import describe_cache
+from qwen_moe_jax.model.causal_lm import CausalLM
+from qwen_moe_jax.moe import experts
+from tests.cases import CASES
+
+L, E, F, D = 4, 128, 24, 40
+#: What only names an array that is there already.
+NAMES = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "opt-barrier"}
+
+
+def compiled_step(batch: int, dtype: str):
+    """The decode program of a model with many experts, of which a token asks for two. Nothing is allocated."""
+    sizes = dict(num_hidden_layers=L, num_experts=E, num_experts_per_tok=2, moe_intermediate_size=F, hidden_size=D)
+    config = qmj.ModelConfig.from_pretrained({**CASES["qwen3_moe-plain"].config, **sizes})
+    model = CausalLM(config, rngs=None, execution=qmj.ExecutionConfig(dtype=dtype))
+    cache = describe_cache(config, model.mesh, batch=batch, max_length=64, max_write=8, dtype=dtype)
+    writing = engine.Writing(
+        token_B=np.zeros(batch, np.int32),
+        left_B=np.ones(batch, np.int32),
+        sampling=initial_state(settings(batch), [[]] * batch),
+    )
+    return engine._decode.lower(model, cache, writing, settings(batch)).compile()
+
+
+def settings(batch: int):
+    return sampling_settings([qmj.GenerationConfig()] * batch, CASES["qwen3_moe-plain"].config["vocab_size"])
+
+
+def made(program: str, at_least: int) -> list[str]:
+    """Instructions that write an array of so many elements or more. What stands inside a fusion is not written."""
+    found, fused = [], False
+    for line in program.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            fused = "fused" in line or "wrapped" in line
+        match = re.match(r"\s+(?:ROOT )?%(\S+) = \w+\[([\d,]+)\]\S* ([\w-]+)\(", line)
+        if match and not fused and match[3] not in NAMES:
+            if np.prod([int(size) for size in match[2].split(",")]) >= at_least:
+                found.append(match[0].strip())
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_decoding_reads_the_experts_it_needs_where_they_lie(batch, dtype):
+    """No copy of all experts, nor of a layer's: not of one of their three matrices, nor in another dtype."""
+    program = compiled_step(batch, dtype)
+    assert not made(program.as_text(), at_least=E * F * D)
+    assert program.memory_analysis().temp_size_in_bytes < E * F * D * jax.numpy.dtype(dtype).itemsize
+
+
+def test_such_a_copy_would_be_seen(monkeypatch):
+    monkeypatch.setattr(experts, "FEW_ROWS", 0)
+    program = compiled_step(4, "float32")  # a batch that was not compiled the other way before
+    assert made(program.as_text(), at_least=E * F * D)
+    assert program.memory_analysis().temp_size_in_bytes > E * F * D * 4
