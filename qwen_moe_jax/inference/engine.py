@@ -6,6 +6,7 @@ full or every row has stopped. Shapes are rounded up (rows, room in the cache, s
 lengths share a few compilations.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -123,6 +124,8 @@ def compilations() -> int:
 class Session:
     """A cache, and the rows that live in it. What a row has in common with its next prompt is not computed again.
 
+    An exception (Ctrl-C, say) while the device reads or writes costs what is remembered, and nothing else.
+
     Args:
         model: run in eval mode.
         max_length: tokens a row may come to, prompt and answers together.
@@ -144,7 +147,7 @@ class Session:
         ways = math.prod(model.mesh.shape[axis] for axis in BATCH)
         self._rows = -(-_power_of_two(rows) // ways) * ways
         self.max_length = _room(max_length)
-        described = describe_cache(
+        self._described = describe_cache(
             model.config,
             model.mesh,
             batch=self._rows,
@@ -152,7 +155,7 @@ class Session:
             max_write=STRETCHES[-1],
             dtype=cache_dtype or model.execution.dtype,
         )
-        self._cache = empty_cache(described)
+        self._cache: Cache | None = empty_cache(self._described)
         self._cached: list[list[int]] = [[] for _ in range(self._rows)]
         self._per_row = NamedSharding(model.mesh, P(BATCH))
 
@@ -193,21 +196,34 @@ class Session:
             left_B=np.array([*budgets, *[0] * absent], np.int32),
             sampling=initial_state(settings, rows),
         )
-        logits_BV = self._read(rows)
-        writing, written = _first(logits_BV, writing, settings)
+        with self._or_forget():
+            writing, written = _first(self._read(rows), writing, settings)
+            written = jax.device_get(written)
         alive = set(range(len(prompts)))
         yield from self._chunks(written, alive, enough)
         while alive:
             goes_on_B = np.isin(np.arange(self._rows), sorted(alive))
             writing = dataclasses.replace(writing, left_B=jnp.where(goes_on_B, writing.left_B, 0))
-            self._cache, writing, written = _decode(model, self._cache, writing, settings)
+            with self._or_forget():
+                self._cache, writing, written = _decode(model, self._cache, writing, settings)
+                written = jax.device_get(written)
             yield from self._chunks(written, alive, enough)
+
+    @contextlib.contextmanager
+    def _or_forget(self) -> Iterator[None]:
+        """Where this ends early, the cache may be given away and not come back, or hold more than was heard of."""
+        try:
+            yield
+        except BaseException:
+            self._cache, self._cached = None, [[] for _ in range(self._rows)]
+            raise
 
     def _read(self, rows: list[list[int]]) -> jax.Array:
         """Brings the prompts into the cache; logits [B, V] of what follows each."""
         known_B = np.array([self._known(index, row) for index, row in enumerate(rows)], np.int32)
         self._cached = [list(row) for row in rows]
-        self._cache = dataclasses.replace(self._cache, lengths_B=jax.device_put(known_B, self._per_row))
+        cache = self._cache or empty_cache(self._described)
+        self._cache = dataclasses.replace(cache, lengths_B=jax.device_put(known_B, self._per_row))
         logits_BV = None
         while logits_BV is None or any(known < len(row) for known, row in zip(known_B, rows, strict=True)):
             left = max(len(row) - known for known, row in zip(known_B, rows, strict=True))
@@ -234,8 +250,7 @@ class Session:
         return 0 if sliding and len(cached) - same >= STRETCHES[-1] else same
 
     def _chunks(self, written: "Written", alive: set[int], enough: Callable[[Chunk], bool]) -> Iterator[Chunk]:
-        """What the device wrote, request by request; those that ended leave `alive`."""
-        written = jax.device_get(written)
+        """What the device wrote, now on the host, request by request; those that ended leave `alive`."""
         for index in sorted(alive):
             count = int(written.count_B[index])
             token_ids = tuple(written.token_BC[index, :count].tolist())

@@ -401,6 +401,26 @@ def test_an_answer_that_nobody_heard_to_its_end_is_no_trouble(model, tokens_read
     assert tokens_read[0] == 1 + len(second)
 
 
+@pytest.mark.parametrize("program", ["_prefill", "_decode"])
+def test_a_session_that_was_interrupted_says_what_a_new_session_says(model, monkeypatch, program):
+    """Ctrl-C while the device works: the cache that went in is gone, and what came out was not kept."""
+    session = Session(model, ROOM)
+    first, second, third = make_prompts((21, 19, 9), seed=8)
+    whole = first + say(session, first).token_ids
+    run_program = getattr(engine, program)
+
+    def interrupted(*arguments):
+        run_program(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, program, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            say(session, whole + second)
+    whole += assert_as_if_new(model, session, whole, "after an interruption")
+    assert_as_if_new(model, session, whole + third, "one turn later")
+
+
 def test_a_session_refuses_what_has_no_room(small):
     session = Session(small, 60)
     assert session.max_length == 64, "rooms are powers of two"
