@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, ModelConfig
     from qwen_moe_jax.errors import CheckpointError, ConfigError, RequestError, ShardingError
     from qwen_moe_jax.huggingface.load import from_pretrained
+    from qwen_moe_jax.huggingface.native import save_orbax
     from qwen_moe_jax.huggingface.save import save_pretrained
     from qwen_moe_jax.inference.engine import Session, stream
     from qwen_moe_jax.inference.generate import complete, generate
@@ -39,6 +40,7 @@ _HOME = {
     "TokenClassifier": "model.causal_lm",
     "from_pretrained": "huggingface.load",
     "save_pretrained": "huggingface.save",
+    "save_orbax": "huggingface.native",
     "generate": "inference.generate",
     "complete": "inference.generate",
     "stream": "inference.engine",

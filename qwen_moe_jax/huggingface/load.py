@@ -88,9 +88,8 @@ def load_model(
         generation_config=read_generation_config(checkpoint.folder, checkpoint.config),
     )
     spare = () if rngs is None else _draw_missing_head(described, checkpoint, rngs)
-    parameters = hub_parameters(described)
-    require_sound(checkpoint.folder, problems_of(checkpoint, parameters, spare))
-    wanted = [parameter for parameter in parameters if isinstance(parameter.leaf, jax.ShapeDtypeStruct)]
+    wanted = [parameter for parameter in hub_parameters(described) if not isinstance(parameter.leaf, jax.Array)]
+    require_sound(checkpoint.folder, problems_of(checkpoint, wanted, spare))
     read = iter(_read(checkpoint, wanted))
     arrays = [leaf if isinstance(leaf, jax.Array) else next(read) for leaf in jax.tree.leaves(described)]
     return jax.tree.unflatten(jax.tree.structure(described), arrays)

@@ -70,8 +70,11 @@ def simulate_devices(count: int) -> None:
 
 
 def _offer_simulated_devices(count: int) -> None:
-    """Sets how many devices the CPU platform would show. It has no effect where accelerators are found."""
-    if jax.config.jax_num_cpu_devices < count:
+    """Sets how many devices the CPU platform would show. It has no effect where accelerators are found.
+
+    Not for one of several processes: the mesh has devices of all of them, and each was started with its own.
+    """
+    if jax.config.jax_num_cpu_devices < count and not jax.distributed.is_initialized():
         try:
             jax.config.update("jax_num_cpu_devices", count)
         except RuntimeError:

@@ -2,10 +2,15 @@
 
 import contextlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from qwen_moe_jax.errors import CheckpointError
 
@@ -14,7 +19,8 @@ from qwen_moe_jax.errors import CheckpointError
 def replaced_folder(folder: Path, stale: Callable[[str], bool]) -> Iterator[Path]:
     """A new folder to write into, put in the place of `folder` when the block ends without an error.
 
-    On an error the old folder stays as it was.
+    On an error the old folder stays as it was. Several processes enter and leave together, and all are given the same
+    new folder.
 
     Args:
         folder: to write.
@@ -29,18 +35,37 @@ def replaced_folder(folder: Path, stale: Callable[[str], bool]) -> Iterator[Path
         raise CheckpointError(f"{folder} is a file, expected a folder to write or none yet.")
     if folder.is_mount() or folder == Path.cwd():
         raise CheckpointError(f"{folder} cannot be replaced as a whole (it is in use): give a folder inside it.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    staging = folder.parent / f".{folder.name}.{_shared_number():08x}.partial"
+    leads = jax.process_index() == 0
     try:
-        staging.chmod(0o755)
+        if leads:
+            staging.mkdir(parents=True)
+        _wait_for_all(f"made {staging}")
         yield staging
-        if folder.exists():
-            _keep_other_files(folder, staging, stale)
-            _swap(staging, folder)
-        else:
-            staging.rename(folder)
+        _wait_for_all(f"wrote {staging}")
+        if leads:
+            if folder.exists():
+                _keep_other_files(folder, staging, stale)
+                _swap(staging, folder)
+            else:
+                staging.rename(folder)
+        _wait_for_all(f"renamed {staging}")
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if leads:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _shared_number() -> int:
+    """A random number, the same in all processes."""
+    number = secrets.randbits(31)
+    if jax.process_count() > 1:
+        number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    return number
+
+
+def _wait_for_all(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def _swap(new: Path, old: Path) -> None:

@@ -298,7 +298,8 @@ import dataclasses, json, os, signal, sys, time
 from pathlib import Path
 
 import numpy as np
-from qwen_moe_jax.storage.orbax import stored_tensors, stream_tensors
+from qwen_moe_jax.storage.orbax import stored_tensors
+from qwen_moe_jax.storage.orbax_stream import stream_tensors
 from qwen_moe_jax.storage.tensor import Tensor, blocks
 
 
