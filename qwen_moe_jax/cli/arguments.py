@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, get_args
 
 from qwen_moe_jax.config import Dispatch, Dtype, ExecutionConfig
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.huggingface.hub import is_hub_name
 
 if TYPE_CHECKING:
     from qwen_moe_jax.model.causal_lm import CausalLM
@@ -17,7 +18,7 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor")
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """FOLDER, and what `load_model` needs to know besides."""
     parser.add_argument(
-        "folder", type=_folder, metavar="FOLDER", help="a checkpoint in the Hub's form, with its tokenizer.json"
+        "folder", type=_folder, metavar="FOLDER", help="a checkpoint with its tokenizer.json, or its name on the Hub"
     )
     group = parser.add_argument_group("how the model is run")
     group.add_argument(
@@ -105,8 +106,8 @@ def written_ranges(numbers: tuple[int, ...]) -> str:
 
 
 def _folder(text: str) -> Path:
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: no such folder. Download the checkpoint first and give its folder")
+    if not Path(text).is_dir() and not is_hub_name(text):
+        raise argparse.ArgumentTypeError(f"{text}: no such folder, and no name on the Hub (owner/model) either")
     return Path(text)
 
 

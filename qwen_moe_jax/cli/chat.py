@@ -53,22 +53,20 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.max_length is not None and arguments.max_length < 1:
         raise RequestError(f"--max-length {arguments.max_length}, expected at least 1.")
 
-    from rich.console import Console
-
     from qwen_moe_jax.config import ModelConfig
     from qwen_moe_jax.huggingface.generation_config import read_generation_config
+    from qwen_moe_jax.huggingface.hub import local_folder
     from qwen_moe_jax.inference.chat_template import load_chat_template
     from qwen_moe_jax.inference.engine import Session
     from qwen_moe_jax.inference.tokenizer import load_tokenizer
 
     # Weights take minutes to read: all that can be refused without them is refused first.
-    config = ModelConfig.from_pretrained(arguments.folder)
-    tokenizer, template = load_tokenizer(arguments.folder), load_chat_template(arguments.folder)
-    generation = sampled(arguments, read_generation_config(arguments.folder, config))
-    with Console(stderr=True).status(f"reading {arguments.folder}"):
-        model = load_model(arguments)
-        limit = arguments.max_length or min(config.max_position_embeddings, DEFAULT_MAX_LENGTH)
-        session = Session(model, limit)
+    folder = local_folder(arguments.folder)
+    config = ModelConfig.from_pretrained(folder)
+    tokenizer, template = load_tokenizer(folder), load_chat_template(folder)
+    generation = sampled(arguments, read_generation_config(folder, config))
+    model = load_model(arguments)
+    session = Session(model, arguments.max_length or min(config.max_position_embeddings, DEFAULT_MAX_LENGTH))
     conversation = Conversation(
         session=session,
         tokenizer=tokenizer,

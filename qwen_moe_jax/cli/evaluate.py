@@ -11,7 +11,7 @@ SUMMARY = "run EleutherAI's lm-eval on a checkpoint: qwen-moe-jax eval FOLDER --
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="a checkpoint in the Hub's form, with its tokenizer.json")
+    parser.add_argument("folder", metavar="FOLDER", help="a checkpoint with its tokenizer.json, or its name on the Hub")
     parser.add_argument(
         "words",
         nargs=argparse.REMAINDER,

@@ -55,19 +55,19 @@ def run(arguments: argparse.Namespace) -> None:
     """
     prompts = [_content(source) for source in arguments.prompts or [None]]
 
-    from rich.console import Console
-
     from qwen_moe_jax.cli.answer import Answer
     from qwen_moe_jax.config import ModelConfig
     from qwen_moe_jax.huggingface.generation_config import read_generation_config
+    from qwen_moe_jax.huggingface.hub import local_folder
     from qwen_moe_jax.inference.detokenize import TextStream
     from qwen_moe_jax.inference.engine import Chunk, stream
     from qwen_moe_jax.inference.tokenizer import encode_prompt, load_tokenizer
 
     # Weights take minutes to read: all that can be refused without them is refused first.
-    config = ModelConfig.from_pretrained(arguments.folder)
-    tokenizer = load_tokenizer(arguments.folder)
-    defaults = read_generation_config(arguments.folder, config)
+    folder = local_folder(arguments.folder)
+    config = ModelConfig.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    defaults = read_generation_config(folder, config)
     if arguments.max_new_tokens is None and defaults.max_new_tokens is None:
         arguments.max_new_tokens = DEFAULT_LENGTH
     generation = sampled(arguments, defaults)
@@ -83,8 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
     answers = {number: Answer(TextStream(tokenizer, generation.stop_strings)) for number in requests}
     page = _Lines(prompts, answers, refusals) if arguments.json else _Texts(answers, headed=len(prompts) > 1)
     if requests:
-        with Console(stderr=True).status(f"reading {arguments.folder}"):
-            model = load_model(arguments)
+        model = load_model(arguments)
         start, growing = time.perf_counter(), list(answers.values())
 
         def ended(chunk: Chunk) -> bool:

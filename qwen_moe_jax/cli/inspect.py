@@ -59,7 +59,8 @@ def print_summary(summary: "Summary") -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    console.print(f"[bold]{summary.where}[/] · {summary.form} · {summary.model_type}, {summary.head}")
+    console.print(summary.where, style="bold", soft_wrap=True, markup=False)
+    console.print(f"{summary.form} · {summary.model_type}, {summary.head}")
     active = (
         f", {_count(summary.active_parameters)} of them active"
         if summary.active_parameters < summary.parameters

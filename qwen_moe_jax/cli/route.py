@@ -49,18 +49,18 @@ def run(arguments: argparse.Namespace) -> None:
 
     from qwen_moe_jax.cli.routing import routed_layers, trace_routing
     from qwen_moe_jax.config import ModelConfig
+    from qwen_moe_jax.huggingface.hub import local_folder
     from qwen_moe_jax.inference.tokenizer import encode_prompt, load_tokenizer
 
     # Weights take minutes to read: all that can be refused without them is refused first.
-    config = ModelConfig.from_pretrained(arguments.folder)
+    folder = local_folder(arguments.folder)
+    config = ModelConfig.from_pretrained(folder)
     layers = routed_layers(config, arguments.layers)
-    tokenizer = load_tokenizer(arguments.folder)
+    tokenizer = load_tokenizer(folder)
     encode_prompt(tokenizer, arguments.prompt, config.vocab_size)
 
-    with Console(stderr=True).status("") as status:
-        status.update(f"reading {arguments.folder}")
-        model = load_model(arguments)
-        status.update("routing the prompt")
+    model = load_model(arguments)
+    with Console(stderr=True).status("routing the prompt"):
         name = arguments.folder.resolve().name
         routing = trace_routing(model, tokenizer, arguments.prompt, name=name, layers=layers)
 

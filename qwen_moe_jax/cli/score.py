@@ -42,23 +42,22 @@ def run(arguments: argparse.Namespace) -> None:
     """
     content = _read(arguments.file)
 
-    from rich.console import Console
-
     from qwen_moe_jax.config import ModelConfig
+    from qwen_moe_jax.huggingface.hub import local_folder
     from qwen_moe_jax.inference.progress import progress_bar
     from qwen_moe_jax.inference.score import perplexity, sliding_windows, token_array
     from qwen_moe_jax.inference.tokenizer import encode, load_tokenizer
 
     # Weights take minutes to read: all that can be refused without them is refused first.
-    config = ModelConfig.from_pretrained(arguments.folder)
-    tokens = encode(load_tokenizer(arguments.folder), content)
+    folder = local_folder(arguments.folder)
+    config = ModelConfig.from_pretrained(folder)
+    tokens = encode(load_tokenizer(folder), content)
     token_array(str(arguments.file), tokens, config.vocab_size)
     window = min(config.max_position_embeddings, LONGEST_DEFAULT) if arguments.window is None else arguments.window
     stride = max(window // 2, 1) if arguments.stride is None else arguments.stride
     sliding_windows(len(tokens), window, stride)
 
-    with Console(stderr=True).status(f"reading {arguments.folder}"):
-        model = load_model(arguments)
+    model = load_model(arguments)
     with progress_bar("windows") as advance:
         result = perplexity(
             model, tokens, window=window, stride=stride, num_bytes=len(content.encode()), progress=advance

@@ -2,6 +2,7 @@
 
 import dataclasses
 from os import PathLike
+from pathlib import Path
 from typing import TypeVar
 
 import jax
@@ -90,7 +91,7 @@ def load_model(
     spare = () if rngs is None else _draw_missing_head(described, checkpoint, rngs)
     wanted = [parameter for parameter in hub_parameters(described) if not isinstance(parameter.leaf, jax.Array)]
     require_sound(checkpoint.folder, problems_of(checkpoint, wanted, spare))
-    read = iter(_read(checkpoint, wanted))
+    read = iter(_read(checkpoint, wanted, Path(folder).name))
     arrays = [leaf if isinstance(leaf, jax.Array) else next(read) for leaf in jax.tree.leaves(described)]
     return jax.tree.unflatten(jax.tree.structure(described), arrays)
 
@@ -104,8 +105,8 @@ def _draw_missing_head(described: Model, checkpoint: Checkpoint, rngs: nnx.Rngs)
     return [name for name in checkpoint.tensors if not name.startswith(_BACKBONE)]
 
 
-def _read(checkpoint: Checkpoint, parameters: list[HubParameter]) -> list[jax.Array]:
+def _read(checkpoint: Checkpoint, parameters: list[HubParameter], name: str) -> list[jax.Array]:
     described = [parameter.leaf for parameter in parameters]
     tensors = [assembled(parameter, checkpoint.tensors) for parameter in parameters]
-    with bytes_bar(f"Loading {checkpoint.folder.name}", local_bytes(described)) as advance:
+    with bytes_bar(f"Loading {name}", local_bytes(described)) as advance:
         return place(tensors, described, advance)

@@ -15,6 +15,7 @@ import tokenizers
 from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, ModelConfig
 from qwen_moe_jax.errors import CheckpointError, RequestError
 from qwen_moe_jax.huggingface.fields import read_json
+from qwen_moe_jax.huggingface.hub import local_folder
 from qwen_moe_jax.huggingface.load import from_pretrained
 from qwen_moe_jax.inference.chat_template import load_chat_template
 from qwen_moe_jax.inference.generate import generate
@@ -95,6 +96,7 @@ class Harness:
         Raises:
             ConfigError, CheckpointError, ShardingError: as `from_pretrained` and `make_mesh`.
         """
+        folder = local_folder(folder)
         tokenizer = load_tokenizer(folder)
         prefix_token = prefix_of(folder, tokenizer, ModelConfig.from_pretrained(folder))
         sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}

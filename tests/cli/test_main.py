@@ -62,8 +62,8 @@ def test_bad_arguments_are_refused_with_what_was_found_and_expected(tmp_path, ca
 
 def test_folder_that_is_none(capsys):
     with pytest.raises(SystemExit):
-        main(["route", "Qwen/Qwen3-30B-A3B", "--prompt", "x"])
-    assert "Qwen/Qwen3-30B-A3B: no such folder. Download the checkpoint first" in capsys.readouterr().err
+        main(["route", "here/or/there", "--prompt", "x"])
+    assert "here/or/there: no such folder, and no name on the Hub (owner/model) either" in capsys.readouterr().err
 
 
 def test_mesh_axes_are_those_of_the_mesh():
