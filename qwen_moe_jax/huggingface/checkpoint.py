@@ -82,13 +82,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = dataclasses.replace(config, dtype=config.dtype or _stored_dtype(files.tensors.values()))
     block = fp8_block(hub, str(path))
     tensors, wrong = (files.tensors, []) if block is None else widened(files.tensors, block)
-    tensors, twice = in_hub_form(tensors, config.model_type)
+    tensors, twice = in_hub_form(tensors, config)
     ignored = tuple(name for name in tensors if HARMLESS.search(name))
     tensors = {name: tensor for name, tensor in tensors.items() if name not in ignored}
-    if config.tie_word_embeddings and {EMBEDDING, HEAD} & tensors.keys():
-        tensors, really = tied(tensors)
-        config = dataclasses.replace(config, tie_word_embeddings=really)
     problems = (*files.problems, *wrong, *twice)
+    if config.tie_word_embeddings and {EMBEDDING, HEAD} & tensors.keys():
+        tensors, really = tied(tensors, readable=not problems)
+        config = dataclasses.replace(config, tie_word_embeddings=really)
     return Checkpoint(folder, config, head, tensors, ignored, problems, _is_whole(files), native=False)
 
 

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 
+from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.huggingface.tensors import renamer
 from qwen_moe_jax.storage.tensor import Part, Tensor, blocks
 
@@ -15,14 +16,24 @@ _COMPARED = 64 << 20
 _FUSED = re.compile(r"(.+\.mlp\.experts)\.(gate_up|down)_proj")
 
 
-def in_hub_form(tensors: dict[str, Tensor], model_type: str) -> tuple[dict[str, Tensor], list[str]]:
-    """A folder's tensors under the names that the family's published checkpoints have; and what stands there twice."""
-    rename = renamer(model_type)
+def in_hub_form(tensors: dict[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tensor], list[str]]:
+    """A folder's tensors under the names that the family's published checkpoints have; and what is wrong with them."""
+    rename = renamer(config.model_type)
     found: dict[str, Tensor] = {}
     problems: list[str] = []
     for name, tensor in tensors.items():
         prefixed = f"model.{name}" if name.startswith(_BARE) else name
-        for own, part in _unfused(prefixed, tensor):
+        fused = _FUSED.fullmatch(prefixed)
+        each = [(prefixed, tensor)]
+        if fused is not None and config.moe is not None:
+            expected = _fused_shape(config, fused[2])
+            if tensor.shape != expected:
+                problems.append(
+                    f"shape: {prefixed} is {list(tensor.shape)} in {tensor.where}, expected {list(expected)}"
+                )
+                continue
+            each = _unfused(fused[1], fused[2], tensor)
+        for own, part in each:
             own = rename(own)
             if own in found:
                 problems.append(f"duplicated: {own} stands in {found[own].where} and, as {name}, in {tensor.where}")
@@ -30,34 +41,37 @@ def in_hub_form(tensors: dict[str, Tensor], model_type: str) -> tuple[dict[str, 
     return found, problems
 
 
-def _unfused(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """One tensor an expert, where the experts of a layer stand fused.
+def _fused_shape(config: ModelConfig, kind: str) -> tuple[int, ...]:
+    """What transformers 5 holds the experts of a layer in: gate rows and then up rows of each, or down rows."""
+    experts, width, inner = config.moe.num_experts, config.hidden_size, config.moe.moe_intermediate_size
+    return (experts, width, inner) if kind == "down" else (experts, 2 * inner, width)
 
-    transformers 5 holds them as `mlp.experts.gate_up_proj` [E, 2F, D] (gate rows first) and `mlp.experts.down_proj`
-    [E, D, F], and writes them so when told not to save in the original format.
-    """
-    fused = _FUSED.fullmatch(name)
-    if fused is None or len(tensor.shape) != 3:
-        return [(name, tensor)]
-    experts, rows, _ = tensor.shape
-    kinds = ("down",) if fused[2] == "down" else ("gate", "up")
+
+def _unfused(experts: str, kind: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """One tensor an expert, where the experts of a layer stand fused: transformers 5 writes them so when told to."""
+    count, rows, _ = tensor.shape
+    kinds = ("down",) if kind == "down" else ("gate", "up")
     each = rows // len(kinds)
     return [
-        (f"{fused[1]}.{expert}.{kind}_proj.weight", Part(tensor, (expert, slice(number * each, (number + 1) * each))))
-        for expert in range(experts)
-        for number, kind in enumerate(kinds)
+        (f"{experts}.{expert}.{own}_proj.weight", Part(tensor, (expert, slice(number * each, (number + 1) * each))))
+        for expert in range(count)
+        for number, own in enumerate(kinds)
     ]
 
 
-def tied(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+def tied(tensors: dict[str, Tensor], *, readable: bool) -> tuple[dict[str, Tensor], bool]:
     """The tensors of a checkpoint whose config ties the head to the embedding; and whether they really are tied.
 
     As in transformers 5.23: where only one of the two is there, it is both; where both are and differ, the file is
     believed and not the config. PyTorch's own files always hold both.
+
+    Args:
+        tensors: of the checkpoint.
+        readable: False where the files are damaged: then nothing is read to compare the two.
     """
     if HEAD not in tensors:
         return tensors, True
-    if EMBEDDING in tensors and not _equal(tensors[EMBEDDING], tensors[HEAD]):
+    if EMBEDDING in tensors and readable and not _equal(tensors[EMBEDDING], tensors[HEAD]):
         return tensors, False
     one = {EMBEDDING: tensors[HEAD]} | {name: tensor for name, tensor in tensors.items() if name != HEAD}
     return one, True
@@ -67,4 +81,4 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     parts = blocks(one.shape, np.dtype(one.dtype).itemsize, _COMPARED)
-    return all(np.array_equal(one.read(part), other.read(part)) for part in parts)
+    return all(one.read(part).tobytes() == other.read(part).tobytes() for part in parts)  # NaN is equal to itself

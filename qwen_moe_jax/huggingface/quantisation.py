@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.huggingface.fields import shown
 from qwen_moe_jax.storage.tensor import Index, Tensor
 
 SCALE = "_scale_inv"
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
+#: What scales may be stored in. Bytes are refused: elsewhere they stand for exponents.
+_SCALES = ("float32", "bfloat16", "float16", "float8_e8m0fnu")
 
 
 def fp8_block(hub: Mapping[str, Any], where: str) -> tuple[int, int] | None:
@@ -29,14 +32,15 @@ def fp8_block(hub: Mapping[str, Any], where: str) -> tuple[int, int] | None:
     method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else found
     if method != "fp8":
         raise ConfigError(
-            f"{where}: quantization_config (quant_method={method!r}) is not supported: expected unquantised weights or "
-            "block-scaled fp8. Take the unquantised checkpoint of the same model (its name without -GPTQ-…, -AWQ), or "
-            "its -FP8 one."
+            f"{where}: quantization_config (quant_method={shown(method)}) is not supported: expected unquantised "
+            "weights or block-scaled fp8. Take the unquantised checkpoint of the same model (its name without -GPTQ-…, "
+            "-AWQ), or its -FP8 one."
         )
     block = found.get("weight_block_size")
-    if not isinstance(block, list | tuple) or len(block) != 2 or not all(type(x) is int and x > 0 for x in block):
+    sizes = isinstance(block, list | tuple) and all(type(size) is int and 0 < size < 2**31 for size in block)
+    if not sizes or len(block) != 2:
         raise ConfigError(
-            f"{where}: quantization_config: weight_block_size={block!r} is not supported: expected two positive "
+            f"{where}: quantization_config: weight_block_size={shown(block)} is not supported: expected two positive "
             "integers, as in the Qwen3 FP8 checkpoints. Take the unquantised checkpoint of the same model."
         )
     return block[0], block[1]
@@ -78,7 +82,7 @@ class Widened(Tensor):
         for axis, (part, size) in enumerate(zip(index, self.block, strict=True)):
             places = np.arange(part.start, part.stop) // size - first[axis]
             scale = scale.take(places, axis=axis)
-        # Of 256 values each is looked up: ten times as fast as the cast.
+        # Each is looked up among 256 values, three times as fast as the cast (35 ms for 16 MB, and 117 ms).
         values = np.arange(256, dtype=np.uint8).view(self.weight.dtype).astype(np.float32)
         out[...] = values[bits] * scale
 
@@ -88,7 +92,8 @@ def widened(tensors: dict[str, Tensor], block: tuple[int, int]) -> tuple[dict[st
     found: dict[str, Tensor] = {}
     problems: list[str] = []
     for name, tensor in tensors.items():
-        if name.endswith(SCALE) and name.removesuffix(SCALE) in tensors:
+        scaled = tensors.get(name.removesuffix(SCALE))
+        if name.endswith(SCALE) and scaled is not None and scaled.dtype in _FLOAT8:
             continue
         if tensor.dtype not in _FLOAT8:
             found[name] = tensor
@@ -100,6 +105,10 @@ def widened(tensors: dict[str, Tensor], block: tuple[int, int]) -> tuple[dict[st
             problems.append(
                 f"fp8: {name} {list(tensor.shape)} in {tensor.where} has {has} {name + SCALE}, expected {grid}: one "
                 f"scale for {block[0]} × {block[1]} values"
+            )
+        elif scale.dtype not in _SCALES:
+            problems.append(
+                f"fp8: {name + SCALE} in {scale.where} is {scale.dtype}, expected one of {', '.join(_SCALES)}"
             )
         else:
             found[name] = Widened(tensor, scale, block)
