@@ -7,6 +7,7 @@ layer ever asks which family it belongs to.
 import dataclasses
 import math
 import operator
+import sys
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import Any, Literal, get_args
@@ -30,6 +31,10 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 def _require(holds: bool, field: str, found: Any, expected: str) -> None:
     if not holds:
         raise ConfigError(f"{field}={found!r} is not supported: expected {expected}.")
+
+
+def _require_size(field: str, found: int) -> None:
+    _require(0 < found < 2**31, field, found, "a positive integer below 2**31")
 
 
 def _require_choice(field: str, found: Any, choices: Any) -> None:
@@ -60,11 +65,21 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         _require_choice("rope_type", self.rope_type, RopeType)
+        for field in dataclasses.fields(self):
+            found = getattr(self, field.name)
+            if isinstance(found, float):
+                _require(abs(found) < 2**127, field.name, found, "a number of float32, in which angles are computed")
         _require(self.rope_theta > 1, "rope_theta", self.rope_theta, "a number above 1")
         _require(self.factor >= 1, "rope factor", self.factor, "a number of at least 1")
         if self.rope_type in ("yarn", "llama3"):
             found = self.original_max_position_embeddings
             _require(found is not None and found > 0, "original_max_position_embeddings", found, "a positive integer")
+        if self.rope_type == "yarn":
+            for name in ("beta_fast", "beta_slow"):
+                _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+            for name in ("mscale", "mscale_all_dim"):
+                found = getattr(self, name)
+                _require(found is None or found >= 0, name, found, "zero, a positive number or nothing")
         if self.rope_type == "llama3":
             _require(
                 self.high_freq_factor > self.low_freq_factor,
@@ -93,7 +108,7 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive integer")
+            _require_size(name, getattr(self, name))
         _require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             "num_key_value_heads",
@@ -128,7 +143,7 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "moe_intermediate_size"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive integer")
+            _require_size(name, getattr(self, name))
         _require(
             1 <= self.num_experts_per_tok <= self.num_experts,
             "num_experts_per_tok",
@@ -136,7 +151,7 @@ class MoEConfig:
             f"between 1 and num_experts={self.num_experts}",
         )
         found = self.shared_expert_intermediate_size
-        _require(found >= 0, "shared_expert_intermediate_size", found, "zero or a positive integer")
+        _require(0 <= found < 2**31, "shared_expert_intermediate_size", found, "zero or a positive integer below 2**31")
         _require(0 <= self.router_jitter_noise < 1, "router_jitter_noise", self.router_jitter_noise, "in [0, 1)")
 
 
@@ -180,7 +195,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "num_labels"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive integer")
+            _require_size(name, getattr(self, name))
         _require(len(self.layers) > 0, "num_hidden_layers", len(self.layers), "at least one layer")
         _require_choice("hidden_act", self.hidden_act, Activation)
         if self.dtype is not None:
@@ -190,6 +205,9 @@ class ModelConfig:
         sliding = any(kind.attention == "sliding" for kind in self.layers)
         window = self.attention.sliding_window
         _require(not sliding or window is not None, "sliding_window", window, "an integer, since some layers slide")
+        for name in ("rms_norm_eps", "initializer_range"):
+            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "zero or a positive number")
+        _token_ids("eos_token_id", self.eos_token_id)
         for name in ("bos_token_id", "pad_token_id"):
             found = getattr(self, name)
             inside = found is None or 0 <= found < self.vocab_size
@@ -426,7 +444,7 @@ def _token_ids(field: str, found: Any) -> tuple[int, ...]:
         ids = tuple(operator.index(token) for token in found)
     except TypeError:
         ids = (-1,)
-    _require(all(token >= 0 for token in ids), field, found, "a sequence of token ids")
+    _require(all(0 <= token < 2**31 for token in ids), field, found, "a sequence of token ids")
     return ids
 
 
@@ -442,6 +460,7 @@ def _biases(field: str, found: Any) -> tuple[tuple[int | tuple[int, ...], float]
     biases: dict[int | tuple[int, ...], float] = {}
     for key, bias in found.items() if isinstance(found, Mapping) else found:
         ids = _token_ids(field, key if isinstance(key, Iterable) else (key,))
-        _require(len(ids) > 0 and bias < math.inf, field, found, "(token id or ids, number) pairs, infinity excluded")
+        finite = bias == -math.inf or abs(bias) <= sys.float_info.max
+        _require(len(ids) > 0 and finite, field, found, "(token id or ids, number) pairs, infinity excluded")
         biases[ids if len(ids) > 1 else ids[0]] = float(bias)
     return tuple(biases.items())

@@ -12,6 +12,9 @@ from qwen_moe_jax.config import MoEConfig
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.fields import Fields
 
+#: Ten times those of the largest models there are. More is taken for damage, before anything is made for each of them.
+MOST_EXPERTS = 100_000
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
@@ -77,7 +80,11 @@ def _sparse_by_step(fields: Fields, layer: int) -> bool:
 
 def _expert_count(fields: Fields) -> int:
     """Transformers 5 stores `num_local_experts`, and it wins where both are given and differ."""
-    return fields.integer("num_local_experts" if "num_local_experts" in fields else "num_experts")
+    name = "num_local_experts" if "num_local_experts" in fields else "num_experts"
+    count, layers = fields.integer(name), fields.integer("num_hidden_layers")
+    if count * layers > MOST_EXPERTS:
+        raise fields.error(name, f"at most {MOST_EXPERTS} experts in the {layers} layers together")
+    return count
 
 
 def _qwen_moe(fields: Fields, *, shared_expert: int) -> MoEConfig:

@@ -1,6 +1,8 @@
 """Typed reading of a JSON object, with errors that name the file, the field, what was found and what was expected."""
 
 import json
+import reprlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,9 @@ from typing import Any
 from qwen_moe_jax.errors import ConfigError
 
 REQUIRED = object()
+_TOO_DEEP = "its values are nested too deeply"
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 100, 100
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -22,9 +27,16 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file. A checkpoint folder needs one.") from None
     except (ValueError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON ({error}).") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: cannot be read as JSON ({_TOO_DEEP}).") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(found).__name__}.")
     return found
+
+
+def shown(value: Any) -> str:
+    """A value for a message, shortened where it is long or nested."""
+    return _SHORT.repr(value)
 
 
 class Fields:
@@ -50,7 +62,9 @@ class Fields:
 
     def error(self, name: str, expected: str) -> ConfigError:
         """The refusal of a field, ready to be raised."""
-        return ConfigError(f"{self.where}: {name}={self.values.get(name)!r} is not supported: expected {expected}.")
+        return ConfigError(
+            f"{self.where}: {name}={shown(self.values.get(name))} is not supported: expected {expected}."
+        )
 
     def _get(self, name: str, default: Any) -> Any:
         found = self.values.get(name)
@@ -67,6 +81,8 @@ class Fields:
             found = int(found)
         if found is not None and (not isinstance(found, int) or isinstance(found, bool)):
             raise self.error(name, "an integer")
+        if found is not None and not -(2**64) < found < 2**64:
+            raise self.error(name, "an integer of at most 64 bits")
         return found
 
     def number(self, name: str, default: Any = REQUIRED) -> Any:
@@ -74,6 +90,8 @@ class Fields:
         found = self._get(name, default)
         if found is not None and (not isinstance(found, int | float) or isinstance(found, bool)):
             raise self.error(name, "a number")
+        if found is not None and not abs(found) <= sys.float_info.max:  # of JSON, Python reads NaN and Infinity
+            raise self.error(name, "a finite number")
         return None if found is None else float(found)
 
     def boolean(self, name: str, default: Any = REQUIRED) -> bool:
@@ -108,7 +126,10 @@ class Fields:
 
 def freeze(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """A JSON object as hashable (name, JSON) pairs: configurations are part of the keys of compiled functions."""
-    return tuple((name, json.dumps(value, sort_keys=True)) for name, value in values.items())
+    try:
+        return tuple((name, json.dumps(value, sort_keys=True)) for name, value in values.items())
+    except RecursionError:
+        raise ConfigError(f"{_TOO_DEEP}.") from None
 
 
 def thaw(pairs: tuple[tuple[str, str], ...]) -> dict[str, Any]:

@@ -89,6 +89,9 @@ def _weight_map(path: Path) -> Mapping[str, str]:
     if not isinstance(found, dict) or not found:
         raise ValueError("expected an object with a weight_map of tensor names to file names")
     for name in found.values():
-        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+        if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
             raise ValueError(f"file names stand in the folder itself, found {name!r}")
+    for name in found:
+        if not name.isprintable():
+            raise ValueError(f"names of tensors are printable, found {name!r}")
     return found

@@ -70,7 +70,7 @@ def _biases(fields: Fields, name: str) -> tuple[tuple[tuple[int, ...], float], .
 
 
 def _are_ids(found: Any) -> bool:
-    return isinstance(found, list) and all(isinstance(token, int) for token in found)
+    return isinstance(found, list) and all(type(token) is int for token in found)
 
 
 #: The fields that are acted on, and how each is read.

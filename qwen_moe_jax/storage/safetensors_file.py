@@ -46,6 +46,8 @@ DTYPES = {
 _NAMES = {numpy: name for name, numpy in DTYPES.items()}
 #: As the library: a longer one is taken for damage, before it is believed and read.
 _LONGEST_HEADER = 100_000_000
+#: NumPy makes no array of more, not even an empty one.
+_MOST_AXES, _MOST_ELEMENTS = 64, 2**59
 #: Bytes that are read at a time to be written.
 _BLOCK = 64 << 20
 
@@ -141,6 +143,9 @@ def open_safetensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     for name, entry in entries:
         if name == "__metadata__":
             continue
+        if not name.isprintable():
+            problems.append(f"damaged: {name!r} in {path.name} is no name of a tensor: expected printable characters")
+            continue
         try:
             shape, dtype, start, end = _entry(entry)
         except ValueError as error:
@@ -180,7 +185,11 @@ def _entry(entry: Any) -> tuple[tuple[int, ...], str, int, int]:
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2 or not isinstance(dtype, str):
         raise ValueError("expected an object with dtype, shape and data_offsets")
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not known, expected one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype {dtype!r:.80} is not known, expected one of {', '.join(DTYPES)}")
+    if len(shape) > _MOST_AXES or math.prod(filter(None, shape)) >= _MOST_ELEMENTS:
+        raise ValueError(
+            f"shape {shape!s:.200} is not supported, expected at most {_MOST_AXES} axes and 2**59 elements"
+        )
     expected = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
     if offsets[1] - offsets[0] != expected:
         raise ValueError(
