@@ -61,17 +61,17 @@ def print_summary(summary: "Summary") -> None:
     console = Console(highlight=False)
     console.print(summary.where, style="bold", soft_wrap=True, markup=False)
     console.print(f"{summary.form} · {summary.model_type}, {summary.head}")
-    active = (
-        f", {_count(summary.active_parameters)} of them active"
-        if summary.active_parameters < summary.parameters
-        else ""
-    )
-    console.print(f"{_count(summary.parameters)} parameters{active} · {_size(summary.nbytes)}")
+    dtypes = {row.dtype for row in summary.rows}
+    active = f", {_count(summary.active_parameters)} active" if summary.active_parameters < summary.parameters else ""
+    dtype = f" in {min(dtypes)}" if len(dtypes) == 1 else ""
+    console.print(f"{_count(summary.parameters)} parameters{active} · {_size(summary.nbytes)}{dtype}")
     console.print(summary.layers)
     console.print()
+    # A column that says the same of every row costs names the width they need.
+    headings = ["shape", "×", "bytes", *(["dtype"] if len(dtypes) > 1 else [])]
     table = Table(box=None, pad_edge=False)
     table.add_column("tensors", overflow="fold")
-    for heading in ("shape", "×", "dtype", "bytes"):
+    for heading in headings:
         table.add_column(heading, justify="right" if heading in ("×", "bytes") else "left", no_wrap=True)
     layers = ""
     for row in summary.rows:
@@ -80,7 +80,8 @@ def print_summary(summary: "Summary") -> None:
             table.add_row(prefix, style="dim")
         layers = prefix
         shape, count = " × ".join(map(str, row.shape)), f"{row.count:,}" if row.count > 1 else ""
-        table.add_row(f"  {name}" if prefix else name, shape, count, row.dtype or "absent", _size(row.nbytes))
+        cells = (f"  {name}" if prefix else name, shape, count, _size(row.nbytes), row.dtype or "absent")
+        table.add_row(*cells[: 1 + len(headings)])
     console.print(table)
     if summary.ignored:
         console.print(f"\nNot read by any forward pass: {', '.join(summary.ignored)}")
