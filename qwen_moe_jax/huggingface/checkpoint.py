@@ -22,6 +22,8 @@ from qwen_moe_jax.storage.tensor import Index, Part, Stacked, Tensor, blocks
 
 #: Where a native folder keeps its Orbax checkpoint, beside config.json.
 ORBAX = "orbax"
+#: A key of a native folder's config.json that the Hub does not know: the routers have DeepSeek-V3's bias.
+BALANCING_BIAS = "qwen_moe_jax_balancing_bias"
 
 #: The heads, and what the classes of transformers are called that have them.
 HEADS: dict[str, type[Model]] = {
@@ -77,6 +79,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = config_from_hub(hub, str(path))
     head = head_of(hub)
     if (folder / ORBAX).is_dir():
+        if hub.get(BALANCING_BIAS) is True and config.moe is not None:
+            config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, balancing_bias=True))
         return _open_native(folder, config, head)
     files = open_files(folder)
     config = dataclasses.replace(config, dtype=config.dtype or _stored_dtype(files.tensors.values()))
@@ -98,11 +102,17 @@ def _open_native(folder: Path, config: ModelConfig, head: type[Model]) -> Checkp
     stored = stored_tensors(folder / ORBAX)
     described = head(config, rngs=None)
     tensors: dict[str, Tensor] = {}
+    problems: list[str] = []
     for parameter in hub_parameters(described):
-        if parameter.path in stored:
-            for index, name in np.ndenumerate(parameter.names):
-                tensors[name] = Part(stored[parameter.path], index)
-    return Checkpoint(folder, config, head, tensors, (), (), whole=True, native=True)
+        if parameter.path not in stored:
+            continue
+        found = stored.pop(parameter.path)
+        if found.shape != parameter.leaf.shape:
+            expected = list(parameter.leaf.shape)
+            problems.append(f"shape: {parameter.path} is {list(found.shape)} in {ORBAX}, expected {expected}")
+        tensors |= {name: Part(found, index) for index, name in np.ndenumerate(parameter.names)}
+    # What is left is of no parameter: under its own name it will be unexpected.
+    return Checkpoint(folder, config, head, tensors | stored, (), tuple(problems), whole=True, native=True)
 
 
 def _is_whole(files: Files) -> bool:

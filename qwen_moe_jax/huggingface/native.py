@@ -4,12 +4,14 @@ It is written and read in parallel by all processes, restored onto any mesh, and
 parameters have the names they have in the model.
 """
 
+import dataclasses
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from qwen_moe_jax.huggingface.checkpoint import ORBAX
+from qwen_moe_jax.huggingface.checkpoint import BALANCING_BIAS, ORBAX
 from qwen_moe_jax.huggingface.save import configs_to_hub, is_stale, write_configs
 from qwen_moe_jax.huggingface.tensors import hub_parameters
 from qwen_moe_jax.model.causal_lm import Model
@@ -33,8 +35,20 @@ def save_orbax(model: Model, folder: str | PathLike[str]) -> None:
     from qwen_moe_jax.storage.orbax import save_arrays
 
     model.require_weights()
-    configs = configs_to_hub(model)
+    configs = _configs(model)
     with replaced_folder(Path(folder), is_stale) as new:
         save_arrays(new / ORBAX, {parameter.path: parameter.leaf for parameter in hub_parameters(model)})
         if jax.process_index() == 0:
             write_configs(new, configs)
+
+
+def _configs(model: Model) -> dict[str, dict[str, Any]]:
+    """As of a Hub folder, and beside them what no family of the Hub has a word for."""
+    moe = model.config.moe
+    if moe is None or not moe.balancing_bias:
+        return configs_to_hub(model)
+    config = dataclasses.replace(model.config, moe=dataclasses.replace(moe, balancing_bias=False))
+    execution, generation = model.execution, model.generation_config
+    configs = configs_to_hub(type(model)(config, rngs=None, execution=execution, generation_config=generation))
+    configs["config.json"][BALANCING_BIAS] = True
+    return configs

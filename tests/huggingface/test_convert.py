@@ -1,5 +1,6 @@
 """From form to form: the Hub's, Orbax, and the Hub's again, bit for bit, on any mesh, in bounded memory."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -96,6 +97,35 @@ def test_a_classifier_keeps_its_head_through_every_form(tmp_path):
     convert(tmp_path / "hub", tmp_path / "native", to="orbax")
     again = qmj.TokenClassifier.from_pretrained(tmp_path / "native")
     assert bits(export_tensors(again)) == bits(export_tensors(source))
+
+
+def test_a_native_folder_with_the_config_of_another_model_is_refused_parameter_by_parameter(tmp_path):
+    """Stacks of more layers than the config has would be read without a word."""
+    qmj.save_orbax(fresh("qwen3_moe-plain"), tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"num_hidden_layers": 2, "tie_word_embeddings": True}))
+    with pytest.raises(qmj.CheckpointError) as refusal:
+        qmj.from_pretrained(tmp_path)
+    told = str(refusal.value)
+    assert "shape: model.layers.segments.0.0.mlp.experts.up_proj is [3, 8, 24, 32] in orbax, expected [2, 8, " in told
+    assert "unexpected: lm_head.weight [96, 32]" in told
+    path.write_text(json.dumps(content | {"num_hidden_layers": 4}))
+    with pytest.raises(qmj.CheckpointError, match=r"expected \[4, 8, 24, 32\]"):
+        qmj.from_pretrained(tmp_path)
+
+
+def test_a_balancing_bias_is_kept_by_the_native_form_alone(tmp_path):
+    """No family of the Hub has one."""
+    config = fresh("qwen3_moe-plain").config
+    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, balancing_bias=True))
+    source = qmj.CausalLM(config, rngs=nnx.Rngs(0))
+    qmj.save_orbax(source, tmp_path / "native")
+    again = qmj.from_pretrained(tmp_path / "native")
+    assert again.config.moe == config.moe
+    assert bits(export_tensors(again)) == bits(export_tensors(source))
+    with pytest.raises(qmj.ConfigError, match="balancing_bias=True cannot be written"):
+        convert(tmp_path / "native", tmp_path / "hub")
 
 
 def test_the_tokenizer_goes_along_and_other_weights_do_not(tmp_path):
