@@ -19,6 +19,8 @@ LAYOUTS = (
     ("pytorch_model.bin", False, open_torch_file),
     ("pytorch_model.bin.index.json", True, open_torch_file),
 )
+#: Files of a folder that a message names.
+_LISTED = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +54,14 @@ def open_files(folder: Path) -> Files:
             return _open_indexed(folder / name, opener) if is_index else Files(*opener(folder / name))
     names = ", ".join(name for name, _, _ in LAYOUTS)
     raise CheckpointError(
-        f"{folder}: found none of {names}. A checkpoint folder needs one of them; other formats have to be saved as "
-        "safetensors first (save_pretrained of transformers does)."
+        f"{folder}: found {_content(folder)}, and none of {names}. A checkpoint folder needs one of them; other "
+        "formats have to be saved as safetensors first (save_pretrained of transformers does)."
     )
+
+
+def _content(folder: Path) -> str:
+    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
+    return ", ".join(names[:_LISTED] + ["…"] * (len(names) > _LISTED))
 
 
 def _open_indexed(path: Path, opener: Callable[[Path], tuple[dict[str, Tensor], list[str]]]) -> Files:
@@ -79,8 +86,8 @@ def _open_indexed(path: Path, opener: Callable[[Path], tuple[dict[str, Tensor], 
         tensors |= found
     for tensor, name in weight_map.items():
         if tensor not in tensors and name not in unread:
-            problems.append(f"missing: {path.name} says that {tensor} is in {name}, which does not hold it")
-    return Files(tensors, problems, frozenset(weight_map.keys() - tensors.keys()))
+            problems.append(f"index: {path.name} says that {tensor} is in {name}, which does not hold it")
+    return Files(tensors, problems, frozenset(tensor for tensor, name in weight_map.items() if name in unread))
 
 
 def _weight_map(path: Path) -> Mapping[str, str]:

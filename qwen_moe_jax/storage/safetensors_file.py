@@ -155,6 +155,8 @@ def open_safetensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
             problems.append(f"duplicated: {name} stands twice in the header of {path.name}")
         ends.append((start, end, name))
         tensors[name] = FileTensor(shape, dtype, file, begin + start)
+    if not tensors and not problems:
+        return {}, [f"damaged: {path.name} holds no tensors"]
     if not problems:
         problems = _layout_problems(path, ends, file.size - begin)
     return tensors, problems

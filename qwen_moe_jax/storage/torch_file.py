@@ -70,4 +70,6 @@ def open_torch_file(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 def _plain(value: object) -> bool:
     import torch
 
-    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized
+    if not isinstance(value, torch.Tensor) or value.device.type != "cpu":  # on "meta" there is nothing to be read
+        return False
+    return value.layout is torch.strided and not value.is_quantized
