@@ -7,7 +7,10 @@ from train.config import describe_keys, load_config, split_overrides
 
 
 def main(words: list[str]) -> int:
-    """Runs the training that the command line asks for; returns the exit code: 0, 2 for a refusal, 130 for Ctrl-C."""
+    """Runs the training that the command line asks for; returns the exit code.
+
+    0; 2 for a refusal; 130 for Ctrl-C and 143 for SIGTERM, after either of which the same command goes on.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m train",
         description="Train a Qwen, Qwen-MoE or Mixtral model from one TOML file, for example configs/train/tiny.toml.",
@@ -22,6 +25,7 @@ def main(words: list[str]) -> int:
 
     from qwen_moe_jax.errors import CheckpointError, ConfigError, ShardingError
     from train.folder import open_run_folder
+    from train.stopping import Stopped
 
     try:
         overrides, others = split_overrides(words)
@@ -43,6 +47,9 @@ def main(words: list[str]) -> int:
     except (CheckpointError, ConfigError, ShardingError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"Stopped after step {stopped.step}, saved. The same command goes on from there.", file=sys.stderr)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
         print("Stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
         return 130

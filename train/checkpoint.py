@@ -7,40 +7,59 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from train.step import TrainState
 
-_KEPT = 2
-
 
 class Checkpoints:
-    """A folder with one checkpoint per saved step, of which the newest few are kept."""
+    """A folder with one checkpoint per saved step, of which the newest few are kept.
 
-    def __init__(self, folder: Path) -> None:
+    Leave its context to be sure that everything is on disk.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
         self._checkpointer = ocp.training.Checkpointer(
             folder.absolute(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(n=_KEPT),
+            preservation_policy=ocp.training.preservation_policies.LatestN(n=keep),
             cleanup_tmp_directories=True,
         )
+        self._writing: ocp.AsyncResponse[bool] | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest step that is whole on disk."""
+        return None if self._checkpointer.latest is None else self._checkpointer.latest.step
 
     def save(self, step: int, state: TrainState) -> None:
-        """Writes the state as of `step` and returns when it is whole on disk.
+        """Copies the state as of `step` to the host's memory; it is written while training goes on.
 
-        It waits because the next training step reuses the state's memory (on a CPU, Orbax reads that very memory).
+        The copy is why the next step may reuse the state's memory at once. At most one is being written: a second one
+        waits for it, and raises what went wrong with it.
         """
-        self._checkpointer.save(step, _named_arrays(state), overwrite=True)
+        self.wait()
+        arrays = _named_arrays(state)
+        shardings = {name: array.sharding.with_memory_kind("pinned_host") for name, array in arrays.items()}
+        on_host = jax.block_until_ready(jax.device_put(arrays, shardings))
+        self._writing = self._checkpointer.save_async(step, on_host, overwrite=True)
 
-    def restore_latest(self, like: TrainState) -> TrainState | None:
-        """The newest state, placed as `like` is; None if nothing was saved.
+    def wait(self) -> None:
+        """Returns when what was saved is whole on disk."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def restore_latest(self, like: TrainState) -> TrainState:
+        """The newest state, placed as `like` is.
 
         Args:
             like: arrays or `jax.ShapeDtypeStruct`s with shardings. The mesh may differ from the one that saved.
         """
-        if self._checkpointer.latest is None:
-            return None
         named = _named_arrays(like)
         arrays = self._checkpointer.load(abstract_state=jax.tree.map(_abstract, named))
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in named])

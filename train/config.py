@@ -119,6 +119,7 @@ class RunConfig:
     log_every: int = _key(10, "steps between two progress lines")
     eval_every: int = _key(100, "steps between two looks at the held-out loss")
     checkpoint_every: int = _key(200, "steps between two checkpoints; the last step always has one")
+    keep_checkpoints: int = _key(2, "of them, the newest so many stay on disk")
     sample_prompt: str = _key("def", "the trained model continues this text")
     sample_tokens: int = _key(96, "how many tokens it adds")
     export: bool = _key(True, "write hub/, for transformers, in the end")

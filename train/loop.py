@@ -17,7 +17,15 @@ from train.folder import RunFolder
 from train.loss import resolve_loss
 from train.optimizer import make_optimizer, make_schedule
 from train.report import Report
-from train.step import heldout_loss, initial_state, make_eval_step, make_train_step, state_shardings
+from train.step import (
+    describe_state,
+    heldout_loss,
+    initial_state,
+    make_eval_step,
+    make_train_step,
+    state_shardings,
+)
+from train.stopping import Stopped, stop_requests
 
 
 def train(config: TrainConfig, folder: RunFolder) -> None:
@@ -26,6 +34,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     Raises:
         ConfigError: there is too little text; the model's config means nothing.
         ShardingError: there are too few devices, or sizes that do not divide over the mesh.
+        Stopped: a signal asked for it; the last step is saved.
     """
     began = time.perf_counter()
     mesh = qmj.make_mesh(**{axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "expert", "tensor")})
@@ -38,24 +47,27 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     heldout = heldout_batches(heldout_rows, config.data.heldout_rows, config.data.batch_size)
     heldout = [_place(batch, mesh) for batch in heldout]
 
-    # Model: a definition for each mode, and one set of parameters for both.
-    model = _make_model(config, corpus.end_id, mesh, execution)
-    model.eval()  # no token is dropped
-    eval_graph = nnx.graphdef(model)
-    model.train()
-    train_graph, params = nnx.split(model)
-    params = nnx.to_pure_dict(params)
+    # Model: a definition for each mode, and one set of parameters for both. Their shapes say where everything lies.
+    described = _make_model(config, corpus.end_id, mesh, execution, rngs=None)
+    described.eval()  # no token is dropped
+    eval_graph = nnx.graphdef(described)
+    described.train()
+    train_graph, shapes = nnx.split(described)
+    shapes = nnx.to_pure_dict(shapes)
 
     # Step: two compiled functions, and the state that goes from step to step.
     optimizer = make_optimizer(config.optimizer, config.run.steps)
-    shardings = state_shardings(params, optimizer, mesh)
-    loss_config = resolve_loss(config.loss, model.config)
+    shardings = state_shardings(shapes, optimizer, mesh)
+    loss_config = resolve_loss(config.loss, described.config)
     train_step = make_train_step(train_graph, optimizer, loss_config, shardings, config.run.seed)
     eval_step = make_eval_step(eval_graph)
-    state = initial_state(params, optimizer, shardings)
 
-    with Checkpoints(folder.checkpoints) as checkpoints:
-        state = checkpoints.restore_latest(like=state) or state
+    with Checkpoints(folder.checkpoints, config.run.keep_checkpoints) as checkpoints:
+        if checkpoints.latest_step is not None:
+            state = checkpoints.restore_latest(like=describe_state(shapes, optimizer, shardings))
+        else:
+            model = _make_model(config, corpus.end_id, mesh, execution, rngs=nnx.Rngs(config.run.seed))
+            state = initial_state(nnx.to_pure_dict(nnx.state(model)), optimizer, shardings)
         first_step, last_step = int(state.step), config.run.steps
         report = Report(
             folder.metrics,
@@ -64,8 +76,8 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
             log_every=config.run.log_every,
             schedule=make_schedule(config.optimizer, last_step),
         )
-        with report:
-            report.say(_introduction(config, model.config, tokens=rows.tokens_NT.size))
+        with report, stop_requests() as asked_to_stop:
+            report.say(_introduction(config, described.config, tokens=rows.tokens_NT.size))
             if first_step > 0:
                 report.say(f"going on from the checkpoint of step {first_step}")
             else:
@@ -80,9 +92,12 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
                     with report.aside():
                         loss = heldout_loss(eval_step, state.params, heldout)
                     report.heldout(done, loss)
-                if done % config.run.checkpoint_every == 0 or done == last_step:
+                stop = asked_to_stop()
+                if done % config.run.checkpoint_every == 0 or done == last_step or stop:
                     with report.aside():
                         checkpoints.save(done, state)
+                if stop and done < last_step:
+                    raise Stopped(done, stop)
 
             loss = heldout_loss(eval_step, state.params, heldout)
             report.heldout(last_step, loss)
@@ -122,14 +137,16 @@ def _execution(settings: ExecutionSettings) -> qmj.ExecutionConfig:
     return qmj.ExecutionConfig(**chosen)
 
 
-def _make_model(config: TrainConfig, end_id: int, mesh: Mesh, execution: qmj.ExecutionConfig) -> qmj.CausalLM:
-    """The model of the config's [model] table, with fresh weights and the vocabulary of the tokenizer."""
+def _make_model(
+    config: TrainConfig, end_id: int, mesh: Mesh, execution: qmj.ExecutionConfig, rngs: nnx.Rngs | None
+) -> qmj.CausalLM:
+    """The model of the config's [model] table, with the vocabulary of the tokenizer; without `rngs` a description."""
     hub_config = {"eos_token_id": end_id, **config.model, "vocab_size": config.data.vocab_size}
     model_config = qmj.ModelConfig.from_pretrained(hub_config)
     if config.loss.balancing_bias_rate > 0 and model_config.moe is not None:
         moe = dataclasses.replace(model_config.moe, balancing_bias=True)
         model_config = dataclasses.replace(model_config, moe=moe)
-    return qmj.CausalLM(model_config, rngs=nnx.Rngs(config.run.seed), mesh=mesh, execution=execution)
+    return qmj.CausalLM(model_config, rngs=rngs, mesh=mesh, execution=execution)
 
 
 def _introduction(config: TrainConfig, model: qmj.ModelConfig, tokens: int) -> str:

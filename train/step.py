@@ -86,6 +86,17 @@ def state_shardings(params: Params, optimizer: optax.GradientTransformation, mes
     )
 
 
+def describe_state(params: Params, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings of a state, for `Checkpoints.restore_latest`; nothing is allocated.
+
+    Args:
+        params: shapes with shardings.
+    """
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    shapes = TrainState(step=step, params=params, optimizer=jax.eval_shape(optimizer.init, params))
+    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, shardings)
+
+
 def initial_state(params: Params, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
     """Step 0: the given parameters and fresh moments, placed by `shardings`."""
     moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(params)
