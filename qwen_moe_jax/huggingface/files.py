@@ -54,7 +54,7 @@ def open_files(folder: Path) -> Files:
             return _open_indexed(folder / name, opener) if is_index else Files(*opener(folder / name))
     names = ", ".join(name for name, _, _ in LAYOUTS)
     raise CheckpointError(
-        f"{folder}: found {_content(folder)}, and none of {names}. A checkpoint folder needs one of them; other "
+        f"{folder}: found none of {names}, but {_content(folder)}. A checkpoint folder needs one of them; other "
         "formats have to be saved as safetensors first (save_pretrained of transformers does)."
     )
 

@@ -276,14 +276,14 @@ KINDS = {
     ),
     # which files there are
     "no weights": tensor_kind(
-        without(SINGLE), "found config.json, generation_config.json, and none of model.safetensors",
+        without(SINGLE), "found none of model.safetensors", "but config.json, generation_config.json.",
         "A checkpoint folder needs one of them",
     ),
     "another format": tensor_kind(
-        both(without(SINGLE), text("model.gguf", b"GGUF")), "found config.json, generation_config.json, model.gguf",
-        "none of model.safetensors", "other formats have to be saved as safetensors first",
+        both(without(SINGLE), text("model.gguf", b"GGUF")), "found none of model.safetensors",
+        "but config.json, generation_config.json, model.gguf.", "other formats have to be saved as safetensors first",
     ),
-    "a folder in place of the file": tensor_kind(as_folder, f"found {CONFIG}", f"{SINGLE}/", "none of"),
+    "a folder in place of the file": tensor_kind(as_folder, "found none of", f"but {CONFIG}", f"{SINGLE}/."),
     "index naming an absent file": tensor_kind(
         without(shard(2)), "(1 problem)", f"absent: {INDEX} names {shard(2)}, which is not there", of="sharded"
     ),
