@@ -196,6 +196,7 @@ import jax
 import qwen_moe_jax as qmj
 from qwen_moe_jax.huggingface.convert import convert
 from qwen_moe_jax.sharding.mesh import make_mesh
+from qwen_moe_jax.storage import placement, safetensors_file
 
 def peak():
     # Not getrusage, whose figure begins with that of the process that started this one.
@@ -203,6 +204,7 @@ def peak():
     return int(line.split()[1]) * 1024
 
 folder, others = Path(sys.argv[1]), Path(sys.argv[2])
+placement.BLOCK = safetensors_file._BLOCK = 8 << 20  # in proportion to a model of 300 MB
 # Everything is imported and compiled for a small one before.
 convert(others / "small", others / "small-orbax", to="orbax")
 convert(others / "small-orbax", others / "small-hub")
@@ -236,7 +238,7 @@ class Rows(Tensor):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is read from /proc")
 def test_a_checkpoint_is_converted_and_loaded_in_bounded_memory(tmp_path):
-    """400 MB, most of them in three stacks of experts."""
+    """300 MB, most of them in three stacks of experts."""
     hub = dict(
         CASES["qwen3_moe-plain"].config,
         hidden_size=512,
@@ -262,6 +264,5 @@ def test_a_checkpoint_is_converted_and_loaded_in_bounded_memory(tmp_path):
     assert done.returncode == 0, done.stderr
     to_orbax, to_hub, loading, arrays = map(int, done.stdout.split())
     assert arrays >= size * 0.99
-    # A few blocks of 16 and of 64 MB; one that holds the model, or twice an array of 100 MB, would have 300 MB more.
-    assert to_orbax < 200e6 and to_hub < 250e6, (to_orbax, to_hub)
-    assert loading - arrays < 250e6, (loading, arrays)
+    # Some blocks, and what allocators keep; TensorStore's are 200 MB. Who holds the model once has 300 MB more.
+    assert to_orbax < 260e6 and max(to_hub, loading - arrays) < 180e6, (to_orbax, to_hub, loading, arrays)
