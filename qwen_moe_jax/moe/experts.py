@@ -29,8 +29,8 @@ GATHERED_TOKENS = P(("data", "fsdp"), None, None)
 WIDE_TOKENS = P(("data", "fsdp"), None, "expert", "tensor")
 
 #: Rows per expert up to which a layer's experts stay in the stack of all layers. With more, the products outweigh the
-#: copy that cutting them out costs, and blocks sized for one layer's experts are better filled. Measured on CPUs: at 8
-#: cutting out takes half as long again, at 16 the two are even (`benchmarks/results/decode-cpu.md`).
+#: copy that cutting them out costs, and blocks sized for one layer's experts are better filled. Measured on CPUs in
+#: float32: at 8 cutting out takes half as long again, at 16 the two are nearly even (benchmarks/results/decode-cpu.md).
 FEW_ROWS = 16
 
 #: The name that remat policies know the arrays by that came over the `expert` axis.
