@@ -69,7 +69,7 @@ def router_curves(metrics: Metrics) -> list[Drawing]:
     """What the routers did over the run; nothing for a dense model."""
     if not metrics.layers:
         return []
-    return [_imbalance(metrics), _drops(metrics), _entropy(metrics)]
+    return [_balance(metrics), _imbalance(metrics), _drops(metrics), _entropy(metrics)]
 
 
 def load_map(metrics: Metrics) -> Drawing:
@@ -101,7 +101,7 @@ def load_map(metrics: Metrics) -> Drawing:
             if place + columns >= len(records):
                 panel.set_xlabel("expert")
                 panel.tick_params(labelbottom=True)
-        bar = figure.colorbar(image, ax=panels, extend="both", shrink=0.9, pad=0.015, aspect=28)
+        bar = figure.colorbar(image, ax=panels, extend="both", shrink=0.9, pad=0.015, aspect=14 * rows * tall)
         bar.set_ticks([-2, -1, 0, 1, 2], labels=["¼", "½", "1", "2", "4"])
         bar.set_label("load / mean")
         bar.outline.set_visible(False)
@@ -182,6 +182,14 @@ def _time(metrics: Metrics) -> Drawing:
     return _drawing(metrics, "Time of a step", caption, draw)
 
 
+def _balance(metrics: Metrics) -> Drawing:
+    def draw(axes: Axes) -> None:
+        _plot_smoothed(axes, *_series(metrics.steps, "balance_loss"))
+        _legend(axes)
+
+    return _drawing(metrics, "Balance loss", "of the kind that loss.balance names, without its coefficient", draw)
+
+
 def _imbalance(metrics: Metrics) -> Drawing:
     def draw(axes: Axes) -> None:
         axes.plot(*_thinned(*_series(metrics.steps, "load_imbalance")), color=_BLUE)
@@ -194,7 +202,9 @@ def _drops(metrics: Metrics) -> Drawing:
     def share(layers: dict[str, Any]) -> np.ndarray:
         return 100 * np.array(layers["dropped"]) / np.maximum(np.sum(layers["load"], axis=1), 1)
 
-    return _by_layer(metrics, "Dropped", "per cent of a layer's assignments that found no room", share)
+    drawing = _by_layer(metrics, "Dropped", "per cent of a layer's assignments that found no room", share)
+    drawing.figure.axes[0].set_ylim(bottom=0)
+    return drawing
 
 
 def _entropy(metrics: Metrics) -> Drawing:
@@ -227,7 +237,7 @@ def _by_layer(metrics: Metrics, title: str, caption: str, of: Callable[[dict[str
 def _drawing(metrics: Metrics, title: str, caption: str, draw: Callable[[Axes], None]) -> Drawing:
     """A figure over steps. Dotted lines are where the run was gone on with."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.6, 2.7), layout="constrained")
+        figure = Figure(figsize=(5.0, 2.5), layout="constrained")
         axes = figure.subplots()
         draw(axes)
         axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
