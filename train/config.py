@@ -116,7 +116,9 @@ class RunConfig:
     folder: str = _key("runs/default", "receives config.toml, metrics.jsonl, checkpoints/ and hub/")
     steps: int = _key(500, "optimizer steps in all")
     seed: int = _key(0, "of the first weights and of the order of the data")
-    log_every: int = _key(10, "steps between two progress lines")
+    log_every: int = _key(
+        10, "steps between two progress lines, and between two records of what every expert was given"
+    )
     eval_every: int = _key(100, "steps between two looks at the held-out loss")
     checkpoint_every: int = _key(200, "steps between two checkpoints; the last step always has one")
     sample_prompt: str = _key("def", "the trained model continues this text")

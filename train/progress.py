@@ -247,7 +247,8 @@ def _clock_time(seconds: float | None) -> str:
 
 def _reopen(metrics_file: Path, first_step: int) -> TextIO:
     """Opens the file to go on after `first_step`; what an earlier start wrote beyond its checkpoint will come again."""
-    records = read_records(metrics_file) if metrics_file.exists() else []
+    # A start from step 0 had no checkpoint to go on from: all comes again, the loss of step 0 too.
+    records = read_records(metrics_file) if first_step > 0 and metrics_file.exists() else []
     file = metrics_file.open("w", encoding="utf-8")
     file.writelines(json.dumps(record) + "\n" for record in records if record["step"] <= first_step)
     return file

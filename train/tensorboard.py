@@ -16,7 +16,7 @@ class Events:
         """What an earlier start wrote after `first_step` is hidden."""
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else 0)
 
     def write(self, record: dict[str, Any]) -> None:
         """Takes one record of metrics.jsonl."""

@@ -75,6 +75,15 @@ def test_going_on_keeps_what_was_and_writes_another_start(tmp_path):
     assert [record["step"] for record in metrics.layers] == [1, 2, 4, 6]
 
 
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_its_metrics_anew(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    report_of(folder, steps=5)
+    report_of(folder, steps=3)
+    metrics = read_metrics(folder.metrics)
+    assert [record["step"] for record in metrics.starts] == [0]
+    assert [record["step"] for record in metrics.steps] == [1, 2, 3]
+
+
 def test_events_hold_the_scalars_of_every_record(tmp_path):
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2", reason="the extra `tensorboard` is not installed")
     folder = RunFolder(tmp_path / "run")
