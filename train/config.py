@@ -116,13 +116,17 @@ class RunConfig:
     folder: str = _key("runs/default", "receives config.toml, metrics.jsonl, checkpoints/ and hub/")
     steps: int = _key(500, "optimizer steps in all")
     seed: int = _key(0, "of the first weights and of the order of the data")
-    log_every: int = _key(10, "steps between two progress lines")
+    log_every: int = _key(
+        10, "steps between two progress lines, and between two records of what every expert was given"
+    )
     eval_every: int = _key(100, "steps between two looks at the held-out loss")
     checkpoint_every: int = _key(200, "steps between two checkpoints; the last step always has one")
     keep_checkpoints: int = _key(2, "of them, the newest so many stay on disk")
     sample_prompt: str = _key("def", "the trained model continues this text")
     sample_tokens: int = _key(96, "how many tokens it adds")
     export: bool = _key(True, "write hub/, for transformers, in the end")
+    tensorboard: bool = _key(False, "write TensorBoard's events to tensorboard/ as well (extra `tensorboard`)")
+    profile: str = _key("", "first:end, as 10:13 for steps 10, 11 and 12: write jax's trace of them to profile/")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +230,20 @@ def to_toml(config: TrainConfig) -> str:
         table = {key: value for key, value in _as_table(getattr(config, name)).items() if value is not None}
         parts.append("\n".join([f"[{name}]", *(f"{key} = {_toml_value(value)}" for key, value in table.items())]))
     return "\n\n".join(parts) + "\n"
+
+
+def profile_steps(text: str, source: str = "run") -> range:
+    """The steps, counted from 1, that `run.profile` asks a trace of; none if it is empty.
+
+    Raises:
+        ConfigError: it is no `first:end`, or there are no steps in it. `source` is named in the message.
+    """
+    if not text:
+        return range(0)
+    first, colon, end = text.partition(":")
+    if not (colon and first.isdecimal() and end.isdecimal() and 1 <= int(first) < int(end)):
+        _refuse(f"{source}: run.profile: found {text!r}, expected first:end, as 10:13 for steps 10, 11 and 12.")
+    return range(int(first), int(end))
 
 
 def describe_keys() -> str:
@@ -355,6 +373,7 @@ def _check_values(config: TrainConfig, source: str) -> None:
         _refuse(f"{source}: data.vocab_size: found {data.vocab_size}, expected at least 257, all bytes and an end.")
     if not run.sample_prompt:
         _refuse(f"{source}: run.sample_prompt: found an empty text, expected at least one character to go on from.")
+    profile_steps(run.profile, source)
     if not 0 <= optimizer.warmup_steps < run.steps:
         _refuse(
             f"{source}: optimizer.warmup_steps: found {optimizer.warmup_steps}, expected 0 or more and fewer than "

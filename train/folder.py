@@ -25,6 +25,8 @@ class RunFolder:
         self.corpus = path / "corpus"
         self.checkpoints = path / "checkpoints"
         self.hub = path / "hub"
+        self.tensorboard = path / "tensorboard"
+        self.profile = path / "profile"
         self._result = path / "result.json"
 
     @property

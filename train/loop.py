@@ -10,13 +10,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import qwen_moe_jax as qmj
 from train.checkpoint import Checkpoints
-from train.config import ExecutionSettings, TrainConfig
+from train.config import ExecutionSettings, TrainConfig, profile_steps
 from train.corpus import load_corpus, save_tokenizer
 from train.data import Batch, batch_at, heldout_batches, pack
 from train.folder import RunFolder
 from train.loss import resolve_loss
 from train.optimizer import make_optimizer, make_schedule
-from train.report import Report
+from train.profile import Profiler
+from train.progress import Report
+from train.start import describe_start, introduction
 from train.step import (
     describe_state,
     heldout_loss,
@@ -26,17 +28,20 @@ from train.step import (
     state_shardings,
 )
 from train.stopping import Stopped, stop_requests
+from train.tensorboard import require_tensorboard
 
 
 def train(config: TrainConfig, folder: RunFolder) -> None:
     """Trains, evaluates, exports and samples into `folder`; goes on from its last checkpoint, if it has one.
 
     Raises:
-        ConfigError: there is too little text; the model's config means nothing.
+        ConfigError: there is too little text; the model's config means nothing; a library is asked for and missing.
         ShardingError: there are too few devices, or sizes that do not divide over the mesh.
         Stopped: a signal asked for it; the last step is saved.
     """
     began = time.perf_counter()
+    if config.run.tensorboard:
+        require_tensorboard()
     mesh = qmj.make_mesh(**{axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "expert", "tensor")})
     execution = _execution(config.execution)
 
@@ -69,37 +74,42 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
             model = _make_model(config, corpus.end_id, mesh, execution, rngs=nnx.Rngs(config.run.seed))
             state = initial_state(nnx.to_pure_dict(nnx.state(model)), optimizer, shardings)
         first_step, last_step = int(state.step), config.run.steps
-        report = Report(
-            folder.metrics,
-            first_step=first_step,
-            last_step=last_step,
-            log_every=config.run.log_every,
-            schedule=make_schedule(config.optimizer, last_step),
-        )
-        with report, stop_requests() as asked_to_stop:
-            report.say(_introduction(config, described.config, tokens=rows.tokens_NT.size))
+        start = describe_start(config, described, mesh, state, text_tokens=rows.tokens_NT.size)
+        schedule = make_schedule(config.optimizer, last_step)
+        report = Report(folder, config.run, start, first_step=first_step, schedule=schedule)
+        profiler = Profiler(folder.profile, profile_steps(config.run.profile))
+        with report, profiler, stop_requests() as asked_to_stop:
+            report.say(introduction(start, last_step))
             if first_step > 0:
                 report.say(f"going on from the checkpoint of step {first_step}")
             else:
-                report.heldout(0, heldout_loss(eval_step, state.params, heldout))
+                with report.aside("evaluation"):
+                    loss = heldout_loss(eval_step, state.params, heldout)
+                report.heldout(0, loss)
 
             for step in range(first_step, last_step):
-                batch = batch_at(rows, step, config.data.batch_size, config.run.seed)
-                state, metrics = train_step(state, _place(batch, mesh))
                 done = step + 1
+                profiler.before(done)
+                with report.fetching():
+                    batch = _place(batch_at(rows, step, config.data.batch_size, config.run.seed), mesh)
+                state, metrics = train_step(state, batch)
                 report.step(done, metrics)
+                if profiler.ends_with(done):
+                    with report.aside("profile"):
+                        profiler.stop()
                 if done % config.run.eval_every == 0 and done < last_step:
-                    with report.aside():
+                    with report.aside("evaluation"):
                         loss = heldout_loss(eval_step, state.params, heldout)
                     report.heldout(done, loss)
                 stop = asked_to_stop()
                 if done % config.run.checkpoint_every == 0 or done == last_step or stop:
-                    with report.aside():
+                    with report.aside("checkpoint"):
                         checkpoints.save(done, state)
                 if stop and done < last_step:
                     raise Stopped(done, stop)
 
-            loss = heldout_loss(eval_step, state.params, heldout)
+            with report.aside("evaluation"):
+                loss = heldout_loss(eval_step, state.params, heldout)
             report.heldout(last_step, loss)
 
     # Export, and let the exported folder speak: what is shown is what others will load.
@@ -147,14 +157,3 @@ def _make_model(
         moe = dataclasses.replace(model_config.moe, balancing_bias=True)
         model_config = dataclasses.replace(model_config, moe=moe)
     return qmj.CausalLM(model_config, rngs=rngs, mesh=mesh, execution=execution)
-
-
-def _introduction(config: TrainConfig, model: qmj.ModelConfig, tokens: int) -> str:
-    total, active = model.num_parameters(), model.num_active_parameters()
-    per_step = config.data.batch_size * config.data.seq_len
-    epochs = config.run.steps * per_step / tokens
-    kind = "simulated" if config.mesh.simulated else jax.devices()[0].platform
-    return (
-        f"{total:,} parameters, {active:,} active per token; {config.mesh.devices} {kind} device(s); "
-        f"{tokens / 1e6:.2f}M tokens of text, {epochs:.1f} epochs of steps of {per_step} tokens"
-    )

@@ -1,191 +1,222 @@
-"""What a run says while it goes: a progress bar on a terminal, plain lines in a file, and metrics.jsonl for both."""
+"""`python -m train.report RUN` writes RUN/report.html: a run on one page, while it goes and after (extra `plot`).
 
-import json
+The page needs nothing besides itself: no script, no font, no network. Its content security policy forbids it to load or
+run anything, and every text passes `html.escape`.
+"""
+
+import argparse
+import math
+import os
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from html import escape
 from pathlib import Path
-from typing import Any, TextIO
+from statistics import median
+from typing import TYPE_CHECKING
 
-import jax
-import optax
+from qwen_moe_jax.errors import ConfigError
+from train.folder import RunFolder
+from train.metrics import ASIDES, Metrics, read_metrics
+from train.start import Start, in_bytes
 
-from train.step import StepMetrics
+if TYPE_CHECKING:
+    from train.figures import Drawing
 
 
-class Report:
-    """Counts steps, measures their speed, writes every step to metrics.jsonl and shows some of them.
+def write_report(folder: RunFolder) -> Path:
+    """Writes the page of the run so far, and returns where.
 
-    Numbers of a step are read when the next one has been started, so that the devices never wait for this report.
+    Raises:
+        ConfigError: there is no run, or it has made no step yet.
+        ModuleNotFoundError: matplotlib is not installed.
     """
-
-    def __init__(
-        self, metrics_file: Path, *, first_step: int, last_step: int, log_every: int, schedule: optax.Schedule
-    ) -> None:
-        """Expects steps `first_step + 1 … last_step`. Lines that an earlier start wrote after `first_step` go away."""
-        self._file = _reopen(metrics_file, first_step)
-        self._display = _BarDisplay(last_step) if sys.stdout.isatty() else _LineDisplay(log_every, last_step)
-        self._schedule = schedule
-        self._last_step = last_step
-        self._pending: tuple[int, StepMetrics] | None = None
-        self._clock = time.perf_counter()  # when the step that is reported next was begun
-        self._timed_steps = -1  # the first step compiles: it is not counted
-        self._timed_seconds = 0.0
-        self._timed_tokens = 0
-        self._aside_seconds = 0.0
-
-    def __enter__(self) -> "Report":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._flush()
-        self._display.close()
-        self._file.close()
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Speed of training steps alone, over the whole run so far; None before the second step."""
-        return self._timed_tokens / self._timed_seconds if self._timed_seconds else None
-
-    def say(self, text: str) -> None:
-        """Shows a line."""
-        self._display.line(text)
-
-    def step(self, step: int, metrics: StepMetrics) -> None:
-        """Takes the metrics of a step that has been started, and shows those of the step before it."""
-        self._flush()
-        self._pending = (step, metrics)
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Around work between two steps (held-out loss, checkpoint): its time is none of the steps'."""
-        self._flush()
-        start = time.perf_counter()
-        yield
-        self._clock = time.perf_counter()
-        if self._timed_steps > 0:
-            self._aside_seconds += self._clock - start
-
-    def heldout(self, step: int, loss: float) -> None:
-        """Takes a held-out loss, in nats per token."""
-        self._write({"step": step, "heldout_loss": loss})
-        self.say(f"step {step}  held-out loss {loss:.3f}")
-
-    def _flush(self) -> None:
-        if self._pending is None:
-            return
-        step, on_device = self._pending
-        self._pending = None
-        metrics: StepMetrics = jax.device_get(on_device)  # waits for the step to end
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
-        self._timed_steps += 1
-        if self._timed_steps > 0:
-            self._timed_seconds += seconds
-            self._timed_tokens += int(metrics.tokens)
-
-        record = {
-            "step": step,
-            "loss": float(metrics.loss),
-            "balance_loss": float(metrics.balance_loss),
-            "router_z": float(metrics.router_z),
-            "gradient_norm": float(metrics.gradient_norm),
-            "learning_rate": float(self._schedule(step - 1)),
-            "dropped": int(metrics.dropped) / max(int(metrics.assignments), 1),
-            "load_imbalance": float(metrics.load_imbalance),
-            "tokens_per_second": int(metrics.tokens) / seconds,
-        }
-        self._write(record)
-        left = None
-        if self._timed_steps > 0:
-            # Asides come at even intervals, so what is left costs as much per step as what is done.
-            left = (self._timed_seconds + self._aside_seconds) / self._timed_steps * (self._last_step - step)
-        self._display.step(step, {**record, "tokens_per_second": self.tokens_per_second}, left)
-
-    def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+    metrics = read_metrics(folder.metrics)
+    page = report_page(
+        metrics, name=folder.path.resolve().name, config=folder.config.read_text(encoding="utf-8"), state=_state(folder)
+    )
+    file = folder.path / "report.html"
+    beside = file.with_suffix(".partial")
+    beside.write_text(page, encoding="utf-8")
+    os.replace(beside, file)
+    return file
 
 
-class _LineDisplay:
-    """Whole lines, for pipes, files and CI."""
+def report_page(metrics: Metrics, *, name: str, config: str, state: str) -> str:
+    """The page's HTML.
 
-    def __init__(self, log_every: int, last_step: int) -> None:
-        self._log_every = log_every
-        self._last_step = last_step
-        self._losses: list[float] = []
+    Args:
+        metrics: what to draw.
+        name: of the run.
+        config: the text of its config.toml.
+        state: whether it is over.
+    """
+    from train.figures import curves, load_map, router_curves
 
-    def line(self, text: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
-
-    def step(self, step: int, record: dict[str, Any], seconds_left: float | None) -> None:
-        self._losses.append(record["loss"])
-        if step % self._log_every == 0 or step == self._last_step:
-            mean = sum(self._losses) / len(self._losses)  # one step's loss is noisy
-            self._losses.clear()
-            done = f"step {step}/{self._last_step} {step / self._last_step:4.0%}"
-            self.line(f"{done}  {_status({**record, 'loss': mean}, seconds_left)}")
-
-    def close(self) -> None:
-        pass
-
-
-class _BarDisplay:
-    """A bar that is redrawn in place, for people."""
-
-    def __init__(self, last_step: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
-
-        columns = (BarColumn(24), TaskProgressColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
-        self._progress = Progress(*columns)
-        self._task = self._progress.add_task("", total=last_step, status="compiling the first step")
-        self._mean_loss: float | None = None
-        self._progress.start()
-
-    def line(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False)
-
-    def step(self, step: int, record: dict[str, Any], seconds_left: float | None) -> None:
-        mean = record["loss"] if self._mean_loss is None else 0.9 * self._mean_loss + 0.1 * record["loss"]
-        self._mean_loss = mean
-        self._progress.update(self._task, completed=step, status=_status({**record, "loss": mean}, seconds_left))
-
-    def close(self) -> None:
-        self._progress.stop()
+    start = Start(**metrics.starts[-1]["start"])
+    router = router_curves(metrics)
+    sections = _section("Learning and speed", _cards(curves(metrics)))
+    if router:
+        sections += _section("Routers", _cards(router) + _wide_card(load_map(metrics)))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(name)}: training</title>
+<style>{_STYLE}</style></head>
+<body>
+<header><p>Training run, {escape(state)}</p>
+<h1>{escape(name)}</h1>
+{_facts(_results(metrics))}</header>
+<main>
+{sections}{_section("What ran", f'<div class="card">{_facts(_settings(start))}</div>')}
+<details><summary>config.toml</summary><pre>{escape(config)}</pre></details>
+</main>
+</body></html>
+"""
 
 
-def _status(record: dict[str, Any], seconds_left: float | None) -> str:
-    speed = record["tokens_per_second"]
-    parts = [
-        f"loss {record['loss']:.3f}",
-        f"{speed:,.0f} tokens/s" if speed else "- tokens/s",
-        f"dropped {record['dropped']:.1%}",
-        f"ETA {_clock_time(seconds_left)}",
-    ]
-    if record["load_imbalance"]:  # 0 is a dense model
-        parts[3:3] = [f"max load {record['load_imbalance']:.1f}x", f"z-loss {record['router_z']:.1f}"]
-    return "  ".join(parts)
+def main(words: list[str]) -> int:
+    """Writes the page of the run that the command line names; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m train.report", description="Show a run on one HTML page.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder, for example runs/tiny")
+    run = parser.parse_args(words).run
+    try:
+        file = write_report(RunFolder(run))
+    except ConfigError as error:
+        print(f"ConfigError: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"{error}. The figures need matplotlib: pip install matplotlib (the extra `plot`).", file=sys.stderr)
+        return 2
+    print(f"wrote {file}")
+    return 0
 
 
-def _clock_time(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
+def _state(folder: RunFolder) -> str:
+    return "finished" if folder.finished else "not finished"
+
+
+def _results(metrics: Metrics) -> dict[str, str]:
+    """What a run has come to, the last of each number; speed is the median of the last steps."""
+    last = metrics.steps[-1]
+    results = {"step": f"{last['step']:,}", "tokens": f"{sum(record['tokens'] for record in metrics.steps):,}"}
+    results["training loss"] = f"{_mean(record['cross_entropy'] for record in metrics.steps[-20:]):.3f}"
+    if metrics.heldout:
+        results["held-out loss"] = f"{metrics.heldout[-1]['heldout_loss']:.3f}"
+    timed = metrics.timed_steps[-50:]
+    if timed:
+        for key, title in (("tokens_per_second", "tokens/s"), ("tokens_per_second_per_device", "per device")):
+            results[title] = f"{median(record[key] for record in timed):,.0f}"
+        if "mfu" in timed[-1]:
+            results["MFU"] = f"{median(record['mfu'] for record in timed):.1%}"
+    if metrics.layers:
+        results["dropped"] = f"{_mean(record['dropped'] for record in metrics.steps[-20:]):.1%}"
+        results["largest load"] = f"{last['load_imbalance']:.1f} × the mean"
+    results["time"] = _time_split(metrics)
+    return results
+
+
+def _time_split(metrics: Metrics) -> str:
+    """Shares of the time that was spent: in steps, in compiling, which is the first steps', and between steps."""
+    timed = sum(record["step_seconds"] for record in metrics.timed_steps)
+    spent = {
+        "steps": timed,
+        "compiling": sum(record["step_seconds"] for record in metrics.steps) - timed,
+        **{name: sum(record.get(f"{name}_seconds", 0.0) for record in metrics.asides) for name in ASIDES},
+    }
+    whole = sum(spent.values())
+    parts = [f"{name} {seconds / whole:.0%}" for name, seconds in spent.items() if seconds]
+    return f"{_duration(whole)}: {', '.join(parts)}"
+
+
+def _settings(start: Start) -> dict[str, str]:
+    mesh = " × ".join(f"{axis} {size}" for axis, size in start.mesh.items() if size > 1) or "one device"
+    execution = ", ".join(f"{key} {value}" for key, value in start.execution.items() if value is not None)
+    settings = {
+        "started": start.time,
+        "parameters": f"{start.parameters:,}, {start.active_parameters:,} active per token",
+        "devices": f"{start.devices} × {start.device_kind}",
+        "mesh": mesh,
+        "each device holds": f"{in_bytes(start.weight_bytes)} of weights, {in_bytes(start.moment_bytes)} of moments, "
+        f"{in_bytes(start.gradient_bytes)} of gradients",
+        "model FLOPs per token": f"{start.flops_per_token / 1e6:,.1f} M, forward and backward",
+        "tokens per step": f"{start.tokens_per_step:,}",
+        "tokens of text": f"{start.text_tokens:,}",
+        "execution": execution,
+        "versions": ", ".join(f"{name} {version}" for name, version in start.versions.items()),
+    }
+    if start.peak_flops is not None:
+        settings["peak of a device"] = f"{start.peak_flops / 1e12:,.0f} TFLOP/s in bfloat16"
+    return settings
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{title}</h2>\n{content}</section>\n"
+
+
+def _cards(drawings: list["Drawing"]) -> str:
+    return f'<div class="grid">{"".join(_card(drawing) for drawing in drawings)}</div>\n'
+
+
+def _card(drawing: "Drawing") -> str:
+    from train.figures import to_svg
+
+    return f'<figure class="card">{_heading(drawing)}{to_svg(drawing)}</figure>\n'
+
+
+def _wide_card(drawing: "Drawing") -> str:
+    """One that scrolls where the page is narrow, for its labels would become too small."""
+    from train.figures import to_svg
+
+    return f'<figure class="card wide">{_heading(drawing)}<div class="scroll">{to_svg(drawing)}</div></figure>\n'
+
+
+def _heading(drawing: "Drawing") -> str:
+    return f"<figcaption><h3>{escape(drawing.title)}</h3><p>{escape(drawing.caption)}</p></figcaption>\n"
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    shown = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
+    return f"<dl>{''.join(shown)}</dl>"
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return math.fsum(values) / len(values)
+
+
+def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
-def _reopen(metrics_file: Path, first_step: int) -> TextIO:
-    """Opens the file to go on after `first_step`; what an earlier start wrote beyond its checkpoint will come again."""
-    kept = []
-    if metrics_file.exists():
-        for line in metrics_file.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= first_step:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:
-                break  # the line that was being written when the run was stopped
-    file = metrics_file.open("w", encoding="utf-8")
-    file.writelines(kept)
-    return file
+_STYLE = """
+:root { color-scheme: light dark; --page: #fafaf8; --card: #fff; --ink: #1c1e22; --dim: #6a6f78; --line: #e6e6e1; }
+@media (prefers-color-scheme: dark) { :root { --page: #131519; --card: #1a1d22; --ink: #e4e6ea; --dim: #8c929c;
+  --line: #2b2f36; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 28px clamp(12px, 3vw, 32px); max-width: 1240px; background: var(--page);
+  color: var(--ink); font: 14px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
+header p, figcaption p, dt { color: var(--dim); font-size: 12px; margin: 0; }
+h1 { font-size: 24px; margin: 0 0 12px; overflow-wrap: anywhere; }
+h2 { font-size: 17px; margin: 28px 0 10px; }
+h3 { font-size: 14px; margin: 0; }
+dl { display: flex; flex-wrap: wrap; gap: 8px 28px; margin: 0; }
+dd { margin: 0; overflow-wrap: anywhere; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: 14px; }
+.card { margin: 0; padding: 14px 16px; min-width: 0; background: var(--card); border: 1px solid var(--line);
+  border-radius: 8px; }
+.wide { margin-top: 14px; }
+figcaption { margin-bottom: 8px; }
+svg { display: block; width: 100%; height: auto; }
+svg text { font-family: system-ui, sans-serif !important; }
+.scroll { overflow-x: auto; }
+.scroll svg { min-width: 760px; }
+summary { cursor: pointer; margin-top: 20px; }
+pre { margin: 10px 0; padding: 12px 14px; overflow: auto; background: var(--card); border: 1px solid var(--line);
+  border-radius: 8px; font: 12px/1.6 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+"""
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

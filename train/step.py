@@ -35,12 +35,15 @@ class TrainState:
 class StepMetrics:
     """What one step has to say: float32 scalars, and int32 for the counts.
 
-    `balance_loss` and `router_z` are unscaled. `assignments` counts (token, expert) pairs over all layers that the
-    router asked for, `dropped` those of them that found no room; `load_imbalance` is the largest load of an expert over
-    the mean load, in the layer where that is largest. All of these are 0 for a dense model.
+    `loss` is what is minimised: `cross_entropy`, and the losses of the router times their coefficients. `balance_loss`
+    and `router_z` are unscaled. `assignments` counts (token, expert) pairs over all layers that the router asked for,
+    `dropped` those of them that found no room; `load_imbalance` is the largest load of an expert over the mean load, in
+    the layer where that is largest. All of these are 0 for a dense model. `router` is where they come from, layer by
+    layer; a dense model has none.
     """
 
     loss: jax.Array
+    cross_entropy: jax.Array
     balance_loss: jax.Array
     router_z: jax.Array
     gradient_norm: jax.Array
@@ -48,6 +51,7 @@ class StepMetrics:
     assignments: jax.Array
     dropped: jax.Array
     load_imbalance: jax.Array
+    router: RouterStats | None
 
 
 @jax.tree_util.register_dataclass
@@ -137,7 +141,8 @@ def make_train_step(
         gradients, (loss, stats) = jax.grad(loss_and_stats, has_aux=True)(state.params, batch, noise_key)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         metrics = StepMetrics(
-            loss=loss.cross_entropy,
+            loss=loss.total,
+            cross_entropy=loss.cross_entropy,
             balance_loss=loss.balance,
             router_z=loss.router_z,
             gradient_norm=optax.tree_utils.tree_norm(gradients),
@@ -145,6 +150,7 @@ def make_train_step(
             assignments=jnp.int32(0) if stats is None else jnp.sum(stats.tokens_per_expert),
             dropped=jnp.int32(0) if stats is None else jnp.sum(stats.dropped_per_expert),
             load_imbalance=jnp.float32(0) if stats is None else jnp.max(stats.load_imbalance),
+            router=stats,
         )
         params = optax.apply_updates(state.params, updates)
         if loss_config.balancing_bias_rate > 0:

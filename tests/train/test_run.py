@@ -55,6 +55,8 @@ checkpoint_every = 4
 sample_tokens = 4
 """
 
+ASIDE_KEYS = ("evaluation_seconds", "checkpoint_seconds")
+
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
@@ -84,7 +86,7 @@ def metrics(folder):
 
 def test_the_loss_falls_on_simulated_devices(finished):
     folder, _ = finished
-    losses = [record["loss"] for record in metrics(folder) if "loss" in record]
+    losses = [record["cross_entropy"] for record in metrics(folder) if "loss" in record]
     heldout = [record["heldout_loss"] for record in metrics(folder) if "heldout_loss" in record]
     assert len(losses) == 12 and len(heldout) == 3
     assert 5.5 < heldout[0] < 5.9  # log 300 = 5.70: a fresh model knows nothing
@@ -99,6 +101,44 @@ def test_piped_output_is_whole_lines_with_time_share_done_speed_drops_and_eta(fi
     for part in ("67%", "loss ", "tokens/s", "dropped ", "max load ", "z-loss ", "ETA 0:"):
         assert part in lines[0]
     assert "\x1b" not in output and "\r" not in output
+
+
+def test_the_start_says_the_mesh_the_parameters_and_what_a_device_holds(finished):
+    folder, output = finished
+    [start] = [record["start"] for record in metrics(folder) if "start" in record]
+    assert "4 simulated device(s): data 2 x expert 2" in output and "per device besides activations: " in output
+    assert f"{start['parameters']:,} parameters, {start['active_parameters']:,} active per token" in output
+    assert start["tokens_per_step"] == 4 * 32 and start["sparse_layers"] == [0, 1] and start["peak_flops"] is None
+    # Experts and dense weights are cut in two; moments are twice the weights, and a few counters.
+    assert 4 * start["parameters"] / 2 <= start["weight_bytes"] < 4 * start["parameters"] * 0.6
+    assert 0 <= start["moment_bytes"] - 2 * start["weight_bytes"] < 100
+    assert start["gradient_bytes"] == start["weight_bytes"]
+
+
+def test_metrics_have_every_step_its_time_and_now_and_then_every_expert(finished):
+    records = metrics(finished[0])
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, 13))
+    for record in steps:
+        assert record["loss"] == pytest.approx(record["cross_entropy"] + 0.01 * record["balance_loss"], rel=1e-5)
+        assert record["tokens_per_second"] == pytest.approx(record["tokens"] / record["step_seconds"])
+        assert record["tokens_per_second_per_device"] == pytest.approx(record["tokens_per_second"] / 4)
+        assert record["data_seconds"] > 0
+        assert record["gradient_norm"] > 0 and "mfu" not in record  # no one knows the peak of a CPU
+    assert [record["learning_rate"] for record in steps[:3]] == pytest.approx([0, 0.005, 0.01])
+
+    by_step = {record["step"]: record for record in steps}
+    layers = {record["step"]: record["layers"] for record in records if "layers" in record}
+    assert list(layers) == [1, 4, 8, 12]  # log_every
+    for step, layer in layers.items():
+        loads_LE = np.array(layer["load"])
+        assert loads_LE.shape == (2, 4) and (loads_LE.sum(axis=1) == 2 * by_step[step]["tokens"]).all()
+        assert sum(layer["dropped"]) / loads_LE.sum() == pytest.approx(by_step[step]["dropped"])
+        assert len(layer["entropy"]) == 2 and 0 < max(layer["entropy"]) <= np.log(4)
+
+    asides = [(record["step"], key) for record in records for key in record if key in ASIDE_KEYS]
+    evaluations, checkpoints = ([step for step, key in asides if key == kind] for kind in ASIDE_KEYS)
+    assert evaluations == [0, 6, 12] and checkpoints == [4, 8, 12]
 
 
 def test_the_run_folder_holds_config_metrics_checkpoints_and_an_export_that_loads(finished):
@@ -131,9 +171,23 @@ def test_a_run_with_balancing_biases_exports_nothing_and_samples_all_the_same(co
     assert code == 0, complaint
     assert "The model goes on from" in output and "Hub folder" not in output
     assert not (folder / "hub").exists() and (folder / "checkpoints" / "3").exists()
-    for record in metrics(folder)[1:-1]:
+    for record in (record for record in metrics(folder) if "loss" in record):
         assert record["dropped"] == 0 and 1 <= record["load_imbalance"] <= 2 and record["router_z"] > 0
         assert 0.9 < record["balance_loss"] < 1.5  # of one sequence, 1 is even
+
+
+def test_a_dense_run_has_events_a_trace_of_the_steps_asked_for_and_no_experts(config_file, tmp_path):
+    pytest.importorskip("tensorboardX", reason="the extra `tensorboard` is not installed")
+    folder = tmp_path / "dense"
+    words = ["--run.steps=4", "--run.export=false", "--run.tensorboard=true", "--run.profile=2:3"]
+    words += ["--model.model_type=qwen3", "--mesh.expert=1", "--run.eval_every=9", "--run.checkpoint_every=9"]
+    code, _, complaint = start(config_file, folder, *words)
+    assert code == 0, complaint
+    records = metrics(folder)
+    assert not any("layers" in record for record in records)
+    assert [record["step"] for record in records if "profile_seconds" in record] == [2]
+    assert len(list(folder.glob("profile/**/*.xplane.pb"))) == 1
+    assert len(list(folder.glob("tensorboard/events.*"))) == 1
 
 
 def test_other_settings_in_the_same_folder_are_refused_with_the_difference(finished, config_file):
@@ -166,7 +220,9 @@ def test_a_stopped_run_goes_on_to_bit_equal_parameters_and_metrics(finished, con
     assert "going on from the checkpoint of step 8" in output
 
     def comparable(records):
-        return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+        timings = ("_seconds", "tokens_per_second", "tokens_per_second_per_device")
+        kept = [{key: value for key, value in record.items() if not key.endswith(timings)} for record in records]
+        return [record for record in kept if not {"start", "layers"} & set(record)]
 
     assert comparable(metrics(folder)) == comparable(metrics(whole))
     model = "hub/model.safetensors"
@@ -199,20 +255,3 @@ def test_the_exported_folder_opens_in_transformers_with_the_same_logits(finished
     found = np.asarray(qmj.from_pretrained(folder)(np.array([ids])).logits)
     # float32 on both sides: rounding only
     assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
-
-
-def test_a_run_can_be_drawn(finished):
-    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
-    from train import plot
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        assert plot.main([str(finished[0])]) == 0
-    assert (finished[0] / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_drawing_a_folder_that_is_no_run_says_so(tmp_path):
-    from train import plot
-
-    with contextlib.redirect_stderr(io.StringIO()) as complaint:
-        assert plot.main([str(tmp_path)]) == 2
-    assert "metrics.jsonl: there is no such file" in complaint.getvalue()

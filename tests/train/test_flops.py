@@ -1,0 +1,89 @@
+"""Model FLOPs agree with a count by hand and with what XLA counts; chips are told apart by how jax names them."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import qwen_moe_jax as qmj
+from train.flops import forward_flops_per_token, peak_flops, training_flops_per_token
+
+HUB_CONFIG = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "num_hidden_layers": 1,  # layers are scanned, and XLA counts the body of a scan once
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "moe_intermediate_size": 192,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 256,
+}
+
+
+def read(**changes) -> qmj.ModelConfig:
+    return qmj.ModelConfig.from_pretrained({**HUB_CONFIG, **changes})
+
+
+def test_a_token_costs_its_active_weights_and_half_of_the_attention_three_times():
+    width, heads, kv_heads, head_dim, length = 256, 4, 2, 64, 100
+    projections = width * (heads + 2 * kv_heads) * head_dim + heads * head_dim * width
+    experts = 2 * 3 * width * 192
+    norms = 3 * width + 2 * head_dim
+    weights = projections + experts + width * 8 + norms + width * 512  # the router, and the head of two tables
+    seen = (1 + length) / 2
+    by_hand = 3 * (2 * weights + 2 * 2 * heads * head_dim * seen)
+    assert training_flops_per_token(read(), length) == by_hand
+    # A tied table is the head all the same.
+    assert training_flops_per_token(read(tie_word_embeddings=True), length) == by_hand
+
+
+def test_a_sliding_layer_costs_its_window():
+    tables = {"num_hidden_layers": 2, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}
+    sliding = qmj.ModelConfig.from_pretrained({**HUB_CONFIG, **tables, "model_type": "qwen2", "intermediate_size": 64})
+    assert {kind.attention for kind in sliding.layers} == {"sliding"}
+
+    def attention(seq_len):
+        return forward_flops_per_token(sliding, seq_len) - 2 * sliding.num_active_parameters(exclude_embeddings=True)
+
+    seen = (1 + 2 + 3 + 3 + 3) / 5
+    assert attention(5) == pytest.approx(2 * 4 * 4 * 64 * seen)
+    assert attention(2) == pytest.approx(2 * 4 * 4 * 64 * 1.5)  # the window is longer than the row
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model_type": "qwen3", "intermediate_size": 768}, {"num_experts": 4, "num_experts_per_tok": 4}],
+    ids=["dense", "sparse"],  # the sparse one's experts are all active, so that no arithmetic is the dispatch's own
+)
+def test_xla_counts_the_same_in_a_compiled_forward_pass(changes):
+    config = read(**changes)
+    model = qmj.CausalLM(config, rngs=nnx.Rngs(0), execution=qmj.ExecutionConfig(dispatch="dense"))
+    rows, length = 2, 64
+    tokens_BT = jnp.zeros((rows, length), jnp.int32)
+    counted = jax.jit(lambda tokens_BT: model(tokens_BT).logits).lower(tokens_BT).compile().cost_analysis()["flops"]
+    masked = 4 * 4 * 64 * (length - (length + 1) / 2)  # scores of later keys are computed, and belong to no model
+    assert counted / (rows * length) == pytest.approx(forward_flops_per_token(config, length) + masked, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "peak"),
+    [
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA B200", 2250e12),
+        ("cpu", None),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_peaks_are_known_by_the_names_that_jax_gives(device_kind, peak):
+    assert peak_flops(device_kind) == peak

@@ -1,0 +1,64 @@
+"""Reads metrics.jsonl, of a run that is over, goes on or was cut short. What stands in it: `train.progress.Report`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_moe_jax.errors import ConfigError
+
+#: What is done between steps; a record of one has its `…_seconds`.
+ASIDES = ("evaluation", "checkpoint", "profile")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """The records of a run by kind, each kind in order of steps; several `starts` where a run was gone on with."""
+
+    starts: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
+    layers: list[dict[str, Any]]
+    heldout: list[dict[str, Any]]
+    asides: list[dict[str, Any]]
+
+    @property
+    def timed_steps(self) -> list[dict[str, Any]]:
+        """The steps without those that compiled, the first of every start."""
+        compiled = {start["step"] + 1 for start in self.starts}
+        return [record for record in self.steps if record["step"] not in compiled]
+
+
+def read_metrics(file: Path) -> Metrics:
+    """The records of a run.
+
+    Raises:
+        ConfigError: there is no such file, or it holds no training step yet.
+    """
+    if not file.is_file():
+        raise ConfigError(f"{file}: there is no such file; the folder of a run holds one.")
+    records = read_records(file)
+
+    def having(*keys: str) -> list[dict[str, Any]]:
+        return [record for record in records if any(key in record for key in keys)]
+
+    metrics = Metrics(
+        starts=having("start"),
+        steps=having("loss"),
+        layers=having("layers"),
+        heldout=having("heldout_loss"),
+        asides=having(*(f"{name}_seconds" for name in ASIDES)),
+    )
+    if not (metrics.starts and metrics.steps):
+        raise ConfigError(f"{file}: it holds no training step yet.")
+    return metrics
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """Every line up to one that is cut short: the line that is being written, or was when the run was stopped."""
+    records = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

@@ -1,0 +1,254 @@
+"""What a run says while it goes: a progress bar on a terminal, plain lines in a file, and metrics.jsonl for both."""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import jax
+import optax
+
+from qwen_moe_jax.moe.stats import RouterStats
+from train.config import RunConfig
+from train.folder import RunFolder
+from train.metrics import read_records
+from train.start import Start
+from train.step import StepMetrics
+from train.tensorboard import Events
+
+_LAYER_RECORDS = 200  # at most so many: with 48 layers of 128 experts, one is 30 kB
+
+
+class Report:
+    """Counts steps, measures their speed, writes every step to metrics.jsonl and shows some of them.
+
+    Numbers of a step are read when the next one has been started, so that the devices never wait for this report.
+
+    Every line of metrics.jsonl has a `step`. Besides, it has one of: the numbers of that step (`loss` among them; its
+    `step_seconds`; its `data_seconds`, in which the host got the batch, mostly while the devices computed the step
+    before); `layers`, the load [L, E], entropy [L] and drops [L] of that step, now and then; `heldout_loss`;
+    `evaluation_seconds`, `checkpoint_seconds` or `profile_seconds`, which are in no step's; or `start`, what the run is
+    in numbers (`train/start.py`).
+    """
+
+    def __init__(
+        self, folder: RunFolder, config: RunConfig, start: Start, *, first_step: int, schedule: optax.Schedule
+    ) -> None:
+        """Expects steps `first_step + 1 … config.steps`. What an earlier start wrote after `first_step` goes away."""
+        self._events = Events(folder.tensorboard, first_step=first_step) if config.tensorboard else None
+        self._file = _reopen(folder.metrics, first_step)
+        last_step, log_every = config.steps, config.log_every
+        self._display = _BarDisplay(last_step) if sys.stdout.isatty() else _LineDisplay(log_every, last_step)
+        self._schedule = schedule
+        self._start = start
+        self._last_step = last_step
+        self._layers_every = layers_every(log_every, last_step)
+        self._step = first_step
+        self._pending: tuple[int, StepMetrics, float] | None = None
+        self._clock = time.perf_counter()  # when the step that is reported next was begun
+        self._data_seconds = 0.0  # of the batch that was got last
+        self._timed_steps = -1  # the first step compiles: it is not counted
+        self._timed_seconds = 0.0
+        self._timed_tokens = 0
+        self._aside_seconds = 0.0
+        self._write({"step": first_step, "start": dataclasses.asdict(start)})
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+        self._display.close()
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Speed of training steps alone, over the whole run so far; None before the second step."""
+        return self._timed_tokens / self._timed_seconds if self._timed_seconds else None
+
+    def say(self, text: str) -> None:
+        """Shows a line, or several."""
+        for line in text.splitlines():
+            self._display.line(line)
+
+    @contextmanager
+    def fetching(self) -> Iterator[None]:
+        """Around getting the next batch, while the devices compute the step before it."""
+        start = time.perf_counter()
+        yield
+        self._data_seconds = time.perf_counter() - start
+
+    def step(self, step: int, metrics: StepMetrics) -> None:
+        """Takes the metrics of a step that has been started, and shows those of the step before it."""
+        self._flush()
+        self._pending = (step, metrics, self._data_seconds)
+        self._step = step
+
+    @contextmanager
+    def aside(self, what: Literal["evaluation", "checkpoint", "profile"]) -> Iterator[None]:
+        """Around work between two steps, which have ended by then: its time is none of the steps'."""
+        self._flush()
+        start = time.perf_counter()
+        yield
+        self._clock = time.perf_counter()
+        if self._timed_steps > 0:
+            self._aside_seconds += self._clock - start
+        self._write({"step": self._step, f"{what}_seconds": self._clock - start})
+
+    def heldout(self, step: int, loss: float) -> None:
+        """Takes a held-out loss, in nats per token."""
+        self._write({"step": step, "heldout_loss": loss})
+        self.say(f"step {step}  held-out loss {loss:.3f}")
+
+    def _flush(self) -> None:
+        if self._pending is None:
+            return
+        step, on_device, data_seconds = self._pending
+        self._pending = None
+        metrics: StepMetrics = jax.device_get(dataclasses.replace(on_device, router=None))  # waits for the step to end
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        self._timed_steps += 1
+        if self._timed_steps > 0:
+            self._timed_seconds += seconds
+            self._timed_tokens += int(metrics.tokens)
+
+        record = {
+            "step": step,
+            "loss": float(metrics.loss),
+            "cross_entropy": float(metrics.cross_entropy),
+            "balance_loss": float(metrics.balance_loss),
+            "router_z": float(metrics.router_z),
+            "gradient_norm": float(metrics.gradient_norm),
+            "learning_rate": float(self._schedule(step - 1)),
+            "dropped": int(metrics.dropped) / max(int(metrics.assignments), 1),
+            "load_imbalance": float(metrics.load_imbalance),
+            "tokens": int(metrics.tokens),
+            "step_seconds": seconds,
+            "data_seconds": data_seconds,
+            **self._speed(int(metrics.tokens) / seconds),
+        }
+        self._write(record)
+        if on_device.router is not None and (step % self._layers_every == 0 or step in (1, self._last_step)):
+            self._write({"step": step, "layers": _layers(jax.device_get(on_device.router))})
+        left = None
+        if self._timed_steps > 0:
+            # Asides come at even intervals, so what is left costs as much per step as what is done.
+            left = (self._timed_seconds + self._aside_seconds) / self._timed_steps * (self._last_step - step)
+        shown = {**record, "tokens_per_second": None, **self._speed(self.tokens_per_second)}
+        self._display.step(step, shown, left)
+
+    def _speed(self, tokens_per_second: float | None) -> dict[str, float]:
+        """In each of the units there are: model FLOPs utilisation where the devices' peak is known."""
+        if tokens_per_second is None:
+            return {}
+        per_device = tokens_per_second / self._start.devices
+        speed = {"tokens_per_second": tokens_per_second, "tokens_per_second_per_device": per_device}
+        if self._start.peak_flops is not None:
+            speed["mfu"] = per_device * self._start.flops_per_token / self._start.peak_flops
+        return speed
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            self._events.write(record)
+
+
+def layers_every(log_every: int, steps: int) -> int:
+    """Steps between two records of `layers`: those of progress lines, thinned out until a long run has few of them."""
+    return log_every * math.ceil(steps / (_LAYER_RECORDS * log_every))
+
+
+def _layers(stats: RouterStats) -> dict[str, list]:
+    return {
+        "load": stats.tokens_per_expert.tolist(),
+        "entropy": [round(float(entropy), 4) for entropy in stats.entropy],
+        "dropped": stats.dropped_per_expert.sum(axis=-1).tolist(),
+    }
+
+
+class _LineDisplay:
+    """Whole lines, for pipes, files and CI."""
+
+    def __init__(self, log_every: int, last_step: int) -> None:
+        self._log_every = log_every
+        self._last_step = last_step
+        self._losses: list[float] = []
+
+    def line(self, text: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+    def step(self, step: int, record: dict[str, Any], seconds_left: float | None) -> None:
+        self._losses.append(record["cross_entropy"])
+        if step % self._log_every == 0 or step == self._last_step:
+            mean = sum(self._losses) / len(self._losses)  # one step's loss is noisy
+            self._losses.clear()
+            done = f"step {step}/{self._last_step} {step / self._last_step:4.0%}"
+            self.line(f"{done}  {_status({**record, 'cross_entropy': mean}, seconds_left)}")
+
+    def close(self) -> None:
+        pass
+
+
+class _BarDisplay:
+    """A bar that is redrawn in place, for people."""
+
+    def __init__(self, last_step: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
+
+        columns = (BarColumn(24), TaskProgressColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
+        self._progress = Progress(*columns)
+        self._task = self._progress.add_task("", total=last_step, status="compiling the first step")
+        self._mean_loss: float | None = None
+        self._progress.start()
+
+    def line(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False)
+
+    def step(self, step: int, record: dict[str, Any], seconds_left: float | None) -> None:
+        loss = record["cross_entropy"]
+        mean = loss if self._mean_loss is None else 0.9 * self._mean_loss + 0.1 * loss
+        self._mean_loss = mean
+        self._progress.update(
+            self._task, completed=step, status=_status({**record, "cross_entropy": mean}, seconds_left)
+        )
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def _status(record: dict[str, Any], seconds_left: float | None) -> str:
+    speed = record["tokens_per_second"]
+    parts = [f"loss {record['cross_entropy']:.3f}", f"{speed:,.0f} tokens/s" if speed else "- tokens/s"]
+    if "mfu" in record:
+        parts.append(f"MFU {record['mfu']:.1%}")
+    parts.append(f"dropped {record['dropped']:.1%}")
+    if record["load_imbalance"]:  # 0 is a dense model
+        parts += [f"max load {record['load_imbalance']:.1f}x", f"z-loss {record['router_z']:.1f}"]
+    parts.append(f"ETA {_clock_time(seconds_left)}")
+    return "  ".join(parts)
+
+
+def _clock_time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _reopen(metrics_file: Path, first_step: int) -> TextIO:
+    """Opens the file to go on after `first_step`; what an earlier start wrote beyond its checkpoint will come again."""
+    # A start from step 0 had no checkpoint to go on from: all comes again, the loss of step 0 too.
+    records = read_records(metrics_file) if first_step > 0 and metrics_file.exists() else []
+    file = metrics_file.open("w", encoding="utf-8")
+    file.writelines(json.dumps(record) + "\n" for record in records if record["step"] <= first_step)
+    return file

@@ -1,0 +1,115 @@
+"""What a run is in numbers: said at its start, kept in metrics.jsonl, and shown on its page."""
+
+import dataclasses
+import math
+import platform
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+import qwen_moe_jax as qmj
+from train.config import TrainConfig
+from train.flops import peak_flops, training_flops_per_token
+from train.step import TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """One start of a run. Bytes are those of the fullest device, its share of every array.
+
+    Attributes:
+        time: when, local.
+        parameters, active_parameters: of the model; those that one token passes through.
+        sparse_layers: the numbers of the layers with a router.
+        mesh: sizes of the axes.
+        device_kind: as jax has it, or "simulated".
+        execution: the model's `execution_in_use` in training mode.
+        weight_bytes, moment_bytes, gradient_bytes: gradients live within a step, beside the other two.
+        text_tokens: of the training text.
+        tokens_per_step: places of a batch, padding among them.
+        flops_per_token: model FLOPs, forward and backward.
+        peak_flops: of one device in a second, in bfloat16; None where it is not known.
+        versions: of what computes.
+    """
+
+    time: str
+    parameters: int
+    active_parameters: int
+    sparse_layers: list[int]
+    mesh: dict[str, int]
+    device_kind: str
+    execution: dict[str, Any]
+    weight_bytes: int
+    moment_bytes: int
+    gradient_bytes: int
+    text_tokens: int
+    tokens_per_step: int
+    flops_per_token: float
+    peak_flops: float | None
+    versions: dict[str, str]
+
+    @property
+    def devices(self) -> int:
+        """How many devices the mesh has."""
+        return math.prod(self.mesh.values())
+
+
+def describe_start(config: TrainConfig, model: qmj.CausalLM, mesh: Mesh, state: TrainState, text_tokens: int) -> Start:
+    """The numbers of a run whose model is in training mode and whose state is placed."""
+    device_kind = jax.devices()[0].device_kind
+    weight_bytes = bytes_per_device(state.params)
+    return Start(
+        time=time.strftime("%Y-%m-%d %H:%M:%S"),
+        parameters=model.config.num_parameters(),
+        active_parameters=model.config.num_active_parameters(),
+        sparse_layers=[number for number, kind in enumerate(model.config.layers) if kind.mlp == "sparse"],
+        mesh={axis: int(size) for axis, size in mesh.shape.items()},
+        device_kind="simulated" if config.mesh.simulated else device_kind,
+        execution=dataclasses.asdict(model.execution_in_use),
+        weight_bytes=weight_bytes,
+        moment_bytes=bytes_per_device(state.optimizer),
+        gradient_bytes=weight_bytes,  # they have the shapes, dtypes and places of the weights
+        text_tokens=text_tokens,
+        tokens_per_step=config.data.batch_size * config.data.seq_len,
+        flops_per_token=training_flops_per_token(model.config, config.data.seq_len),
+        peak_flops=peak_flops(device_kind),
+        versions={
+            "qwen_moe_jax": qmj.__version__,
+            **{name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+            "python": platform.python_version(),
+        },
+    )
+
+
+def introduction(start: Start, steps: int) -> str:
+    """The same in three lines."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in start.mesh.items() if size > 1) or "one device"
+    bytes_needed = start.weight_bytes + start.moment_bytes + start.gradient_bytes
+    split = {"weights": start.weight_bytes, "moments": start.moment_bytes, "gradients": start.gradient_bytes}
+    epochs = steps * start.tokens_per_step / start.text_tokens
+    return (
+        f"{start.parameters:,} parameters, {start.active_parameters:,} active per token; "
+        f"{start.devices} {start.device_kind} device(s): {mesh}; dispatch {start.execution['dispatch']}\n"
+        f"{in_bytes(bytes_needed)} per device besides activations: "
+        f"{', '.join(f'{name} {in_bytes(size)}' for name, size in split.items())}\n"
+        f"{start.text_tokens / 1e6:.2f}M tokens of text, {epochs:.1f} epochs of steps of {start.tokens_per_step} tokens"
+    )
+
+
+def bytes_per_device(arrays: Any) -> int:
+    """What a device holds of a tree of placed arrays."""
+    return sum(
+        math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in jax.tree.leaves(arrays)
+    )
+
+
+def in_bytes(size: int) -> str:
+    """For people: 1.4 GB."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size} bytes"

@@ -1,0 +1,53 @@
+"""The same numbers as in metrics.jsonl, as TensorBoard's events (extra `tensorboard`)."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_moe_jax.errors import ConfigError
+
+
+class Events:
+    """Writes the records of a run as scalars under their own names."""
+
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        """What an earlier start wrote after `first_step` is hidden."""
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else 0)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Takes one record of metrics.jsonl."""
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._writer.close()
+
+
+def require_tensorboard() -> None:
+    """Looks for the library, before a run has cost anything.
+
+    Raises:
+        ConfigError: tensorboardX is not installed.
+    """
+    if find_spec("tensorboardX") is None:
+        raise ConfigError(
+            "run.tensorboard: found true, and tensorboardX is not installed: pip install 'qwen-moe-jax[tensorboard]'."
+        )
+
+
+def scalars(record: dict[str, Any]) -> dict[str, float]:
+    """What of a record is one number; of each layer, three, the largest load of an expert over the mean among them."""
+    found = {key: value for key, value in record.items() if key != "step" and isinstance(value, int | float)}
+    layers = record.get("layers")
+    if layers is None:
+        return found
+    for place, load_E in enumerate(np.asarray(layers["load"])):
+        found[f"entropy/{place}"] = layers["entropy"][place]
+        found[f"dropped/{place}"] = layers["dropped"][place] / max(int(load_E.sum()), 1)
+        found[f"load_imbalance/{place}"] = float(load_E.max() / max(load_E.mean(), 1e-9))
+    return found
