@@ -7,7 +7,11 @@ from train.config import describe_keys, load_config, split_overrides
 
 
 def main(words: list[str]) -> int:
-    """Runs the training that the command line asks for; returns the exit code: 0, 2 for a refusal, 130 for Ctrl-C."""
+    """Runs the training that the command line asks for.
+
+    Returns:
+        the exit code: 0, 1 where the numbers are no longer finite, 2 for a refusal, 130 for Ctrl-C.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m train",
         description="Train a Qwen, Qwen-MoE or Mixtral model from one TOML file, for example configs/train/tiny.toml.",
@@ -43,6 +47,9 @@ def main(words: list[str]) -> int:
     except (CheckpointError, ConfigError, ShardingError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except ArithmeticError as error:  # NonFiniteError, whose module would bring JAX with it
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("Stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
         return 130

@@ -62,13 +62,13 @@ class ExecutionSettings:
     remat: str = _key("none", "what the backward pass recomputes to save memory: none, exchange, dots or full")
 
 
-#: The values of loss.balance, and the loss of `qwen_moe_jax.moe.losses.RouterLosses` that each is.
-BALANCE_LOSSES = {"pooled": "load_balancing", "global_batch": "global_batch", "sequence": "sequence"}
+#: The values of loss.balance.
+BALANCE_LOSSES = ("pooled", "global_batch", "sequence")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What keeps the load of the experts even, and the router's scores small."""
+    """What keeps the load of the experts even, and scores small."""
 
     balance: str = _key(
         "pooled",
@@ -76,6 +76,7 @@ class LossConfig:
         "layer) or sequence (in each layer, within each row)",
     )
     balance_coef: float | None = _key(None, "weight of that loss; left out, the model's router_aux_loss_coef")
+    z_coef: float = _key(0.0, "weight of the mean squared logsumexp of the model's logits (z-loss; 1e-4 in PaLM)")
     router_z_coef: float = _key(0.0, "weight of the mean squared logsumexp of the router's logits (z-loss)")
     balancing_bias_rate: float = _key(
         0.0, "above 0, routers have a bias on whom they choose, moved by this much a step; it needs run.export = false"
@@ -116,6 +117,16 @@ class RunConfig:
     folder: str = _key("runs/default", "receives config.toml, metrics.jsonl, checkpoints/ and hub/")
     steps: int = _key(500, "optimizer steps in all")
     seed: int = _key(0, "of the first weights and of the order of the data")
+    accumulation_steps: int = _key(
+        1,
+        "micro-batches that a step's rows are cut into, to save memory: one step of the optimizer, with the loss and "
+        "the gradient of all rows together. Of the balance losses, pooled becomes the mean over micro-batches, as in "
+        "transformers; global_batch stays exact, for one more pass through the layers",
+    )
+    nonfinite: str = _key(
+        "stop", "where the loss or the gradient is no finite number, that step changes nothing: stop there, or skip it"
+    )
+    max_skipped: int = _key(10, "skip: more such steps than this since the start, and the run stops after all")
     log_every: int = _key(10, "steps between two progress lines")
     eval_every: int = _key(100, "steps between two looks at the held-out loss")
     checkpoint_every: int = _key(200, "steps between two checkpoints; the last step always has one")
@@ -315,7 +326,7 @@ def _check_values(config: TrainConfig, source: str) -> None:
         **{f"data.{key}": getattr(data, key) for key in ("batch_size", "heldout_rows")},
         **{
             f"run.{key}": getattr(run, key)
-            for key in ("steps", "log_every", "eval_every", "checkpoint_every", "sample_tokens")
+            for key in ("steps", "accumulation_steps", "log_every", "eval_every", "checkpoint_every", "sample_tokens")
         },
     }
     for key, value in at_least_one.items():
@@ -331,15 +342,18 @@ def _check_values(config: TrainConfig, source: str) -> None:
             _refuse(f"{source}: {key}: found {value}, expected more than 0.")
     not_negative = {
         "loss.balance_coef": loss.balance_coef or 0.0,
+        "loss.z_coef": loss.z_coef,
         "loss.router_z_coef": loss.router_z_coef,
         "loss.balancing_bias_rate": loss.balancing_bias_rate,
+        "run.max_skipped": run.max_skipped,
     }
     for key, value in not_negative.items():
         if not value >= 0:
             _refuse(f"{source}: {key}: found {value}, expected 0 or more.")
     if loss.balance not in BALANCE_LOSSES:
-        known = list(BALANCE_LOSSES)
-        _unknown(f"{source}: loss.balance: found {loss.balance!r}, no balance loss", loss.balance, known)
+        _unknown(f"{source}: loss.balance: found {loss.balance!r}, no balance loss", loss.balance, [*BALANCE_LOSSES])
+    if run.nonfinite not in ("stop", "skip"):
+        _unknown(f"{source}: run.nonfinite: found {run.nonfinite!r}", run.nonfinite, ["stop", "skip"])
     if loss.balancing_bias_rate > 0 and run.export:
         _refuse(
             f"{source}: loss.balancing_bias_rate: found {loss.balancing_bias_rate} together with run.export = true: a "
@@ -363,6 +377,12 @@ def _check_values(config: TrainConfig, source: str) -> None:
         _refuse(
             f"{source}: data.batch_size: found {data.batch_size}, expected a multiple of {mesh.batch_shards}, the "
             f"mesh's data x fsdp x expert ({mesh.data} x {mesh.fsdp} x {mesh.expert}), which share the rows evenly."
+        )
+    if data.batch_size % (mesh.batch_shards * run.accumulation_steps):
+        _refuse(
+            f"{source}: run.accumulation_steps: found {run.accumulation_steps}, expected a divisor of "
+            f"{data.batch_size // mesh.batch_shards}, the rows of data.batch_size ({data.batch_size}) that each of the "
+            f"mesh's data x fsdp x expert ({mesh.batch_shards}) has."
         )
     if config.model.get("vocab_size", data.vocab_size) != data.vocab_size:
         _refuse(

@@ -12,9 +12,10 @@ import qwen_moe_jax as qmj
 from train.checkpoint import Checkpoints
 from train.config import ExecutionSettings, TrainConfig
 from train.corpus import load_corpus, save_tokenizer
-from train.data import Batch, batch_at, heldout_batches, pack
+from train.data import Batch, batch_at, heldout_batches, pack, rows_at
 from train.folder import RunFolder
 from train.loss import resolve_loss
+from train.nonfinite import NonFiniteGuard
 from train.optimizer import make_optimizer, make_schedule
 from train.report import Report
 from train.step import heldout_loss, initial_state, make_eval_step, make_train_step, state_shardings
@@ -26,6 +27,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     Raises:
         ConfigError: there is too little text; the model's config means nothing.
         ShardingError: there are too few devices, or sizes that do not divide over the mesh.
+        NonFiniteError: a loss or a gradient is no finite number, and the config says to stop.
     """
     began = time.perf_counter()
     mesh = qmj.make_mesh(**{axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "expert", "tensor")})
@@ -50,7 +52,9 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     optimizer = make_optimizer(config.optimizer, config.run.steps)
     shardings = state_shardings(params, optimizer, mesh)
     loss_config = resolve_loss(config.loss, model.config)
-    train_step = make_train_step(train_graph, optimizer, loss_config, shardings, config.run.seed)
+    train_step = make_train_step(
+        train_graph, optimizer, loss_config, shardings, config.run.seed, config.run.accumulation_steps
+    )
     eval_step = make_eval_step(eval_graph)
     state = initial_state(params, optimizer, shardings)
 
@@ -66,7 +70,11 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
         )
         with report:
             report.say(_introduction(config, model.config, tokens=rows.tokens_NT.size))
+            guard = NonFiniteGuard(
+                config.run, batch_of=lambda step: _name_batch(config, len(rows), step), say=report.say
+            )
             if first_step > 0:
+                guard.saved(first_step)
                 report.say(f"going on from the checkpoint of step {first_step}")
             else:
                 report.heldout(0, heldout_loss(eval_step, state.params, heldout))
@@ -76,13 +84,16 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
                 state, metrics = train_step(state, _place(batch, mesh))
                 done = step + 1
                 report.step(done, metrics)
+                guard.step(done, metrics)
                 if done % config.run.eval_every == 0 and done < last_step:
                     with report.aside():
                         loss = heldout_loss(eval_step, state.params, heldout)
                     report.heldout(done, loss)
                 if done % config.run.checkpoint_every == 0 or done == last_step:
                     with report.aside():
+                        guard.settle()
                         checkpoints.save(done, state)
+                    guard.saved(done)
 
             loss = heldout_loss(eval_step, state.params, heldout)
             report.heldout(last_step, loss)
@@ -105,6 +116,13 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
             "sample": sample,
         }
     )
+
+
+def _name_batch(config: TrainConfig, num_rows: int, step: int) -> str:
+    """The rows that step `step` (from 1) read, for messages."""
+    chosen = rows_at(num_rows, step - 1, config.data.batch_size, config.run.seed)
+    parts = (f"epoch {epoch + 1}, rows {', '.join(map(str, numbers))}" for epoch, numbers in chosen.items())
+    return "on " + "; ".join(parts) + f" of {num_rows}"
 
 
 def _place(batch: Batch, mesh: Mesh) -> Batch:
