@@ -25,6 +25,7 @@ def main(words: list[str]) -> int:
         parser.parse_args(["--help"])  # answers and leaves
 
     from qwen_moe_jax.errors import CheckpointError, ConfigError, ShardingError
+    from train.errors import NonFiniteError
     from train.folder import open_run_folder
 
     try:
@@ -47,7 +48,7 @@ def main(words: list[str]) -> int:
     except (CheckpointError, ConfigError, ShardingError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    except ArithmeticError as error:  # NonFiniteError, whose module would bring JAX with it
+    except NonFiniteError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@ import difflib
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, get_args, get_origin
 
 
 def _key(default: Any, meaning: str) -> Any:
@@ -97,17 +97,29 @@ class DataConfig:
     heldout_rows: int = _key(64, "rows of them, evenly spread, on which the held-out loss is taken")
 
 
+#: The values of optimizer.schedule.
+SCHEDULES = ("cosine", "linear", "wsd")
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up and a cosine descent."""
+    """AdamW with a linear warm-up and a descent."""
 
     learning_rate: float = _key(3e-3, "at the top, after the warm-up")
     final_learning_rate: float = _key(3e-4, "at the last step")
     warmup_steps: int = _key(40, "steps from zero to the top")
+    schedule: str = _key("cosine", "after the warm-up: down a cosine, linear, or wsd (stay at the top, then linear)")
+    decay_steps: int | None = _key(None, "wsd: steps of the way down, the last ones of the run")
     weight_decay: float = _key(0.1, "of matrices; norms and biases are left alone")
     beta1: float = _key(0.9, "memory of the gradient's mean")
     beta2: float = _key(0.95, "memory of the gradient's square")
     clip_norm: float = _key(1.0, "gradients longer than this, over all parameters, are shortened to it")
+    moment_dtype: str | None = _key(
+        None, "of the memory of the gradient's mean, float32 or bfloat16; left out, that of the weights"
+    )
+    frozen: tuple[str, ...] = _key(
+        (), "regular expressions; parameters with such names on the Hub are not trained and have no moments"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +315,8 @@ def _field_types(section: str) -> dict[str, type]:
 
 def _given_type(field: dataclasses.Field) -> type:
     """What a value has to be if there is one: TOML knows no None, a key that is None is left out."""
+    if get_origin(field.type) is tuple:
+        return tuple
     kinds = [kind for kind in get_args(field.type) if kind is not type(None)]
     return kinds[0] if kinds else field.type
 
@@ -314,6 +328,8 @@ def _check_type(value: Any, section: str, key: str, where: str) -> Any:
     expected = types[key]
     if expected is float and type(value) is int:
         return float(value)
+    if expected is tuple and type(value) is list and all(type(item) is str for item in value):
+        return tuple(value)
     if type(value) is not expected:
         _refuse(f"{where}: found {_describe(value)}, expected {_type_name(expected)}.")
     return value
@@ -352,6 +368,21 @@ def _check_values(config: TrainConfig, source: str) -> None:
             _refuse(f"{source}: {key}: found {value}, expected 0 or more.")
     if loss.balance not in BALANCE_LOSSES:
         _unknown(f"{source}: loss.balance: found {loss.balance!r}, no balance loss", loss.balance, [*BALANCE_LOSSES])
+    if optimizer.schedule not in SCHEDULES:
+        _unknown(f"{source}: optimizer.schedule: found {optimizer.schedule!r}", optimizer.schedule, [*SCHEDULES])
+    if (optimizer.schedule == "wsd") != (optimizer.decay_steps is not None):
+        _refuse(
+            f"{source}: optimizer.decay_steps: found {optimizer.decay_steps} with schedule = {optimizer.schedule!r}: "
+            'it belongs to "wsd", which needs it, and to no other.'
+        )
+    if optimizer.decay_steps is not None and not 1 <= optimizer.decay_steps <= run.steps - optimizer.warmup_steps:
+        _refuse(
+            f"{source}: optimizer.decay_steps: found {optimizer.decay_steps}, expected at least 1 and no more than "
+            f"run.steps - optimizer.warmup_steps ({run.steps - optimizer.warmup_steps})."
+        )
+    if optimizer.moment_dtype not in (None, "float32", "bfloat16"):
+        known = ["float32", "bfloat16"]
+        _unknown(f"{source}: optimizer.moment_dtype: found {optimizer.moment_dtype!r}", optimizer.moment_dtype, known)
     if run.nonfinite not in ("stop", "skip"):
         _unknown(f"{source}: run.nonfinite: found {run.nonfinite!r}", run.nonfinite, ["stop", "skip"])
     if loss.balancing_bias_rate > 0 and run.export:
@@ -402,7 +433,7 @@ def _toml_value(value: Any) -> str:
         # A TOML basic string knows these escapes and wants every control character escaped.
         short = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\r": "\\r"}
         return '"' + "".join(short.get(c, c if c.isprintable() else f"\\U{ord(c):08x}") for c in value) + '"'
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items()) + "}"
@@ -410,7 +441,8 @@ def _toml_value(value: Any) -> str:
 
 
 def _type_name(kind: type) -> str:
-    return {bool: "true or false", int: "integer", float: "number", str: "string"}.get(kind, kind.__name__)
+    names = {bool: "true or false", int: "integer", float: "number", str: "string", tuple: "list of strings"}
+    return names.get(kind, kind.__name__)
 
 
 def _describe(value: Any) -> str:

@@ -16,7 +16,7 @@ from train.data import Batch, batch_at, heldout_batches, pack, rows_at
 from train.folder import RunFolder
 from train.loss import resolve_loss
 from train.nonfinite import NonFiniteGuard
-from train.optimizer import make_optimizer, make_schedule
+from train.optimizer import frozen_paths, make_optimizer, make_schedule
 from train.report import Report
 from train.step import heldout_loss, initial_state, make_eval_step, make_train_step, state_shardings
 
@@ -49,11 +49,12 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     params = nnx.to_pure_dict(params)
 
     # Step: two compiled functions, and the state that goes from step to step.
-    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    frozen = frozen_paths(config.optimizer.frozen, model)
+    optimizer = make_optimizer(config.optimizer, config.run.steps, frozen)
     shardings = state_shardings(params, optimizer, mesh)
     loss_config = resolve_loss(config.loss, model.config)
     train_step = make_train_step(
-        train_graph, optimizer, loss_config, shardings, config.run.seed, config.run.accumulation_steps
+        train_graph, optimizer, loss_config, shardings, config.run.seed, config.run.accumulation_steps, frozen
     )
     eval_step = make_eval_step(eval_graph)
     state = initial_state(params, optimizer, shardings)

@@ -6,11 +6,8 @@ from collections.abc import Callable
 import jax
 
 from train.config import RunConfig
+from train.errors import NonFiniteError
 from train.step import StepMetrics
-
-
-class NonFiniteError(ArithmeticError):
-    """Training cannot go on: a loss or a gradient is no finite number."""
 
 
 class NonFiniteGuard:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,7 @@ def make_train_step(
     shardings: TrainState,
     seed: int,
     accumulation_steps: int = 1,
+    frozen: Collection[str] = (),
 ) -> TrainStep:
     """The jitted step `(state, batch) → (state, metrics)`.
 
@@ -117,12 +118,13 @@ def make_train_step(
         shardings: as `state_shardings` gives them; the new state keeps them.
         seed: of the noise that the model draws, if it does; another one each step, the same after a restart.
         accumulation_steps: micro-batches that a batch is cut into, one after the other in memory.
+        frozen: paths of parameters that no gradient is taken of (`train.optimizer.frozen_paths`).
     """
 
     def loss_and_stats(
         params: Params, batch: Batch, whole: WholeBatch, noise_key: jax.Array
     ) -> tuple[jax.Array, tuple[Loss, RouterStats | None]]:
-        out = token_losses(params, batch, noise_key)
+        out = token_losses(_without_gradients(params, frozen), batch, noise_key)
         loss = training_loss(out, batch, whole, loss_config)
         return loss.total, (loss, None if out.router is None else out.router.stats)
 
@@ -187,6 +189,16 @@ def make_train_step(
         return TrainState(step=state.step + 1, params=params, optimizer=moments), metrics
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, shardings.step))
+
+
+def _without_gradients(params: Params, frozen: Collection[str]) -> Params:
+    """The same parameters; what only the gradient of a frozen one would need is never computed."""
+
+    def of_leaf(path: tuple[Any, ...], param: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return jax.lax.stop_gradient(param) if name in frozen else param
+
+    return jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
 def _cut(batch: Batch, parts: int) -> Batch:
