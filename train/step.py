@@ -78,6 +78,13 @@ def state_shardings(params: Params, optimizer: optax.GradientTransformation, mes
     Args:
         params: placed arrays, or shapes with shardings.
     """
+
+    def of_moment(moment: Any, sharding: NamedSharding) -> Any:
+        return moment if is_none(moment) else sharding
+
+    def is_none(moment: Any) -> bool:
+        return isinstance(moment, optax.MaskedNode)  # that of a frozen parameter
+
     everywhere = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda array: array.sharding, params)
     return TrainState(
@@ -85,10 +92,11 @@ def state_shardings(params: Params, optimizer: optax.GradientTransformation, mes
         params=shardings,
         optimizer=optax.tree_utils.tree_map_params(
             optimizer,
-            lambda _, sharding: sharding,
+            of_moment,
             jax.eval_shape(optimizer.init, params),
             shardings,
             transform_non_params=lambda _: everywhere,
+            is_leaf=is_none,
         ),
     )
 

@@ -120,6 +120,18 @@ def test_neither_pass_holds_the_logits_of_more_than_a_chunk(function, whole):
         assert held < 6 * table < 2 * logits
 
 
+def test_packed_documents_have_the_losses_they_have_alone():
+    tokens, targets = (x[:1] for x in batch()[:2])
+    segment_ids = np.array([[1] * 4 + [2] * 6])
+    model = build()
+    packed = np.asarray(model.token_losses(tokens, targets, segment_ids=segment_ids, chunk=4).losses)[0]
+    apart = np.zeros((2, 2, 6), np.int32)  # tokens and targets of two rows, the first one padded
+    for side, whole in zip(apart, (tokens[0], targets[0]), strict=True):
+        side[0, :4], side[1] = whole[:4], whole[4:]
+    alone = np.asarray(model.token_losses(*apart, segment_ids=np.array([[1] * 4 + [0] * 2, [1] * 6]), chunk=4).losses)
+    assert_near(packed, np.concatenate([alone[0, :4], alone[1]]), 1e-6, "losses")
+
+
 def test_a_target_outside_the_vocabulary_is_seen():
     tokens, targets, segment_ids = batch()
     targets[0, 0], targets[0, 1] = 64, -100
