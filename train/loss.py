@@ -47,8 +47,7 @@ class WholeBatch:
         tokens: real tokens.
         sequences: rows that hold a real token.
         micro_batches: parts it is cut into.
-        router: counts of all micro-batches, where the global batch is balanced; None where there is one micro-batch,
-            which counts for itself.
+        router: counts of all micro-batches, where they are to be balanced together; None where each counts for itself.
     """
 
     targets: jax.Array
@@ -125,7 +124,7 @@ def _balance_loss(stats: RouterStats, whole: WholeBatch, kind: str) -> jax.Array
     if kind == "sequence":
         return sequence_loss(_of_whole(stats, whole))
     if kind == "global_batch":
-        return global_batch_loss(stats, whole.router)
+        return global_batch_loss(stats, whole.router) / (whole.micro_batches if whole.router is None else 1)
     return load_balancing_loss(stats) / whole.micro_batches
 
 

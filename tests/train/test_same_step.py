@@ -98,7 +98,7 @@ def test_shares_of_all_losses_sum_to_those_of_the_batch_and_the_pooled_one_is_a_
         whole_batch(batch, 2), tokens=jnp.int32(18), sequences=jnp.int32(5), router=sum_stats([first, second])
     )
 
-    def share(rows: slice, stats, balance: str):
+    def share(rows: slice, stats, balance: str, counts=counts):
         out = TokenLosses(
             losses=jnp.asarray(losses_BT[rows]),
             logsumexp=jnp.asarray(logsumexp_BT[rows]),
@@ -120,3 +120,7 @@ def test_shares_of_all_losses_sum_to_those_of_the_batch_and_the_pooled_one_is_a_
         np.testing.assert_allclose(loss.cross_entropy, losses_BT[batch.target_mask_BT].mean(), rtol=1e-6)
         np.testing.assert_allclose(loss.z, (logsumexp_BT[batch.target_mask_BT] ** 2).mean(), rtol=1e-6)
         np.testing.assert_allclose(loss.total, loss.cross_entropy + 0.5 * loss.balance, rtol=1e-6)
+    # Where nothing is weighed by it, its counts are not worth a pass through the layers: it is shown as a mean.
+    alone = dataclasses.replace(counts, router=None)
+    shown = sum(float(share(slice(0, 3), stats, "global_batch", alone).balance) for stats in (first, second))
+    np.testing.assert_allclose(shown, (global_batch_loss(first) + global_batch_loss(second)) / 2, rtol=1e-6)
