@@ -9,7 +9,8 @@ from train.config import describe_keys, load_config, split_overrides
 def main(words: list[str]) -> int:
     """Runs the training that the command line asks for; returns the exit code.
 
-    0; 2 for a refusal; 130 for Ctrl-C and 143 for SIGTERM, after either of which the same command goes on.
+    0; 1 where the numbers are no longer finite; 2 for a refusal; 130 for Ctrl-C and 143 for SIGTERM, after either of
+    which the same command goes on.
     """
     parser = argparse.ArgumentParser(
         prog="python -m train",
@@ -24,6 +25,7 @@ def main(words: list[str]) -> int:
         parser.parse_args(["--help"])  # answers and leaves
 
     from qwen_moe_jax.errors import CheckpointError, ConfigError, ShardingError
+    from train.errors import NonFiniteError
     from train.folder import open_run_folder
     from train.stopping import Stopped
 
@@ -50,6 +52,9 @@ def main(words: list[str]) -> int:
     except Stopped as stopped:
         print(f"Stopped after step {stopped.step}, saved. The same command goes on from there.", file=sys.stderr)
         return 128 + stopped.signal
+    except NonFiniteError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("Stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
         return 130

@@ -8,7 +8,7 @@ import difflib
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, get_args, get_origin
 
 
 def _key(default: Any, meaning: str) -> Any:
@@ -62,13 +62,13 @@ class ExecutionSettings:
     remat: str = _key("none", "what the backward pass recomputes to save memory: none, exchange, dots or full")
 
 
-#: The values of loss.balance, and the loss of `qwen_moe_jax.moe.losses.RouterLosses` that each is.
-BALANCE_LOSSES = {"pooled": "load_balancing", "global_batch": "global_batch", "sequence": "sequence"}
+#: The values of loss.balance.
+BALANCE_LOSSES = ("pooled", "global_batch", "sequence")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What keeps the load of the experts even, and the router's scores small."""
+    """What keeps the load of the experts even, and scores small."""
 
     balance: str = _key(
         "pooled",
@@ -76,6 +76,7 @@ class LossConfig:
         "layer) or sequence (in each layer, within each row)",
     )
     balance_coef: float | None = _key(None, "weight of that loss; left out, the model's router_aux_loss_coef")
+    z_coef: float = _key(0.0, "weight of the mean squared logsumexp of the model's logits (z-loss; 1e-4 in PaLM)")
     router_z_coef: float = _key(0.0, "weight of the mean squared logsumexp of the router's logits (z-loss)")
     balancing_bias_rate: float = _key(
         0.0, "above 0, routers have a bias on whom they choose, moved by this much a step; it needs run.export = false"
@@ -96,17 +97,29 @@ class DataConfig:
     heldout_rows: int = _key(64, "rows of them, evenly spread, on which the held-out loss is taken")
 
 
+#: The values of optimizer.schedule.
+SCHEDULES = ("cosine", "linear", "wsd")
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up and a cosine descent."""
+    """AdamW with a linear warm-up and a descent."""
 
     learning_rate: float = _key(3e-3, "at the top, after the warm-up")
     final_learning_rate: float = _key(3e-4, "at the last step")
     warmup_steps: int = _key(40, "steps from zero to the top")
+    schedule: str = _key("cosine", "after the warm-up: down a cosine, linear, or wsd (stay at the top, then linear)")
+    decay_steps: int | None = _key(None, "wsd: steps of the way down, the last ones of the run")
     weight_decay: float = _key(0.1, "of matrices; norms and biases are left alone")
     beta1: float = _key(0.9, "memory of the gradient's mean")
     beta2: float = _key(0.95, "memory of the gradient's square")
     clip_norm: float = _key(1.0, "gradients longer than this, over all parameters, are shortened to it")
+    moment_dtype: str | None = _key(
+        None, "of the memory of the gradient's mean, float32 or bfloat16; left out, that of the weights"
+    )
+    frozen: tuple[str, ...] = _key(
+        (), "regular expressions; parameters with such names on the Hub are not trained and have no moments"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +129,16 @@ class RunConfig:
     folder: str = _key("runs/default", "receives config.toml, metrics.jsonl, checkpoints/ and hub/")
     steps: int = _key(500, "optimizer steps in all")
     seed: int = _key(0, "of the first weights and of the order of the data")
+    accumulation_steps: int = _key(
+        1,
+        "micro-batches that a step's rows are cut into, to save memory: one step of the optimizer, with the loss and "
+        "the gradient of all rows together. Of the balance losses, pooled becomes the mean over micro-batches, as in "
+        "transformers; global_batch stays exact, for one more pass through the layers",
+    )
+    nonfinite: str = _key(
+        "stop", "where the loss or the gradient is no finite number, that step changes nothing: stop there, or skip it"
+    )
+    max_skipped: int = _key(10, "skip: more such steps than this since the start, and the run stops after all")
     log_every: int = _key(
         10, "steps between two progress lines, and between two records of what every expert was given"
     )
@@ -311,6 +334,8 @@ def _field_types(section: str) -> dict[str, type]:
 
 def _given_type(field: dataclasses.Field) -> type:
     """What a value has to be if there is one: TOML knows no None, a key that is None is left out."""
+    if get_origin(field.type) is tuple:
+        return tuple
     kinds = [kind for kind in get_args(field.type) if kind is not type(None)]
     return kinds[0] if kinds else field.type
 
@@ -322,6 +347,8 @@ def _check_type(value: Any, section: str, key: str, where: str) -> Any:
     expected = types[key]
     if expected is float and type(value) is int:
         return float(value)
+    if expected is tuple and type(value) is list and all(type(item) is str for item in value):
+        return tuple(value)
     if type(value) is not expected:
         _refuse(f"{where}: found {_describe(value)}, expected {_type_name(expected)}.")
     return value
@@ -334,7 +361,7 @@ def _check_values(config: TrainConfig, source: str) -> None:
         **{f"data.{key}": getattr(data, key) for key in ("batch_size", "heldout_rows")},
         **{
             f"run.{key}": getattr(run, key)
-            for key in ("steps", "log_every", "eval_every", "checkpoint_every", "sample_tokens")
+            for key in ("steps", "accumulation_steps", "log_every", "eval_every", "checkpoint_every", "sample_tokens")
         },
     }
     for key, value in at_least_one.items():
@@ -350,15 +377,33 @@ def _check_values(config: TrainConfig, source: str) -> None:
             _refuse(f"{source}: {key}: found {value}, expected more than 0.")
     not_negative = {
         "loss.balance_coef": loss.balance_coef or 0.0,
+        "loss.z_coef": loss.z_coef,
         "loss.router_z_coef": loss.router_z_coef,
         "loss.balancing_bias_rate": loss.balancing_bias_rate,
+        "run.max_skipped": run.max_skipped,
     }
     for key, value in not_negative.items():
         if not value >= 0:
             _refuse(f"{source}: {key}: found {value}, expected 0 or more.")
     if loss.balance not in BALANCE_LOSSES:
-        known = list(BALANCE_LOSSES)
-        _unknown(f"{source}: loss.balance: found {loss.balance!r}, no balance loss", loss.balance, known)
+        _unknown(f"{source}: loss.balance: found {loss.balance!r}, no balance loss", loss.balance, [*BALANCE_LOSSES])
+    if optimizer.schedule not in SCHEDULES:
+        _unknown(f"{source}: optimizer.schedule: found {optimizer.schedule!r}", optimizer.schedule, [*SCHEDULES])
+    if (optimizer.schedule == "wsd") != (optimizer.decay_steps is not None):
+        _refuse(
+            f"{source}: optimizer.decay_steps: found {optimizer.decay_steps} with schedule = {optimizer.schedule!r}: "
+            'it belongs to "wsd", which needs it, and to no other.'
+        )
+    if optimizer.decay_steps is not None and not 1 <= optimizer.decay_steps <= run.steps - optimizer.warmup_steps:
+        _refuse(
+            f"{source}: optimizer.decay_steps: found {optimizer.decay_steps}, expected at least 1 and no more than "
+            f"run.steps - optimizer.warmup_steps ({run.steps - optimizer.warmup_steps})."
+        )
+    if optimizer.moment_dtype not in (None, "float32", "bfloat16"):
+        known = ["float32", "bfloat16"]
+        _unknown(f"{source}: optimizer.moment_dtype: found {optimizer.moment_dtype!r}", optimizer.moment_dtype, known)
+    if run.nonfinite not in ("stop", "skip"):
+        _unknown(f"{source}: run.nonfinite: found {run.nonfinite!r}", run.nonfinite, ["stop", "skip"])
     if loss.balancing_bias_rate > 0 and run.export:
         _refuse(
             f"{source}: loss.balancing_bias_rate: found {loss.balancing_bias_rate} together with run.export = true: a "
@@ -384,6 +429,12 @@ def _check_values(config: TrainConfig, source: str) -> None:
             f"{source}: data.batch_size: found {data.batch_size}, expected a multiple of {mesh.batch_shards}, the "
             f"mesh's data x fsdp x expert ({mesh.data} x {mesh.fsdp} x {mesh.expert}), which share the rows evenly."
         )
+    if data.batch_size % (mesh.batch_shards * run.accumulation_steps):
+        _refuse(
+            f"{source}: run.accumulation_steps: found {run.accumulation_steps}, expected a divisor of "
+            f"{data.batch_size // mesh.batch_shards}, the rows of data.batch_size ({data.batch_size}) that each of the "
+            f"mesh's data x fsdp x expert ({mesh.batch_shards}) has."
+        )
     if config.model.get("vocab_size", data.vocab_size) != data.vocab_size:
         _refuse(
             f"{source}: model.vocab_size: found {config.model['vocab_size']}, expected it to be left out: the "
@@ -402,7 +453,7 @@ def _toml_value(value: Any) -> str:
         # A TOML basic string knows these escapes and wants every control character escaped.
         short = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\r": "\\r"}
         return '"' + "".join(short.get(c, c if c.isprintable() else f"\\U{ord(c):08x}") for c in value) + '"'
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items()) + "}"
@@ -410,7 +461,8 @@ def _toml_value(value: Any) -> str:
 
 
 def _type_name(kind: type) -> str:
-    return {bool: "true or false", int: "integer", float: "number", str: "string"}.get(kind, kind.__name__)
+    names = {bool: "true or false", int: "integer", float: "number", str: "string", tuple: "list of strings"}
+    return names.get(kind, kind.__name__)
 
 
 def _describe(value: Any) -> str:

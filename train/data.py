@@ -69,12 +69,17 @@ def batch_at(rows: Rows, step: int, batch_size: int, seed: int) -> Batch:
 
     Every epoch goes through all rows once, in an order of its own; a batch may reach from one epoch into the next.
     """
-    epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), len(rows))
-    chosen = []
+    return _batch(rows, np.concatenate([*rows_at(len(rows), step, batch_size, seed).values()]))
+
+
+def rows_at(num_rows: int, step: int, batch_size: int, seed: int) -> dict[int, np.ndarray]:
+    """The numbers of the rows that `batch_at` takes, by epoch (from 0), in their order."""
+    epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), num_rows)
+    chosen = {}
     for epoch in np.unique(epochs):
-        order = np.random.default_rng((seed, epoch)).permutation(len(rows))
-        chosen.append(order[places[epochs == epoch]])
-    return _batch(rows, np.concatenate(chosen))
+        order = np.random.default_rng((seed, epoch)).permutation(num_rows)
+        chosen[int(epoch)] = order[places[epochs == epoch]]
+    return chosen
 
 
 def heldout_batches(rows: Rows, num_rows: int, batch_size: int) -> list[Batch]:

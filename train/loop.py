@@ -12,10 +12,11 @@ import qwen_moe_jax as qmj
 from train.checkpoint import Checkpoints
 from train.config import ExecutionSettings, TrainConfig, profile_steps
 from train.corpus import load_corpus, save_tokenizer
-from train.data import Batch, batch_at, heldout_batches, pack
+from train.data import Batch, batch_at, heldout_batches, pack, rows_at
 from train.folder import RunFolder
 from train.loss import resolve_loss
-from train.optimizer import make_optimizer, make_schedule
+from train.nonfinite import NonFiniteGuard
+from train.optimizer import frozen_paths, make_optimizer, make_schedule
 from train.profile import Profiler
 from train.progress import Report
 from train.start import describe_start, introduction
@@ -38,6 +39,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
         ConfigError: there is too little text; the model's config means nothing; a library is asked for and missing.
         ShardingError: there are too few devices, or sizes that do not divide over the mesh.
         Stopped: a signal asked for it; the last step is saved.
+        NonFiniteError: a loss or a gradient is no finite number, and the config says to stop.
     """
     began = time.perf_counter()
     if config.run.tensorboard:
@@ -61,10 +63,13 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     shapes = nnx.to_pure_dict(shapes)
 
     # Step: two compiled functions, and the state that goes from step to step.
-    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    frozen = frozen_paths(config.optimizer.frozen, described)
+    optimizer = make_optimizer(config.optimizer, config.run.steps, frozen)
     shardings = state_shardings(shapes, optimizer, mesh)
     loss_config = resolve_loss(config.loss, described.config)
-    train_step = make_train_step(train_graph, optimizer, loss_config, shardings, config.run.seed)
+    train_step = make_train_step(
+        train_graph, optimizer, loss_config, shardings, config.run.seed, config.run.accumulation_steps, frozen
+    )
     eval_step = make_eval_step(eval_graph)
 
     with Checkpoints(folder.checkpoints, config.run.keep_checkpoints) as checkpoints:
@@ -80,7 +85,11 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
         profiler = Profiler(folder.profile, profile_steps(config.run.profile))
         with report, profiler, stop_requests() as asked_to_stop:
             report.say(introduction(start, last_step))
+            guard = NonFiniteGuard(
+                config.run, batch_of=lambda step: _name_batch(config, len(rows), step), say=report.say
+            )
             if first_step > 0:
+                guard.saved(first_step)
                 report.say(f"going on from the checkpoint of step {first_step}")
             else:
                 with report.aside("evaluation"):
@@ -94,6 +103,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
                     batch = _place(batch_at(rows, step, config.data.batch_size, config.run.seed), mesh)
                 state, metrics = train_step(state, batch)
                 report.step(done, metrics)
+                guard.step(done, metrics)
                 if profiler.ends_with(done):
                     with report.aside("profile"):
                         profiler.stop()
@@ -104,7 +114,9 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
                 stop = asked_to_stop()
                 if done % config.run.checkpoint_every == 0 or done == last_step or stop:
                     with report.aside("checkpoint"):
+                        guard.settle()
                         checkpoints.save(done, state)
+                    guard.saved(done)
                 if stop and done < last_step:
                     raise Stopped(done, stop)
 
@@ -130,6 +142,13 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
             "sample": sample,
         }
     )
+
+
+def _name_batch(config: TrainConfig, num_rows: int, step: int) -> str:
+    """The rows that step `step` (from 1) read, for messages."""
+    chosen = rows_at(num_rows, step - 1, config.data.batch_size, config.run.seed)
+    parts = (f"epoch {epoch + 1}, rows {', '.join(map(str, numbers))}" for epoch, numbers in chosen.items())
+    return "on " + "; ".join(parts) + f" of {num_rows}"
 
 
 def _place(batch: Batch, mesh: Mesh) -> Batch:

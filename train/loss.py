@@ -1,4 +1,4 @@
-"""What training minimises: next-token cross entropy, plus the losses of the router for sparse models."""
+"""What training minimises: next-token cross entropy, its z-loss, and the losses of the router for sparse models."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -8,23 +8,64 @@ import jax.numpy as jnp
 
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import ConfigError
-from qwen_moe_jax.moe.losses import RouterLosses
-from train.config import BALANCE_LOSSES, LossConfig
+from qwen_moe_jax.model.output import TokenLosses
+from qwen_moe_jax.moe.losses import global_batch_loss, load_balancing_loss, router_z_loss, sequence_loss
+from qwen_moe_jax.moe.stats import RouterStats
+from train.config import LossConfig
 from train.data import Batch
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Loss:
-    """Float32 scalars. `total` is what is differentiated; `balance` and `router_z`, unscaled, are 0 for a dense model.
+    """Float32 scalars. `total` is what is differentiated; the others are unscaled, the last two 0 for a dense model.
 
-    Which balance loss that is says `loss.balance` of the config.
+    Of a micro-batch they are its share: the shares of all micro-batches sum to the losses of the step.
+
+    Attributes:
+        total: the cross entropy, plus the others times their coefficients.
+        cross_entropy: the mean over the targets.
+        z: the mean over the targets of logsumexp(logits)².
+        balance: which balance loss that is says `loss.balance` of the config.
+        router_z: of the router's logits.
     """
 
     total: jax.Array
     cross_entropy: jax.Array
+    z: jax.Array
     balance: jax.Array
     router_z: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class WholeBatch:
+    """What the sums of a micro-batch are divided by: counts of the whole batch that a step reads, int32 scalars.
+
+    Attributes:
+        targets: real targets.
+        tokens: real tokens.
+        sequences: rows that hold a real token.
+        micro_batches: parts it is cut into.
+        router: counts of all micro-batches, where they are to be balanced together; None where each counts for itself.
+    """
+
+    targets: jax.Array
+    tokens: jax.Array
+    sequences: jax.Array
+    micro_batches: jax.Array
+    router: RouterStats | None = None
+
+
+def whole_batch(batch: Batch, micro_batches: int) -> WholeBatch:
+    """The counts that a batch tells before any model has seen it."""
+    real_BT = batch.segment_ids_BT > 0
+    return WholeBatch(
+        targets=jnp.sum(batch.target_mask_BT, dtype=jnp.int32),
+        tokens=jnp.sum(real_BT, dtype=jnp.int32),
+        sequences=jnp.sum(jnp.any(real_BT, axis=1), dtype=jnp.int32),
+        micro_batches=jnp.int32(micro_batches),
+    )
 
 
 def resolve_loss(config: LossConfig, model: ModelConfig) -> LossConfig:
@@ -45,40 +86,48 @@ def resolve_loss(config: LossConfig, model: ModelConfig) -> LossConfig:
     return dataclasses.replace(config, balance_coef=0.0)
 
 
-def cross_entropy_sum(logits_BTV: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Sums -log p(target) over the real targets.
+def sum_over_targets(x_BT: jax.Array, batch: Batch) -> jax.Array:
+    """The sum over the real targets alone."""
+    return jnp.sum(x_BT, where=batch.target_mask_BT)
+
+
+def training_loss(out: TokenLosses, batch: Batch, whole: WholeBatch, config: LossConfig) -> Loss:
+    """The mean cross entropy over real targets, plus the other losses times their coefficients.
+
+    The mean is over the whole batch, on however many devices and in however many micro-batches it lies; a batch of
+    padding only has loss 0. So it is for all losses but one: the pooled balance loss reads products of means, and is
+    averaged over the micro-batches, as transformers does where it accumulates gradients.
 
     Args:
-        logits_BTV: any float dtype; the log-softmax is taken in float32.
-        batch: `targets_BT` and `target_mask_BT` are read.
-
-    Returns:
-        the sum, float32 scalar in nats, and the number of targets, int32 scalar.
-    """
-    logits_BTV = logits_BTV.astype(jnp.float32)
-    target_logits_BT = jnp.take_along_axis(logits_BTV, batch.targets_BT[..., None], axis=-1)[..., 0]
-    losses_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits_BT
-    return jnp.sum(losses_BT, where=batch.target_mask_BT), jnp.sum(batch.target_mask_BT, dtype=jnp.int32)
-
-
-def training_loss(logits_BTV: jax.Array, batch: Batch, router: RouterLosses | None, config: LossConfig) -> Loss:
-    """The mean cross entropy over real targets, plus the balance loss and the z-loss times their coefficients.
-
-    The mean is over the whole batch, on however many devices it lies; a batch of padding only has loss 0.
-
-    Args:
-        logits_BTV: see `cross_entropy_sum`.
-        batch: what they are the logits of.
-        router: the model's losses; None for a dense model.
+        out: what the model says of the micro-batch.
+        batch: the micro-batch.
+        whole: what it is a part of.
         config: with nothing left open (`resolve_loss`).
     """
-    total, count = cross_entropy_sum(logits_BTV, batch)
-    cross_entropy = total / jnp.maximum(count, 1)
-    balance = jnp.float32(0) if router is None else getattr(router, BALANCE_LOSSES[config.balance])
-    router_z = jnp.float32(0) if router is None else router.router_z
+    targets = jnp.maximum(whole.targets, 1)
+    cross_entropy = sum_over_targets(out.losses, batch) / targets
+    z = sum_over_targets(out.logsumexp**2, batch) / targets
+    balance = router_z = jnp.float32(0)
+    if out.router is not None:
+        balance = _balance_loss(out.router.stats, whole, config.balance)
+        router_z = router_z_loss(_of_whole(out.router.stats, whole))
     return Loss(
-        total=cross_entropy + config.balance_coef * balance + config.router_z_coef * router_z,
+        total=cross_entropy + config.z_coef * z + config.balance_coef * balance + config.router_z_coef * router_z,
         cross_entropy=cross_entropy,
+        z=z,
         balance=balance,
         router_z=router_z,
     )
+
+
+def _balance_loss(stats: RouterStats, whole: WholeBatch, kind: str) -> jax.Array:
+    if kind == "sequence":
+        return sequence_loss(_of_whole(stats, whole))
+    if kind == "global_batch":
+        return global_batch_loss(stats, whole.router) / (whole.micro_batches if whole.router is None else 1)
+    return load_balancing_loss(stats) / whole.micro_batches
+
+
+def _of_whole(stats: RouterStats, whole: WholeBatch) -> RouterStats:
+    """A micro-batch's sums over the counts of the whole: means that add up over the micro-batches."""
+    return dataclasses.replace(stats, tokens=whole.tokens, sequences=whole.sequences)

@@ -1,38 +1,105 @@
-"""AdamW: clipped gradients, warm-up and cosine, weight decay on matrices only."""
+"""AdamW: clipped gradients, warm-up and descent, weight decay on matrices only, and what is not trained at all."""
 
-from collections.abc import Callable
+import difflib
+import re
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import optax
 
+from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.huggingface.tensors import hub_parameters
+from qwen_moe_jax.model.causal_lm import CausalLM
 from train.config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: 0 up to `learning_rate`, then down a cosine to `final_learning_rate` at step `steps`."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=steps,
-        end_value=config.final_learning_rate,
-    )
+    """Learning rate by step: 0 up to `learning_rate`, then down to `final_learning_rate` at step `steps`.
+
+    "cosine" and "linear" fall from the top at once, "wsd" (warm-up, stable, decay: arXiv 2404.06395) stays there until
+    `decay_steps` before the end, and falls in a line.
+    """
+    top, bottom, warmup = config.learning_rate, config.final_learning_rate, config.warmup_steps
+    if config.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(
+            init_value=0.0, peak_value=top, warmup_steps=warmup, decay_steps=steps, end_value=bottom
+        )
+    decay = steps - warmup if config.schedule == "linear" else config.decay_steps
+    descent = optax.linear_schedule(top, bottom, transition_steps=decay, transition_begin=steps - warmup - decay)
+    return optax.join_schedules([optax.linear_schedule(0.0, top, warmup), descent], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The whole chain. Its moments have the shapes and dtypes of the parameters."""
-    return optax.chain(
+def make_optimizer(config: OptimizerConfig, steps: int, frozen: Collection[str] = ()) -> optax.GradientTransformation:
+    """The whole chain.
+
+    Args:
+        config: its settings.
+        steps: of the whole run, for the schedule.
+        frozen: paths of parameters (`frozen_paths`) that stay as they are: they have no moments, and their gradients
+            no part in the norm that is clipped.
+    """
+    trained = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             make_schedule(config, steps),
             b1=config.beta1,
             b2=config.beta2,
+            # Of the second moment float32 must be kept: in bfloat16 it could not shrink, a step of 1 - beta2 is less
+            # than its rounding.
+            mu_dtype=config.moment_dtype,
             weight_decay=config.weight_decay,
             mask=decays,
         ),
         optax.masked(optax.set_to_zero(), moves_by_itself),
     )
+    if not frozen:
+        return trained
+
+    def labels(params: Any) -> Any:
+        return _by_name(lambda names: "frozen" if ".".join(names) in frozen else "trained", params)
+
+    return optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, labels)
+
+
+def frozen_paths(patterns: Collection[str], model: CausalLM) -> frozenset[str]:
+    """The paths of the parameters whose names in the family's files match one of these regular expressions.
+
+    Args:
+        patterns: each is searched for in names as "model.layers.3.mlp.gate.weight".
+        model: whose parameters they are.
+
+    Raises:
+        ConfigError: a pattern is no regular expression, matches nothing, or some layers only of an array that holds
+            several.
+    """
+    parameters = hub_parameters(model)
+    known = sorted({name for parameter in parameters for name in parameter.names.flat})
+    frozen = set()
+    for pattern in patterns:
+        try:
+            matches = re.compile(pattern).search
+        except re.error as error:
+            raise ConfigError(f"optimizer.frozen: {pattern!r} is no regular expression: {error}.") from None
+        found = False
+        for parameter in parameters:
+            hits = [bool(matches(name)) for name in parameter.names.flat]
+            if any(hits) and not all(hits):
+                names = [*parameter.names.flat]
+                raise ConfigError(
+                    f"optimizer.frozen: {pattern!r} matches {names[hits.index(True)]} and not "
+                    f"{names[hits.index(False)]}. Layers of a kind are one array here, and so are their experts: "
+                    "freeze all of them or none."
+                )
+            if any(hits):
+                found = True
+                frozen.add(parameter.path)
+        if not found:
+            near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3)
+            raise ConfigError(
+                f"optimizer.frozen: {pattern!r} matches no parameter. Near it are {', '.join(near or known[:3])}."
+            )
+    return frozenset(frozen)
 
 
 def decays(params: Any) -> Any:
@@ -49,8 +116,10 @@ def moves_by_itself(params: Any) -> Any:
     return _by_name(lambda names: names[-1] == "e_score_correction_bias", params)
 
 
-def _by_name(holds: Callable[[list[str]], bool], params: Any) -> Any:
-    def of_leaf(path: tuple[Any, ...], _: Any) -> bool:
-        return holds(jax.tree_util.keystr(path, simple=True, separator=".").split("."))
+def _by_name(tell: Callable[[list[str]], Any], params: Any) -> Any:
+    """What is told of each array's names (the parts of its path), as a tree shaped as `params`."""
+
+    def of_leaf(path: tuple[Any, ...], _: Any) -> Any:
+        return tell(jax.tree_util.keystr(path, simple=True, separator=".").split("."))
 
     return jax.tree_util.tree_map_with_path(of_leaf, params)

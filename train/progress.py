@@ -122,8 +122,10 @@ class Report:
 
         record = {
             "step": step,
+            "finite": bool(metrics.finite),
             "loss": float(metrics.loss),
             "cross_entropy": float(metrics.cross_entropy),
+            "z_loss": float(metrics.z_loss),
             "balance_loss": float(metrics.balance_loss),
             "router_z": float(metrics.router_z),
             "gradient_norm": float(metrics.gradient_norm),

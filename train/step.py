@@ -1,6 +1,8 @@
 """The two compiled functions of training: one step of the optimizer, one look at the held-out loss."""
 
-from collections.abc import Callable
+import dataclasses
+import operator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +13,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_moe_jax.model.balancing import update_balancing_biases
-from qwen_moe_jax.moe.stats import RouterStats
+from qwen_moe_jax.model.output import TokenLosses
+from qwen_moe_jax.moe.stats import RouterStats, sum_stats
 from train.config import LossConfig
 from train.data import Batch
-from train.loss import Loss, cross_entropy_sum, training_loss
+from train.loss import Loss, WholeBatch, sum_over_targets, training_loss, whole_batch
 
 Params = dict[str, Any]
 """Nested dict of arrays, named as the model's attributes; `nnx.merge(graphdef, params)` is the model again."""
@@ -33,17 +36,20 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one step has to say: float32 scalars, and int32 for the counts.
+    """What one step has to say: float32 scalars, int32 for the counts, and a bool.
 
-    `loss` is what is minimised: `cross_entropy`, and the losses of the router times their coefficients. `balance_loss`
-    and `router_z` are unscaled. `assignments` counts (token, expert) pairs over all layers that the router asked for,
-    `dropped` those of them that found no room; `load_imbalance` is the largest load of an expert over the mean load, in
-    the layer where that is largest. All of these are 0 for a dense model. `router` is where they come from, layer by
-    layer; a dense model has none.
+    `finite` is False where the loss or the gradient's norm is no finite number: then the step changed nothing but the
+    count of steps. `loss` is what is minimised: `cross_entropy`, and the other losses times their coefficients.
+    `z_loss`, the mean squared logsumexp of the logits, `balance_loss` and `router_z` are unscaled. `assignments` counts
+    (token, expert) pairs over all layers that the router asked for, `dropped` those of them that found no room;
+    `load_imbalance` is the largest load of an expert over the mean load, in the layer where that is largest. All that
+    tells of experts is 0 for a dense model. `router` is where it comes from, layer by layer; a dense model has none.
     """
 
+    finite: jax.Array
     loss: jax.Array
     cross_entropy: jax.Array
+    z_loss: jax.Array
     balance_loss: jax.Array
     router_z: jax.Array
     gradient_norm: jax.Array
@@ -75,6 +81,13 @@ def state_shardings(params: Params, optimizer: optax.GradientTransformation, mes
     Args:
         params: placed arrays, or shapes with shardings.
     """
+
+    def of_moment(moment: Any, sharding: NamedSharding) -> Any:
+        return moment if is_none(moment) else sharding
+
+    def is_none(moment: Any) -> bool:
+        return isinstance(moment, optax.MaskedNode)  # that of a frozen parameter
+
     everywhere = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda array: array.sharding, params)
     return TrainState(
@@ -82,10 +95,11 @@ def state_shardings(params: Params, optimizer: optax.GradientTransformation, mes
         params=shardings,
         optimizer=optax.tree_utils.tree_map_params(
             optimizer,
-            lambda _, sharding: sharding,
+            of_moment,
             jax.eval_shape(optimizer.init, params),
             shardings,
             transform_non_params=lambda _: everywhere,
+            is_leaf=is_none,
         ),
     )
 
@@ -113,6 +127,8 @@ def make_train_step(
     loss_config: LossConfig,
     shardings: TrainState,
     seed: int,
+    accumulation_steps: int = 1,
+    frozen: Collection[str] = (),
 ) -> TrainStep:
     """The jitted step `(state, batch) → (state, metrics)`.
 
@@ -123,42 +139,102 @@ def make_train_step(
         loss_config: with nothing left open (`train.loss.resolve_loss`).
         shardings: as `state_shardings` gives them; the new state keeps them.
         seed: of the noise that the model draws, if it does; another one each step, the same after a restart.
+        accumulation_steps: micro-batches that a batch is cut into, one after the other in memory.
+        frozen: paths of parameters that no gradient is taken of (`train.optimizer.frozen_paths`).
     """
 
     def loss_and_stats(
-        params: Params, batch: Batch, noise_key: jax.Array
+        params: Params, batch: Batch, whole: WholeBatch, noise_key: jax.Array
     ) -> tuple[jax.Array, tuple[Loss, RouterStats | None]]:
-        model = nnx.merge(graphdef, params)
-        out = model(
-            batch.tokens_BT, segment_ids=batch.segment_ids_BT, positions=batch.positions_BT, noise_key=noise_key
+        out = token_losses(_without_gradients(params, frozen), batch, noise_key)
+        loss = training_loss(out, batch, whole, loss_config)
+        return loss.total, (loss, None if out.router is None else out.router.stats)
+
+    def token_losses(params: Params, batch: Batch, noise_key: jax.Array) -> TokenLosses:
+        return nnx.merge(graphdef, params).token_losses(
+            batch.tokens_BT,
+            batch.targets_BT,
+            segment_ids=batch.segment_ids_BT,
+            positions=batch.positions_BT,
+            noise_key=noise_key,
         )
-        losses, stats = (None, None) if out.router is None else (out.router.losses, out.router.stats)
-        loss = training_loss(out.logits, batch, losses, loss_config)
-        return loss.total, (loss, stats)
+
+    def accumulated(
+        params: Params, batch: Batch, whole: WholeBatch, noise_key: jax.Array
+    ) -> tuple[Params, tuple[Loss, RouterStats | None]]:
+        """Gradients, losses and counts of the whole batch, from one micro-batch after the other."""
+        parts = (_cut(batch, accumulation_steps), jax.random.split(noise_key, accumulation_steps))
+        if loss_config.balance == "global_batch" and loss_config.balance_coef > 0:
+            # How even the load of the whole batch is must be known before any part of it is differentiated. The layers
+            # run once more for it; the head, whose result is not read, does not.
+            counts = jax.lax.map(lambda part: token_losses(params, *part).router.stats, parts)
+            whole = dataclasses.replace(whole, router=_summed(counts))
+
+        def add(total: Params, part: tuple[Batch, jax.Array]) -> tuple[Params, tuple[Loss, RouterStats | None]]:
+            micro_batch, key = part
+            gradients, seen = jax.grad(loss_and_stats, has_aux=True)(params, micro_batch, whole, key)
+            return jax.tree.map(lambda total, new: total + new.astype(jnp.float32), total, gradients), seen
+
+        zeros = jax.tree.map(lambda param: jnp.zeros(param.shape, jnp.float32), params)
+        zeros = jax.lax.with_sharding_constraint(zeros, shardings.params)
+        total, (losses, stats) = jax.lax.scan(add, zeros, parts)
+        gradients = jax.tree.map(lambda total, param: total.astype(param.dtype), total, params)
+        return gradients, (jax.tree.map(lambda shares: jnp.sum(shares, axis=0), losses), _summed(stats))
+
+    gradients_of = jax.grad(loss_and_stats, has_aux=True) if accumulation_steps == 1 else accumulated
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         noise_key = jax.random.fold_in(jax.random.key(seed), state.step)
-        gradients, (loss, stats) = jax.grad(loss_and_stats, has_aux=True)(state.params, batch, noise_key)
-        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+        whole = whole_batch(batch, accumulation_steps)
+        gradients, (loss, stats) = gradients_of(state.params, batch, whole, noise_key)
+        gradient_norm = optax.tree_utils.tree_norm(gradients)
         metrics = StepMetrics(
+            finite=jnp.isfinite(loss.total) & jnp.isfinite(gradient_norm),
             loss=loss.total,
             cross_entropy=loss.cross_entropy,
+            z_loss=loss.z,
             balance_loss=loss.balance,
             router_z=loss.router_z,
-            gradient_norm=optax.tree_utils.tree_norm(gradients),
-            tokens=jnp.sum(batch.segment_ids_BT > 0, dtype=jnp.int32),
+            gradient_norm=gradient_norm,
+            tokens=whole.tokens,
             assignments=jnp.int32(0) if stats is None else jnp.sum(stats.tokens_per_expert),
             dropped=jnp.int32(0) if stats is None else jnp.sum(stats.dropped_per_expert),
             load_imbalance=jnp.float32(0) if stats is None else jnp.max(stats.load_imbalance),
             router=stats,
         )
+        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         if loss_config.balancing_bias_rate > 0:
             model = update_balancing_biases(nnx.merge(graphdef, params), stats, loss_config.balancing_bias_rate)
             params = nnx.to_pure_dict(nnx.state(model))
+        params, moments = jax.tree.map(
+            lambda new, old: jnp.where(metrics.finite, new, old), (params, moments), (state.params, state.optimizer)
+        )
         return TrainState(step=state.step + 1, params=params, optimizer=moments), metrics
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, shardings.step))
+
+
+def _without_gradients(params: Params, frozen: Collection[str]) -> Params:
+    """The same parameters; what only the gradient of a frozen one would need is never computed."""
+
+    def of_leaf(path: tuple[Any, ...], param: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return jax.lax.stop_gradient(param) if name in frozen else param
+
+    return jax.tree_util.tree_map_with_path(of_leaf, params)
+
+
+def _cut(batch: Batch, parts: int) -> Batch:
+    """[B,T] to [parts, B / parts, T]: every `parts`-th row, so that each device cuts the rows it has."""
+    return jax.tree.map(lambda x_BT: jnp.swapaxes(x_BT.reshape(-1, parts, x_BT.shape[1]), 0, 1), batch)
+
+
+def _summed(stats: RouterStats | None) -> RouterStats | None:
+    """Stats that are stacked over micro-batches as those of one batch."""
+    if stats is None:
+        return None
+    return sum_stats([jax.tree.map(operator.itemgetter(part), stats) for part in range(len(stats.tokens))])
 
 
 def make_eval_step(graphdef: nnx.GraphDef) -> EvalStep:
@@ -167,8 +243,12 @@ def make_eval_step(graphdef: nnx.GraphDef) -> EvalStep:
     @jax.jit
     def eval_step(params: Params, batch: Batch) -> HeldoutSum:
         model = nnx.merge(graphdef, params)
-        out = model(batch.tokens_BT, segment_ids=batch.segment_ids_BT, positions=batch.positions_BT)
-        return HeldoutSum(*cross_entropy_sum(out.logits, batch))
+        out = model.token_losses(
+            batch.tokens_BT, batch.targets_BT, segment_ids=batch.segment_ids_BT, positions=batch.positions_BT
+        )
+        return HeldoutSum(
+            loss=sum_over_targets(out.losses, batch), targets=jnp.sum(batch.target_mask_BT, dtype=jnp.int32)
+        )
 
     return eval_step
 

@@ -21,9 +21,10 @@ from qwen_moe_jax.model.attention import TokenContext
 from qwen_moe_jax.model.cache import STORED as CACHE
 from qwen_moe_jax.model.cache import Cache
 from qwen_moe_jax.model.embedding import TABLE, Embedding
-from qwen_moe_jax.model.output import ModelOutput, RouterOutput
+from qwen_moe_jax.model.output import ModelOutput, RouterOutput, TokenLosses
 from qwen_moe_jax.model.rotary import rotary_tables
 from qwen_moe_jax.model.stack import LayerStack, StackOutput
+from qwen_moe_jax.model.vocabulary import target_log_probs
 from qwen_moe_jax.moe.choices import choose
 from qwen_moe_jax.moe.losses import router_losses
 from qwen_moe_jax.nn.linear import Linear
@@ -253,9 +254,7 @@ class Model(nnx.Module):
             keep_trace=output_router_logits,
             keep_inputs=output_hidden_states,
         )
-        router = hidden_states = None
-        if out.stats is not None:
-            router = RouterOutput(stats=out.stats, losses=router_losses(out.stats), trace=out.trace)
+        router, hidden_states = _router_output(out), None
         if output_hidden_states:
             hidden_states = jnp.concatenate([out.inputs_LBTD, out.hidden_BTD[None]])
         hidden_BTD = out.hidden_BTD if logits_at_B is None else token_at(out.hidden_BTD, logits_at_B)[:, None]
@@ -277,11 +276,7 @@ def _forward(
 ) -> ModelOutput:
     """Pads the batch to the mesh, crosses into explicit sharding and back, and cuts the padding off again."""
     batch = tokens_BT.shape[0]
-    tokens_BT, segment_ids_BT = (jnp.asarray(x).astype(jnp.int32) for x in (tokens_BT, segment_ids_BT))
-    positions_BT = positions_in_segments(segment_ids_BT) if positions_BT is None else positions_BT
-    positions_BT = jnp.where(segment_ids_BT != 0, positions_BT, 0)  # padding must not lengthen a dynamic rope
-    missing = -batch % math.prod(model.mesh.shape[axis] for axis in BATCH)
-    inputs = [jnp.pad(x, ((0, missing), (0, 0))) for x in (tokens_BT, segment_ids_BT, positions_BT)]
+    inputs, missing = _padded_inputs(model, tokens_BT, segment_ids_BT, positions_BT)
     inputs += [None if logits_at_B is None else jnp.pad(jnp.asarray(logits_at_B), (0, missing)), noise_key]
     specs = [*[P(BATCH, None)] * 3, P(BATCH), P()]
 
@@ -289,9 +284,7 @@ def _forward(
         flags = dict(output_router_logits=output_router_logits, output_hidden_states=output_hidden_states)
         return model._explicit_forward(*inputs, **flags)
 
-    # float32 means float32: accelerators would otherwise multiply in bfloat16 or TF32.
-    precision = "highest" if model.execution.dtype == "float32" else None
-    with jax.default_matmul_precision(precision):
+    with jax.default_matmul_precision(_precision(model)):
         out = explicitly_sharded(run, model.mesh, specs)(model, *inputs)
     if not missing:
         return out
@@ -300,6 +293,53 @@ def _forward(
         router = dataclasses.replace(router, trace=jax.tree.map(lambda x: x[:, :batch], router.trace))
     hidden = hidden if hidden is None else hidden[:, :batch]
     return dataclasses.replace(out, logits=out.logits[:batch], router=router, hidden_states=hidden)
+
+
+@jax.jit(static_argnames=("chunk",))
+def _token_losses(
+    model: "CausalLM",
+    tokens_BT: jax.Array,
+    targets_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    positions_BT: jax.Array | None,
+    noise_key: jax.Array | None,
+    *,
+    chunk: int | None,
+) -> TokenLosses:
+    """`_forward` with the chunked head in place of the whole one."""
+    batch = tokens_BT.shape[0]
+    inputs, missing = _padded_inputs(model, tokens_BT, segment_ids_BT, positions_BT)
+    inputs += [jnp.pad(jnp.asarray(targets_BT).astype(jnp.int32), ((0, missing), (0, 0))), noise_key]
+    specs = [*[P(BATCH, None)] * 4, P()]
+
+    def run(model: CausalLM, *inputs: jax.Array | None) -> TokenLosses:
+        return model._explicit_token_losses(*inputs, chunk=chunk)
+
+    with jax.default_matmul_precision(_precision(model)):
+        out = explicitly_sharded(run, model.mesh, specs)(model, *inputs)
+    return dataclasses.replace(out, losses=out.losses[:batch], logsumexp=out.logsumexp[:batch]) if missing else out
+
+
+def _padded_inputs(
+    model: Model, tokens_BT: jax.Array, segment_ids_BT: jax.Array, positions_BT: jax.Array | None
+) -> tuple[list[jax.Array | None], int]:
+    """Tokens, segment ids and positions as int32 with rows of padding that fill the mesh, and how many those are."""
+    tokens_BT, segment_ids_BT = (jnp.asarray(x).astype(jnp.int32) for x in (tokens_BT, segment_ids_BT))
+    positions_BT = positions_in_segments(segment_ids_BT) if positions_BT is None else positions_BT
+    positions_BT = jnp.where(segment_ids_BT != 0, positions_BT, 0)  # padding must not lengthen a dynamic rope
+    missing = -tokens_BT.shape[0] % math.prod(model.mesh.shape[axis] for axis in BATCH)
+    return [jnp.pad(x, ((0, missing), (0, 0))) for x in (tokens_BT, segment_ids_BT, positions_BT)], missing
+
+
+def _precision(model: Model) -> str | None:
+    """float32 means float32: accelerators would otherwise multiply in bfloat16 or TF32."""
+    return "highest" if model.execution.dtype == "float32" else None
+
+
+def _router_output(out: StackOutput) -> RouterOutput | None:
+    if out.stats is None:
+        return None
+    return RouterOutput(stats=out.stats, losses=router_losses(out.stats), trace=out.trace)
 
 
 def _as_array(x: Any) -> Any:
@@ -355,6 +395,42 @@ def positions_in_segments(segment_ids_BT: jax.Array) -> jax.Array:
 class CausalLM(Model):
     """Next-token logits over the vocabulary, [B, T, V]. `lm_head` is None where it is tied to the embedding."""
 
+    def token_losses(
+        self,
+        tokens_BT: jax.typing.ArrayLike,
+        targets_BT: jax.typing.ArrayLike,
+        segment_ids: jax.typing.ArrayLike | None = None,
+        positions: jax.typing.ArrayLike | None = None,
+        *,
+        noise_key: jax.Array | None = None,
+        chunk: int | None = None,
+    ) -> TokenLosses:
+        """-log p(target) of every token, which is what the logits say, without ever holding the logits.
+
+        A few tokens of each row go through the head at a time, in the backward pass too: of the [B, T, V] logits and of
+        their gradient one chunk is in memory.
+
+        Args:
+            tokens_BT, segment_ids, positions, noise_key: see `__call__`.
+            targets_BT: integers [B, T]; the token that should follow each one. The loss of a target outside the
+                vocabulary is NaN: mask it where it means nothing.
+            chunk: tokens of each row in a chunk; None lets a device hold 256 MiB of logits.
+
+        Raises:
+            RequestError: as `__call__`, of the targets too; `chunk` is less than 1.
+            ConfigError: in training mode, the config asks for dropout.
+        """
+        self.require_weights()
+        tokens_BT, targets_BT, segment_ids, positions = map(_as_array, (tokens_BT, targets_BT, segment_ids, positions))
+        segment_ids = np.ones(tokens_BT.shape, np.int32) if segment_ids is None else segment_ids
+        _check_inputs(tokens_BT, targets=targets_BT, segment_ids=segment_ids, positions=positions)
+        if chunk is not None and chunk < 1:
+            raise RequestError(f"chunk={chunk} is no number of tokens: expected at least 1, or None.")
+        if not self.deterministic:
+            _check_trainable(self.config)
+        noise_key = self._checked_noise_key(noise_key)
+        return _token_losses(self, tokens_BT, targets_BT, segment_ids, positions, noise_key, chunk=chunk)
+
     def extend(self, tokens_BT: jax.Array, counts_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Runs the model on tokens that follow those in the cache. Call it inside a `jax.jit` that donates the cache.
 
@@ -378,18 +454,44 @@ class CausalLM(Model):
             last_B1D = token_at(hidden_BTD, counts_B - 1)[:, None]
             return model._head(last_B1D, tokens_BT, real_BT)[:, 0], cache
 
-        with jax.default_matmul_precision("highest" if self.execution.dtype == "float32" else None):
+        with jax.default_matmul_precision(_precision(self)):
             return explicitly_sharded(run, self.mesh, specs)(self, tokens_BT, counts_B, *leaves)
 
     def _add_head(self, make: ParameterFactory) -> None:
         sizes = (self.config.vocab_size, self.config.hidden_size)
         self.lm_head = None if self.config.tie_word_embeddings else Linear("lm_head", TABLE, sizes, make)
 
+    def _explicit_token_losses(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        positions_BT: jax.Array,
+        targets_BT: jax.Array,
+        noise_key: jax.Array | None,
+        *,
+        chunk: int | None,
+    ) -> TokenLosses:
+        """`token_losses` on explicitly sharded arrays, B over `BATCH`."""
+        out = self.model(
+            tokens_BT,
+            segment_ids_BT,
+            positions_BT,
+            self.execution_in_use,
+            noise_key=noise_key,
+            keep_trace=False,
+            keep_inputs=False,
+        )
+        log_probs_BT, logsumexp_BT = target_log_probs(out.hidden_BTD, self._table(), targets_BT, chunk)
+        return TokenLosses(losses=-log_probs_BT, logsumexp=logsumexp_BT, router=_router_output(out))
+
+    def _table(self) -> jax.Array:
+        """What hidden states are multiplied with, [V, D]."""
+        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
+
     def _head(self, hidden_BTD: jax.Array, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-        table = self.model.embed_tokens if self.lm_head is None else self.lm_head
         out = P(BATCH, None, USED["vocab"])
         # float32 results from the dtype of the model: the logits are not rounded once more.
-        return weight_einsum("BTD,VD->BTV", hidden_BTD, table.weight[...], TABLE, out, jnp.float32)
+        return weight_einsum("BTD,VD->BTV", hidden_BTD, self._table(), TABLE, out, jnp.float32)
 
 
 class TokenClassifier(Model):

@@ -41,3 +41,19 @@ class ModelOutput:
     logits: jax.Array
     router: RouterOutput | None = None
     hidden_states: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenLosses:
+    """What `CausalLM.token_losses` returns.
+
+    Attributes:
+        losses: float32 [B, T]; -log p(target), in nats. Those of padding mean nothing.
+        logsumexp: float32 [B, T]; of the logits of each token.
+        router: None where no layer is sparse; its `trace` is None.
+    """
+
+    losses: jax.Array
+    logsumexp: jax.Array
+    router: RouterOutput | None = None

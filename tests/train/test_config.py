@@ -37,6 +37,18 @@ def build(tables=None, *overrides):
         ({"loss": {"balance": "global"}}, ["loss.balance", "'global'", "did you mean 'global_batch'", "sequence"]),
         ({"loss": {"balance_coef": "some"}}, ["loss.balance_coef", "'some' (string)", "expected number"]),
         ({"loss": {"router_z_coef": -1.0}}, ["loss.router_z_coef", "-1.0", "0 or more"]),
+        ({"loss": {"z_coef": -1.0}}, ["loss.z_coef", "-1.0", "0 or more"]),
+        ({"optimizer": {"schedule": "cosin"}}, ["optimizer.schedule", "'cosin'", "did you mean 'cosine'", "wsd"]),
+        ({"optimizer": {"schedule": "wsd"}}, ["optimizer.decay_steps", "found None", "which needs it"]),
+        ({"optimizer": {"decay_steps": 10}}, ["optimizer.decay_steps", "found 10", "'cosine'"]),
+        ({"optimizer": {"schedule": "wsd", "decay_steps": 470}}, ["optimizer.decay_steps", "470", "(460)"]),
+        ({"optimizer": {"moment_dtype": "float16"}}, ["optimizer.moment_dtype", "did you mean 'bfloat16'"]),
+        ({"optimizer": {"frozen": "gate"}}, ["optimizer.frozen", "'gate' (string)", "expected list of strings"]),
+        ({"optimizer": {"frozen": [1]}}, ["optimizer.frozen", "expected list of strings"]),
+        ({"run": {"accumulation_steps": 0}}, ["run.accumulation_steps", "at least 1"]),
+        ({"run": {"accumulation_steps": 3}}, ["run.accumulation_steps", "found 3", "a divisor of 16"]),
+        ({"run": {"nonfinite": "stopp"}}, ["run.nonfinite", "did you mean 'stop'"]),
+        ({"run": {"max_skipped": -1}}, ["run.max_skipped", "-1", "0 or more"]),
         ({"loss": {"balancing_bias_rate": 0.001}}, ["loss.balancing_bias_rate", "0.001", "Set run.export to false"]),
     ],
 )
@@ -114,6 +126,15 @@ def test_keys_that_are_left_out_stay_so_and_can_be_given_in_every_way(tmp_path):
     file = tmp_path / "config.toml"
     file.write_text(to_toml(config), encoding="utf-8")
     assert "exchange" not in file.read_text() and load_config(file) == config
+
+
+def test_a_list_of_strings_can_be_given_in_every_way_and_reads_back(tmp_path):
+    assert build({"optimizer": {"frozen": ["gate", "norm"]}}).optimizer.frozen == ("gate", "norm")
+    config = build({}, r"""--optimizer.frozen=['layers\.\d+\.mlp', "embed"]""")
+    assert config.optimizer.frozen == (r"layers\.\d+\.mlp", "embed")
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config), encoding="utf-8")
+    assert load_config(file) == config
 
 
 def test_room_without_end_is_written_as_inf(tmp_path):

@@ -5,14 +5,26 @@ import numpy as np
 import pytest
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.moe.losses import RouterLosses
+from qwen_moe_jax.model.output import RouterOutput, TokenLosses
+from qwen_moe_jax.moe.losses import router_losses
+from qwen_moe_jax.moe.stats import RouterStats
 from train.config import LossConfig
 from train.data import batch_at, pack
-from train.loss import cross_entropy_sum, resolve_loss, training_loss
+from train.loss import resolve_loss, training_loss, whole_batch
 
-ROUTER = RouterLosses(
-    load_balancing=jnp.float32(4), global_batch=jnp.float32(5), sequence=jnp.float32(6), router_z=jnp.float32(7)
+STATS = RouterStats(
+    tokens=jnp.array([12, 12]),
+    tokens_per_expert=jnp.array([[20, 4], [9, 15]]),
+    dropped_by_capacity=jnp.zeros((2, 2), jnp.int32),
+    dropped_by_buffer=jnp.zeros((2, 2), jnp.int32),
+    probs_per_expert=jnp.array([[8.0, 4.0], [5.0, 7.0]]),
+    squared_logsumexp=jnp.array([30.0, 20.0]),
+    sequences=jnp.array([3, 3]),
+    sequence_balance=jnp.array([3.5, 4.5]),
+    entropy=jnp.array([0.5, 0.6]),
+    max_logit=jnp.array([1.0, 2.0]),
 )
+ROUTER = RouterOutput(stats=STATS, losses=router_losses(STATS))
 
 
 def example():
@@ -28,29 +40,29 @@ def example():
     return batch, logits_BTV, losses
 
 
-def test_cross_entropy_is_the_plain_formula_over_real_targets():
+def scored(batch, logits_BTV, router=None):
+    """What a model with these logits says."""
+    logsumexp_BT = np.log(np.exp(logits_BTV.astype(np.float64)).sum(-1))
+    target_BT = np.take_along_axis(logits_BTV, batch.targets_BT[..., None], axis=-1)[..., 0]
+    losses_BT = jnp.asarray(logsumexp_BT - target_BT, jnp.float32)
+    return TokenLosses(losses=losses_BT, logsumexp=jnp.asarray(logsumexp_BT, jnp.float32), router=router)
+
+
+@pytest.mark.parametrize(
+    ("balance", "field"), [("pooled", "load_balancing"), ("global_batch", "global_batch"), ("sequence", "sequence")]
+)
+def test_training_loss_is_the_mean_over_real_targets_plus_the_weighted_other_losses(balance, field):
     batch, logits_BTV, losses = example()
-    total, count = cross_entropy_sum(jnp.asarray(logits_BTV), batch)
-    assert count == len(losses) < 12
-    np.testing.assert_allclose(total, np.sum(losses), rtol=1e-6)
-
-
-def test_bfloat16_logits_are_summed_in_float32():
-    batch, logits_BTV, _ = example()
-    rounded = jnp.asarray(logits_BTV, jnp.bfloat16)
-    total, _ = cross_entropy_sum(rounded, batch)
-    expected, _ = cross_entropy_sum(rounded.astype(jnp.float32), batch)
-    assert total.dtype == jnp.float32 and total == expected
-
-
-@pytest.mark.parametrize(("balance", "value"), [("pooled", 4), ("global_batch", 5), ("sequence", 6)])
-def test_training_loss_is_the_mean_plus_the_weighted_losses_of_the_router(balance, value):
-    batch, logits_BTV, losses = example()
-    config = LossConfig(balance=balance, balance_coef=0.01, router_z_coef=0.1)
-    loss = training_loss(jnp.asarray(logits_BTV), batch, ROUTER, config)
+    config = LossConfig(balance=balance, balance_coef=0.01, router_z_coef=0.1, z_coef=0.001)
+    out = scored(batch, logits_BTV, ROUTER)
+    loss = training_loss(out, batch, whole_batch(batch, 1), config)
+    z = np.mean(np.asarray(out.logsumexp)[batch.target_mask_BT] ** 2)
+    expected_balance, router_z = float(getattr(ROUTER.losses, field)), float(ROUTER.losses.router_z)
+    assert len(losses) < 12
     np.testing.assert_allclose(loss.cross_entropy, np.mean(losses), rtol=1e-6)
-    np.testing.assert_allclose(loss.total, np.mean(losses) + 0.01 * value + 0.1 * 7, rtol=1e-6)
-    assert loss.balance == value and loss.router_z == 7
+    np.testing.assert_allclose([loss.z, loss.balance, loss.router_z], [z, expected_balance, router_z], rtol=1e-6)
+    total = np.mean(losses) + 0.001 * z + 0.01 * expected_balance + 0.1 * router_z
+    np.testing.assert_allclose(loss.total, total, rtol=1e-6)
 
 
 SPARSE = qmj.ModelConfig.from_pretrained(
@@ -81,4 +93,5 @@ def test_a_batch_of_padding_has_loss_zero():
     batch, logits_BTV, _ = example()
     for field in vars(batch).values():
         field[...] = 0
-    assert training_loss(jnp.asarray(logits_BTV), batch, None, LossConfig(balance_coef=0.0)).total == 0
+    config = LossConfig(balance_coef=0.0, z_coef=0.1)
+    assert training_loss(scored(batch, logits_BTV), batch, whole_batch(batch, 1), config).total == 0

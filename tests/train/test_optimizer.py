@@ -1,11 +1,13 @@
-"""The schedule's shape, and what weight decay leaves alone."""
+"""The schedule's shape, what weight decay leaves alone, and what is left alone by all."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+import qwen_moe_jax as qmj
 from train.config import OptimizerConfig
-from train.optimizer import decays, make_optimizer, make_schedule
+from train.optimizer import decays, frozen_paths, make_optimizer, make_schedule
 
 PARAMS = {
     "embed_tokens": {"weight": jnp.ones((8, 4))},
@@ -55,6 +57,81 @@ def test_a_balancing_bias_stays_where_it_is_whatever_its_gradient():
     updates, _ = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
     moved = {name for name, update in by_name(updates).items() if update.any()}
     assert by_name(PARAMS).keys() - moved == {BALANCING_BIAS}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (dict(schedule="linear"), [0, 0.5, 1, 0.55, 0.325, 0.1]),
+        (dict(schedule="wsd", decay_steps=50), [0, 0.5, 1, 1, 0.55, 0.1]),
+        (dict(schedule="wsd", decay_steps=100), [0, 0.5, 1, 0.55, 0.325, 0.1]),
+    ],
+    ids=["linear", "wsd", "wsd that falls at once"],
+)
+def test_other_schedules_fall_in_a_line_at_once_or_in_the_end(settings, expected):
+    config = OptimizerConfig(learning_rate=1.0, final_learning_rate=0.1, warmup_steps=10, **settings)
+    schedule = make_schedule(config, steps=110)
+    np.testing.assert_allclose([schedule(step) for step in (0, 5, 10, 60, 85, 110)], expected, rtol=1e-6)
+
+
+def test_the_first_moment_alone_has_the_dtype_of_moments():
+    state = make_optimizer(OptimizerConfig(moment_dtype="bfloat16"), steps=100).init(PARAMS)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state[1][0].mu)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state[1][0].nu)} == {jnp.dtype("float32")}
+
+
+def test_frozen_parameters_stay_have_no_moments_and_do_not_count_in_the_norm():
+    frozen = {"embed_tokens.weight", "layers.mlp.gate.weight"}
+    config = OptimizerConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.1)
+    optimizer = make_optimizer(config, 10, frozen)
+    huge = {name: (1e6 if name in frozen else 1.0) * leaf for name, leaf in by_name(PARAMS).items()}
+    gradients = jax.tree.unflatten(jax.tree.structure(PARAMS), [*huge.values()])
+    state = optimizer.init(PARAMS)
+    updates, new = optimizer.update(gradients, state, PARAMS)
+    for name, update in by_name(updates).items():
+        if name in frozen:
+            assert not update.any()
+    moments = {name for name in by_name(new) if ".mu." in name}
+    assert moments and not any(name.endswith(tuple(frozen)) for name in moments)
+    # Of the trained ones the first moment is (1 - beta1) times the gradient, shortened to length 1 over them alone.
+    length = sum(leaf.size for name, leaf in by_name(PARAMS).items() if name not in frozen) ** 0.5
+    [norm] = [leaf for name, leaf in by_name(new).items() if name.endswith(".mu.norm.weight")]
+    np.testing.assert_allclose(norm, 0.1 / length, rtol=1e-5)
+
+
+MODEL = qmj.CausalLM(
+    qmj.ModelConfig.from_pretrained(
+        {"model_type": "mixtral", "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    ),
+    rngs=None,
+)
+
+
+def test_patterns_are_searched_for_in_the_names_of_the_familys_files():
+    layer = "model.layers.segments.0.0"
+    assert frozen_paths(["block_sparse_moe", "^lm_head"], MODEL) == {
+        f"{layer}.mlp.gate.weight",
+        f"{layer}.mlp.experts.gate_proj",
+        f"{layer}.mlp.experts.up_proj",
+        f"{layer}.mlp.experts.down_proj",
+        "lm_head.weight",
+    }
+    assert frozen_paths([], MODEL) == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "parts"),
+    [
+        ("embed_token.weight", ["matches no parameter", "model.embed_tokens.weight"]),
+        (r"layers\.0\.input", ["model.layers.0.input_layernorm.weight and not model.layers.1.", "all of them"]),
+        ("(", ["no regular expression"]),
+    ],
+)
+def test_a_pattern_that_means_nothing_is_refused_with_what_is_near(pattern, parts):
+    with pytest.raises(qmj.ConfigError) as refusal:
+        frozen_paths([pattern], MODEL)
+    for part in ["optimizer.frozen", *parts]:
+        assert part in str(refusal.value)
 
 
 def test_the_learning_rate_climbs_then_falls_to_its_end():

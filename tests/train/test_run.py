@@ -190,6 +190,25 @@ def test_a_dense_run_has_events_a_trace_of_the_steps_asked_for_and_no_experts(co
     assert len(list(folder.glob("tensorboard/events.*"))) == 1
 
 
+def test_a_run_that_goes_astray_skips_so_many_steps_then_stops_and_names_the_last_checkpoint(config_file, tmp_path):
+    """Also micro-batches, another schedule, frozen parameters and small moments, in a whole run."""
+    folder = tmp_path / "astray"
+    words = [
+        "--optimizer.learning_rate=1e38",
+        "--run.nonfinite=skip",
+        "--run.max_skipped=1",
+        "--run.checkpoint_every=1",
+    ]
+    words += ["--mesh.data=1", "--run.accumulation_steps=2", "--optimizer.frozen=['norm', '^lm_head|embed']"]
+    words += ["--optimizer.schedule=wsd", "--optimizer.decay_steps=2", "--optimizer.moment_dtype=bfloat16"]
+    words += ["--optimizer.warmup_steps=1"]  # the first step has a rate of zero, the second leads astray
+    code, output, complaint = start(config_file, folder, *words)
+    assert code == 1
+    assert "step 3: the loss is" in output and "skipped (1 of 1)" in output and "epoch 1, rows " in output
+    assert "NonFiniteError: step 4: the loss is" in complaint and "the last checkpoint is that of step 3" in complaint
+    assert [record["finite"] for record in metrics(folder) if "loss" in record] == [True, True, False, False]
+
+
 def test_other_settings_in_the_same_folder_are_refused_with_the_difference(finished, config_file):
     folder, _ = finished
     code, _, complaint = start(config_file, folder, "--optimizer.learning_rate", "0.5")

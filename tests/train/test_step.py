@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 import qwen_moe_jax as qmj
+from qwen_moe_jax.model import vocabulary
 from tests.model.test_balancing import biases
 from train.config import LossConfig, OptimizerConfig
 from train.data import batch_at, pack
@@ -32,7 +33,10 @@ HUB_CONFIG = {
 
 @pytest.fixture(scope="module")
 def setting():
-    """One step on a mesh of four devices: the states before (as NumPy) and after, and what was measured."""
+    """One step on a mesh of four devices: the states before (as NumPy) and after, and what was measured.
+
+    The state after is followed by another, of a second step on a batch that the loss of is NaN.
+    """
     mesh = qmj.make_mesh(data=2, expert=2)
     execution = qmj.ExecutionConfig(dtype="float32", capacity_factor=0.5, group_size=16)
     model = qmj.CausalLM(qmj.ModelConfig.from_pretrained(HUB_CONFIG), rngs=nnx.Rngs(0), mesh=mesh, execution=execution)
@@ -47,13 +51,18 @@ def setting():
     documents = np.split(np.random.default_rng(0).integers(1, 64, 120), [33, 60])
     batch = batch_at(pack(documents, 16), step=0, batch_size=8, seed=0)
     loss_before = heldout_loss(make_eval_step(eval_graph), params, [batch])
-    state, metrics = make_train_step(graph, optimizer, LossConfig(balance_coef=0.01), shardings, seed=0)(state, batch)
+    train_step = make_train_step(graph, optimizer, LossConfig(balance_coef=0.01), shardings, seed=0)
+    old = state
+    state, metrics = train_step(state, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old)), "the old state's memory should have been reused"
     loss_after = heldout_loss(make_eval_step(eval_graph), state.params, [batch])
-    return before, state, metrics, batch, (loss_before, loss_after)
+    beyond = dataclasses.replace(batch, tokens_BT=batch.tokens_BT + 64)  # tokens that the vocabulary does not have
+    broken = train_step(jax.tree.map(jax.numpy.copy, state), beyond)
+    return before, state, metrics, batch, (loss_before, loss_after), broken
 
 
 def test_moments_lie_where_their_parameters_lie_before_and_after_a_step(setting):
-    before, state, _, _, _ = setting
+    before, state, _, _, _, _ = setting
 
     def is_pair(leaf):
         return isinstance(leaf, tuple) and len(leaf) == 2 and isinstance(leaf[0], np.ndarray)
@@ -70,7 +79,7 @@ def test_moments_lie_where_their_parameters_lie_before_and_after_a_step(setting)
 
 
 def test_a_step_changes_every_parameter_and_lowers_the_loss_of_its_batch(setting):
-    before, state, _, _, (loss_before, loss_after) = setting
+    before, state, _, _, (loss_before, loss_after), _ = setting
     changed = jax.tree.map(lambda new, old: bool((np.array(new) != old[0]).any()), state.params, before.params)
     assert all(jax.tree.leaves(changed))
     assert int(state.step) == 1
@@ -78,7 +87,7 @@ def test_a_step_changes_every_parameter_and_lowers_the_loss_of_its_batch(setting
 
 
 def test_metrics_count_real_tokens_and_dropped_assignments(setting):
-    _, _, metrics, batch, _ = setting
+    _, _, metrics, batch, _, _ = setting
     real = (batch.segment_ids_BT > 0).sum()
     assert metrics.tokens == real == 120
     assert metrics.assignments == real * 2 * 2  # two experts a token in each of two layers
@@ -86,6 +95,38 @@ def test_metrics_count_real_tokens_and_dropped_assignments(setting):
     assert np.isfinite(metrics.gradient_norm) and metrics.balance_loss > 1
     assert 1 < metrics.load_imbalance <= 2  # of four experts, two of which every token takes
     assert 0 < metrics.router_z < 20  # log(4)² = 1.9 is a router that knows nothing
+
+
+def test_a_step_whose_loss_is_not_finite_changes_nothing_but_the_count_of_steps(setting):
+    _, state, metrics, _, _, (broken, broken_metrics) = setting
+    assert metrics.finite and not broken_metrics.finite
+    assert np.isnan(broken_metrics.loss) and int(broken.step) == 2
+    for kept, old in zip(
+        jax.tree.leaves((broken.params, broken.optimizer)),
+        jax.tree.leaves((state.params, state.optimizer)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(kept, old)
+
+
+def test_a_step_does_not_hold_the_logits_of_all_its_tokens(monkeypatch):
+    """512 tokens of a vocabulary of 4096 are 8 MiB of logits, and their gradient as much again; a chunk has 256 KiB."""
+    monkeypatch.setattr(vocabulary, "MAX_LOGITS", 2**16)
+    settings = {key: value for key, value in HUB_CONFIG.items() if "expert" not in key and key != "norm_topk_prob"}
+    settings |= {"model_type": "qwen3", "vocab_size": 4096, "hidden_size": 8, "intermediate_size": 16}
+    mesh = qmj.make_mesh()
+    model = qmj.CausalLM(qmj.ModelConfig.from_pretrained(settings), rngs=nnx.Rngs(0), mesh=mesh)
+    model.train()
+    graph, params = nnx.split(model)
+    params = nnx.to_pure_dict(params)
+    optimizer = make_optimizer(OptimizerConfig(), steps=100)
+    shardings = state_shardings(params, optimizer, mesh)
+    state = initial_state(params, optimizer, shardings)
+    batch = batch_at(pack([np.arange(512)], 16), step=0, batch_size=32, seed=0)
+    step = make_train_step(graph, optimizer, LossConfig(balance_coef=0.0, z_coef=1e-4), shardings, seed=0)
+    memory = step.lower(state, batch).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 512 * 4096 * 4
+    assert memory.alias_size_in_bytes > 0.9 * memory.output_size_in_bytes  # parameters and moments stay in their place
 
 
 def one_step(model, loss: LossConfig, seed: int):

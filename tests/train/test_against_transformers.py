@@ -1,0 +1,97 @@
+"""Twenty steps of training are twenty steps of a plain PyTorch loop around transformers."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import qwen_moe_jax as qmj
+from qwen_moe_jax.huggingface.save import export_tensors
+from tests.distance import relative_l2
+from tests.referee import build, hub_tensors, torch
+from train.config import LossConfig, OptimizerConfig
+from train.data import batch_at, pack
+from train.loss import resolve_loss
+from train.optimizer import make_optimizer, make_schedule
+from train.step import initial_state, make_train_step, state_shardings
+
+STEPS, ROWS, LENGTH = 20, 4, 12
+OPTIMIZER = OptimizerConfig(
+    learning_rate=2e-3, final_learning_rate=1e-4, warmup_steps=4, weight_decay=0.3, beta2=0.98, clip_norm=0.7
+)
+# Losses and weights of float32 numbers that both sides round in other orders, step after step.
+TOLERANCE = 1e-4
+
+
+def batches(vocab_size: int):
+    """One document a row: transformers has no packing."""
+    tokens = np.random.default_rng(0).integers(1, vocab_size, STEPS * ROWS * LENGTH)
+    rows = pack(np.split(tokens, STEPS * ROWS), LENGTH)
+    return [batch_at(rows, step, ROWS, seed=0) for step in range(STEPS)]
+
+
+def trained_here(folder):
+    """Metrics of every step, and the weights in the end by Hub name."""
+    execution = qmj.ExecutionConfig(dtype="float32", dispatch="dropless", buffer_factor=None)
+    model = qmj.from_pretrained(folder, execution=execution)
+    model.train()
+    graph, params = nnx.split(model)
+    params = nnx.to_pure_dict(params)
+    optimizer = make_optimizer(OPTIMIZER, STEPS)
+    shardings = state_shardings(params, optimizer, model.mesh)
+    step = make_train_step(graph, optimizer, resolve_loss(LossConfig(), model.config), shardings, seed=0)
+    state, seen = initial_state(params, optimizer, shardings), []
+    for batch in batches(model.config.vocab_size):
+        state, metrics = step(state, batch)
+        seen.append(jax.device_get(metrics))
+    return seen, dict(export_tensors(nnx.merge(graph, state.params)))
+
+
+def trained_there(reference):
+    """The same as [(loss, gradient norm)] and weights, as one writes it in PyTorch."""
+    model = build(reference.case)
+    model.load_state_dict(reference.model.state_dict())
+    model.train()
+    sparse = reference.num_sparse_layers > 0
+    matrices = [p for name, p in model.named_parameters() if "norm" not in name and not name.endswith("bias")]
+    others = [p for name, p in model.named_parameters() if "norm" in name or name.endswith("bias")]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": OPTIMIZER.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=1.0,
+        betas=(OPTIMIZER.beta1, OPTIMIZER.beta2),
+        eps=1e-8,
+    )
+    schedule = make_schedule(OPTIMIZER, STEPS)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(schedule(step)))
+    seen = []
+    for batch in batches(model.config.vocab_size):
+        tokens = torch.tensor(batch.tokens_BT, dtype=torch.long)
+        asked = {"output_router_logits": True} if sparse else {}
+        output = model(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens, use_cache=False, **asked
+        )
+        optimizer.zero_grad()
+        output.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm)
+        optimizer.step()
+        rates.step()
+        seen.append((output.loss.item(), norm.item()))
+    weights = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+    return seen, hub_tensors(weights, reference.case.model_type)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe-plain", "mixtral-plain", "qwen3-plain"])
+def test_losses_gradient_norms_and_weights_of_twenty_steps_are_those_of_a_pytorch_loop(references, name):
+    reference = references[name]
+    found, weights = trained_here(reference.folder)
+    expected, expected_weights = trained_there(reference)
+    coef = getattr(reference.config, "router_aux_loss_coef", 0.0)
+    assert coef > 0 or not reference.num_sparse_layers, "the balance loss should count"
+    losses = [float(metrics.loss) for metrics in found]
+    np.testing.assert_allclose(losses, [loss for loss, _ in expected], rtol=TOLERANCE)
+    np.testing.assert_allclose([m.gradient_norm for m in found], [norm for _, norm in expected], rtol=TOLERANCE)
+    assert max(norm for _, norm in expected) > OPTIMIZER.clip_norm
+    assert weights.keys() == expected_weights.keys()
+    distances = {name: relative_l2(weights[name], expected_weights[name]) for name in weights}
+    far = {name: distance for name, distance in distances.items() if not distance <= TOLERANCE}
+    assert not far, far
