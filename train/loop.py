@@ -6,13 +6,15 @@ import time
 
 import jax
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import qwen_moe_jax as qmj
+from qwen_moe_jax.errors import ConfigError
 from train.checkpoint import Checkpoints
 from train.config import ExecutionSettings, TrainConfig
-from train.corpus import load_corpus, save_tokenizer
-from train.data import Batch, batch_at, heldout_batches, pack
+from train.corpus import Corpus, copy_tokenizer, load_corpus
+from train.data import Batch, Mixture, batch_at, heldout_batches, pack, rows_of_devices
 from train.folder import RunFolder
 from train.loss import resolve_loss
 from train.optimizer import make_optimizer, make_schedule
@@ -32,14 +34,17 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     execution = _execution(config.execution)
 
     # Data: documents of tokens, packed into rows of T.
-    corpus = load_corpus(folder.corpus, config.data)
-    rows = pack(corpus.training, config.data.seq_len)
-    heldout_rows = pack(corpus.heldout, config.data.seq_len)
-    heldout = heldout_batches(heldout_rows, config.data.heldout_rows, config.data.batch_size)
-    heldout = [_place(batch, mesh) for batch in heldout]
+    corpus = _load_corpus(folder, config)
+    weights, seq_len, batch_size = [s.weight for s in config.data.mixture], config.data.seq_len, config.data.batch_size
+    rows = Mixture([pack(part.training, seq_len, part.name) for part in corpus.parts], weights)
+    heldout_rows = Mixture([pack(part.heldout, seq_len, part.name) for part in corpus.parts], weights)
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
+    mine = rows_of_devices(mesh.local_devices, sharding, batch_size)  # what this process has to read of a batch
+    heldout = heldout_batches(heldout_rows, config.data.heldout_rows, batch_size, mine)
+    heldout = [_place(batch, sharding) for batch in heldout]
 
     # Model: a definition for each mode, and one set of parameters for both.
-    model = _make_model(config, corpus.end_id, mesh, execution)
+    model = _make_model(config, corpus, mesh, execution)
     model.eval()  # no token is dropped
     eval_graph = nnx.graphdef(model)
     model.train()
@@ -65,15 +70,15 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
             schedule=make_schedule(config.optimizer, last_step),
         )
         with report:
-            report.say(_introduction(config, model.config, tokens=rows.tokens_NT.size))
+            report.say(_introduction(config, model.config, tokens=rows.num_tokens))
             if first_step > 0:
                 report.say(f"going on from the checkpoint of step {first_step}")
             else:
                 report.heldout(0, heldout_loss(eval_step, state.params, heldout))
 
             for step in range(first_step, last_step):
-                batch = batch_at(rows, step, config.data.batch_size, config.run.seed)
-                state, metrics = train_step(state, _place(batch, mesh))
+                batch = batch_at(rows, step, batch_size, config.run.seed, mine)
+                state, metrics = train_step(state, _place(batch, sharding))
                 done = step + 1
                 report.step(done, metrics)
                 if done % config.run.eval_every == 0 and done < last_step:
@@ -90,7 +95,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     # Export, and let the exported folder speak: what is shown is what others will load.
     trained = nnx.merge(eval_graph, state.params)
     if config.run.export:
-        save_tokenizer(corpus.tokenizer, folder.hub)
+        copy_tokenizer(folder.corpus / "tokenizer", folder.hub)
         qmj.save_pretrained(trained, folder.hub)
         trained = qmj.from_pretrained(folder.hub)
     prompt = config.run.sample_prompt
@@ -107,9 +112,18 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     )
 
 
-def _place(batch: Batch, mesh: Mesh) -> Batch:
-    """Rows over all axes that share the batch."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert"))))
+def _load_corpus(folder: RunFolder, config: TrainConfig) -> Corpus:
+    """The first process makes the corpus in the run folder, which all can see; the others open it."""
+    if jax.process_index() == 0:
+        load_corpus(folder.corpus, config.data)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("corpus")
+    return load_corpus(folder.corpus, config.data)
+
+
+def _place(batch: Batch, sharding: NamedSharding) -> Batch:
+    """Rows over all axes that share the batch; each process brings its own."""
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 
 def _execution(settings: ExecutionSettings) -> qmj.ExecutionConfig:
@@ -122,9 +136,15 @@ def _execution(settings: ExecutionSettings) -> qmj.ExecutionConfig:
     return qmj.ExecutionConfig(**chosen)
 
 
-def _make_model(config: TrainConfig, end_id: int, mesh: Mesh, execution: qmj.ExecutionConfig) -> qmj.CausalLM:
+def _make_model(config: TrainConfig, corpus: Corpus, mesh: Mesh, execution: qmj.ExecutionConfig) -> qmj.CausalLM:
     """The model of the config's [model] table, with fresh weights and the vocabulary of the tokenizer."""
-    hub_config = {"eos_token_id": end_id, **config.model, "vocab_size": config.data.vocab_size}
+    vocab_size = config.model.get("vocab_size", corpus.vocab_size) if config.data.tokenizer else config.data.vocab_size
+    if vocab_size < corpus.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: found {vocab_size}, expected at least {corpus.vocab_size}, one more than the largest "
+            f"id of data.tokenizer."
+        )
+    hub_config = {"eos_token_id": corpus.end_id, **config.model, "vocab_size": vocab_size}
     model_config = qmj.ModelConfig.from_pretrained(hub_config)
     if config.loss.balancing_bias_rate > 0 and model_config.moe is not None:
         moe = dataclasses.replace(model_config.moe, balancing_bias=True)
