@@ -72,11 +72,11 @@ def test_targets_are_the_next_tokens_of_the_same_document(documents, seq_len, ba
     np.testing.assert_array_equal(mask, ~last & (batch.segment_ids_BT > 0))
 
 
-@settings(max_examples=60, deadline=None)
-@given(documents_of_any_length, st.integers(2, 9), st.data())
-def test_a_target_counts_only_where_it_is_to_be_learned(documents, seq_len, data):
+@settings(max_examples=30, deadline=None)
+@given(documents_of_any_length, st.integers(2, 9), st.integers(0, 99))
+def test_a_target_counts_only_where_it_is_to_be_learned(documents, seq_len, seed):
     everything = as_documents(documents)
-    learned = np.array(data.draw(st.lists(st.booleans(), min_size=len(everything.tokens), max_size=10_000)))
+    learned = np.random.default_rng(seed).random(len(everything.tokens)) < 0.5
     masked = Documents(everything.tokens, learned, everything.starts, everything.lengths)
     rows, unmasked = pack(masked, seq_len), pack(documents, seq_len)
     batch, all_batch = (batch_at(some, 0, len(rows), seed=0) for some in (rows, unmasked))
@@ -91,7 +91,7 @@ def test_documents_may_lie_apart_and_in_any_order():
     np.testing.assert_array_equal(stacked(rows, "tokens_T"), [[9, 10, 1, 2], [3, 0, 0, 0]])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(1, 20), st.integers(1, 7), st.integers(0, 3))
 def test_an_epoch_sees_every_row_once_in_an_order_of_its_own_seed(num_rows, batch_size, seed):
     rows = pack([np.arange(1, 3 * num_rows + 1)], 3)

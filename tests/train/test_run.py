@@ -143,6 +143,14 @@ def test_other_settings_in_the_same_folder_are_refused_with_the_difference(finis
     assert "optimizer.learning_rate: 0.01 → 0.5" in complaint and "--fresh" in complaint
 
 
+def test_a_model_with_fewer_entries_than_its_tokenizer_is_refused(finished, config_file, tmp_path):
+    file = tmp_path / "own.toml"
+    named = CONFIG.replace("vocab_size = 300", f'tokenizer = "{finished[0] / "hub"}"')
+    file.write_text(named.replace("[model]", "[model]\nvocab_size = 299"))
+    code, _, complaint = start(file, tmp_path / "run")
+    assert code == 2 and "model.vocab_size: found 299, expected at least 300" in complaint
+
+
 def test_a_folder_that_is_no_run_is_left_alone(config_file, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     code, _, complaint = start(config_file, tmp_path, "--fresh")
