@@ -5,6 +5,7 @@ This module imports the standard library only, so that `--help` and a misspelt k
 
 import dataclasses
 import difflib
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,18 +84,53 @@ class LossConfig:
     )
 
 
+#: The values of data.format, and which files of a folder are read when data.pattern is left out.
+FORMATS = {"text": "*.py", "jsonl": "*.jsonl", "tokens": "*.npy", "datasets": "*.parquet"}
+
+
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class TextConfig:
+    """Where documents come from."""
+
+    folder: str = _key("", "where the documents are, a folder or one file; empty: Python's own standard library")
+    pattern: str | None = _key(
+        None, "which file names in the folder are read; left out, *.py, *.jsonl, *.npy or *.parquet, by format"
+    )
+    format: str = _key(
+        "text",
+        "text (a document per file), jsonl (one per line, with `text` or `messages`), tokens (.npy of ids, documents "
+        "split by the end id) or datasets (Hugging Face's: a folder of save_to_disk or of parquet, or a Hub name)",
+    )
+    split: str = _key("train", "datasets: which split is read")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(TextConfig):
+    """One source of a mixture."""
+
+    weight: float = _key(1.0, "its share of the rows, as a multiple of the others' weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(TextConfig):
     """The text, its tokenizer and the shape of a batch."""
 
-    folder: str = _key("", "where the documents are; empty means Python's own standard library")
-    pattern: str = _key("*.py", "which file names in the folder are documents")
-    megabytes: float = _key(6.0, "stop reading after this much text")
+    sources: tuple[SourceConfig, ...] = _key(
+        (), "a mixture instead of one source: tables of folder, pattern, format, split and weight"
+    )
+    megabytes: float = _key(6.0, "of each source, stop reading after this much text; inf for all of it")
+    tokenizer: str = _key("", "a folder with tokenizer.json, or a model's name on the Hub; empty: trained on the text")
     vocab_size: int = _key(4096, "entries of the byte-level BPE that is trained on the text, and of the model")
     seq_len: int = _key(256, "tokens in a row, T")
     batch_size: int = _key(16, "rows in a step, B; a multiple of data x fsdp x expert")
-    heldout_fraction: float = _key(0.05, "of the documents, kept out of training")
+    heldout_fraction: float = _key(0.05, "of the documents of each source, kept out of training")
     heldout_rows: int = _key(64, "rows of them, evenly spread, on which the held-out loss is taken")
+
+    @property
+    def mixture(self) -> tuple[SourceConfig, ...]:
+        """What is read, whichever way it was written."""
+        own = SourceConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(TextConfig)})
+        return self.sources or (own,)
 
 
 #: The values of optimizer.schedule.
@@ -276,7 +312,8 @@ def describe_keys() -> str:
         lines.append("")
         for field in dataclasses.fields(section):
             default = "optional" if field.default is None else f"default {_toml_value(field.default)}"
-            lines.append(f"  --{name}.{field.name} {_type_name(_given_type(field)).upper()}  ({default})")
+            kind = "tables" if field.name == "sources" else _type_name(_given_type(field))
+            lines.append(f"  --{name}.{field.name} {kind.upper()}  ({default})")
             lines.append(f"        {field.metadata['meaning']}")
     return "\n".join(lines)
 
@@ -344,7 +381,24 @@ def _check_type(value: Any, section: str, key: str, where: str) -> Any:
     types = _field_types(section)
     if key not in types:
         _unknown(f"{where}: unknown key", key, list(types))
-    expected = types[key]
+    return _check_sources(value, where) if key == "sources" else _as_type(value, types[key], where)
+
+
+def _check_sources(value: Any, where: str) -> tuple[SourceConfig, ...]:
+    if not isinstance(value, list) or not all(isinstance(table, dict) for table in value):
+        _refuse(f"{where}: found {_describe(value)}, expected tables, each headed [[{where.split(': ')[-1]}]].")
+    types = {field.name: _given_type(field) for field in dataclasses.fields(SourceConfig)}
+    sources = []
+    for number, table in enumerate(value, start=1):
+        for key in table:
+            if key not in types:
+                _unknown(f"{where}, number {number}: unknown key {key!r}", key, list(types))
+        checked = {key: _as_type(item, types[key], f"{where}, number {number}: {key}") for key, item in table.items()}
+        sources.append(SourceConfig(**checked))
+    return tuple(sources)
+
+
+def _as_type(value: Any, expected: type, where: str) -> Any:
     if expected is float and type(value) is int:
         return float(value)
     if expected is tuple and type(value) is list and all(type(item) is str for item in value):
@@ -435,11 +489,31 @@ def _check_values(config: TrainConfig, source: str) -> None:
             f"{data.batch_size // mesh.batch_shards}, the rows of data.batch_size ({data.batch_size}) that each of the "
             f"mesh's data x fsdp x expert ({mesh.batch_shards}) has."
         )
-    if config.model.get("vocab_size", data.vocab_size) != data.vocab_size:
+    _check_mixture(data, source)
+    if not data.tokenizer and config.model.get("vocab_size", data.vocab_size) != data.vocab_size:
         _refuse(
             f"{source}: model.vocab_size: found {config.model['vocab_size']}, expected it to be left out: the "
             f"tokenizer decides it, and data.vocab_size is {data.vocab_size}."
         )
+
+
+def _check_mixture(data: DataConfig, source: str) -> None:
+    own = [field.name for field in dataclasses.fields(TextConfig) if getattr(data, field.name) != field.default]
+    if data.sources and own:
+        _refuse(
+            f"{source}: data.{own[0]}: found together with data.sources, expected one of the two. Give each source of "
+            f"the mixture its own {own[0]}."
+        )
+    for number, one in enumerate(data.mixture, start=1):
+        where = f"{source}: data.sources, number {number}: " if data.sources else f"{source}: data."
+        if one.format not in FORMATS:
+            _unknown(f"{where}format: found {one.format!r}, no format", one.format, list(FORMATS))
+        if not 0 < one.weight < math.inf:
+            _refuse(f"{where}weight: found {one.weight}, expected a number above 0.")
+        if one.format != "text" and not one.folder:
+            _refuse(f"{where}folder: found none, expected the file or folder to read as {one.format}.")
+        if one.format == "tokens" and not data.tokenizer:
+            _refuse(f"{where}format: token ids mean nothing without their tokenizer: name it in data.tokenizer.")
 
 
 def _as_table(section: Any) -> dict[str, Any]:
@@ -456,7 +530,8 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items()) + "}"
+        given = {key: item for key, item in value.items() if item is not None}
+        return "{" + ", ".join(f"{_toml_value(key)} = {_toml_value(item)}" for key, item in given.items()) + "}"
     return repr(value)
 
 

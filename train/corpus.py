@@ -1,30 +1,41 @@
-"""Text → documents of token ids: reads source files, trains a byte-level BPE on them, keeps some documents held out.
+"""Records → documents of token ids, on disk: finds or trains the tokenizer, keeps some documents held out.
 
-Everything is a pure function of the files and the config. Files are taken in the order of a hash of their names, so
-that a bounded amount of text is a fair sample of the whole, and held-out documents are spread over all packages.
+Everything is a pure function of the files and the config. Held-out documents are those whose names have the smallest
+hashes, so they are spread over all parts of a source.
 """
 
 import hashlib
 import json
 import os
-import sysconfig
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qwen_moe_jax.errors import ConfigError
-from train.config import DataConfig
+from qwen_moe_jax.huggingface.hub import tokenizer_folder
+from qwen_moe_jax.inference.chat_template import ChatTemplate, load_chat_template
+from qwen_moe_jax.inference.tokenizer import load_tokenizer
+from train.chat import Turns, conversation_documents
+from train.config import DataConfig, SourceConfig
+from train.data import Documents
+from train.sources import Conversation, Record, describe_source, read_records
 
 END_OF_TEXT = "<|endoftext|>"
 
-# Installed packages, tests, generated tables and copies of other tools: not what a student of Python should read.
-_SKIPPED_IN_STDLIB = (
-    "__*__", "config-*", "dist-packages", "encodings", "ensurepip", "idlelib", "lib-dynload", "lib2to3", "pydoc_data",
-    "site-packages", "test", "tests", "turtledemo",
+# What belongs to a tokenizer in a Hub folder. special_tokens_map.json is read in old folders only.
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )  # fmt: skip
+
+_TEXTS_AT_ONCE = 256  # so many are tokenized side by side, on all cores
 
 # Qwen's own way to cut text into words before the BPE merges bytes within each: a run of spaces before a word keeps its
 # last space with the word, line ends and the indentation after them stay together, digits stand alone.
@@ -34,17 +45,26 @@ _QWEN_WORDS = (
 
 
 @dataclass(frozen=True)
+class Part:
+    """The documents of one source."""
+
+    name: str
+    training: Documents
+    heldout: Documents
+
+
+@dataclass(frozen=True)
 class Corpus:
-    """Documents of token ids, each a uint32 [length] that ends with the end-of-text id, and their tokenizer."""
+    """Documents of token ids, in the order of the config's sources, and their tokenizer."""
 
     tokenizer: Tokenizer
-    training: list[np.ndarray]
-    heldout: list[np.ndarray]
+    end_id: int
+    parts: list[Part]
 
     @property
-    def end_id(self) -> int:
-        """The id that ends every document."""
-        return self.tokenizer.token_to_id(END_OF_TEXT)
+    def vocab_size(self) -> int:
+        """One more than the largest id that the tokenizer knows."""
+        return _vocab_size(self.tokenizer)
 
 
 def load_corpus(folder: Path, config: DataConfig) -> Corpus:
@@ -53,85 +73,159 @@ def load_corpus(folder: Path, config: DataConfig) -> Corpus:
     A run that is resumed must see the very same rows, even if a source file or the Python version has changed since.
 
     Raises:
-        ConfigError: there is no text, or too little of it to train on.
+        ConfigError: there is no text, too little of it to train on, or something that cannot be read.
+        CheckpointError: the tokenizer or its chat template cannot be read.
     """
-    tokenizer_file, documents_file = folder / "tokenizer.json", folder / "documents.npz"
-    if tokenizer_file.exists() and documents_file.exists():
-        arrays = np.load(documents_file)
-        return Corpus(
-            Tokenizer.from_file(str(tokenizer_file)),
-            *(np.split(arrays[part], arrays[f"{part}_starts"][1:]) for part in ("training", "heldout")),
+    if not folder.exists():
+        beside = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(beside, ignore_errors=True)
+        _make_corpus(beside, config)
+        os.replace(beside, folder)
+    if not (folder / "corpus.json").exists():
+        raise ConfigError(
+            f"{folder}: found no corpus.json, so an earlier version of this program made it, or a file was taken away. "
+            f"Add --fresh to start the run anew."
         )
-
-    corpus = make_corpus(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    corpus.tokenizer.save(str(tokenizer_file))
-    arrays = {}
-    for part in ("training", "heldout"):
-        documents = getattr(corpus, part)
-        arrays[part] = np.concatenate(documents)
-        arrays[f"{part}_starts"] = np.cumsum([0, *(len(document) for document in documents[:-1])])
-    beside = folder / "documents.partial.npz"
-    np.savez(beside, **arrays)
-    beside.rename(documents_file)
-    return corpus
+    described = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+    parts = [_open_part(folder / str(number), name) for number, name in enumerate(described["sources"])]
+    return Corpus(load_tokenizer(folder / "tokenizer"), described["end_id"], parts)
 
 
-def make_corpus(config: DataConfig) -> Corpus:
-    """Reads, tokenizes and divides the text that `config` describes. Raises ConfigError when there is too little."""
-    texts = read_texts(config)
-    tokenizer = train_tokenizer(texts, config.vocab_size)
-    end_id = tokenizer.token_to_id(END_OF_TEXT)
-    encodings = tokenizer.encode_batch_fast(texts)
-    documents = [np.array([*encoding.ids, end_id], np.uint32) for encoding in encodings]
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies all that belongs to a tokenizer, its chat templates included, from one Hub folder to another."""
+    for pattern in _TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            target = folder / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
 
-    # The order is that of a hash already, so the first documents are as good a choice as any, and the same every time.
-    count = max(1, round(len(documents) * config.heldout_fraction))
-    training_tokens = sum(len(document) for document in documents[count:])
+
+def _make_corpus(folder: Path, config: DataConfig) -> None:
+    if config.tokenizer:
+        copy_tokenizer(tokenizer_folder(config.tokenizer), folder / "tokenizer")
+    else:
+        save_tokenizer(train_tokenizer(_texts(config), config.vocab_size), folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    end_id = _end_id(tokenizer, folder / "tokenizer", config)
+    for number, source in enumerate(config.mixture):
+        records = read_records(source, config.megabytes, end_id)
+        _write_part(folder / str(number), _encode(records, tokenizer, end_id, folder / "tokenizer"))
+        _hold_out(folder / str(number), source, config)
+    described = {"end_id": end_id, "sources": [describe_source(source) for source in config.mixture]}
+    (folder / "corpus.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def _texts(config: DataConfig) -> Iterator[str]:
+    """What the tokenizer is trained on: the texts of all sources."""
+    for source in config.mixture:
+        for record in read_records(source, config.megabytes):
+            if not isinstance(record.content, str):
+                raise ConfigError(
+                    f"{record.place}: found messages, and without data.tokenizer there is no chat template to write "
+                    f"them by. Name a folder with tokenizer.json and a chat template, or a model on the Hub."
+                )
+            yield record.content
+
+
+def _end_id(tokenizer: Tokenizer, folder: Path, config: DataConfig) -> int:
+    """The id of the token that ends a document: tokenizer_config.json's eos_token."""
+    file = folder / "tokenizer_config.json"
+    found = json.loads(file.read_text(encoding="utf-8")).get("eos_token") if file.exists() else None
+    token = found.get("content") if isinstance(found, dict) else found
+    end_id = tokenizer.token_to_id(token or END_OF_TEXT)
+    if end_id is None:
+        raise ConfigError(
+            f"data.tokenizer: {config.tokenizer}: found {token!r} as eos_token in tokenizer_config.json, expected a "
+            f"token of tokenizer.json that ends a document."
+        )
+    return end_id
+
+
+def _encode(
+    records: Iterable[Record], tokenizer: Tokenizer, end_id: int, folder: Path
+) -> Iterator[tuple[Record, Turns]]:
+    """The documents of each record; `folder` is the tokenizer's."""
+
+    @cache
+    def template() -> ChatTemplate:  # asked for by the first conversation: tokenizers of base models have none
+        return load_chat_template(folder)
+
+    vocab_size = _vocab_size(tokenizer)
+    records = iter(records)
+    while group := list(islice(records, _TEXTS_AT_ONCE)):
+        texts = [record.content for record in group if isinstance(record.content, str)]
+        encodings = iter(tokenizer.encode_batch_fast(texts))
+        for record in group:
+            if isinstance(record.content, Conversation):
+                for turns in conversation_documents(record.content, template(), tokenizer, record.place):
+                    yield record, turns
+                continue
+            if isinstance(record.content, str):
+                ids = np.array(next(encodings).ids, np.int64)
+                ids = ids if ids.size and ids[-1] == end_id else np.append(ids, end_id)
+            else:
+                ids = _checked_ids(record, vocab_size)
+            yield record, Turns(ids, np.ones(len(ids), bool))
+
+
+def _checked_ids(record: Record, vocab_size: int) -> np.ndarray:
+    outside = np.flatnonzero((record.content < 0) | (record.content >= vocab_size))
+    if outside.size:
+        raise ConfigError(
+            f"{record.place}: found token id {record.content[outside[0]]}, expected ids from 0 to {vocab_size - 1}, "
+            f"those of data.tokenizer. Were these ids made with another tokenizer?"
+        )
+    return record.content
+
+
+def _vocab_size(tokenizer: Tokenizer) -> int:
+    return 1 + max(tokenizer.get_vocab().values())
+
+
+def _write_part(folder: Path, documents: Iterable[tuple[Record, Turns]]) -> None:
+    """Writes documents as they come, so that none has to stay in memory."""
+    folder.mkdir(parents=True)
+    lengths, digests = [], []
+    with ExitStack() as stack:
+        tokens_file = stack.enter_context((folder / "tokens.uint32").open("wb"))
+        learned_file = stack.enter_context((folder / "learned.bool").open("wb"))
+        for record, turns in documents:
+            tokens_file.write(turns.ids.astype(np.uint32).tobytes())
+            learned_file.write(turns.learned.tobytes())
+            lengths.append(len(turns.ids))
+            digests.append(int.from_bytes(hashlib.sha256(record.name.encode()).digest()[:8], "big"))
+    np.savez(folder / "documents.npz", lengths=np.array(lengths), digests=np.array(digests, np.uint64))
+
+
+def _hold_out(folder: Path, source: SourceConfig, config: DataConfig) -> None:
+    """Decides which documents are kept out of training; those of one record stay together."""
+    arrays = dict(np.load(folder / "documents.npz"))
+    names, name_of = np.unique(arrays.pop("digests"), return_inverse=True)
+    count = max(1, round(len(names) * config.heldout_fraction))
+    heldout = name_of < count
+    training_tokens = int(arrays["lengths"][~heldout].sum())
     if training_tokens < config.seq_len:
         raise ConfigError(
-            f"data.megabytes: found {config.megabytes}, which gives {len(documents)} documents; with {count} of them "
-            f"held out, {training_tokens} tokens are left to train on, fewer than one row of {config.seq_len}. "
-            f"Read more text."
+            f"data.megabytes: found {config.megabytes}, which gives {len(names)} documents of "
+            f"{describe_source(source)}; with {count} of them held out, {training_tokens} tokens are left to train on, "
+            f"fewer than one row of {config.seq_len}. Read more text."
         )
-    return Corpus(tokenizer, training=documents[count:], heldout=documents[:count])
+    np.savez(folder / "documents.npz", heldout=heldout, **arrays)
 
 
-def read_texts(config: DataConfig) -> list[str]:
-    """The documents: all matching files below the folder, in the order of a hash of their paths, up to `megabytes`.
-
-    Raises:
-        ConfigError: the folder holds no matching file.
-    """
-    root = Path(config.folder or sysconfig.get_path("stdlib"))
-    skipped = () if config.folder else _SKIPPED_IN_STDLIB
-    files = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not any(fnmatch(name, pattern) for pattern in skipped)]
-        files += [Path(folder, name) for name in names if fnmatch(name, config.pattern)]
-    files.sort(key=lambda file: hashlib.sha256(file.relative_to(root).as_posix().encode()).digest())
-
-    texts, size = [], 0
-    for file in files:
-        raw = file.read_bytes()
-        if size + len(raw) > config.megabytes * 1e6:
-            continue  # too long for the room that is left; a shorter one may still fit
-        try:
-            text = raw.decode("utf-8")
-        except UnicodeDecodeError:
-            continue
-        if text.strip():
-            texts.append(text)
-            size += len(raw)
-    if not texts:
-        raise ConfigError(
-            f"data.folder: {root} holds no readable {config.pattern} file of at most {config.megabytes} MB; "
-            f"point data.folder and data.pattern at some text."
-        )
-    return texts
+def _open_part(folder: Path, name: str) -> Part:
+    arrays = np.load(folder / "documents.npz")
+    lengths, heldout = arrays["lengths"], arrays["heldout"]
+    documents = Documents(
+        tokens=np.memmap(folder / "tokens.uint32", np.uint32, mode="r"),
+        learned=np.memmap(folder / "learned.bool", bool, mode="r"),
+        starts=np.cumsum(lengths) - lengths,
+        lengths=lengths,
+    )
+    return Part(name, training=documents.select(~heldout), heldout=documents.select(heldout))
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE with Qwen's word pattern and one special token; it can spell any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

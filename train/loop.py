@@ -6,13 +6,15 @@ import time
 
 import jax
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import qwen_moe_jax as qmj
+from qwen_moe_jax.errors import ConfigError
 from train.checkpoint import Checkpoints
 from train.config import ExecutionSettings, TrainConfig, profile_steps
-from train.corpus import load_corpus, save_tokenizer
-from train.data import Batch, batch_at, heldout_batches, pack, rows_at
+from train.corpus import Corpus, copy_tokenizer, load_corpus
+from train.data import Batch, Mixture, batch_at, describe_batch, heldout_batches, pack, rows_of_devices
 from train.folder import RunFolder
 from train.loss import resolve_loss
 from train.nonfinite import NonFiniteGuard
@@ -48,14 +50,17 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     execution = _execution(config.execution)
 
     # Data: documents of tokens, packed into rows of T.
-    corpus = load_corpus(folder.corpus, config.data)
-    rows = pack(corpus.training, config.data.seq_len)
-    heldout_rows = pack(corpus.heldout, config.data.seq_len)
-    heldout = heldout_batches(heldout_rows, config.data.heldout_rows, config.data.batch_size)
-    heldout = [_place(batch, mesh) for batch in heldout]
+    corpus = _load_corpus(folder, config)
+    weights, seq_len, batch_size = [s.weight for s in config.data.mixture], config.data.seq_len, config.data.batch_size
+    rows = Mixture([pack(part.training, seq_len, part.name) for part in corpus.parts], weights)
+    heldout_rows = Mixture([pack(part.heldout, seq_len, part.name) for part in corpus.parts], weights)
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
+    mine = rows_of_devices(mesh.local_devices, sharding, batch_size)  # what this process has to read of a batch
+    heldout = heldout_batches(heldout_rows, config.data.heldout_rows, batch_size, mine)
+    heldout = [_place(batch, sharding) for batch in heldout]
 
     # Model: a definition for each mode, and one set of parameters for both. Their shapes say where everything lies.
-    described = _make_model(config, corpus.end_id, mesh, execution, rngs=None)
+    described = _make_model(config, corpus, mesh, execution, rngs=None)
     described.eval()  # no token is dropped
     eval_graph = nnx.graphdef(described)
     described.train()
@@ -76,17 +81,19 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
         if checkpoints.latest_step is not None:
             state = checkpoints.restore_latest(like=describe_state(shapes, optimizer, shardings))
         else:
-            model = _make_model(config, corpus.end_id, mesh, execution, rngs=nnx.Rngs(config.run.seed))
+            model = _make_model(config, corpus, mesh, execution, rngs=nnx.Rngs(config.run.seed))
             state = initial_state(nnx.to_pure_dict(nnx.state(model)), optimizer, shardings)
         first_step, last_step = int(state.step), config.run.steps
-        start = describe_start(config, described, mesh, state, text_tokens=rows.tokens_NT.size)
+        start = describe_start(config, described, mesh, state, text_tokens=rows.num_tokens)
         schedule = make_schedule(config.optimizer, last_step)
         report = Report(folder, config.run, start, first_step=first_step, schedule=schedule)
         profiler = Profiler(folder.profile, profile_steps(config.run.profile))
         with report, profiler, stop_requests() as asked_to_stop:
             report.say(introduction(start, last_step))
             guard = NonFiniteGuard(
-                config.run, batch_of=lambda step: _name_batch(config, len(rows), step), say=report.say
+                config.run,
+                batch_of=lambda step: "on " + describe_batch(rows, step - 1, batch_size, config.run.seed),
+                say=report.say,
             )
             if first_step > 0:
                 guard.saved(first_step)
@@ -100,7 +107,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
                 done = step + 1
                 profiler.before(done)
                 with report.fetching():
-                    batch = _place(batch_at(rows, step, config.data.batch_size, config.run.seed), mesh)
+                    batch = _place(batch_at(rows, step, batch_size, config.run.seed, mine), sharding)
                 state, metrics = train_step(state, batch)
                 report.step(done, metrics)
                 guard.step(done, metrics)
@@ -127,7 +134,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     # Export, and let the exported folder speak: what is shown is what others will load.
     trained = nnx.merge(eval_graph, state.params)
     if config.run.export:
-        save_tokenizer(corpus.tokenizer, folder.hub)
+        copy_tokenizer(folder.corpus / "tokenizer", folder.hub)
         qmj.save_pretrained(trained, folder.hub)
         trained = qmj.from_pretrained(folder.hub)
     prompt = config.run.sample_prompt
@@ -144,16 +151,18 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     )
 
 
-def _name_batch(config: TrainConfig, num_rows: int, step: int) -> str:
-    """The rows that step `step` (from 1) read, for messages."""
-    chosen = rows_at(num_rows, step - 1, config.data.batch_size, config.run.seed)
-    parts = (f"epoch {epoch + 1}, rows {', '.join(map(str, numbers))}" for epoch, numbers in chosen.items())
-    return "on " + "; ".join(parts) + f" of {num_rows}"
+def _load_corpus(folder: RunFolder, config: TrainConfig) -> Corpus:
+    """The first process makes the corpus in the run folder, which all can see; the others open it."""
+    if jax.process_index() == 0:
+        load_corpus(folder.corpus, config.data)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("corpus")
+    return load_corpus(folder.corpus, config.data)
 
 
-def _place(batch: Batch, mesh: Mesh) -> Batch:
-    """Rows over all axes that share the batch."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert"))))
+def _place(batch: Batch, sharding: NamedSharding) -> Batch:
+    """Rows over all axes that share the batch; each process brings its own."""
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 
 def _execution(settings: ExecutionSettings) -> qmj.ExecutionConfig:
@@ -167,10 +176,16 @@ def _execution(settings: ExecutionSettings) -> qmj.ExecutionConfig:
 
 
 def _make_model(
-    config: TrainConfig, end_id: int, mesh: Mesh, execution: qmj.ExecutionConfig, rngs: nnx.Rngs | None
+    config: TrainConfig, corpus: Corpus, mesh: Mesh, execution: qmj.ExecutionConfig, rngs: nnx.Rngs | None
 ) -> qmj.CausalLM:
     """The model of the config's [model] table, with the vocabulary of the tokenizer; without `rngs` a description."""
-    hub_config = {"eos_token_id": end_id, **config.model, "vocab_size": config.data.vocab_size}
+    vocab_size = config.model.get("vocab_size", corpus.vocab_size) if config.data.tokenizer else config.data.vocab_size
+    if vocab_size < corpus.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: found {vocab_size}, expected at least {corpus.vocab_size}, one more than the largest "
+            f"id of data.tokenizer."
+        )
+    hub_config = {"eos_token_id": corpus.end_id, **config.model, "vocab_size": vocab_size}
     model_config = qmj.ModelConfig.from_pretrained(hub_config)
     if config.loss.balancing_bias_rate > 0 and model_config.moe is not None:
         moe = dataclasses.replace(model_config.moe, balancing_bias=True)

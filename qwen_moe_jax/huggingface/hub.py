@@ -22,6 +22,15 @@ def local_folder(source: str | PathLike[str]) -> Path:
     Raises:
         CheckpointError: there is no such folder, and the Hub has no such model or cannot be reached.
     """
+    return _local(source, weights=("model*.safetensors", "pytorch_model*.bin"))
+
+
+def tokenizer_folder(source: str | PathLike[str]) -> Path:
+    """`local_folder` for who needs the tokenizer alone: no weights are downloaded."""
+    return _local(source, weights=())
+
+
+def _local(source: str | PathLike[str], weights: tuple[str, ...]) -> Path:
     path = Path(source)
     if path.is_dir():
         return path
@@ -32,16 +41,20 @@ def local_folder(source: str | PathLike[str]) -> Path:
             f"{source}: no such folder, and no name on the Hub (owner/model) either. Download the checkpoint first and "
             "give its folder."
         )
-    return _cached(str(source))
+    return _cached(str(source), weights)
 
 
-def _cached(name: str) -> Path:
+def _cached(name: str, weights: tuple[str, ...]) -> Path:
+    """Downloads the texts and the first of the forms of weights that there is."""
     from huggingface_hub import snapshot_download  # slow to import, and most folders are folders
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=[*_TEXTS, "model*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*_TEXTS, "pytorch_model*.bin"]))
+        if not weights:
+            return Path(snapshot_download(name, allow_patterns=_TEXTS))
+        for form in weights:
+            folder = Path(snapshot_download(name, allow_patterns=[*_TEXTS, form]))
+            if any(folder.glob(form)):
+                break
     except (OSError, ValueError, RuntimeError) as error:  # its own errors are all of these kinds
         reason = str(error).strip().splitlines()
         raise CheckpointError(

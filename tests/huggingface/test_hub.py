@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.huggingface.hub import local_folder
+from qwen_moe_jax.huggingface.hub import local_folder, tokenizer_folder
 from tests.cases import CASES
 
 NAME = "someone/tiny-Qwen3"
@@ -55,6 +55,18 @@ def test_safetensors_are_asked_for_first_and_pytorch_files_where_there_are_none(
     (tmp_path / "model.safetensors").touch()
     local_folder(NAME)
     assert asked == [(NAME, "model*.safetensors"), (NAME, "pytorch_model*.bin"), (NAME, "model*.safetensors")]
+
+
+def test_for_a_tokenizer_no_weights_are_asked_for(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert tokenizer_folder(NAME) == tmp_path and tokenizer_folder(tmp_path) == tmp_path
+    assert "*.json" in asked and not any("safetensors" in pattern or "bin" in pattern for pattern in asked)
 
 
 def test_a_name_the_hub_does_not_know_is_refused_with_what_it_said(monkeypatch):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from qwen_moe_jax.errors import ConfigError
-from train.config import SECTIONS, build_config, differences, load_config, split_overrides, to_toml
+from train.config import SECTIONS, SourceConfig, build_config, differences, load_config, split_overrides, to_toml
 
 TABLES = {"model": {"model_type": "qwen3_moe", "hidden_size": 64, "rope_theta": 1e4, "norm_topk_prob": True}}
 
@@ -32,6 +32,18 @@ def build(tables=None, *overrides):
         ({"data": {"batch_size": 12}, "mesh": {"data": 2, "expert": 4}}, ["data.batch_size", "multiple of 8"]),
         ({"mesh": {"data": 0}}, ["mesh.data", "at least 1"]),
         ({"data": {"vocab_size": 100}}, ["data.vocab_size", "at least 257"]),
+        ({"data": {"format": "json"}}, ["some.toml: data.format: found 'json'", "did you mean 'jsonl'"]),
+        ({"data": {"format": "jsonl"}}, ["data.folder: found none", "read as jsonl"]),
+        ({"data": {"format": "tokens", "folder": "x"}}, ["data.format", "name it in data.tokenizer"]),
+        ({"data": {"sources": 3}}, ["some.toml: data.sources: found 3 (integer), expected tables", "[[data.sources]]"]),
+        ({"data": {"sources": [{}, {"wait": 1}]}}, ["data.sources, number 2: unknown key 'wait'", "mean 'weight'"]),
+        ({"data": {"sources": [{"weight": "2"}]}}, ["data.sources, number 1: weight: found '2'", "expected number"]),
+        ({"data": {"sources": [{"weight": 0}]}}, ["data.sources, number 1: weight: found 0.0", "above 0"]),
+        ({"data": {"sources": [{"format": "txt"}]}}, ["number 1: format: found 'txt'", "did you mean 'text'"]),
+        (
+            {"data": {"sources": [{}], "folder": "x"}},
+            ["data.folder: found together with data.sources", "one of the two"],
+        ),
         ({"execution": {"capacity_facter": 1.0}}, ["execution.capacity_facter", "did you mean 'capacity_factor'"]),
         ({"execution": {"group_size": "128"}}, ["execution.group_size", "'128' (string)", "expected integer"]),
         ({"loss": {"balance": "global"}}, ["loss.balance", "'global'", "did you mean 'global_batch'", "sequence"]),
@@ -113,6 +125,32 @@ def test_a_resolved_config_reads_back_equal(tmp_path):
     file = tmp_path / "config.toml"
     file.write_text(to_toml(config), encoding="utf-8")
     assert load_config(file) == config
+
+
+def test_a_mixture_is_written_as_tables_or_on_the_command_line_and_reads_back_equal(tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text(
+        '[model]\nmodel_type = "qwen3_moe"\n[data]\ntokenizer = "some/model"\nmegabytes = inf\n'
+        '[[data.sources]]\nfolder = "books"\npattern = "*.txt"\nweight = 3\n'
+        '[[data.sources]]\nfolder = "chats.jsonl"\nformat = "jsonl"\n'
+    )
+    config = load_config(file)
+    books = SourceConfig(folder="books", pattern="*.txt", weight=3.0)
+    assert config.data.mixture == (books, SourceConfig(folder="chats.jsonl", format="jsonl"))
+    file.write_text(to_toml(config), encoding="utf-8")
+    assert load_config(file) == config
+    overridden = build({}, '--data.sources=[{folder = "books", pattern = "*.txt", weight = 3}]')
+    assert overridden.data.mixture == (books,)
+
+
+def test_one_source_needs_no_tables():
+    [source] = build({"data": {"folder": "a.jsonl", "format": "jsonl"}}).data.mixture
+    assert source == SourceConfig(folder="a.jsonl", format="jsonl")
+
+
+def test_a_named_tokenizer_lets_the_model_have_a_larger_vocabulary():
+    config = build({"model": {**TABLES["model"], "vocab_size": 151936}, "data": {"tokenizer": "some/model"}})
+    assert config.model["vocab_size"] == 151936
 
 
 def test_keys_that_are_left_out_stay_so_and_can_be_given_in_every_way(tmp_path):

@@ -6,47 +6,51 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from qwen_moe_jax.errors import ConfigError
-from train.config import DataConfig
-from train.corpus import END_OF_TEXT, load_corpus, make_corpus, read_texts, save_tokenizer, train_tokenizer
+from qwen_moe_jax.errors import CheckpointError, ConfigError
+from tests.inference.tokenizer_kinds import byte_fallback, byte_level
+from train.config import DataConfig, SourceConfig
+from train.corpus import END_OF_TEXT, copy_tokenizer, load_corpus, save_tokenizer, train_tokenizer
+from train.sources import read_records
 
 SMALL = DataConfig(megabytes=0.05, vocab_size=300, seq_len=16, heldout_fraction=0.2)
 
 
 @pytest.fixture(scope="module")
-def corpus():
-    return make_corpus(SMALL)
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "corpus"
+    return folder, load_corpus(folder, SMALL)
 
 
-def test_the_standard_library_is_read_up_to_the_asked_size_in_the_same_order():
-    texts = read_texts(SMALL)
-    assert 0.03e6 < sum(len(text.encode()) for text in texts) <= 0.05e6
-    assert texts == read_texts(SMALL)
+def write_tokenizer(folder, tokenizer, **config):
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(folder)
 
 
-def test_own_text_can_be_named(tmp_path):
-    (tmp_path / "tests").mkdir()
-    for name, text in {"a.md": "one", "tests/b.md": "two", "c.py": "three", "empty.md": " "}.items():
-        (tmp_path / name).write_text(text)
-    (tmp_path / "latin.md").write_bytes(b"\xe9")
-    assert sorted(read_texts(DataConfig(folder=str(tmp_path), pattern="*.md"))) == ["one", "two"]
-    with pytest.raises(ConfigError, match="data.folder: .* no readable"):
-        read_texts(DataConfig(folder=str(tmp_path), pattern="*.txt"))
+def write_lines(file, records):
+    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(file)
 
 
-def test_too_little_text_is_refused(tmp_path):
-    (tmp_path / "a.py").write_text("x = 1\n")
-    with pytest.raises(ConfigError, match="Read more text"):
-        make_corpus(DataConfig(folder=str(tmp_path)))
-
-
-def test_documents_end_with_the_end_mark_and_decode_to_the_text(corpus):
-    texts = read_texts(SMALL)
-    documents = corpus.heldout + corpus.training
-    assert len(corpus.heldout) == round(0.2 * len(texts))
+def test_documents_end_with_the_end_mark_and_decode_to_the_text(made):
+    _, corpus = made
+    [part] = corpus.parts
+    texts = [record.content for record in read_records(SMALL.mixture[0], SMALL.megabytes)]
+    documents = [*part.heldout, *part.training]
+    assert len(part.heldout) == round(0.2 * len(texts))
     for text, document in zip(texts, documents, strict=True):
         assert document[-1] == corpus.end_id and (document[:-1] != corpus.end_id).all()
         assert corpus.tokenizer.decode(document[:-1]) == text
+    assert all(part.training.learned_in(number).all() for number in range(len(part.training)))
+
+
+def test_too_little_text_is_refused_and_leaves_no_corpus(tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.py").write_text("x = 1\n")
+    with pytest.raises(ConfigError, match="Read more text"):
+        load_corpus(tmp_path / "corpus", DataConfig(folder=str(tmp_path / "text")))
+    assert not (tmp_path / "corpus").exists()
 
 
 def test_the_tokenizer_spells_any_text_within_its_vocabulary():
@@ -56,16 +60,90 @@ def test_the_tokenizer_spells_any_text_within_its_vocabulary():
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
-def test_a_second_start_reads_the_same_documents_from_disk(tmp_path, corpus):
-    made, read = load_corpus(tmp_path, SMALL), load_corpus(tmp_path, DataConfig(folder="/nowhere"))
+def test_a_second_start_reads_the_same_documents_from_disk(made):
+    folder, corpus = made
+    read = load_corpus(folder, DataConfig(folder="/nowhere"))
     for part in ("training", "heldout"):
-        for one, two, three in zip(getattr(corpus, part), getattr(made, part), getattr(read, part), strict=True):
-            np.testing.assert_array_equal(one, two)
-            np.testing.assert_array_equal(one, three)
-    assert read.end_id == corpus.end_id
+        pairs = zip(getattr(corpus.parts[0], part), getattr(read.parts[0], part), strict=True)
+        assert all((one == two).all() for one, two in pairs)
+    assert read.end_id == corpus.end_id and read.parts[0].name == "Python's standard library"
 
 
-def test_saved_tokenizer_files_name_a_class_that_reads_them(tmp_path, corpus):
+def test_a_corpus_that_is_not_whole_is_refused(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    with pytest.raises(ConfigError, match="no corpus.json.*--fresh"):
+        load_corpus(tmp_path / "corpus", SMALL)
+
+
+def test_the_heldout_documents_of_lines_are_spread_and_the_same_every_time(tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", [{"text": f"number {number}"} for number in range(100)])
+    config = DataConfig(folder=file, format="jsonl", vocab_size=300, seq_len=8, heldout_fraction=0.2)
+    corpora = [load_corpus(tmp_path / name, config) for name in ("one", "two")]
+    heldout = [
+        [int(corpus.tokenizer.decode(document).split()[1]) for document in corpus.parts[0].heldout]
+        for corpus in corpora
+    ]
+    assert heldout[0] == heldout[1] and len(set(heldout[0])) == 20
+    assert min(heldout[0]) < 25 and max(heldout[0]) > 75
+    assert len(corpora[0].parts[0].training) == 80
+
+
+def test_an_existing_tokenizer_reads_and_ends_documents_its_own_way(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", [{"text": "The quick brown fox"}] * 10)
+    folder = write_tokenizer(tmp_path / "tokenizer", byte_fallback(), eos_token={"content": "</s>"})
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")
+    corpus = load_corpus(tmp_path / "corpus", DataConfig(folder=source, format="jsonl", tokenizer=folder, seq_len=4))
+    expected = [*byte_fallback().encode("The quick brown fox").ids, byte_fallback().token_to_id("</s>")]
+    assert expected[0] == byte_fallback().token_to_id("<s>")
+    assert corpus.parts[0].training[0].tolist() == expected
+    assert corpus.vocab_size == max(byte_fallback().get_vocab().values()) + 1
+    copy_tokenizer(tmp_path / "corpus" / "tokenizer", tmp_path / "hub")
+    assert (tmp_path / "hub" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert {file.name for file in (tmp_path / "hub").iterdir()} == {
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+    }  # fmt: skip
+
+
+def test_a_tokenizer_without_an_end_of_documents_is_refused(tmp_path):
+    config = DataConfig(tokenizer=write_tokenizer(tmp_path / "tokenizer", byte_level(), eos_token="<|no|>"))
+    with pytest.raises(ConfigError, match="data.tokenizer: .*found '<.no.>' as eos_token"):
+        load_corpus(tmp_path / "corpus", config)
+    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+        load_corpus(tmp_path / "corpus", DataConfig(tokenizer="nowhere"))
+
+
+def test_token_ids_are_taken_as_they_are_and_those_of_another_tokenizer_refused(tmp_path):
+    tokenizer = byte_level()
+    end_id = tokenizer.token_to_id("<|im_end|>")
+    folder = write_tokenizer(tmp_path / "tokenizer", tokenizer, eos_token="<|im_end|>")
+    documents = [[5, 6, 7, end_id], [8, end_id], [9, 10, 11, 12]]
+    np.save(tmp_path / "ids.npy", np.concatenate(documents).astype(np.uint16))
+    config = DataConfig(folder=str(tmp_path / "ids.npy"), format="tokens", tokenizer=folder, seq_len=2)
+    [part] = load_corpus(tmp_path / "corpus", config).parts
+    assert sorted([document.tolist() for document in [*part.training, *part.heldout]]) == sorted(documents)
+    np.save(tmp_path / "ids.npy", np.array([1, 2, end_id, 5, 70_000]))
+    message = f"ids.npy, document 1 .ids 3 to 4.: found token id 70000, expected ids from 0 to {end_id + 1}"
+    with pytest.raises(ConfigError, match=message):
+        load_corpus(tmp_path / "other", config)
+
+
+def test_a_mixture_keeps_its_sources_apart_and_its_tokenizer_knows_them_all(tmp_path):
+    one = write_lines(tmp_path / "one.jsonl", [{"text": "aaaa aaaa"}] * 8)
+    (tmp_path / "texts").mkdir()
+    for number in range(8):
+        (tmp_path / "texts" / f"{number}.txt").write_text("bbbb bbbb")
+    sources = (
+        SourceConfig(folder=one, format="jsonl"),
+        SourceConfig(folder=str(tmp_path / "texts"), pattern="*.txt"),
+    )
+    corpus = load_corpus(tmp_path / "corpus", DataConfig(sources=sources, vocab_size=264, seq_len=2))
+    assert [part.name for part in corpus.parts] == [one, str(tmp_path / "texts")]
+    assert [corpus.tokenizer.decode(part.training[0]) for part in corpus.parts] == ["aaaa aaaa", "bbbb bbbb"]
+    assert len(corpus.tokenizer.encode("aaaa aaaa").ids) < 9 and len(corpus.tokenizer.encode("bbbb bbbb").ids) < 9
+
+
+def test_saved_tokenizer_files_name_a_class_that_reads_them(tmp_path, made):
+    _, corpus = made
     save_tokenizer(corpus.tokenizer, tmp_path / "hub")
     config = json.loads((tmp_path / "hub" / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"

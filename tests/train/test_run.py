@@ -204,7 +204,7 @@ def test_a_run_that_goes_astray_skips_so_many_steps_then_stops_and_names_the_las
     words += ["--optimizer.warmup_steps=1"]  # the first step has a rate of zero, the second leads astray
     code, output, complaint = start(config_file, folder, *words)
     assert code == 1
-    assert "step 3: the loss is" in output and "skipped (1 of 1)" in output and "epoch 1, rows " in output
+    assert "step 3: the loss is" in output and "skipped (1 of 1)" in output and "on epoch 0 of " in output
     assert "NonFiniteError: step 4: the loss is" in complaint and "the last checkpoint is that of step 3" in complaint
     assert [record["finite"] for record in metrics(folder) if "loss" in record] == [True, True, False, False]
 
@@ -214,6 +214,14 @@ def test_other_settings_in_the_same_folder_are_refused_with_the_difference(finis
     code, _, complaint = start(config_file, folder, "--optimizer.learning_rate", "0.5")
     assert code == 2
     assert "optimizer.learning_rate: 0.01 → 0.5" in complaint and "--fresh" in complaint
+
+
+def test_a_model_with_fewer_entries_than_its_tokenizer_is_refused(finished, config_file, tmp_path):
+    file = tmp_path / "own.toml"
+    named = CONFIG.replace("vocab_size = 300", f'tokenizer = "{finished[0] / "hub"}"')
+    file.write_text(named.replace("[model]", "[model]\nvocab_size = 299"))
+    code, _, complaint = start(file, tmp_path / "run")
+    assert code == 2 and "model.vocab_size: found 299, expected at least 300" in complaint
 
 
 def test_a_folder_that_is_no_run_is_left_alone(config_file, tmp_path):

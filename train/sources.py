@@ -1,0 +1,254 @@
+"""Files → records: one text, conversation or array of token ids after the other, each with the place it was found at.
+
+What cannot be read is refused by that place: the file, the line, what was found there and what was expected.
+"""
+
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from qwen_moe_jax.errors import ConfigError
+from train.config import FORMATS, SourceConfig
+
+_ROLES = ("system", "user", "assistant", "tool")
+_WANTED = '{"text": …} or {"messages": [{"role": …, "content": …}, …]}'
+
+# Installed packages, tests, generated tables and copies of other tools: not what a student of Python should read.
+_SKIPPED_IN_STDLIB = (
+    "__*__", "config-*", "dist-packages", "encodings", "ensurepip", "idlelib", "lib-dynload", "lib2to3", "pydoc_data",
+    "site-packages", "test", "tests", "turtledemo",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages as a chat template takes them, and the tools that the assistant is told of, if any."""
+
+    messages: list[dict[str, Any]]
+    variables: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What makes one document, or with some chat templates several.
+
+    Attributes:
+        content: a text, a conversation or an integer array of token ids.
+        place: the file and line, for messages.
+        name: the same without the way to the source's folder; its hash decides whether the record is held out.
+    """
+
+    content: str | Conversation | np.ndarray
+    place: str
+    name: str
+
+
+def read_records(source: SourceConfig, megabytes: float, end_id: int | None = None) -> Iterator[Record]:
+    """The records of a source: always the same ones, in the same order. Blank files, lines and texts are passed over.
+
+    Args:
+        source: what to read.
+        megabytes: stop after this much text; token ids are read to the end.
+        end_id: the id that ends a document in arrays of token ids.
+
+    Raises:
+        ConfigError: the source does not exist, holds nothing, or something that cannot be read.
+    """
+    empty = True
+    for record in _READERS[source.format](source, megabytes * 1e6, end_id):
+        empty = False
+        yield record
+    if empty:
+        pattern = source.pattern or FORMATS[source.format]
+        raise ConfigError(
+            f"data.folder: {_root(source)} holds no readable {source.format} of at most {megabytes} MB in files named "
+            f"{pattern}; point data.folder and data.pattern at some text."
+        )
+
+
+def describe_source(source: SourceConfig) -> str:
+    """What messages call it."""
+    return source.folder or "Python's standard library"
+
+
+def _read_texts(source: SourceConfig, room: float, end_id: int | None) -> Iterator[Record]:
+    """All matching files, as far as each fits into the room that is left: a shorter one may, where a longer did not."""
+    for file, name in _files(source):
+        raw = file.read_bytes()
+        if len(raw) > room:
+            continue
+        text = _decode(raw, str(file))
+        if text.strip():
+            room -= len(raw)
+            yield Record(text, str(file), name)
+
+
+def _read_jsonl(source: SourceConfig, room: float, end_id: int | None) -> Iterator[Record]:
+    for file, name in _files(source):
+        with file.open("rb") as lines:
+            for number, raw in enumerate(lines, start=1):
+                place = f"{file}, line {number}"
+                room -= len(raw)
+                if room < 0:
+                    return
+                line = _decode(raw, place)
+                if not line.strip():
+                    continue
+                try:
+                    found = json.loads(line)
+                except (json.JSONDecodeError, RecursionError) as error:
+                    _refuse(f"{place}: this is no JSON ({error}): {line.strip()!r:.80}; expected {_WANTED}.")
+                yield from _as_record(found, place, f"{name}:{number}")
+
+
+def _read_datasets(source: SourceConfig, room: float, end_id: int | None) -> Iterator[Record]:
+    for number, row in enumerate(_open_dataset(source)):
+        place = f"{source.folder}, row {number} of {source.split}"
+        found = {key: value for key, value in row.items() if key in ("text", "messages", "tools")}
+        for record in _as_record(found or row, place, str(number)):
+            text = record.content
+            room -= len(text.encode()) if isinstance(text, str) else len(json.dumps(text.messages))
+            if room < 0:
+                return
+            yield record
+
+
+def _open_dataset(source: SourceConfig) -> Any:
+    try:
+        import datasets  # slow to import, and an extra
+    except ImportError:
+        _refuse(
+            "data.format: datasets needs Hugging Face's library, which is not installed: "
+            "pip install 'qwen-moe-jax[hf]', or datasets by itself."
+        )
+    folder = Path(source.folder)
+    try:
+        if (folder / "dataset_dict.json").exists():
+            return datasets.load_from_disk(str(folder))[source.split]
+        if (folder / "state.json").exists():
+            return datasets.load_from_disk(str(folder))
+        if folder.exists():
+            files = [str(file) for file, _ in _files(source)]
+            return datasets.load_dataset("parquet", data_files=files, split="train") if files else []
+        return datasets.load_dataset(source.folder, split=source.split)
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        _refuse(f"data.folder: {source.folder}: datasets cannot open it ({type(error).__name__}: {error}).")
+
+
+def _read_tokens(source: SourceConfig, room: float, end_id: int | None) -> Iterator[Record]:
+    for file, name in _files(source):
+        try:
+            ids = np.load(file, mmap_mode="r")
+        except (ValueError, OSError) as error:
+            _refuse(f"{file}: this is no .npy file ({error}), expected one array of token ids.")
+        if not isinstance(ids, np.ndarray) or ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            found = f"{ids.dtype} of shape {ids.shape}" if isinstance(ids, np.ndarray) else "several arrays"
+            _refuse(f"{file}: found {found}, expected one row of integer token ids.")
+        ends = np.flatnonzero(ids == end_id) + 1
+        stops = ends if ends.size and ends[-1] == len(ids) else [*ends, len(ids)]  # the last may lack its end
+        start = 0
+        for number, stop in enumerate(stops):
+            if stop > start:
+                yield Record(
+                    ids[start:stop], f"{file}, document {number} (ids {start} to {stop - 1})", f"{name}:{number}"
+                )
+            start = stop
+
+
+_READERS: dict[str, Callable[[SourceConfig, float, int | None], Iterator[Record]]] = {
+    "text": _read_texts,
+    "jsonl": _read_jsonl,
+    "tokens": _read_tokens,
+    "datasets": _read_datasets,
+}
+
+
+def _root(source: SourceConfig) -> Path:
+    return Path(source.folder or sysconfig.get_path("stdlib"))
+
+
+def _files(source: SourceConfig) -> list[tuple[Path, str]]:
+    """The matching files and their names below the folder, in the order of a hash of these names.
+
+    So a bounded amount of text is a fair sample of the whole.
+    """
+    root = _root(source)
+    if root.is_file():
+        return [(root, root.name)]
+    if not root.is_dir():
+        _refuse(f"data.folder: {root}: there is no such file or folder.")
+    skipped = () if source.folder else _SKIPPED_IN_STDLIB
+    pattern = source.pattern or FORMATS[source.format]
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not any(fnmatch(name, pattern) for pattern in skipped)]
+        files += [Path(folder, name) for name in names if fnmatch(name, pattern)]
+    named = [(file, file.relative_to(root).as_posix()) for file in files]
+    return sorted(named, key=lambda one: hashlib.sha256(one[1].encode()).digest())
+
+
+def _decode(raw: bytes, place: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        _refuse(f"{place}: found byte 0x{raw[error.start]:02x} at offset {error.start}, expected text in UTF-8.")
+
+
+def _as_record(found: Any, place: str, name: str) -> Iterator[Record]:
+    """One record, or none for a blank text."""
+    if not isinstance(found, dict):
+        _refuse(f"{place}: found {found!r:.80}, expected {_WANTED}.")
+    given = {key: value for key, value in found.items() if value is not None}
+    if ("text" in given) == ("messages" in given):
+        both = "both text and messages" if "text" in given else f"the keys {', '.join(found) or '(none)'}"
+        _refuse(f"{place}: found {both}, expected {_WANTED}.")
+    if "messages" in given:
+        tools = {"tools": given["tools"]} if given.get("tools") else {}
+        yield Record(Conversation(_checked_messages(given["messages"], place), tools), place, name)
+        return
+    text = given["text"]
+    if not isinstance(text, str):
+        _refuse(f"{place}: text: found {text!r:.80}, expected a string.")
+    _refuse_surrogates(text, place)
+    if text.strip():
+        yield Record(text, place, name)
+
+
+def _checked_messages(messages: Any, place: str) -> list[dict[str, Any]]:
+    if not isinstance(messages, list) or not messages:
+        _refuse(f'{place}: messages: found {messages!r:.80}, expected a list of {{"role": …, "content": …}}.')
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            _refuse(f'{place}: messages[{number}]: found {message!r:.80}, expected {{"role": …, "content": …}}.')
+        if message.get("role") not in _ROLES:
+            _refuse(
+                f"{place}: messages[{number}].role: found {message.get('role')!r}, expected one of {', '.join(_ROLES)}."
+            )
+        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+            _refuse(f"{place}: messages[{number}].content: found {message.get('content')!r:.80}, expected a string.")
+        _refuse_surrogates(message.get("content") or "", place)
+    roles = [message["role"] for message in messages]
+    if roles[0] == "assistant":
+        _refuse(f"{place}: messages[0].role: found 'assistant', expected a message that it answers.")
+    if "assistant" not in roles:
+        _refuse(f"{place}: found no message of the assistant ({', '.join(roles)}), expected one to learn from.")
+    return messages
+
+
+def _refuse_surrogates(text: str, place: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        _refuse(f"{place}: found half of a surrogate pair at character {error.start}, expected Unicode text.")
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError(message) from None
