@@ -123,7 +123,7 @@ def measure(name: str, folder: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=1, help="each has 4 GB, beside 2.2 GB of embedding and head")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="medians are taken over them")
     parser.add_argument("--folder", type=Path, help="to write the checkpoint to; a temporary one if not given")
     parser.add_argument("--only", choices=MEASURED, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

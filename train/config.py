@@ -165,6 +165,11 @@ class RunConfig:
     folder: str = _key("runs/default", "receives config.toml, metrics.jsonl, checkpoints/ and hub/")
     steps: int = _key(500, "optimizer steps in all")
     seed: int = _key(0, "of the first weights and of the order of the data")
+    init_from: str = _key(
+        "",
+        "a checkpoint to go on from, a folder or a name on the Hub, instead of a [model] table and fresh weights; its "
+        "tokenizer is the data's, unless data.tokenizer names one",
+    )
     accumulation_steps: int = _key(
         1,
         "micro-batches that a step's rows are cut into, to save memory: one step of the optimizer, with the loss and "
@@ -240,9 +245,6 @@ def build_config(tables: dict[str, Any], overrides: list[str], source: str) -> T
             _unknown(f"{source}: unknown section [{name}]", name, ["model", *SECTIONS])
         if not isinstance(table, dict):
             _refuse(f"{source}: {name} should be a section, [{name}], and is {_describe(table)}.")
-    if not tables.get("model"):
-        _refuse(f"{source}: there is no [model] table. It takes the keys of a Hub config.json, model_type first.")
-
     # One flat table of (section, key) → value: the file's, then the command line's on top of it.
     values = {
         (name, key): (value, f"{source}: {name}.{key}")
@@ -253,7 +255,7 @@ def build_config(tables: dict[str, Any], overrides: list[str], source: str) -> T
         where, _, word = override.partition("=")
         name, _, key = where.removeprefix("--").partition(".")
         if name == "model":
-            values[name, key] = (_override_model(tables["model"], key, word, where), where)
+            values[name, key] = (_override_model(tables.get("model", {}), key, word, where), where)
         elif name in SECTIONS:
             values[name, key] = (_from_word(word, _field_types(name).get(key)), where)
         else:
@@ -264,9 +266,17 @@ def build_config(tables: dict[str, Any], overrides: list[str], source: str) -> T
         if name != "model":
             value = _check_type(value, name, key, where)
         sections[name][key] = value
-    config = TrainConfig(
-        model=sections.pop("model"), **{name: SECTIONS[name](**keys) for name, keys in sections.items()}
-    )
+    model = sections.pop("model")
+    config = TrainConfig(model=model, **{name: SECTIONS[name](**keys) for name, keys in sections.items()})
+    init_from = config.run.init_from
+    if bool(model) == bool(init_from):
+        found = "both a [model] table and run.init_from" if model else "neither a [model] table nor run.init_from"
+        _refuse(
+            f"{source}: found {found}, expected one of them: the keys of a Hub config.json, model_type first, or a "
+            "checkpoint to begin with, whose config it is then."
+        )
+    if init_from and not config.data.tokenizer:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=init_from))
     _check_values(config, source)
     return config
 
@@ -415,7 +425,15 @@ def _check_values(config: TrainConfig, source: str) -> None:
         **{f"data.{key}": getattr(data, key) for key in ("batch_size", "heldout_rows")},
         **{
             f"run.{key}": getattr(run, key)
-            for key in ("steps", "accumulation_steps", "log_every", "eval_every", "checkpoint_every", "sample_tokens")
+            for key in (
+                "steps",
+                "accumulation_steps",
+                "log_every",
+                "eval_every",
+                "checkpoint_every",
+                "keep_checkpoints",
+                "sample_tokens",
+            )
         },
     }
     for key, value in at_least_one.items():
@@ -463,6 +481,11 @@ def _check_values(config: TrainConfig, source: str) -> None:
             f"{source}: loss.balancing_bias_rate: found {loss.balancing_bias_rate} together with run.export = true: a "
             "Hub folder cannot hold a balancing bias. Set run.export to false (the checkpoints hold the model), or the "
             "rate to 0."
+        )
+    if loss.balancing_bias_rate > 0 and run.init_from:
+        _refuse(
+            f"{source}: loss.balancing_bias_rate: found {loss.balancing_bias_rate} together with run.init_from: the "
+            "routers of a Hub checkpoint have no bias to move. Leave one of them out."
         )
     if not 0 < data.heldout_fraction < 1:
         _refuse(f"{source}: data.heldout_fraction: found {data.heldout_fraction}, expected between 0 and 1.")

@@ -12,7 +12,7 @@ from train.config import TrainConfig, differences, load_config, to_toml
 # What a run means. A run may go on with another mesh, another execution or other intervals between its reports, but
 # not as a different model on different text.
 _MEANING = ("model", "data", "loss", "optimizer")
-_MEANING_OF_RUN = ("steps", "seed")
+_MEANING_OF_RUN = ("steps", "seed", "init_from")
 
 
 class RunFolder:

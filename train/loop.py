@@ -11,6 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.huggingface.checkpoint import open_checkpoint
+from qwen_moe_jax.huggingface.hub import local_folder
 from train.checkpoint import Checkpoints
 from train.config import ExecutionSettings, TrainConfig, profile_steps
 from train.corpus import Corpus, copy_tokenizer, load_corpus
@@ -23,6 +25,7 @@ from train.profile import Profiler
 from train.progress import Report
 from train.start import describe_start, introduction
 from train.step import (
+    Params,
     describe_state,
     heldout_loss,
     initial_state,
@@ -60,7 +63,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     heldout = [_place(batch, sharding) for batch in heldout]
 
     # Model: a definition for each mode, and one set of parameters for both. Their shapes say where everything lies.
-    described = _make_model(config, corpus, mesh, execution, rngs=None)
+    described = _describe_model(config, corpus, mesh, execution)
     described.eval()  # no token is dropped
     eval_graph = nnx.graphdef(described)
     described.train()
@@ -81,8 +84,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
         if checkpoints.latest_step is not None:
             state = checkpoints.restore_latest(like=describe_state(shapes, optimizer, shardings))
         else:
-            model = _make_model(config, corpus, mesh, execution, rngs=nnx.Rngs(config.run.seed))
-            state = initial_state(nnx.to_pure_dict(nnx.state(model)), optimizer, shardings)
+            state = initial_state(_first_weights(config, described), optimizer, shardings)
         first_step, last_step = int(state.step), config.run.steps
         start = describe_start(config, described, mesh, state, text_tokens=rows.num_tokens)
         schedule = make_schedule(config.optimizer, last_step)
@@ -175,19 +177,36 @@ def _execution(settings: ExecutionSettings) -> qmj.ExecutionConfig:
     return qmj.ExecutionConfig(**chosen)
 
 
-def _make_model(
-    config: TrainConfig, corpus: Corpus, mesh: Mesh, execution: qmj.ExecutionConfig, rngs: nnx.Rngs | None
-) -> qmj.CausalLM:
-    """The model of the config's [model] table, with the vocabulary of the tokenizer; without `rngs` a description."""
+def _describe_model(config: TrainConfig, corpus: Corpus, mesh: Mesh, execution: qmj.ExecutionConfig) -> qmj.CausalLM:
+    """The model without weights: that of the checkpoint to begin with, or of the config's [model] table."""
+    if config.run.init_from:
+        folder = local_folder(config.run.init_from)
+        model_config = open_checkpoint(folder).config
+        _check_vocabulary(f"run.init_from: {folder} has vocab_size", model_config.vocab_size, corpus)
+        return qmj.CausalLM(model_config, rngs=None, mesh=mesh, execution=execution)
     vocab_size = config.model.get("vocab_size", corpus.vocab_size) if config.data.tokenizer else config.data.vocab_size
-    if vocab_size < corpus.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size: found {vocab_size}, expected at least {corpus.vocab_size}, one more than the largest "
-            f"id of data.tokenizer."
-        )
+    _check_vocabulary("model.vocab_size: found", vocab_size, corpus)
     hub_config = {"eos_token_id": corpus.end_id, **config.model, "vocab_size": vocab_size}
     model_config = qmj.ModelConfig.from_pretrained(hub_config)
     if config.loss.balancing_bias_rate > 0 and model_config.moe is not None:
         moe = dataclasses.replace(model_config.moe, balancing_bias=True)
         model_config = dataclasses.replace(model_config, moe=moe)
-    return qmj.CausalLM(model_config, rngs=rngs, mesh=mesh, execution=execution)
+    return qmj.CausalLM(model_config, rngs=None, mesh=mesh, execution=execution)
+
+
+def _check_vocabulary(found: str, vocab_size: int, corpus: Corpus) -> None:
+    if vocab_size < corpus.vocab_size:
+        raise ConfigError(
+            f"{found} {vocab_size}, expected at least {corpus.vocab_size}, one more than the largest id of "
+            "data.tokenizer."
+        )
+
+
+def _first_weights(config: TrainConfig, described: qmj.CausalLM) -> Params:
+    """Those of the checkpoint to begin with, or fresh ones."""
+    if config.run.init_from:
+        model = qmj.from_pretrained(config.run.init_from, mesh=described.mesh, execution=described.execution)
+    else:
+        rngs = nnx.Rngs(config.run.seed)
+        model = qmj.CausalLM(described.config, rngs=rngs, mesh=described.mesh, execution=described.execution)
+    return nnx.to_pure_dict(nnx.state(model))

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+import tomllib
 
 import numpy as np
 import pytest
@@ -161,6 +162,29 @@ def test_starting_a_finished_run_again_says_so_and_how_to_start_afresh(finished,
     assert code == 0
     assert "is finished; --fresh trains it anew" in output and "Held-out loss" in output
     assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_begins_with_a_checkpoint_and_its_tokenizer_and_never_goes_back_to_them(finished, config_file, tmp_path):
+    """Resumed weights come before those to begin with, and those before fresh ones."""
+    hub = finished[0] / "hub"
+    tables = tomllib.loads(config_file.read_text())
+    del tables["model"], tables["data"]["vocab_size"]
+    lines = [f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
+             for name, table in tables.items()]  # fmt: skip
+    file, folder = tmp_path / "tune.toml", tmp_path / "tuned"
+    file.write_text("\n".join(lines))
+    words = ["--run.init_from", str(hub), "--run.steps=4", "--run.checkpoint_every=2", "--run.sample_tokens=1"]
+    code, output, complaint = start(file, folder, *words, "--run.export=false")
+    assert code == 0, complaint
+    before = [record["heldout_loss"] for record in metrics(finished[0]) if "heldout_loss" in record][-1]
+    first = [record["heldout_loss"] for record in metrics(folder) if "heldout_loss" in record][0]
+    assert first == pytest.approx(before, abs=1e-4)  # the same text under the same tokenizer, on the same weights
+    assert (folder / "corpus" / "tokenizer" / "tokenizer.json").read_bytes() == (hub / "tokenizer.json").read_bytes()
+
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "4")
+    code, output, complaint = start(file, folder, *words, "--run.export=false")
+    assert code == 0 and "going on from the checkpoint of step 2" in output, complaint
 
 
 def test_a_run_with_balancing_biases_exports_nothing_and_samples_all_the_same(config_file, tmp_path):
