@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
+from qwen_moe_jax.cli.units import in_bytes
 from qwen_moe_jax.config import Dtype
 
 SUMMARY = (
@@ -52,4 +53,4 @@ def run(arguments: argparse.Namespace) -> None:
         check_finite=arguments.check_finite,
     )
     size = sum(path.stat().st_size for path in arguments.target.rglob("*") if path.is_file())
-    print(f"Wrote {arguments.target}, {size / 1e9:,.2f} GB.")
+    print(f"Wrote {arguments.target}, {in_bytes(size)}.")

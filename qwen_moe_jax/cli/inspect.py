@@ -6,6 +6,7 @@ import json
 import re
 from typing import TYPE_CHECKING
 
+from qwen_moe_jax.cli.units import count, in_bytes
 from qwen_moe_jax.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -62,9 +63,9 @@ def print_summary(summary: "Summary") -> None:
     console.print(summary.where, style="bold", soft_wrap=True, markup=False)
     console.print(f"{summary.form} · {summary.model_type}, {summary.head}")
     dtypes = {row.dtype for row in summary.rows}
-    active = f", {_count(summary.active_parameters)} active" if summary.active_parameters < summary.parameters else ""
+    active = f", {count(summary.active_parameters)} active" if summary.active_parameters < summary.parameters else ""
     dtype = f" in {min(dtypes)}" if len(dtypes) == 1 else ""
-    console.print(f"{_count(summary.parameters)} parameters{active} · {_size(summary.nbytes)}{dtype}")
+    console.print(f"{count(summary.parameters)} parameters{active} · {in_bytes(summary.nbytes)}{dtype}")
     console.print(summary.layers)
     console.print()
     # A column that says the same of every row costs names the width they need.
@@ -79,25 +80,11 @@ def print_summary(summary: "Summary") -> None:
         if prefix != layers and prefix:
             table.add_row(prefix, style="dim")
         layers = prefix
-        shape, count = " × ".join(map(str, row.shape)), f"{row.count:,}" if row.count > 1 else ""
-        cells = (f"  {name}" if prefix else name, shape, count, _size(row.nbytes), row.dtype or "absent")
+        shape, times = " × ".join(map(str, row.shape)), f"{row.count:,}" if row.count > 1 else ""
+        cells = (f"  {name}" if prefix else name, shape, times, in_bytes(row.nbytes), row.dtype or "absent")
         table.add_row(*cells[: 1 + len(headings)])
     console.print(table)
     if summary.ignored:
         console.print(f"\nNot read by any forward pass: {', '.join(summary.ignored)}")
     if not summary.problems and summary.form != "config alone":
         console.print("\nIt loads.")
-
-
-def _count(number: int) -> str:
-    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= size:
-            return f"{number / size:.2f} {unit}"
-    return str(number)
-
-
-def _size(number: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if number >= size:
-            return f"{number / size:.2f} {unit}"
-    return f"{number} B"
