@@ -25,9 +25,6 @@ RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     )
 }
 
-#: Tensors that checkpoints carry and no forward pass reads.
-HARMLESS = re.compile(r"\.rotary_emb\.inv_freq$|^(model\.)?mtp\.")
-
 _STACKED = re.compile(r"model\.layers\.segments\.(\d+)\.(\d+)\.(.+)")
 
 
