@@ -45,7 +45,7 @@ def from_pretrained(
             or Mixtral checkpoint, one that `save_orbax` wrote, or a name on the Hub ("Qwen/Qwen3-30B-A3B"), which
             is downloaded to its cache unless it is there.
         mesh: see `make_mesh`; None is one device. Weights go straight to the devices that own them, in blocks: beside
-            the model the host holds some 400 to 650 MB, whatever its size. Each process reads what its own devices need.
+            the model the host holds 400 to 650 MB, whatever its size. Each process reads what its own devices need.
         dtype: of activations and matmuls; None keeps the checkpoint's.
         param_dtype: of the stored weights; None takes `dtype`.
         execution: how the model is run; `dtype` and `param_dtype` here win over those in it.
