@@ -1,38 +1,29 @@
 """Training, from the top: what `python -m train CONFIG` does once its config is read."""
 
 import dataclasses
-import math
 import time
 
 import jax
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.checkpoint import open_checkpoint
 from qwen_moe_jax.huggingface.hub import local_folder
 from train.checkpoint import Checkpoints
-from train.config import ExecutionSettings, TrainConfig, profile_steps
+from train.config import TrainConfig, profile_steps
 from train.corpus import Corpus, copy_tokenizer, load_corpus
 from train.data import Batch, Mixture, batch_at, describe_batch, heldout_batches, pack, rows_of_devices
 from train.folder import RunFolder
-from train.loss import resolve_loss
 from train.nonfinite import NonFiniteGuard
-from train.optimizer import frozen_paths, make_optimizer, make_schedule
+from train.optimizer import make_schedule
 from train.profile import Profiler
+from train.program import assemble, batch_sharding
 from train.progress import Report
 from train.start import describe_start, introduction
-from train.step import (
-    Params,
-    describe_state,
-    heldout_loss,
-    initial_state,
-    make_eval_step,
-    make_train_step,
-    state_shardings,
-)
+from train.step import Params, heldout_loss
 from train.stopping import Stopped, stop_requests
 from train.tensorboard import require_tensorboard
 
@@ -50,43 +41,27 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     if config.run.tensorboard:
         require_tensorboard()
     mesh = qmj.make_mesh(**{axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "expert", "tensor")})
-    execution = _execution(config.execution)
 
     # Data: documents of tokens, packed into rows of T.
     corpus = _load_corpus(folder, config)
     weights, seq_len, batch_size = [s.weight for s in config.data.mixture], config.data.seq_len, config.data.batch_size
     rows = Mixture([pack(part.training, seq_len, part.name) for part in corpus.parts], weights)
     heldout_rows = Mixture([pack(part.heldout, seq_len, part.name) for part in corpus.parts], weights)
-    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
+    sharding = batch_sharding(mesh)
     mine = rows_of_devices(mesh.local_devices, sharding, batch_size)  # what this process has to read of a batch
     heldout = heldout_batches(heldout_rows, config.data.heldout_rows, batch_size, mine)
     heldout = [_place(batch, sharding) for batch in heldout]
 
-    # Model: a definition for each mode, and one set of parameters for both. Their shapes say where everything lies.
-    described = _describe_model(config, corpus, mesh, execution)
-    described.eval()  # no token is dropped
-    eval_graph = nnx.graphdef(described)
-    described.train()
-    train_graph, shapes = nnx.split(described)
-    shapes = nnx.to_pure_dict(shapes)
-
-    # Step: two compiled functions, and the state that goes from step to step.
-    frozen = frozen_paths(config.optimizer.frozen, described)
-    optimizer = make_optimizer(config.optimizer, config.run.steps, frozen)
-    shardings = state_shardings(shapes, optimizer, mesh)
-    loss_config = resolve_loss(config.loss, described.config)
-    train_step = make_train_step(
-        train_graph, optimizer, loss_config, shardings, config.run.seed, config.run.accumulation_steps, frozen
-    )
-    eval_step = make_eval_step(eval_graph)
+    # Model, optimizer and the two compiled steps; shapes so far, that say where everything will lie.
+    program = assemble(config, _model_config(config, corpus), mesh)
 
     with Checkpoints(folder.checkpoints, config.run.keep_checkpoints) as checkpoints:
         if checkpoints.latest_step is not None:
-            state = checkpoints.restore_latest(like=describe_state(shapes, optimizer, shardings))
+            state = checkpoints.restore_latest(like=program.state)
         else:
-            state = initial_state(_first_weights(config, described), optimizer, shardings)
+            state = program.begin(_first_weights(config, program.model))
         first_step, last_step = int(state.step), config.run.steps
-        start = describe_start(config, described, mesh, state, text_tokens=rows.num_tokens)
+        start = describe_start(config, program.model, mesh, state, text_tokens=rows.num_tokens)
         schedule = make_schedule(config.optimizer, last_step)
         report = Report(folder, config.run, start, first_step=first_step, schedule=schedule)
         profiler = Profiler(folder.profile, profile_steps(config.run.profile))
@@ -102,7 +77,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
                 report.say(f"going on from the checkpoint of step {first_step}")
             else:
                 with report.aside("evaluation"):
-                    loss = heldout_loss(eval_step, state.params, heldout)
+                    loss = heldout_loss(program.eval_step, state.params, heldout)
                 report.heldout(0, loss)
 
             for step in range(first_step, last_step):
@@ -110,7 +85,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
                 profiler.before(done)
                 with report.fetching():
                     batch = _place(batch_at(rows, step, batch_size, config.run.seed, mine), sharding)
-                state, metrics = train_step(state, batch)
+                state, metrics = program.train_step(state, batch)
                 report.step(done, metrics)
                 guard.step(done, metrics)
                 if profiler.ends_with(done):
@@ -118,7 +93,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
                         profiler.stop()
                 if done % config.run.eval_every == 0 and done < last_step:
                     with report.aside("evaluation"):
-                        loss = heldout_loss(eval_step, state.params, heldout)
+                        loss = heldout_loss(program.eval_step, state.params, heldout)
                     report.heldout(done, loss)
                 stop = asked_to_stop()
                 if done % config.run.checkpoint_every == 0 or done == last_step or stop:
@@ -130,11 +105,11 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
                     raise Stopped(done, stop)
 
             with report.aside("evaluation"):
-                loss = heldout_loss(eval_step, state.params, heldout)
+                loss = heldout_loss(program.eval_step, state.params, heldout)
             report.heldout(last_step, loss)
 
     # Export, and let the exported folder speak: what is shown is what others will load.
-    trained = nnx.merge(eval_graph, state.params)
+    trained = nnx.merge(program.eval_graph, state.params)
     if config.run.export:
         copy_tokenizer(folder.corpus / "tokenizer", folder.hub)
         qmj.save_pretrained(trained, folder.hub)
@@ -167,23 +142,13 @@ def _place(batch: Batch, sharding: NamedSharding) -> Batch:
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 
-def _execution(settings: ExecutionSettings) -> qmj.ExecutionConfig:
-    """The package's form of the config's [execution] table."""
-    chosen = dataclasses.asdict(settings)
-    if settings.dispatch == "capacity":
-        chosen["dispatch"] = None  # left open, it is capacity in training mode, and eval mode drops nothing
-    if settings.buffer_factor == math.inf:
-        chosen["buffer_factor"] = None
-    return qmj.ExecutionConfig(**chosen)
-
-
-def _describe_model(config: TrainConfig, corpus: Corpus, mesh: Mesh, execution: qmj.ExecutionConfig) -> qmj.CausalLM:
-    """The model without weights: that of the checkpoint to begin with, or of the config's [model] table."""
+def _model_config(config: TrainConfig, corpus: Corpus) -> qmj.ModelConfig:
+    """That of the checkpoint to begin with, or of the config's [model] table."""
     if config.run.init_from:
         folder = local_folder(config.run.init_from)
         model_config = open_checkpoint(folder).config
         _check_vocabulary(f"run.init_from: {folder} has vocab_size", model_config.vocab_size, corpus)
-        return qmj.CausalLM(model_config, rngs=None, mesh=mesh, execution=execution)
+        return model_config
     vocab_size = config.model.get("vocab_size", corpus.vocab_size) if config.data.tokenizer else config.data.vocab_size
     _check_vocabulary("model.vocab_size: found", vocab_size, corpus)
     hub_config = {"eos_token_id": corpus.end_id, **config.model, "vocab_size": vocab_size}
@@ -191,7 +156,7 @@ def _describe_model(config: TrainConfig, corpus: Corpus, mesh: Mesh, execution: 
     if config.loss.balancing_bias_rate > 0 and model_config.moe is not None:
         moe = dataclasses.replace(model_config.moe, balancing_bias=True)
         model_config = dataclasses.replace(model_config, moe=moe)
-    return qmj.CausalLM(model_config, rngs=None, mesh=mesh, execution=execution)
+    return model_config
 
 
 def _check_vocabulary(found: str, vocab_size: int, corpus: Corpus) -> None:

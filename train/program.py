@@ -1,0 +1,114 @@
+"""What a run compiles, before there is a token or a weight: the model's description, the optimizer, the two steps."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import qwen_moe_jax as qmj
+from train.config import ExecutionSettings, TrainConfig
+from train.data import Batch
+from train.loss import resolve_loss
+from train.optimizer import frozen_paths, make_optimizer
+from train.step import (
+    EvalStep,
+    Params,
+    TrainState,
+    TrainStep,
+    describe_state,
+    initial_state,
+    make_eval_step,
+    make_train_step,
+    state_shardings,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """Two jitted steps, and what goes into them as `jax.ShapeDtypeStruct`s that say where everything lies.
+
+    Attributes:
+        model: without weights, in training mode.
+        eval_graph: of the same model in eval mode, where no token is dropped; `nnx.merge` with parameters.
+        state: what goes from step to step.
+        batch: what a step reads.
+        train_step: (state, batch) → (state, metrics).
+        eval_step: (parameters, batch) → the summed loss.
+        optimizer: what `train_step` applies.
+    """
+
+    model: qmj.CausalLM
+    eval_graph: nnx.GraphDef
+    state: TrainState
+    batch: Batch
+    train_step: TrainStep
+    eval_step: EvalStep
+    optimizer: optax.GradientTransformation
+
+    def begin(self, params: Params) -> TrainState:
+        """Step 0 with these parameters, placed as `state` says."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        return initial_state(params, self.optimizer, shardings)
+
+
+def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> Program:
+    """The program of a run; nothing is allocated, and nothing compiled before it is called or lowered.
+
+    Raises:
+        ConfigError: something is asked of the model that it does not have.
+        ShardingError: sizes do not divide over the mesh.
+    """
+    model = qmj.CausalLM(model_config, rngs=None, mesh=mesh, execution=_execution(config.execution))
+    eval_graph = nnx.graphdef(model)
+    model.train()
+    train_graph, shapes = nnx.split(model)
+    shapes = nnx.to_pure_dict(shapes)
+
+    frozen = frozen_paths(config.optimizer.frozen, model)
+    optimizer = make_optimizer(config.optimizer, config.run.steps, frozen)
+    shardings = state_shardings(shapes, optimizer, mesh)
+    return Program(
+        model=model,
+        eval_graph=eval_graph,
+        state=describe_state(shapes, optimizer, shardings),
+        batch=_describe_batch(config.data.batch_size, config.data.seq_len, batch_sharding(mesh)),
+        train_step=make_train_step(
+            train_graph,
+            optimizer,
+            resolve_loss(config.loss, model_config),
+            shardings,
+            config.run.seed,
+            config.run.accumulation_steps,
+            frozen,
+        ),
+        eval_step=make_eval_step(eval_graph),
+        optimizer=optimizer,
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over all axes that share the batch."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
+
+
+def _describe_batch(rows: int, seq_len: int, sharding: NamedSharding) -> Batch:
+    def array(dtype: type) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, seq_len), dtype, sharding=sharding)
+
+    fields = {field.name: array(jnp.int32) for field in dataclasses.fields(Batch)}
+    return Batch(**{**fields, "target_mask_BT": array(jnp.bool_)})
+
+
+def _execution(settings: ExecutionSettings) -> qmj.ExecutionConfig:
+    """The package's form of the config's [execution] table."""
+    chosen = dataclasses.asdict(settings)
+    if settings.dispatch == "capacity":
+        chosen["dispatch"] = None  # left open, it is capacity in training mode, and eval mode drops nothing
+    if settings.buffer_factor == math.inf:
+        chosen["buffer_factor"] = None
+    return qmj.ExecutionConfig(**chosen)
