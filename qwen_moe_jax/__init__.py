@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, ModelConfig
+    from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, ModelConfig, ShardingRules
     from qwen_moe_jax.errors import CheckpointError, ConfigError, RequestError, ShardingError
     from qwen_moe_jax.huggingface.load import from_pretrained
     from qwen_moe_jax.huggingface.native import save_orbax
@@ -30,6 +30,7 @@ _HOME = {
     "ModelConfig": "config",
     "ExecutionConfig": "config",
     "GenerationConfig": "config",
+    "ShardingRules": "config",
     "ConfigError": "errors",
     "CheckpointError": "errors",
     "RequestError": "errors",

@@ -26,6 +26,7 @@ GroupedMatmul = Literal["blocks", "megablox", "triton"]
 Routing = Literal["learned", "balanced"]
 Remat = Literal["none", "full", "dots", "exchange"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+MeshAxis = Literal["data", "fsdp", "expert", "tensor"]
 
 
 def _require(holds: bool, field: str, found: Any, expected: str) -> None:
@@ -274,6 +275,50 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardingRules:
+    """Where weights lie at rest: for each logical axis of a weight the mesh axes that cut it, outermost first.
+
+    A layer uses heads, widths and vocabulary cut over `tensor`, routed experts over `expert` (that is no choice: tokens
+    travel to them), and everything else whole. What a rule cuts beyond that saves memory and is gathered for the layer,
+    forward and again backward; what it does not cut lies on several devices.
+
+    Attributes:
+        vocab: rows of the token table and of the head; "tensor" first.
+        heads: rows of q, k and v, columns of o; "tensor" first.
+        ffn: the width of MLPs and of experts; "tensor" first.
+        embed: the hidden axis of all weights but the routed experts'.
+        expert_embed: the hidden axis of the routed experts' weights.
+    """
+
+    vocab: tuple[MeshAxis, ...] = ("tensor",)
+    heads: tuple[MeshAxis, ...] = ("tensor",)
+    ffn: tuple[MeshAxis, ...] = ("tensor",)
+    embed: tuple[MeshAxis, ...] = ("fsdp", "expert")
+    expert_embed: tuple[MeshAxis, ...] = ("fsdp",)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            found = getattr(self, field.name)
+            known = isinstance(found, list | tuple) and all(axis in get_args(MeshAxis) for axis in found)
+            expected = "mesh axes, some of " + ", ".join(get_args(MeshAxis)) + ", each once"
+            _require(known and len(set(found)) == len(found), f"sharding rule {field.name}", found, expected)
+            object.__setattr__(self, field.name, tuple(found))
+        for name in ("vocab", "heads", "ffn"):
+            found = getattr(self, name)
+            _require(found[:1] == ("tensor",), f"sharding rule {name}", found, '"tensor" first: a layer uses it cut so')
+
+
+#: By what is gathered for a layer. The default keeps no weight twice but over `data`; "fsdp" and "expert" gather dense
+#: weights over one axis, and keep copies along the other; "expert+tensor" gathers nothing, as suits inference.
+SHARDING_RULES: dict[str, ShardingRules] = {
+    "expert+fsdp": ShardingRules(),
+    "fsdp": ShardingRules(embed=("fsdp",)),
+    "expert": ShardingRules(embed=("expert",), expert_embed=()),
+    "expert+tensor": ShardingRules(embed=(), expert_embed=()),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ExecutionConfig:
     """How a model is run. Any checkpoint runs under any of these; results differ by rounding and by counted drops.
 
@@ -312,6 +357,7 @@ class ExecutionConfig:
         remat: what the backward pass recomputes, per layer: "none" nothing, "full" the whole layer from its input,
             "exchange" all but what came over the `expert` axis, "dots" all but that and the matmuls with weights.
             Weights gathered over fsdp are gathered again in any case.
+        sharding: where weights lie at rest, a `ShardingRules` or the name of one (`SHARDING_RULES`).
     """
 
     dtype: Dtype | None = None
@@ -330,8 +376,13 @@ class ExecutionConfig:
     grouped_matmul: GroupedMatmul | None = None
     routing: Routing = "learned"
     remat: Remat = "none"
+    sharding: ShardingRules | str = ShardingRules()
 
     def __post_init__(self) -> None:
+        if isinstance(self.sharding, str):
+            names = ", ".join(map(repr, SHARDING_RULES))
+            _require(self.sharding in SHARDING_RULES, "sharding", self.sharding, f"one of {names}, or ShardingRules")
+            object.__setattr__(self, "sharding", SHARDING_RULES[self.sharding])
         choices = {
             "dtype": Dtype,
             "param_dtype": Dtype,

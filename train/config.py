@@ -63,6 +63,22 @@ class ExecutionSettings:
     remat: str = _key("none", "what the backward pass recomputes to save memory: none, exchange, dots or full")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShardingSettings:
+    """Where weights, gradients and moments lie at rest: a table of rules, and what this run has otherwise."""
+
+    rules: str = _key(
+        "expert+fsdp",
+        "what is gathered for a layer: expert+fsdp (dense weights over both, no weight twice but over data), fsdp or "
+        "expert (over one of them, with copies along the other), expert+tensor (nothing, copies of dense weights)",
+    )
+    embed: tuple[str, ...] | None = _key(None, "mesh axes that cut the hidden axis of dense weights, outermost first")
+    expert_embed: tuple[str, ...] | None = _key(None, "those of routed experts' hidden axis")
+    vocab: tuple[str, ...] | None = _key(None, "those of the vocabulary; tensor first")
+    heads: tuple[str, ...] | None = _key(None, "those of the attention heads; tensor first")
+    ffn: tuple[str, ...] | None = _key(None, "those of the width of MLPs and experts; tensor first")
+
+
 #: The values of loss.balance.
 BALANCE_LOSSES = ("pooled", "global_batch", "sequence")
 
@@ -200,6 +216,7 @@ class TrainConfig:
     model: dict[str, Any]
     mesh: MeshConfig = MeshConfig()
     execution: ExecutionSettings = ExecutionSettings()
+    sharding: ShardingSettings = ShardingSettings()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -209,6 +226,7 @@ class TrainConfig:
 SECTIONS: dict[str, type] = {
     "mesh": MeshConfig,
     "execution": ExecutionSettings,
+    "sharding": ShardingSettings,
     "data": DataConfig,
     "loss": LossConfig,
     "optimizer": OptimizerConfig,
@@ -381,10 +399,9 @@ def _field_types(section: str) -> dict[str, type]:
 
 def _given_type(field: dataclasses.Field) -> type:
     """What a value has to be if there is one: TOML knows no None, a key that is None is left out."""
-    if get_origin(field.type) is tuple:
-        return tuple
-    kinds = [kind for kind in get_args(field.type) if kind is not type(None)]
-    return kinds[0] if kinds else field.type
+    optional = type(None) in get_args(field.type)
+    kind = next(kind for kind in get_args(field.type) if kind is not type(None)) if optional else field.type
+    return get_origin(kind) or kind
 
 
 def _check_type(value: Any, section: str, key: str, where: str) -> Any:

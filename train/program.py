@@ -11,7 +11,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import qwen_moe_jax as qmj
-from train.config import ExecutionSettings, TrainConfig
+from qwen_moe_jax.config import SHARDING_RULES
+from qwen_moe_jax.errors import ConfigError
+from train.config import ExecutionSettings, ShardingSettings, TrainConfig
 from train.data import Batch
 from train.loss import resolve_loss
 from train.optimizer import frozen_paths, make_optimizer
@@ -63,7 +65,7 @@ def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> 
         ConfigError: something is asked of the model that it does not have.
         ShardingError: sizes do not divide over the mesh.
     """
-    model = qmj.CausalLM(model_config, rngs=None, mesh=mesh, execution=_execution(config.execution))
+    model = qmj.CausalLM(model_config, rngs=None, mesh=mesh, execution=_execution(config.execution, config.sharding))
     eval_graph = nnx.graphdef(model)
     model.train()
     train_graph, shapes = nnx.split(model)
@@ -104,11 +106,19 @@ def _describe_batch(rows: int, seq_len: int, sharding: NamedSharding) -> Batch:
     return Batch(**{**fields, "target_mask_BT": array(jnp.bool_)})
 
 
-def _execution(settings: ExecutionSettings) -> qmj.ExecutionConfig:
-    """The package's form of the config's [execution] table."""
+def _execution(settings: ExecutionSettings, sharding: ShardingSettings) -> qmj.ExecutionConfig:
+    """The package's form of the config's [execution] and [sharding] tables."""
     chosen = dataclasses.asdict(settings)
     if settings.dispatch == "capacity":
         chosen["dispatch"] = None  # left open, it is capacity in training mode, and eval mode drops nothing
     if settings.buffer_factor == math.inf:
         chosen["buffer_factor"] = None
-    return qmj.ExecutionConfig(**chosen)
+    return qmj.ExecutionConfig(**chosen, sharding=_sharding_rules(sharding))
+
+
+def _sharding_rules(settings: ShardingSettings) -> qmj.ShardingRules:
+    if settings.rules not in SHARDING_RULES:
+        names = ", ".join(SHARDING_RULES)
+        raise ConfigError(f"sharding.rules: found {settings.rules!r}, expected one of {names}.")
+    rows = {axis: places for axis, places in vars(settings).items() if axis != "rules" and places is not None}
+    return dataclasses.replace(SHARDING_RULES[settings.rules], **rows)

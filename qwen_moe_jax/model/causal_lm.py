@@ -33,7 +33,7 @@ from qwen_moe_jax.nn.norm import RMSNorm
 from qwen_moe_jax.nn.parameters import ParameterFactory
 from qwen_moe_jax.sharding.border import explicitly_sharded
 from qwen_moe_jax.sharding.mesh import checked_mesh
-from qwen_moe_jax.sharding.rules import BATCH, USED
+from qwen_moe_jax.sharding.rules import BATCH, partition_spec
 
 
 class Decoder(nnx.Module):
@@ -129,6 +129,7 @@ class Model(nnx.Module):
     def _factory(self, rngs: nnx.Rngs | None) -> ParameterFactory:
         return ParameterFactory(
             mesh=self.mesh,
+            rules=self.execution.sharding,
             dtype=self.execution.param_dtype,
             initializer_range=self.config.initializer_range,
             rngs=rngs,
@@ -489,7 +490,7 @@ class CausalLM(Model):
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
 
     def _head(self, hidden_BTD: jax.Array, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-        out = P(BATCH, None, USED["vocab"])
+        out = P(BATCH, None, *partition_spec(TABLE[:1]))
         # float32 results from the dtype of the model: the logits are not rounded once more.
         return weight_einsum("BTD,VD->BTV", hidden_BTD, self._table(), TABLE, out, jnp.float32)
 

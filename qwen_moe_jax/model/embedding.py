@@ -6,7 +6,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.nn.parameters import ParameterFactory
-from qwen_moe_jax.sharding.rules import BATCH, STORED
+from qwen_moe_jax.sharding.rules import BATCH, mesh_axes, spec_of
 
 TABLE = ("vocab", "embed")
 
@@ -21,14 +21,16 @@ class Embedding(nnx.Module):
     def __call__(self, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """[B, T] to [B, T, D].
 
-        The table is never gathered: every device looks up its slice of the hidden axis for all tokens of its row of the
-        mesh, and an all-to-all turns slices of all tokens into whole vectors of a device's own tokens. A token id
-        outside the vocabulary becomes NaN, which is seen, rather than some other token, which is not.
+        The table is never gathered: every device looks up its part of the table for all tokens of the devices that the
+        table is cut over, and an all-to-all turns parts of all tokens into whole vectors of a device's own tokens. A
+        token id outside the vocabulary becomes NaN, which is seen, rather than some other token, which is not.
         """
+        rows, columns = spec_of(self.weight[...])
+        apart = tuple(axis for axis in BATCH if axis not in (*mesh_axes(rows), *mesh_axes(columns))) or None
         beyond = self.weight.shape[0]
         tokens_BT = jnp.where(tokens_BT < 0, beyond, tokens_BT)  # a negative index would count from the end
-        tokens_BT = jax.sharding.reshard(tokens_BT, P("data", None))
-        sliced = P("data", None, STORED["embed"])
+        tokens_BT = jax.sharding.reshard(tokens_BT, P(apart, None))
+        sliced = P(apart, None, columns)
         hidden_BTD = self.weight.at[tokens_BT].get(out_sharding=sliced, mode="fill", fill_value=jnp.nan).astype(dtype)
         if self.padding_idx is not None:
             frozen_BT1 = (tokens_BT == self.padding_idx)[..., None]

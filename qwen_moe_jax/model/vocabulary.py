@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.model.embedding import TABLE
-from qwen_moe_jax.sharding.rules import BATCH, gathered, partition_spec
+from qwen_moe_jax.sharding.rules import BATCH, gathered, spec_of
 
 #: How many logits (float32, 256 MiB) a device may hold at a time. The gradient of the table is added up once for every
 #: chunk: smaller ones would spend their time on that.
@@ -38,9 +38,9 @@ def target_log_probs(
     """
     # Each device of `tensor` answers for its part of the vocabulary, X of them.
     per_part_XBT = P("tensor", BATCH, None)
-    hidden_spec, table_spec, targets_spec = P(BATCH, None, None), partition_spec(TABLE), P(BATCH, None)
+    hidden_spec, table_spec, targets_spec = P(BATCH, None, None), spec_of(table_VD), P(BATCH, None)
     target_XBT, logsumexp_XBT = jax.shard_map(
-        functools.partial(_device_log_probs, chunk=chunk),
+        functools.partial(_device_log_probs, vocab_size=table_VD.shape[0], table_spec=table_spec, chunk=chunk),
         in_specs=(hidden_spec, table_spec, targets_spec),
         out_specs=(per_part_XBT, per_part_XBT),
         check_vma=False,
@@ -53,19 +53,26 @@ def target_log_probs(
 
 
 def _device_log_probs(
-    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *, chunk: int | None
+    hidden_BTD: jax.Array,
+    table_VD: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    vocab_size: int,
+    table_spec: P,
+    chunk: int | None,
 ) -> tuple[jax.Array, jax.Array]:
     """One device's part: logits of the targets it knows (else 0), and logsumexp over its vocabulary; [1, B, T] each."""
     batch, length, _ = hidden_BTD.shape
     dtype = hidden_BTD.dtype
-    first = jax.lax.axis_index("tensor") * table_VD.shape[0]
+    known = vocab_size // jax.lax.axis_size("tensor")
+    first = jax.lax.axis_index("tensor") * known
 
     # The gathered table is not kept for the backward pass, as with every weight. It is widened again, so that its
     # gradient is added up in float32.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def all_chunks(table_VD: jax.Array, hidden_NBCD: jax.Array, targets_NBC: jax.Array):
-        whole_VD = gathered(table_VD.astype(dtype), *TABLE).astype(jnp.float32)
-        vocabulary_V = first + jnp.arange(whole_VD.shape[0])
+        whole_VD = gathered(table_VD.astype(dtype), table_spec, TABLE).astype(jnp.float32)
+        vocabulary_V = first + jnp.arange(known)
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def one_chunk(whole_VD: jax.Array, hidden_BCD: jax.Array, targets_BC: jax.Array):
@@ -82,7 +89,7 @@ def _device_log_probs(
         return jax.lax.scan(body, None, (hidden_NBCD, targets_NBC))[1]
 
     if chunk is None:
-        chunk = max(1, MAX_LOGITS // (batch * table_VD.shape[0]))
+        chunk = max(1, MAX_LOGITS // (batch * known))
     chunks = math.ceil(length / chunk)
     chunk = math.ceil(length / chunks)  # all of one size, the last one filled with as little as can be
 

@@ -61,8 +61,9 @@ def run(
         return mixed_TD.reshape(1, -1, length, width), fits_TA.reshape(-1, length, chosen)
 
     tokens = P(BATCH, None, None)
-    inputs = (hidden_BTD, routing.experts_BTA, routing.weights_BTA, routing.real_BT, experts.weights())
-    specs = jax.tree.map(over_all_single_axes, (tokens, tokens, tokens, P(BATCH, None), experts.specs()))
+    weights = experts.weights()
+    inputs = (hidden_BTD, routing.experts_BTA, routing.weights_BTA, routing.real_BT, weights)
+    specs = jax.tree.map(over_all_single_axes, (tokens, tokens, tokens, P(BATCH, None), weights.specs()))
     # Partial sums over `tensor` leave as a leading axis and are summed outside, where the sum and its gradient are in
     # the types. Kernels do not say over which axes their results vary, so that is not checked.
     mixed_XBTD, fits_BTA = jax.shard_map(

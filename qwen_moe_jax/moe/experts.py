@@ -15,7 +15,7 @@ from qwen_moe_jax.nn.bits import rows_at
 from qwen_moe_jax.nn.matmul import WEIGHT_MATMUL, weight_einsum
 from qwen_moe_jax.nn.mlp import ACTIVATIONS
 from qwen_moe_jax.nn.parameters import ParameterFactory
-from qwen_moe_jax.sharding.rules import gathered, is_gathered, partition_spec
+from qwen_moe_jax.sharding.rules import gathered, is_gathered, spec_of
 
 WIDEN = ("expert", "ffn", "expert_embed")
 NARROW = ("expert", "expert_embed", "ffn")
@@ -37,11 +37,6 @@ FEW_ROWS = 16
 EXCHANGED = "exchanged"
 
 
-def _specs(widen: tuple[str, ...], narrow: tuple[str, ...], layer: P | None, act: Activation) -> "ExpertWeights":
-    wide, slim = partition_spec(widen), partition_spec(narrow)
-    return ExpertWeights(gate_proj=wide, up_proj=wide, down_proj=slim, layer=layer, act=act)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertWeights:
@@ -50,6 +45,7 @@ class ExpertWeights:
     Attributes:
         gate_proj, up_proj, down_proj: [E, F, D], [E, F, D], [E, D, F]; of a `layer`, with a leading axis of all layers.
         layer: int32 []; which of the stacked layers is meant. None where they are not stacked.
+        wide, narrow: how the first two, and the third, lie at rest.
         act: between the matmuls.
     """
 
@@ -57,7 +53,14 @@ class ExpertWeights:
     up_proj: jax.Array
     down_proj: jax.Array
     layer: jax.Array | None = None
+    wide: P = dataclasses.field(metadata={"static": True})
+    narrow: P = dataclasses.field(metadata={"static": True})
     act: Activation = dataclasses.field(metadata={"static": True})
+
+    def specs(self) -> "ExpertWeights":
+        """How all of it lies at rest, for a shard_map to take it in."""
+        layer = None if self.layer is None else P()
+        return dataclasses.replace(self, gate_proj=self.wide, up_proj=self.wide, down_proj=self.narrow, layer=layer)
 
     def on_rows(self, rows_RD: jax.Array, sizes_E: jax.Array, backend: GroupedMatmul) -> jax.Array:
         """Each row through its expert, [R, D] to the same, inside a shard_map.
@@ -71,15 +74,17 @@ class ExpertWeights:
             backend: of `grouped_matmul`.
         """
 
-        def multiply(x: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        def multiply(x: jax.Array, weight: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array:
+            whole = functools.partial(gathered, spec=spec[-3:], axes=axes)
+
             @functools.partial(jax.checkpoint, prevent_cse=False)
             def product(x: jax.Array, weight: jax.Array) -> jax.Array:
                 if self.layer is None:
-                    return grouped_matmul(x, gathered(weight.astype(x.dtype), *axes), sizes_E, backend)
+                    return grouped_matmul(x, whole(weight.astype(x.dtype)), sizes_E, backend)
                 layers, experts = weight.shape[:2]
                 if not self.lies_ready(x) or len(x) > FEW_ROWS * experts:
                     own = jax.lax.dynamic_index_in_dim(weight, self.layer, keepdims=False)
-                    return grouped_matmul(x, gathered(own.astype(x.dtype), *axes), sizes_E, backend)
+                    return grouped_matmul(x, whole(own.astype(x.dtype)), sizes_E, backend)
                 # All layers' experts in a row, of which those of the other layers have no rows: to cut this layer's out
                 # of the stack would copy all of them, and a few tokens ask for few.
                 sizes_N = jnp.zeros(layers * experts, sizes_E.dtype)
@@ -88,9 +93,9 @@ class ExpertWeights:
 
             return checkpoint_name(product(x, weight), WEIGHT_MATMUL)
 
-        gated_RF = multiply(rows_RD, self.gate_proj, WIDEN)
-        raised_RF = multiply(rows_RD, self.up_proj, WIDEN)
-        return multiply(ACTIVATIONS[self.act](gated_RF) * raised_RF, self.down_proj, NARROW)
+        gated_RF = multiply(rows_RD, self.gate_proj, self.wide, WIDEN)
+        raised_RF = multiply(rows_RD, self.up_proj, self.wide, WIDEN)
+        return multiply(ACTIVATIONS[self.act](gated_RF) * raised_RF, self.down_proj, self.narrow, NARROW)
 
     def on_token(self, x_TD: jax.Array, experts_A: jax.Array, weights_A: jax.Array) -> jax.Array:
         """One token through its experts on CPUs, [1, D] to their weighted sum, inside a shard_map.
@@ -124,7 +129,8 @@ class ExpertWeights:
 
     def lies_ready(self, x_TD: jax.Array) -> bool:
         """Whether the weights can be multiplied with as they are stored: in this dtype, and whole but for `tensor`."""
-        return self.gate_proj.dtype == x_TD.dtype and not is_gathered(*WIDEN, *NARROW)
+        cut = is_gathered(self.wide[-3:], WIDEN) or is_gathered(self.narrow[-3:], NARROW)
+        return self.gate_proj.dtype == x_TD.dtype and not cut
 
 
 class Experts(nnx.Module):
@@ -141,14 +147,12 @@ class Experts(nnx.Module):
         self.act = act
 
     def weights(self) -> ExpertWeights:
-        """The stored arrays, to be handed to a shard_map with `specs`."""
+        """The stored arrays, to be handed to a shard_map with their `specs`."""
+        gate_EFD, up_EFD, down_EDF = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
+        wide, narrow = spec_of(gate_EFD), spec_of(down_EDF)
         return ExpertWeights(
-            gate_proj=self.gate_proj[...], up_proj=self.up_proj[...], down_proj=self.down_proj[...], act=self.act
+            gate_proj=gate_EFD, up_proj=up_EFD, down_proj=down_EDF, wide=wide, narrow=narrow, act=self.act
         )
-
-    def specs(self) -> ExpertWeights:
-        """Where `weights` lie at rest."""
-        return _specs(WIDEN, NARROW, None, self.act)
 
     def per_expert(self, x_EGCD: jax.Array) -> jax.Array:
         """Each expert on its own places: [E, G, C, D] to the same, E over `expert` and G over data and fsdp."""
@@ -181,10 +185,6 @@ class LayerOfExperts:
     def weights(self) -> ExpertWeights:
         """As `Experts.weights`, with the layer beside them."""
         return dataclasses.replace(self.stacked.weights(), layer=self.layer)
-
-    def specs(self) -> ExpertWeights:
-        """Where `weights` lie at rest."""
-        return _specs(("layers", *WIDEN), ("layers", *NARROW), P(), self.stacked.act)
 
     def per_expert(self, x_EGCD: jax.Array) -> jax.Array:
         """See `Experts.per_expert`."""

@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.nn.matmul import weight_einsum
 from qwen_moe_jax.nn.parameters import ParameterFactory
-from qwen_moe_jax.sharding.rules import BATCH, USED, as_used
+from qwen_moe_jax.sharding.rules import BATCH, as_used, partition_spec
 
 
 class Linear(nnx.Module):
@@ -30,7 +30,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x_BTI: jax.Array) -> jax.Array:
         """[B, T, in] to [B, T, out], in the dtype of the input."""
-        out = P(BATCH, None, USED[self.axes[0]])
+        out = P(BATCH, None, *partition_spec(self.axes[:1]))
         y_BTO = weight_einsum("BTI,OI->BTO", x_BTI, self.weight[...], self.axes, out)
         if self.bias is not None:
             y_BTO = y_BTO + as_used(self.bias[...].astype(x_BTI.dtype), self.axes[0])

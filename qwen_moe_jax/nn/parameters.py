@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from qwen_moe_jax.config import ShardingRules
 from qwen_moe_jax.sharding.rules import parameter_sharding
 
 Kind = Literal["normal", "zeros", "ones"]
@@ -23,13 +24,14 @@ class ParameterFactory:
     """What the modules' constructors draw their weights from.
 
     Each weight is created where the sharding rules put it, never whole on one device, and the values do not depend on
-    the mesh. Each carries its logical axes as metadata (`param.axes`).
+    the mesh. Each carries as metadata its logical axes (`param.axes`) and how it lies (`param.spec`).
 
     Attributes:
         mesh: where the parameters live.
         dtype: of the parameters.
         initializer_range: standard deviation of the matrices.
         rngs: source of keys; None describes the parameters (`jax.ShapeDtypeStruct` with sharding) without allocating.
+        rules: what of a parameter lies where on the mesh.
         stack: None, or the number of layers that share one stacked array [layers, …].
     """
 
@@ -37,6 +39,7 @@ class ParameterFactory:
     dtype: str
     initializer_range: float
     rngs: nnx.Rngs | None
+    rules: ShardingRules = ShardingRules()
     stack: int | None = None
 
     def stacked(self, count: int) -> "ParameterFactory":
@@ -65,19 +68,20 @@ class ParameterFactory:
         # A key of its own: the weights beside it are those of a model without it.
         rngs = None if self.rngs is None else nnx.Rngs(0)
         created = dataclasses.replace(self, dtype="float32", rngs=rngs)._create("zeros", name, shape, axes)
-        return Untrained(created.get_value(), axes=created.axes)
+        return Untrained(created.get_value(), axes=created.axes, spec=created.spec)
 
     def _create(
         self, kind: Kind, name: str, shape: tuple[int, ...], axes: tuple[str, ...], zero_row: int | None = None
     ) -> nnx.Param:
         if self.stack is not None:
             shape, axes = (self.stack, *shape), ("layers", *axes)
-        sharding = parameter_sharding(name, shape, axes, self.mesh)
+        sharding = parameter_sharding(name, shape, axes, self.mesh, self.rules)
         dtype = jnp.dtype(self.dtype)
         if self.rngs is None:
-            return nnx.Param(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding), axes=axes)
+            described = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            return nnx.Param(described, axes=axes, spec=sharding.spec)
         value = _drawer(kind, shape, dtype, sharding, zero_row)(self.rngs.params(), self.initializer_range)
-        return nnx.Param(value, axes=axes)
+        return nnx.Param(value, axes=axes, spec=sharding.spec)
 
 
 @functools.cache

@@ -13,20 +13,18 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from qwen_moe_jax.sharding.rules import partition_spec
-
 
 def explicitly_sharded(function: Callable[..., Any], mesh: Mesh, inputs: Sequence[P]) -> Callable[..., Any]:
     """Wraps `function(module, *arrays)` so that its body sees explicitly sharded arrays. Call it while tracing.
 
-    The module's parameters come in as stored (`param.axes` through the sharding rules), the arrays as `inputs` say.
+    The module's parameters come in as stored (`param.spec`), the arrays as `inputs` say.
     Results go out with the sharding they ended up with.
     """
 
     def wrapped(module: nnx.Module, *arrays: jax.Array) -> Any:
         # explicit_axes takes shardings leaf by leaf: modules are opened here and closed again inside.
         leaves, treedef = jax.tree.flatten(module)
-        specs = [partition_spec(param.axes) for param in jax.tree.leaves(module, is_leaf=_is_param)]
+        specs = [param.spec for param in jax.tree.leaves(module, is_leaf=_is_param)]
 
         def body(leaves: list[jax.Array], arrays: tuple[jax.Array, ...]) -> Any:
             return function(jax.tree.unflatten(treedef, leaves), *arrays)

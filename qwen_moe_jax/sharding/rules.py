@@ -1,41 +1,45 @@
-"""One table from logical axes to mesh axes.
+"""From logical axes to mesh axes.
 
-Every parameter names its axes ("expert", "embed", "ffn", …). `STORED` says where they lie at rest: every weight is cut
-over as much of the mesh as its axes allow, so that no device holds a second copy. `USED` says where they lie during the
-layer that multiplies with them: the `fsdp` cut is gathered, the `expert` cut of routed experts and the `tensor` cut
-never are.
+Every parameter names its axes ("expert", "embed", "ffn", …). `ShardingRules` (a choice of execution) say where they lie
+at rest, `USED` where they lie during the layer that multiplies with them. What the rules cut beyond `USED` is gathered
+for the layer; the `expert` cut of routed experts and the `tensor` cut never are.
 """
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from qwen_moe_jax.config import ShardingRules
 from qwen_moe_jax.errors import ShardingError
-
-MeshAxes = str | tuple[str, ...] | None
 
 #: Tokens are split over these mesh axes, in this order.
 BATCH = ("data", "fsdp", "expert")
 
-STORED: Mapping[str, MeshAxes] = {
-    "layers": None,
-    "vocab": "tensor",
-    "heads": "tensor",  # rows of q, k, v: heads times head size
-    "ffn": "tensor",
-    "embed": ("fsdp", "expert"),  # the hidden axis of dense weights
-    "expert": "expert",
-    "expert_embed": "fsdp",  # the hidden axis of routed experts, whose expert axis already lies along `expert`
-    "norm": None,
-    "router": None,
-    "labels": None,
+#: The mesh axes of each logical axis during a layer; the layers' own arithmetic is written for this.
+USED: Mapping[str, tuple[str, ...]] = {
+    "layers": (),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),  # rows of q, k, v: heads times head size
+    "ffn": ("tensor",),
+    "embed": (),  # the hidden axis of dense weights
+    "expert": ("expert",),
+    "expert_embed": (),  # the hidden axis of routed experts, whose expert axis already lies along `expert`
+    "norm": (),
+    "router": (),
+    "labels": (),
 }
 
-USED: Mapping[str, MeshAxes] = {**STORED, "embed": None, "expert_embed": None}
+
+def stored(rules: ShardingRules) -> Mapping[str, tuple[str, ...]]:
+    """The mesh axes of each logical axis at rest."""
+    return {**USED, **dataclasses.asdict(rules)}
 
 
-def partition_spec(axes: Sequence[str], table: Mapping[str, MeshAxes] = STORED) -> P:
+def partition_spec(axes: Sequence[str], table: Mapping[str, tuple[str, ...]] = USED) -> P:
     """The partition of an array with these logical axes.
 
     Raises:
@@ -45,14 +49,20 @@ def partition_spec(axes: Sequence[str], table: Mapping[str, MeshAxes] = STORED) 
     if unknown:
         raise ShardingError(f"unknown logical axes {unknown}: expected some of {list(table)}.")
     places = [table[axis] for axis in axes]
-    used = [name for place in places if place for name in ((place,) if isinstance(place, str) else place)]
-    twice = sorted({name for name in used if used.count(name) > 1})
+    cutting = [name for place in places for name in place]
+    twice = sorted({name for name in cutting if cutting.count(name) > 1})
     if twice:
-        raise ShardingError(f"logical axes {tuple(axes)} map to {places}: mesh axis {twice[0]!r} is used twice.")
-    return P(*places)
+        cut = [repr(axis) for axis, place in zip(axes, places, strict=True) if twice[0] in place]
+        raise ShardingError(
+            f"logical axes {tuple(axes)} of one array: mesh axis {twice[0]!r} is used twice, by "
+            f"{' and by '.join(cut)}. It can cut an array once: change the sharding rule of one of them."
+        )
+    return P(*(_entry(place) for place in places))
 
 
-def parameter_sharding(name: str, shape: Sequence[int], axes: Sequence[str], mesh: Mesh) -> NamedSharding:
+def parameter_sharding(
+    name: str, shape: Sequence[int], axes: Sequence[str], mesh: Mesh, rules: ShardingRules
+) -> NamedSharding:
     """Where a parameter lies at rest.
 
     Args:
@@ -60,23 +70,34 @@ def parameter_sharding(name: str, shape: Sequence[int], axes: Sequence[str], mes
         shape: of the whole array.
         axes: logical axes, one per dimension.
         mesh: the model's mesh.
+        rules: what cuts them.
 
     Raises:
         ShardingError: a dimension does not divide over its mesh axes; the message gives the numbers.
     """
-    spec = partition_spec(axes)
-    for size, axis, place in zip(shape, axes, spec, strict=True):
-        names = (place,) if isinstance(place, str) else (place or ())
-        ways = 1
-        for mesh_axis in names:
-            ways *= mesh.shape[mesh_axis]
-        if size % ways:
-            over = " * ".join(f"{mesh_axis}={mesh.shape[mesh_axis]}" for mesh_axis in names)
+    table = stored(rules)
+    try:
+        spec = partition_spec(axes, table)
+    except ShardingError as error:
+        raise ShardingError(f"{name}: {error}") from None
+    for size, axis in zip(shape, axes, strict=True):
+        if size % math.prod(mesh.shape[mesh_axis] for mesh_axis in table[axis]):
+            over = " * ".join(f"{mesh_axis}={mesh.shape[mesh_axis]}" for mesh_axis in table[axis])
             raise ShardingError(
                 f"{name}: its {axis!r} axis of size {size} (shape {tuple(shape)}) does not divide over the mesh axes "
-                f"{over}. Choose mesh sizes that divide {size}."
+                f"{over}. Choose mesh sizes that divide {size}, or another sharding rule for {axis!r}."
             )
     return NamedSharding(mesh, spec)
+
+
+def spec_of(x: jax.Array) -> P:
+    """How an array lies that is explicitly sharded: what its type says."""
+    return jax.typeof(x).sharding.spec
+
+
+def mesh_axes(place: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """An entry of a partition as the mesh axes in it."""
+    return (place,) if isinstance(place, str) else tuple(place or ())
 
 
 def over_all_single_axes(spec: P) -> P:
@@ -85,31 +106,46 @@ def over_all_single_axes(spec: P) -> P:
     A `jax.shard_map` that is not checked sums the gradient of an input over the axes its spec does not name. Over a
     single device that is nothing, but XLA does not always see it, and copies the array.
     """
-    named = {axis for place in spec if place for axis in ((place,) if isinstance(place, str) else place)}
+    named = {axis for place in spec for axis in mesh_axes(place)}
     mesh = jax.sharding.get_abstract_mesh()
     single = tuple(axis for axis in mesh.axis_names if mesh.shape[axis] == 1 and axis not in named)
     if len(spec) == 0:
         return spec
-    first = (spec[0],) if isinstance(spec[0], str) else (spec[0] or ())
-    return P((*first, *single), *spec[1:])
+    return P((*mesh_axes(spec[0]), *single), *spec[1:])
 
 
-def is_gathered(*axes: str) -> bool:
-    """Whether a stored weight with these axes is cut over devices that each need it whole, inside a `jax.shard_map`.
+def is_gathered(spec: P, axes: Sequence[str]) -> bool:
+    """Whether a weight that lies like this is cut over devices that each need it whole, inside a `jax.shard_map`.
 
     Over one device there is nothing to gather, though XLA would copy it.
     """
-    return any(STORED[axis] != USED[axis] and jax.lax.axis_size(STORED[axis]) > 1 for axis in axes)
+    return any(_to_gather(place, axis) for place, axis in zip(spec, axes, strict=True))
 
 
-def gathered(weight: jax.Array, *axes: str) -> jax.Array:
-    """`as_used` for the inside of a `jax.shard_map`, where the weight is one device's part."""
-    for dimension, axis in enumerate(axes):
-        if is_gathered(axis):
-            weight = jax.lax.all_gather(weight, STORED[axis], axis=dimension, tiled=True)
+def gathered(weight: jax.Array, spec: P, axes: Sequence[str]) -> jax.Array:
+    """`as_used` for the inside of a `jax.shard_map`, where the weight is one device's part.
+
+    Args:
+        weight: that part.
+        spec: how the whole lies.
+        axes: its logical axes.
+    """
+    for dimension, (place, axis) in enumerate(zip(spec, axes, strict=True)):
+        if over := _to_gather(place, axis):
+            weight = jax.lax.all_gather(weight, over, axis=dimension, tiled=True)
     return weight
 
 
 def as_used(weight: jax.Array, *axes: str) -> jax.Array:
     """Gathers a stored weight for the layer that multiplies with it (the all-gather of fully sharded training)."""
-    return jax.sharding.reshard(weight, partition_spec(axes, USED))
+    return jax.sharding.reshard(weight, partition_spec(axes))
+
+
+def _to_gather(place: str | tuple[str, ...] | None, axis: str) -> tuple[str, ...]:
+    """The mesh axes that cut an axis beyond its use, those of one device left out."""
+    return tuple(name for name in mesh_axes(place) if name not in USED[axis] and jax.lax.axis_size(name) > 1)
+
+
+def _entry(place: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    """As a partition has it."""
+    return place if len(place) > 1 else (place[0] if place else None)
