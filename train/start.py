@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 import qwen_moe_jax as qmj
+from qwen_moe_jax.config import SHARDING_RULES
 from train.config import TrainConfig
 from train.flops import peak_flops, training_flops_per_token
 from train.step import TrainState
@@ -62,6 +63,7 @@ def describe_start(config: TrainConfig, model: qmj.CausalLM, mesh: Mesh, state: 
     """The numbers of a run whose model is in training mode and whose state is placed."""
     device_kind = jax.devices()[0].device_kind
     weight_bytes = bytes_per_device(state.params)
+    execution = model.execution_in_use
     return Start(
         time=time.strftime("%Y-%m-%d %H:%M:%S"),
         parameters=model.config.num_parameters(),
@@ -69,7 +71,7 @@ def describe_start(config: TrainConfig, model: qmj.CausalLM, mesh: Mesh, state: 
         sparse_layers=[number for number, kind in enumerate(model.config.layers) if kind.mlp == "sparse"],
         mesh={axis: int(size) for axis, size in mesh.shape.items()},
         device_kind="simulated" if config.mesh.simulated else device_kind,
-        execution=dataclasses.asdict(model.execution_in_use),
+        execution={**dataclasses.asdict(execution), "sharding": _in_words(execution.sharding)},
         weight_bytes=weight_bytes,
         moment_bytes=bytes_per_device(state.optimizer),
         gradient_bytes=weight_bytes,  # they have the shapes, dtypes and places of the weights
@@ -83,6 +85,13 @@ def describe_start(config: TrainConfig, model: qmj.CausalLM, mesh: Mesh, state: 
             "python": platform.python_version(),
         },
     )
+
+
+def _in_words(rules: qmj.ShardingRules) -> str:
+    """The name of a table of rules; of another one, its rows."""
+    named = [name for name, table in SHARDING_RULES.items() if table == rules]
+    rows = (f"{axis} over {'+'.join(places) or 'nothing'}" for axis, places in dataclasses.asdict(rules).items())
+    return named[0] if named else "; ".join(rows)
 
 
 def introduction(start: Start, steps: int) -> str:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from qwen_moe_jax.config import Dispatch, Dtype, ExecutionConfig
+from qwen_moe_jax.config import SHARDING_RULES, Dispatch, Dtype, ExecutionConfig
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.hub import is_hub_name
 
@@ -29,6 +29,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"spread it over devices, for example expert=8,data=2; axes: {', '.join(MESH_AXES)}",
     )
     group.add_argument(
+        "--sharding",
+        choices=SHARDING_RULES,
+        default="expert+fsdp",
+        help="which weights a mesh keeps once, and gathers for each layer: expert+fsdp (the default) all of them, "
+        "expert+tensor none, for writing text where they fit",
+    )
+    group.add_argument(
         "--dtype", choices=get_args(Dtype), help="of weights and activations; the checkpoint's own if not given"
     )
     group.add_argument(
@@ -51,7 +58,7 @@ def load_model(arguments: argparse.Namespace) -> "CausalLM":
     Raises:
         ConfigError, CheckpointError, ShardingError: as `from_pretrained` and `make_mesh`.
     """
-    settings = {"dtype": arguments.dtype, "dispatch": arguments.dispatch}
+    settings = {"dtype": arguments.dtype, "dispatch": arguments.dispatch, "sharding": arguments.sharding}
     if arguments.capacity_factor is not None:
         if arguments.dispatch != "capacity":
             raise ConfigError("--capacity-factor has a meaning with --dispatch capacity only.")
