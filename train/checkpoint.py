@@ -11,6 +11,8 @@ from train.step import TrainState
 class Checkpoints:
     """A folder with one checkpoint per saved step, of which the newest few are kept.
 
+    Several processes use it together, on a folder that all of them see; each writes what its own devices hold.
+
     Leave its context to be sure that everything is on disk.
     """
 
