@@ -26,7 +26,7 @@ from train.start import describe_start, introduction
 from train.step import Params, heldout_loss
 from train.stopping import Stopped, stop_requests
 from train.tensorboard import require_tensorboard
-from train.together import agreed
+from train.together import stopping_together
 
 
 def train(config: TrainConfig, folder: RunFolder) -> None:
@@ -70,7 +70,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
         else:  # what process 0 reports is of all
             report, profiler = NoReport(), Profiler(folder.profile, range(0))
         with report, profiler, stop_requests() as asked:
-            asked_to_stop = agreed(asked, mesh)
+            train_step, asked_to_stop = stopping_together(program.train_step, asked, mesh)
             report.say(introduction(start, last_step))
             guard = NonFiniteGuard(
                 config.run,
@@ -90,7 +90,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
                 profiler.before(done)
                 with report.fetching():
                     batch = _place(batch_at(rows, step, batch_size, config.run.seed, mine), sharding)
-                state, metrics = program.train_step(state, batch)
+                state, metrics = train_step(state, batch)
                 report.step(done, metrics)
                 guard.step(done, metrics)
                 if profiler.ends_with(done):

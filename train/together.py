@@ -5,6 +5,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.sharding.hosts import from_first, leads, num_processes, require_same, wait_for_all
 from train.config import TrainConfig, to_toml
+from train.data import Batch
 from train.folder import RunFolder, open_run_folder
+from train.step import StepMetrics, TrainState, TrainStep
 
 #: Seconds in which a file that one host made should be seen by the others: network file systems look now and then.
 _SECONDS_TO_APPEAR = 30.0
@@ -50,28 +53,40 @@ def open_run_folder_together(config: TrainConfig, *, fresh: bool) -> tuple[RunFo
     return folder, from_first(str(folder.finished)) == "True", leads()
 
 
-def agreed(asked: Asked, mesh: Mesh) -> Asked:
-    """The same answer in all processes, to be asked for once a step by all: the one of any of them, a step later.
+def stopping_together(train_step: TrainStep, asked: Asked, mesh: Mesh) -> tuple[TrainStep, Asked]:
+    """A train step that takes word of `asked` to all processes, and what any of them was asked before the last step.
 
-    What each was asked travels over the devices behind the step that is under way, and is read when the next one has
-    been started, so that the devices never wait for it.
+    All processes get the same answer after the same step. It travels in the step's own program: another one, with a
+    collective of its own, would cost time, and on CPUs such programs can wait for each other for ever. It is read when
+    the next step has been started, so that the devices never wait for it.
     """
     if num_processes() == 1:
-        return asked
-    everywhere = NamedSharding(mesh, PartitionSpec())
+        return train_step, asked
     one_each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    largest = jax.jit(jnp.max, out_shardings=everywhere)
-    sent: dict[int, jax.Array] = {}
+    flags: dict[int, jax.Array] = {}
+    before: jax.Array | None = None
     under_way: jax.Array | None = None
 
-    def of_all() -> signal.Signals | None:
-        nonlocal under_way
+    @partial(jax.jit, donate_argnums=0)
+    def with_word(
+        state: TrainState, batch: Batch, asked_of_each: jax.Array
+    ) -> tuple[TrainState, StepMetrics, jax.Array]:
+        state, metrics = train_step(state, batch)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        return state, metrics, jax.lax.with_sharding_constraint(jnp.max(asked_of_each), everywhere)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        nonlocal before, under_way
         mine = int(asked() or 0)
-        if mine not in sent:
-            flags = np.full(len(mesh.local_devices), mine, np.int32)
-            sent[mine] = jax.make_array_from_process_local_data(one_each, flags)
-        last, under_way = under_way, largest(sent[mine])
-        number = 0 if last is None else int(last)
+        if mine not in flags:
+            own = np.full(len(mesh.local_devices), mine, np.int32)
+            flags[mine] = jax.make_array_from_process_local_data(one_each, own)
+        before = under_way
+        state, metrics, under_way = with_word(state, batch, flags[mine])
+        return state, metrics
+
+    def asked_of_any() -> signal.Signals | None:
+        number = 0 if before is None else int(before)
         return signal.Signals(number) if number else None
 
-    return of_all
+    return step, asked_of_any
