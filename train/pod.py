@@ -67,7 +67,7 @@ def _wait_for(processes: list[subprocess.Popen[bytes]]) -> int:
 def _show(number: int, process: subprocess.Popen[bytes]) -> None:
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith(b"[Gloo] Rank"):
+        if b"peer ranks" in line:
             continue  # a line for each device and each group of them, from the library between processes on CPUs
         os.write(1, f"[{number}] ".encode() + line)
 

@@ -31,6 +31,7 @@ number, port, folder, native = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.a
 qmj.initialize_distributed(f"127.0.0.1:{port}", num_processes=2, process_id=number)
 qmj.initialize_distributed()  # nothing happens twice
 from jax.experimental import multihost_utils
+from qwen_moe_jax.sharding.hosts import from_first
 from qwen_moe_jax.storage import safetensors_file
 from tests.huggingface.test_two_processes import SIZES, TOKENS
 
@@ -50,8 +51,6 @@ for one, other in zip(jax.tree.leaves(model), jax.tree.leaves(again), strict=Tru
     for mine, found in zip(one.addressable_shards, other.addressable_shards, strict=True):
         assert np.asarray(mine.data).tobytes() == np.asarray(found.data).tobytes()
 qmj.save_pretrained(model, native + "-hub", max_shard_size=60_000)
-drawn = dict(max_new_tokens=5, do_sample=True)
-one, other = (qmj.generate(model, TOKENS[:3, :5].tolist(), **drawn, **seed) for seed in ({"seed": 1}, {}))
 try:
     qmj.make_mesh(expert=4)
     refused = ""
@@ -60,7 +59,7 @@ except qmj.ShardingError as error:
 if number == 0:
     np.save(native + "-logits.npy", logits)
 print(json.dumps({"read": sum(read), "devices": len(jax.local_devices()), "refused": refused,
-                  "seeded": one, "by_chance": other}))
+                  "first": from_first(f"of {number}")}))
 """
 
 
@@ -119,12 +118,7 @@ def test_each_host_reads_its_part_and_the_logits_are_those_of_one(source, tmp_pa
         assert each["read"] == sum(bytes_on(leaf, jax.devices()[4 * host : 4 * host + 4]) for leaf in described)
         assert each["read"] < 0.55 * sum(leaf.nbytes for leaf in jax.tree.leaves(model))
         assert "leave none of process 1 in the mesh" in each["refused"]
-    assert told[0]["by_chance"] == told[1]["by_chance"]
-    assert (
-        told[0]["seeded"]
-        == told[1]["seeded"]
-        == qmj.generate(model, TOKENS[:3, :5].tolist(), max_new_tokens=5, do_sample=True, seed=1)
-    )
+    assert [each["first"] for each in told] == ["of 0", "of 0"]
     for file in folder.iterdir():
         assert (tmp_path / "native-hub" / file.name).read_bytes() == file.read_bytes(), file.name
 
