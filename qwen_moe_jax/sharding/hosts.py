@@ -6,7 +6,11 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
+from collections.abc import Callable
+from functools import partial
+from types import TracebackType
 from typing import NoReturn
 
 import jax
@@ -20,6 +24,8 @@ from qwen_moe_jax.sharding.watch import FirstWatch, OtherWatch
 #: Seconds without a sign of life after which JAX takes a process for dead: for hosts that vanish from the network.
 #: Processes that die on a host which lives are noticed at once (see `watch`).
 HEARTBEAT_TIMEOUT = 45
+#: Seconds in which the watch hears of a death whose first sign was an exception in a collective, and ends this process.
+_ECHO = 1.0
 _WATCH_KEY = "qwen_moe_jax/watch"
 
 _watch: FirstWatch | OtherWatch | None = None
@@ -73,6 +79,7 @@ def initialize_distributed(
         # JAX takes SIGTERM for its preemption service, and a process that does not ask that service cannot be stopped.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     _watch = _begin_to_watch()
+    sys.excepthook = partial(_end_by_exception, sys.excepthook)
     atexit.register(_end)
 
 
@@ -151,11 +158,17 @@ def _begin_to_watch() -> FirstWatch | OtherWatch | None:
         return None
 
 
+def _end_by_exception(
+    tell: Callable[..., object], kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Instead of `sys.excepthook`: nobody caught it."""
+    time.sleep(_ECHO)
+    tell(kind, error, trace)
+    fail(1, f"{kind.__name__}: {error}")
+
+
 def _end() -> None:
-    """At the end of the program: with the others, if it is a good one."""
-    error = getattr(sys, "last_value", None)  # an exception that nobody caught, of which Python has told
-    if error is not None:
-        fail(1, f"{type(error).__name__}: {error}")
+    """At the end of the program, with the others."""
     jax.distributed.shutdown()  # waits for the others, whom the watch still sees
     if _watch is not None:
         _watch.done()
