@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 CONFIG ?= configs/train/tiny.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format
+.PHONY: help train pod test lint format
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
 train: $(VENV)/.package  ## train a small Qwen3-MoE on eight simulated devices (CONFIG=… for another run)
 	$(BIN)/python -m train $(CONFIG)
+
+pod: $(VENV)/.package  ## train by two processes, as two hosts of a pod: its first 30 steps
+	$(BIN)/python -m train.pod 2 $(CONFIG) --fresh --run.folder runs/pod --run.steps 30
 
 test: $(VENV)/.test  ## run the whole test suite
 	$(BIN)/python -m pytest -n 2

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qwen_moe_jax.inference.generate import complete, generate
     from qwen_moe_jax.inference.score import perplexity, score
     from qwen_moe_jax.model.causal_lm import CausalLM, SequenceClassifier, TokenClassifier
+    from qwen_moe_jax.sharding.hosts import initialize_distributed
     from qwen_moe_jax.sharding.mesh import make_mesh
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ _HOME = {
     "CheckpointError": "errors",
     "RequestError": "errors",
     "ShardingError": "errors",
+    "initialize_distributed": "sharding.hosts",
     "make_mesh": "sharding.mesh",
     "CausalLM": "model.causal_lm",
     "SequenceClassifier": "model.causal_lm",

@@ -3,14 +3,17 @@
 import argparse
 import sys
 
-from train.config import describe_keys, load_config, split_overrides
+from qwen_moe_jax.cli.arguments import add_host_arguments, end_other_hosts, meet_hosts
+from train.config import TrainConfig, describe_keys, load_config, split_overrides
 
 
 def main(words: list[str]) -> int:
     """Runs the training that the command line asks for; returns the exit code.
 
     0; 1 where the numbers are no longer finite; 2 for a refusal; 130 for Ctrl-C and 143 for SIGTERM, after either of
-    which the same command goes on.
+    which the same command goes on. Of several processes, all end with the code of the one that fails; with 75 where one
+    was killed or crashed, or its host is gone; rarely with 134, where JAX was the first to notice. After these two, the
+    same command goes on from the last checkpoint.
     """
     parser = argparse.ArgumentParser(
         prog="python -m train",
@@ -21,6 +24,7 @@ def main(words: list[str]) -> int:
     )
     parser.add_argument("config", metavar="CONFIG", help="a TOML file")
     parser.add_argument("--fresh", action="store_true", help="delete the run that is in the run folder and start anew")
+    add_host_arguments(parser)
     if {"-h", "--help"} & set(words):
         parser.parse_args(["--help"])  # answers and leaves
 
@@ -29,36 +33,57 @@ def main(words: list[str]) -> int:
     from train.folder import open_run_folder
     from train.stopping import Stopped
 
+    leads = True  # of several processes, the first speaks
     try:
         overrides, others = split_overrides(words)
         arguments = parser.parse_args(others)
         config = load_config(arguments.config, overrides)
-        folder = open_run_folder(config, fresh=arguments.fresh)
-        if folder.finished:
-            print(f"The run in {folder.path} is finished; --fresh trains it anew.")
-            print(folder.describe_result())
-            return 0
-        if config.mesh.simulated:
-            from qwen_moe_jax.sharding.mesh import simulate_devices
+        if meet_hosts(arguments):
+            from train.together import open_run_folder_together
 
-            simulate_devices(config.mesh.devices)  # must come before JAX looks for its devices
+            _simulate_devices(config)
+            folder, finished, leads = open_run_folder_together(config, fresh=arguments.fresh)
+        else:
+            folder = open_run_folder(config, fresh=arguments.fresh)
+            finished = folder.finished
+        if finished:
+            if leads:
+                print(f"The run in {folder.path} is finished; --fresh trains it anew.")
+                print(folder.describe_result())
+            return 0
+        _simulate_devices(config)
         from train.loop import train
 
         train(config, folder)
-        print(folder.describe_result())
+        if leads:
+            print(folder.describe_result())
     except (CheckpointError, ConfigError, ShardingError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return _failed(2, f"{type(error).__name__}: {error}")
     except Stopped as stopped:
-        print(f"Stopped after step {stopped.step}, saved. The same command goes on from there.", file=sys.stderr)
+        if leads:
+            print(f"Stopped after step {stopped.step}, saved. The same command goes on from there.", file=sys.stderr)
         return 128 + stopped.signal
     except NonFiniteError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if leads:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
-        return 130
+        return _failed(130, "Stopped. The same command goes on from the last checkpoint.")
     return 0
+
+
+def _failed(code: int, reason: str) -> int:
+    """Says why; of several processes, this may be the only one that knows."""
+    print(reason, file=sys.stderr)
+    end_other_hosts(code, reason)
+    return code
+
+
+def _simulate_devices(config: TrainConfig) -> None:
+    if config.mesh.simulated:
+        from qwen_moe_jax.sharding.mesh import simulate_devices
+
+        simulate_devices(config.mesh.devices)  # must come before JAX looks for its devices
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jax
+from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.experimental import v1 as ocp
 
 from train.step import TrainState
@@ -10,6 +11,8 @@ from train.step import TrainState
 
 class Checkpoints:
     """A folder with one checkpoint per saved step, of which the newest few are kept.
+
+    Several processes use it together, on a folder that all of them see; each writes what its own devices hold.
 
     Leave its context to be sure that everything is on disk.
     """
@@ -43,9 +46,7 @@ class Checkpoints:
         waits for it, and raises what went wrong with it.
         """
         self.wait()
-        arrays = _named_arrays(state)
-        shardings = {name: array.sharding.with_memory_kind("pinned_host") for name, array in arrays.items()}
-        on_host = jax.block_until_ready(jax.device_put(arrays, shardings))
+        on_host = jax.block_until_ready({name: _copied_to_host(array) for name, array in _named_arrays(state).items()})
         self._writing = self._checkpointer.save_async(step, on_host, overwrite=True)
 
     def wait(self) -> None:
@@ -69,6 +70,17 @@ def _named_arrays(state: TrainState) -> dict[str, jax.Array]:
     # One flat table of path → array. It says the same as the tree, and outlives a change in how optax nests its tuples.
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _copied_to_host(array: jax.Array) -> jax.Array:
+    """In host memory, sharded as before. A `device_put` of the whole would be a program of all processes together."""
+    sharding = array.sharding.with_memory_kind("pinned_host")
+    by_device = {shard.device: shard.data for shard in array.addressable_shards}
+    parts = [
+        jax.device_put(by_device[device], SingleDeviceSharding(device, memory_kind="pinned_host"))
+        for device in sharding.addressable_devices_indices_map(array.shape)
+    ]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
 
 
 def _abstract(array: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

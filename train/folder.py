@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ _MEANING_OF_RUN = ("steps", "seed", "init_from")
 class RunFolder:
     """Paths of one run, and its end."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = path = Path(path)
         self.config = path / "config.toml"
         self.metrics = path / "metrics.jsonl"
         self.corpus = path / "corpus"

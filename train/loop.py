@@ -5,13 +5,13 @@ import time
 
 import jax
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.checkpoint import open_checkpoint
 from qwen_moe_jax.huggingface.hub import local_folder
+from qwen_moe_jax.sharding.hosts import leads, num_processes, wait_for_all
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, profile_steps
 from train.corpus import Corpus, copy_tokenizer, load_corpus
@@ -21,11 +21,12 @@ from train.nonfinite import NonFiniteGuard
 from train.optimizer import make_schedule
 from train.profile import Profiler
 from train.program import assemble, batch_sharding
-from train.progress import Report
+from train.progress import NoReport, Report
 from train.start import describe_start, introduction
 from train.step import Params, heldout_loss
 from train.stopping import Stopped, stop_requests
 from train.tensorboard import require_tensorboard
+from train.together import stopping_together
 
 
 def train(config: TrainConfig, folder: RunFolder) -> None:
@@ -63,9 +64,13 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
         first_step, last_step = int(state.step), config.run.steps
         start = describe_start(config, program.model, mesh, state, text_tokens=rows.num_tokens)
         schedule = make_schedule(config.optimizer, last_step)
-        report = Report(folder, config.run, start, first_step=first_step, schedule=schedule)
-        profiler = Profiler(folder.profile, profile_steps(config.run.profile))
-        with report, profiler, stop_requests() as asked_to_stop:
+        if leads():
+            report = Report(folder, config.run, start, first_step=first_step, schedule=schedule)
+            profiler = Profiler(folder.profile, profile_steps(config.run.profile))
+        else:  # what process 0 reports is of all
+            report, profiler = NoReport(), Profiler(folder.profile, range(0))
+        with report, profiler, stop_requests() as asked:
+            train_step, asked_to_stop = stopping_together(program.train_step, asked, mesh)
             report.say(introduction(start, last_step))
             guard = NonFiniteGuard(
                 config.run,
@@ -85,7 +90,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
                 profiler.before(done)
                 with report.fetching():
                     batch = _place(batch_at(rows, step, batch_size, config.run.seed, mine), sharding)
-                state, metrics = program.train_step(state, batch)
+                state, metrics = train_step(state, batch)
                 report.step(done, metrics)
                 guard.step(done, metrics)
                 if profiler.ends_with(done):
@@ -111,29 +116,30 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     # Export, and let the exported folder speak: what is shown is what others will load.
     trained = nnx.merge(program.eval_graph, state.params)
     if config.run.export:
-        copy_tokenizer(folder.corpus / "tokenizer", folder.hub)
+        if leads():
+            copy_tokenizer(folder.corpus / "tokenizer", folder.hub)
         qmj.save_pretrained(trained, folder.hub)
-        trained = qmj.from_pretrained(folder.hub)
+        trained = qmj.from_pretrained(folder.hub, mesh=mesh if num_processes() > 1 else None)
     prompt = config.run.sample_prompt
     [sample] = qmj.generate(trained, [prompt], max_new_tokens=config.run.sample_tokens, tokenizer=corpus.tokenizer)
-    folder.finish(
-        {
-            "steps": last_step,
-            "heldout_loss": loss,
-            "tokens_per_second": report.tokens_per_second,
-            "seconds_of_last_start": time.perf_counter() - began,
-            "prompt": prompt,
-            "sample": sample,
-        }
-    )
+    if leads():
+        folder.finish(
+            {
+                "steps": last_step,
+                "heldout_loss": loss,
+                "tokens_per_second": report.tokens_per_second,
+                "seconds_of_last_start": time.perf_counter() - began,
+                "prompt": prompt,
+                "sample": sample,
+            }
+        )
 
 
 def _load_corpus(folder: RunFolder, config: TrainConfig) -> Corpus:
     """The first process makes the corpus in the run folder, which all can see; the others open it."""
-    if jax.process_index() == 0:
+    if leads():
         load_corpus(folder.corpus, config.data)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("corpus")
+    wait_for_all("the corpus is made")
     return load_corpus(folder.corpus, config.data)
 
 

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -162,6 +162,31 @@ class Report:
         self._file.flush()
         if self._events is not None:
             self._events.write(record)
+
+
+class NoReport:
+    """What a process reports whose numbers are reported by another: nothing."""
+
+    def __enter__(self) -> "NoReport":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def fetching(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def step(self, step: int, metrics: StepMetrics) -> None:
+        pass
+
+    def aside(self, what: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def heldout(self, step: int, loss: float) -> None:
+        pass
 
 
 def layers_every(log_every: int, steps: int) -> int:

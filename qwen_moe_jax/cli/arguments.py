@@ -1,6 +1,7 @@
 """What the commands' arguments have in common: which checkpoint, and how it is run."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -50,6 +51,45 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --dispatch capacity: places per expert, as a multiple of a balanced load "
         f"({ExecutionConfig.eval_capacity_factor} if not given)",
     )
+
+
+def add_host_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `meet_hosts` needs to know."""
+    group = parser.add_argument_group(
+        "several hosts", "the same command on each; the first writes and speaks for all. See qmj.initialize_distributed"
+    )
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="this is one process of several, of a TPU pod slice, a Slurm or an Open MPI job, which JAX recognises",
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="elsewhere: where the first process is, and a free port; needs both:"
+    )
+    group.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
+    group.add_argument("--process-id", type=int, metavar="I", help="the number of this one, from 0")
+
+
+def meet_hosts(arguments: argparse.Namespace) -> bool:
+    """Joins the other processes, if `add_host_arguments` was given any; returns whether it was. Before JAX is used.
+
+    Raises:
+        ShardingError: as `initialize_distributed`.
+    """
+    found = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    if not arguments.distributed and all(value is None for value in found):
+        return False
+    from qwen_moe_jax.sharding.hosts import initialize_distributed
+
+    initialize_distributed(*found)
+    return True
+
+
+def end_other_hosts(code: int, reason: str) -> None:
+    """Where there are others, ends them and this process with an exit code. They would wait for it, and go on to."""
+    hosts = sys.modules.get("qwen_moe_jax.sharding.hosts")  # not imported yet, there are none
+    if hosts is not None:
+        hosts.fail(code, reason)
 
 
 def load_model(arguments: argparse.Namespace) -> "CausalLM":

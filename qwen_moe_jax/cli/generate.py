@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_moe_jax.cli.arguments import add_model_arguments, load_model
+from qwen_moe_jax.cli.arguments import add_host_arguments, add_model_arguments, load_model, meet_hosts
 from qwen_moe_jax.cli.sampling_arguments import add_sampling_arguments, sampled
 from qwen_moe_jax.cli.terminal import show
-from qwen_moe_jax.errors import RequestError
+from qwen_moe_jax.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from qwen_moe_jax.cli.answer import Answer
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "finish_reason (stop, length); number, prompt and error where it cannot be served",
     )
     add_sampling_arguments(parser)
+    add_host_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -51,8 +52,14 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         RequestError: at the end, if some prompts could not be served; before the weights are read, if none can, or if
             a file cannot be read.
-        ConfigError, CheckpointError, ShardingError: as `sampled`, `from_pretrained` and `make_mesh`.
+        ConfigError, CheckpointError, ShardingError: as `sampled`, `from_pretrained`, `make_mesh` and
+            `initialize_distributed`.
     """
+    if meet_hosts(arguments):
+        if not arguments.prompts:
+            raise RequestError("several processes do not share one standard input: give --prompt or --file.")
+        if not arguments.mesh:
+            raise ConfigError("several processes need --mesh: how their devices share the model, as in expert=8.")
     prompts = [_content(source) for source in arguments.prompts or [None]]
 
     from qwen_moe_jax.cli.answer import Answer
@@ -62,6 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     from qwen_moe_jax.inference.detokenize import TextStream
     from qwen_moe_jax.inference.engine import Chunk, stream
     from qwen_moe_jax.inference.tokenizer import encode_prompt, load_tokenizer
+    from qwen_moe_jax.sharding.hosts import leads, require_same
 
     # Weights take minutes to read: all that can be refused without them is refused first.
     folder = local_folder(arguments.folder)
@@ -79,11 +87,18 @@ def run(arguments: argparse.Namespace) -> None:
             requests[number] = encode_prompt(tokenizer, prompt, config.vocab_size)
         except RequestError as error:
             refusals[number] = str(error)
-            print(f"prompt {number}: {error}", file=sys.stderr)
+            if leads():
+                print(f"prompt {number}: {error}", file=sys.stderr)
     answers = {number: Answer(TextStream(tokenizer, generation.stop_strings)) for number in requests}
-    page = _Lines(prompts, answers, refusals) if arguments.json else _Texts(answers, headed=len(prompts) > 1)
+    if not leads():
+        page = _Nothing()
+    elif arguments.json:
+        page = _Lines(prompts, answers, refusals)
+    else:
+        page = _Texts(answers, headed=len(prompts) > 1)
     if requests:
         model = load_model(arguments)
+        require_same("the prompts and how they are continued", f"{requests} {generation}")
         start, growing = time.perf_counter(), list(answers.values())
 
         def ended(chunk: Chunk) -> bool:
@@ -92,7 +107,8 @@ def run(arguments: argparse.Namespace) -> None:
 
         for _ in stream(model, list(requests.values()), [generation] * len(requests), enough=ended):
             page.show()
-        print(_speed(growing, time.perf_counter() - start), file=sys.stderr)
+        if leads():
+            print(_speed(growing, time.perf_counter() - start), file=sys.stderr)
     page.show()
     if refusals:
         raise RequestError(f"{len(refusals)} of {len(prompts)} prompts could not be served: see above.")
@@ -119,6 +135,13 @@ class _Texts:
             print()
             self._waiting.pop(0)
             self._written = None
+
+
+class _Nothing:
+    """What a process shows while another shows the texts."""
+
+    def show(self) -> None:
+        pass
 
 
 class _Lines:

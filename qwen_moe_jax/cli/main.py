@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from qwen_moe_jax import __version__
 from qwen_moe_jax.cli import chat, convert, evaluate, generate, inspect, route, score
+from qwen_moe_jax.cli.arguments import end_other_hosts
 from qwen_moe_jax.errors import CheckpointError, ConfigError, RequestError, ShardingError
 
 #: A command is a module with `SUMMARY` (a line of help), `add_arguments(parser)` and `run(arguments)`. It imports JAX
@@ -41,8 +42,10 @@ def main(words: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except (CheckpointError, ConfigError, RequestError, ShardingError) as error:
         print(f"qwen-moe-jax {arguments.command}: error: {error}", file=sys.stderr)
+        end_other_hosts(2, f"{type(error).__name__}: {error}")
         return 2
     except KeyboardInterrupt:
+        end_other_hosts(130, "Ctrl-C")
         return 130
     except BrokenPipeError:  # whoever reads has seen enough: `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end

@@ -1,22 +1,24 @@
 """Model → Hub folder: per-layer, per-expert safetensors that transformers 4 and 5 load."""
 
+import contextlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from qwen_moe_jax.errors import ConfigError, ShardingError
+from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.checkpoint import HEADS, ORBAX
 from qwen_moe_jax.huggingface.export_config import config_to_hub
 from qwen_moe_jax.huggingface.files import INDEX, SINGLE, is_weights
 from qwen_moe_jax.huggingface.generation_config import generation_config_to_hub
 from qwen_moe_jax.huggingface.tensors import hub_parameters, hub_tensors
 from qwen_moe_jax.model.causal_lm import Model
+from qwen_moe_jax.sharding.hosts import leads
 from qwen_moe_jax.storage.folder import replaced_folder
 from qwen_moe_jax.storage.placement import Placed
 from qwen_moe_jax.storage.progress import bytes_bar
@@ -33,6 +35,9 @@ def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size
     already, its weights and configs are replaced and its other files (a tokenizer) are kept. Tensors are fetched from
     the devices in blocks: the host holds a few of them.
 
+    Several processes call it together, with one folder that all of them see. Each writes what its own devices hold, and
+    process 0 reads that into the Hub's form: for a while the disk holds the weights twice.
+
     Args:
         model: any head; its parameters keep their dtype.
         folder: to write.
@@ -42,21 +47,35 @@ def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size
     Raises:
         ConfigError: the family cannot express the config, or max_shard_size is not a size.
         CheckpointError: `folder` is a file or a mount point.
-        ShardingError: the model is spread over several hosts.
     """
     folder, limit = Path(folder), size_in_bytes(max_shard_size)
-    if jax.process_count() > 1:
-        raise ShardingError(
-            "save_pretrained runs on one host; this program runs on several. Write with save_orbax, each host its "
-            "part, and turn it into the Hub's form on one: qwen-moe-jax convert FOLDER TARGET."
-        )
     model.require_weights()
     configs = configs_to_hub(model)
-    tensors = placed_tensors(model)
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    with replaced_folder(folder, is_stale) as new, bytes_bar(f"Writing {folder.name}", size) as advance:
-        write_configs(new, configs)
-        write_shards(new, tensors, limit, advance)
+    with replaced_folder(folder, is_stale) as new, _readable_tensors(model, beside=new) as tensors:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if leads():
+            with bytes_bar(f"Writing {folder.name}", size) as advance:
+                write_configs(new, configs)
+                write_shards(new, tensors, limit, advance)
+
+
+@contextlib.contextmanager
+def _readable_tensors(model: Model, beside: Path) -> Iterator[dict[str, Tensor]]:
+    """Every Hub tensor of a model, for process 0 to read; what it cannot reach on the devices is brought to disk."""
+    parameters = hub_parameters(model)
+    if all(parameter.leaf.is_fully_addressable for parameter in parameters):
+        yield placed_tensors(model)
+        return
+    from qwen_moe_jax.storage.orbax import save_arrays, stored_tensors
+
+    parts = beside / ".parts"
+    save_arrays(parts, {parameter.path: parameter.leaf for parameter in parameters})
+    if leads():
+        stored = stored_tensors(parts)
+        yield {name: Part(stored[of.path], index) for name, of, index in hub_tensors(parameters)}
+        shutil.rmtree(parts)
+    else:
+        yield {}
 
 
 def is_stale(name: str) -> bool:

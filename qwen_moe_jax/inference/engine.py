@@ -9,6 +9,7 @@ lengths share a few compilations.
 import contextlib
 import dataclasses
 import math
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
@@ -16,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import GenerationConfig
-from qwen_moe_jax.errors import RequestError, ShardingError
+from qwen_moe_jax.errors import RequestError
 from qwen_moe_jax.inference.sampling import (
     SamplingSettings,
     SamplingState,
@@ -33,6 +35,7 @@ from qwen_moe_jax.inference.sampling import (
 )
 from qwen_moe_jax.model.cache import Cache, describe_cache, empty_cache
 from qwen_moe_jax.model.causal_lm import CausalLM
+from qwen_moe_jax.sharding.hosts import from_first
 from qwen_moe_jax.sharding.rules import BATCH
 
 #: Stretches of a prompt that are run at once: the shortest that holds what is left, or the longest.
@@ -81,7 +84,6 @@ def stream(
 
     Raises:
         RequestError: a prompt that cannot be served (see `check_request`).
-        ShardingError: the program runs on several hosts.
     """
     requests = list(zip(prompts, configs, strict=True))
     for index, request in enumerate(requests):
@@ -126,19 +128,17 @@ class Session:
 
     An exception (Ctrl-C, say) while the device reads or writes costs what is remembered, and nothing else.
 
+    Where the model is spread over several processes, all of them run the same session with the same prompts, and all
+    are handed the same tokens.
+
     Args:
         model: run in eval mode.
         max_length: tokens a row may come to, prompt and answers together.
         rows: requests at once.
         cache_dtype: of keys and values; None is the model's.
-
-    Raises:
-        ShardingError: the program runs on several hosts.
     """
 
     def __init__(self, model: CausalLM, max_length: int, *, rows: int = 1, cache_dtype: str | None = None):
-        if jax.process_count() > 1:
-            raise ShardingError("generation runs on one host; this program runs on several.")
         model.require_weights()
         if not model.deterministic:
             model = nnx.merge(*nnx.split(model))  # a view of the same weights: the caller's stays in training mode
@@ -158,6 +158,7 @@ class Session:
         self._cache: Cache | None = empty_cache(self._described)
         self._cached: list[list[int]] = [[] for _ in range(self._rows)]
         self._per_row = NamedSharding(model.mesh, P(BATCH))
+        self._spans_processes = not self._per_row.is_fully_addressable
 
     def generate(
         self,
@@ -190,6 +191,8 @@ class Session:
         model, absent = self._model, self._rows - len(prompts)
         rows = [*map(list, prompts), *[[]] * absent]
         budgets = [new_tokens(model, *request) for request in zip(prompts, configs, strict=True)]
+        if self._spans_processes:
+            configs = [_seeded_alike(config) for config in configs]
         settings = sampling_settings([*configs, *[GenerationConfig()] * absent], model.config.vocab_size)
         writing = Writing(
             token_B=np.zeros(self._rows, np.int32),
@@ -198,7 +201,7 @@ class Session:
         )
         with self._or_forget():
             writing, written = _first(self._read(rows), writing, settings)
-            written = jax.device_get(written)
+            written = self._on_host(written)
         alive = set(range(len(prompts)))
         yield from self._chunks(written, alive, enough)
         while alive:
@@ -206,8 +209,14 @@ class Session:
             writing = dataclasses.replace(writing, left_B=jnp.where(goes_on_B, writing.left_B, 0))
             with self._or_forget():
                 self._cache, writing, written = _decode(model, self._cache, writing, settings)
-                written = jax.device_get(written)
+                written = self._on_host(written)
             yield from self._chunks(written, alive, enough)
+
+    def _on_host(self, written: "Written") -> "Written":
+        """What the device wrote, of all rows: those of other processes as well."""
+        return (
+            multihost_utils.process_allgather(written, tiled=True) if self._spans_processes else jax.device_get(written)
+        )
 
     @contextlib.contextmanager
     def _or_forget(self) -> Iterator[None]:
@@ -377,6 +386,13 @@ def _written(
         alive_B=writing.left_B > 0,
         stopped_B=jnp.any(writing.token_B[:, None] == settings.stop_BS, axis=1),
     )
+
+
+def _seeded_alike(config: GenerationConfig) -> GenerationConfig:
+    """A row that draws without a seed is given one by chance: the same in all processes."""
+    if config.seed is not None or not config.do_sample:
+        return config
+    return dataclasses.replace(config, seed=int(from_first(str(secrets.randbits(64)))))
 
 
 def _room(length: int) -> int:

@@ -64,7 +64,6 @@ def generate(
 
     Raises:
         RequestError: requests that cannot be served, each named; none is run then (`complete` serves the others).
-        ShardingError: the program runs on several hosts.
     """
     completions = _complete(model, prompts, config, tokenizer, cache_dtype, settings, strict=True)
     if all(isinstance(prompt, str) for prompt in prompts):
@@ -85,7 +84,6 @@ def complete(
 
     Raises:
         RequestError: the call as a whole means nothing (texts without a tokenizer, an unknown setting).
-        ShardingError: the program runs on several hosts.
     """
     return _complete(model, prompts, config, tokenizer, cache_dtype, settings, strict=False)
 

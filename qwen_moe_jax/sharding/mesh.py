@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from qwen_moe_jax.errors import ShardingError
+from qwen_moe_jax.sharding.hosts import num_processes
 
 AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -44,23 +45,35 @@ def make_mesh(
             f"To simulate them on the CPU, call make_mesh before anything else uses JAX, or start Python with "
             f"JAX_NUM_CPU_DEVICES={needed} (and JAX_PLATFORMS=cpu where there is an accelerator)."
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=list(devices)[:needed]
-    )
+    chosen = list(devices)[:needed]
+    idle = {device.process_index for device in devices} - {device.process_index for device in chosen}
+    if idle:
+        raise ShardingError(
+            f"make_mesh: {needed} devices leave none of process {', '.join(map(str, sorted(idle)))} in the mesh, found "
+            f"{len(devices)} devices of all processes. Choose sizes with that product, or start fewer processes."
+        )
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=chosen)
 
 
 def simulate_devices(count: int) -> None:
-    """Makes this process see `count` simulated CPU devices, and nothing else.
+    """Makes the program see `count` simulated CPU devices, and nothing else; of several processes, each has its share.
 
     Raises:
-        ShardingError: JAX is already running in this process with other devices.
+        ShardingError: JAX is already running in this process with other devices; the processes cannot share evenly.
     """
+    processes = num_processes()
+    if count % processes:
+        raise ShardingError(
+            f"{count} simulated devices were asked for, and {processes} processes have to bring as many each: choose "
+            f"mesh sizes with a product that is a multiple of {processes}, or another number of processes."
+        )
+    count //= processes
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
         pass  # a backend is up: what matters is what it has, which is checked below
-    found = jax.devices()
+    found = jax.local_devices()
     if found[0].platform != "cpu" or len(found) < count:
         raise ShardingError(
             f"{count} simulated devices were asked for, but JAX already runs with {len(found)} {found[0].platform} "
@@ -72,11 +85,12 @@ def simulate_devices(count: int) -> None:
 def _offer_simulated_devices(count: int) -> None:
     """Sets how many devices the CPU platform would show. It has no effect where accelerators are found.
 
-    Not for one of several processes: the mesh has devices of all of them, and each was started with its own.
+    Each of several processes brings its share.
     """
-    if jax.config.jax_num_cpu_devices < count and not jax.distributed.is_initialized():
+    share = count // num_processes()
+    if jax.config.jax_num_cpu_devices < share:
         try:
-            jax.config.update("jax_num_cpu_devices", count)
+            jax.config.update("jax_num_cpu_devices", share)
         except RuntimeError:
             pass  # a backend is already up; make_mesh reports what it finds
 

@@ -8,11 +8,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
 from qwen_moe_jax.errors import CheckpointError
+from qwen_moe_jax.sharding.hosts import from_first, leads, wait_for_all
 
 
 @contextlib.contextmanager
@@ -35,37 +32,23 @@ def replaced_folder(folder: Path, stale: Callable[[str], bool]) -> Iterator[Path
         raise CheckpointError(f"{folder} is a file, expected a folder to write or none yet.")
     if folder.is_mount() or folder == Path.cwd():
         raise CheckpointError(f"{folder} cannot be replaced as a whole (it is in use): give a folder inside it.")
-    staging = folder.parent / f".{folder.name}.{_shared_number():08x}.partial"
-    leads = jax.process_index() == 0
+    staging = folder.parent / f".{folder.name}.{from_first(secrets.token_hex(4))}.partial"
     try:
-        if leads:
+        if leads():
             staging.mkdir(parents=True)
-        _wait_for_all(f"made {staging}")
+        wait_for_all(f"made {staging}")
         yield staging
-        _wait_for_all(f"wrote {staging}")
-        if leads:
+        wait_for_all(f"wrote {staging}")
+        if leads():
             if folder.exists():
                 _keep_other_files(folder, staging, stale)
                 _swap(staging, folder)
             else:
                 staging.rename(folder)
-        _wait_for_all(f"renamed {staging}")
+        wait_for_all(f"renamed {staging}")
     finally:
-        if leads:
+        if leads():
             shutil.rmtree(staging, ignore_errors=True)
-
-
-def _shared_number() -> int:
-    """A random number, the same in all processes."""
-    number = secrets.randbits(31)
-    if jax.process_count() > 1:
-        number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
-    return number
-
-
-def _wait_for_all(what: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
 
 
 def _swap(new: Path, old: Path) -> None:

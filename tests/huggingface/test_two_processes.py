@@ -26,11 +26,12 @@ TOKENS = np.random.default_rng(0).integers(1, 96, (8, 12))
 HOST = """
 import json, sys
 import jax, numpy as np
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-number, port, folder, native = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
-jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=number)
-from jax.experimental import multihost_utils
 import qwen_moe_jax as qmj
+number, port, folder, native = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+qmj.initialize_distributed(f"127.0.0.1:{port}", num_processes=2, process_id=number)
+qmj.initialize_distributed()  # nothing happens twice
+from jax.experimental import multihost_utils
+from qwen_moe_jax.sharding.hosts import from_first
 from qwen_moe_jax.storage import safetensors_file
 from tests.huggingface.test_two_processes import SIZES, TOKENS
 
@@ -49,14 +50,16 @@ again = qmj.from_pretrained(native, mesh=mesh)
 for one, other in zip(jax.tree.leaves(model), jax.tree.leaves(again), strict=True):
     for mine, found in zip(one.addressable_shards, other.addressable_shards, strict=True):
         assert np.asarray(mine.data).tobytes() == np.asarray(found.data).tobytes()
+qmj.save_pretrained(model, native + "-hub", max_shard_size=60_000)
 try:
-    qmj.save_pretrained(model, native + "-hub")
+    qmj.make_mesh(expert=4)
     refused = ""
 except qmj.ShardingError as error:
     refused = str(error)
 if number == 0:
     np.save(native + "-logits.npy", logits)
-print(json.dumps({"read": sum(read), "devices": len(jax.local_devices()), "refused": refused}))
+print(json.dumps({"read": sum(read), "devices": len(jax.local_devices()), "refused": refused,
+                  "first": from_first(f"of {number}")}))
 """
 
 
@@ -114,11 +117,15 @@ def test_each_host_reads_its_part_and_the_logits_are_those_of_one(source, tmp_pa
         assert each["devices"] == 4
         assert each["read"] == sum(bytes_on(leaf, jax.devices()[4 * host : 4 * host + 4]) for leaf in described)
         assert each["read"] < 0.55 * sum(leaf.nbytes for leaf in jax.tree.leaves(model))
-        assert "save_orbax" in each["refused"]
+        assert "leave none of process 1 in the mesh" in each["refused"]
+    assert [each["first"] for each in told] == ["of 0", "of 0"]
+    for file in folder.iterdir():
+        assert (tmp_path / "native-hub" / file.name).read_bytes() == file.read_bytes(), file.name
 
     expected = np.asarray(qmj.from_pretrained(folder, mesh=mesh)(TOKENS).logits)
     # The same sums, of which the processes' collectives may add the terms in another order.
     assert_near(np.load(f"{native}-logits.npy"), expected, 1e-5, "logits")
     one = qmj.from_pretrained(native)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["native", "native-hub", "native-logits.npy"]
     for (name, found), (_, original) in zip(export_tensors(one), export_tensors(model), strict=True):
         assert found.tobytes() == original.tobytes(), name
