@@ -202,8 +202,11 @@ class RunConfig:
     eval_every: int = _key(100, "steps between two looks at the held-out loss")
     checkpoint_every: int = _key(200, "steps between two checkpoints; the last step always has one")
     keep_checkpoints: int = _key(2, "of them, the newest so many stay on disk")
-    sample_prompt: str = _key("def", "the trained model continues this text")
+    sample_prompt: str = _key("def", "the model continues this text, now and then and in the end")
     sample_tokens: int = _key(96, "how many tokens it adds")
+    sample_every: int | None = _key(
+        None, "steps between two such samples; left out, with every held-out loss; 0: only in the end, as on many hosts"
+    )
     export: bool = _key(True, "write hub/, for transformers, in the end")
     tensorboard: bool = _key(False, "write TensorBoard's events to tensorboard/ as well (extra `tensorboard`)")
     profile: str = _key("", "first:end, as 10:13 for steps 10, 11 and 12: write jax's trace of them to profile/")
@@ -470,6 +473,7 @@ def _check_values(config: TrainConfig, source: str) -> None:
         "loss.router_z_coef": loss.router_z_coef,
         "loss.balancing_bias_rate": loss.balancing_bias_rate,
         "run.max_skipped": run.max_skipped,
+        "run.sample_every": run.sample_every or 0,
     }
     for key, value in not_negative.items():
         if not value >= 0:

@@ -40,9 +40,13 @@ class RunFolder:
         beside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         os.replace(beside, self._result)
 
+    def result(self) -> dict[str, Any]:
+        """What `finish` was given."""
+        return json.loads(self._result.read_text(encoding="utf-8"))
+
     def describe_result(self) -> str:
-        """What `finish` wrote, for people."""
-        result = json.loads(self._result.read_text(encoding="utf-8"))
+        """The same for people."""
+        result = self.result()
         hub = f", Hub folder in {self.hub}" if self.hub.exists() else ""
         speed = f" at {result['tokens_per_second']:,.0f} tokens/s" if result["tokens_per_second"] else ""
         return (

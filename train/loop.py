@@ -22,6 +22,7 @@ from train.optimizer import make_schedule
 from train.profile import Profiler
 from train.program import assemble, batch_sharding
 from train.progress import Report
+from train.samples import Sampler
 from train.start import describe_start, introduction
 from train.step import Params, heldout_loss
 from train.stopping import Stopped, stop_requests
@@ -54,6 +55,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
 
     # Model, optimizer and the two compiled steps; shapes so far, that say where everything will lie.
     program = assemble(config, _model_config(config, corpus), mesh)
+    sampler = Sampler(config.run, program.eval_graph, corpus.tokenizer)
 
     with Checkpoints(folder.checkpoints, config.run.keep_checkpoints) as checkpoints:
         if checkpoints.latest_step is not None:
@@ -79,6 +81,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
                 with report.aside("evaluation"):
                     loss = heldout_loss(program.eval_step, state.params, heldout)
                 report.heldout(0, loss)
+                sampler.sample(0, state.params, report)
 
             for step in range(first_step, last_step):
                 done = step + 1
@@ -95,6 +98,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
                     with report.aside("evaluation"):
                         loss = heldout_loss(program.eval_step, state.params, heldout)
                     report.heldout(done, loss)
+                sampler.sample(done, state.params, report)
                 stop = asked_to_stop()
                 if done % config.run.checkpoint_every == 0 or done == last_step or stop:
                     with report.aside("checkpoint"):

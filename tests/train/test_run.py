@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import qwen_moe_jax as qmj
+from qwen_moe_jax.cli.terminal import visible
 from train.__main__ import main
 
 CONFIG = """
@@ -142,6 +143,17 @@ def test_metrics_have_every_step_its_time_and_now_and_then_every_expert(finished
     assert evaluations == [0, 6, 12] and checkpoints == [4, 8, 12]
 
 
+def test_with_every_held_out_loss_the_model_continues_a_text_by_programs_compiled_once(finished):
+    folder, output = finished
+    samples = [record for record in metrics(folder) if "sample" in record]
+    assert [record["step"] for record in samples] == [0, 6]  # the last step's is the exported model's, in result.json
+    assert all(record["prompt"] == "def" for record in samples)
+    shown = [line.partition("| ")[2] for line in output.splitlines() if "  | " in line]
+    assert shown == [line for record in samples for line in visible("def" + record["sample"]).splitlines()]
+    seconds = [record["sample_seconds"] for record in metrics(folder) if "sample_seconds" in record]
+    assert len(seconds) == 2 and seconds[1] < seconds[0] / 5
+
+
 def test_the_run_folder_holds_config_metrics_checkpoints_and_an_export_that_loads(finished):
     folder, _ = finished
     names = {path.name for path in folder.iterdir()}
@@ -173,12 +185,15 @@ def test_a_run_begins_with_a_checkpoint_and_its_tokenizer_and_never_goes_back_to
              for name, table in tables.items()]  # fmt: skip
     file, folder = tmp_path / "tune.toml", tmp_path / "tuned"
     file.write_text("\n".join(lines))
-    words = ["--run.init_from", str(hub), "--run.steps=4", "--run.checkpoint_every=2", "--run.sample_tokens=1"]
+    words = ["--run.init_from", str(hub), "--run.steps=4", "--run.checkpoint_every=2", "--run.sample_every=2"]
     code, output, complaint = start(file, folder, *words, "--run.export=false")
     assert code == 0, complaint
     before = [record["heldout_loss"] for record in metrics(finished[0]) if "heldout_loss" in record][-1]
     first = [record["heldout_loss"] for record in metrics(folder) if "heldout_loss" in record][0]
     assert first == pytest.approx(before, abs=1e-4)  # the same text under the same tokenizer, on the same weights
+    samples = {record["step"]: record["sample"] for record in metrics(folder) if "sample" in record}
+    assert list(samples) == [0, 2]  # run.sample_every
+    assert samples[0] == json.loads((finished[0] / "result.json").read_text())["sample"]
     assert (folder / "corpus" / "tokenizer" / "tokenizer.json").read_bytes() == (hub / "tokenizer.json").read_bytes()
 
     (folder / "result.json").unlink()
@@ -205,10 +220,11 @@ def test_a_dense_run_has_events_a_trace_of_the_steps_asked_for_and_no_experts(co
     folder = tmp_path / "dense"
     words = ["--run.steps=4", "--run.export=false", "--run.tensorboard=true", "--run.profile=2:3"]
     words += ["--model.model_type=qwen3", "--mesh.expert=1", "--run.eval_every=9", "--run.checkpoint_every=9"]
+    words += ["--run.sample_every=0"]
     code, _, complaint = start(config_file, folder, *words)
     assert code == 0, complaint
     records = metrics(folder)
-    assert not any("layers" in record for record in records)
+    assert not any("layers" in record or "sample" in record for record in records)
     assert [record["step"] for record in records if "profile_seconds" in record] == [2]
     assert len(list(folder.glob("profile/**/*.xplane.pb"))) == 1
     assert len(list(folder.glob("tensorboard/events.*"))) == 1
