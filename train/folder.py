@@ -15,6 +15,9 @@ _MEANING = ("model", "data", "loss", "optimizer")
 _MEANING_OF_RUN = ("steps", "seed", "init_from")
 
 
+HUB_FOLDER = "hub"
+
+
 class RunFolder:
     """Paths of one run, and its end."""
 
@@ -24,7 +27,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.corpus = path / "corpus"
         self.checkpoints = path / "checkpoints"
-        self.hub = path / "hub"
+        self.hub = path / HUB_FOLDER
         self.tensorboard = path / "tensorboard"
         self.profile = path / "profile"
         self._result = path / "result.json"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from pathlib import Path
 
 import jax
 from flax import nnx
@@ -16,7 +17,7 @@ from train.checkpoint import Checkpoints
 from train.config import TrainConfig, profile_steps
 from train.corpus import Corpus, copy_tokenizer, load_corpus
 from train.data import Batch, Mixture, batch_at, describe_batch, heldout_batches, pack, rows_of_devices
-from train.folder import RunFolder
+from train.folder import HUB_FOLDER, RunFolder
 from train.nonfinite import NonFiniteGuard
 from train.optimizer import make_schedule
 from train.profile import Profiler
@@ -41,6 +42,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     began = time.perf_counter()
     if config.run.tensorboard:
         require_tensorboard()
+    _check_init_from(config.run.init_from)
     mesh = qmj.make_mesh(**{axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "expert", "tensor")})
 
     # Data: documents of tokens, packed into rows of T.
@@ -68,7 +70,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
         report = Report(folder, config.run, start, first_step=first_step, schedule=schedule)
         profiler = Profiler(folder.profile, profile_steps(config.run.profile))
         with report, profiler, stop_requests() as asked_to_stop:
-            report.say(introduction(start, last_step))
+            report.say("\n".join([introduction(start, last_step), *corpus.cut_short]))
             guard = NonFiniteGuard(
                 config.run,
                 batch_of=lambda step: "on " + describe_batch(rows, step - 1, batch_size, config.run.seed),
@@ -132,6 +134,15 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     )
 
 
+def _check_init_from(source: str) -> None:
+    """Tells of a missing result of another run before anything else is made of it."""
+    if Path(source).name == HUB_FOLDER and not Path(source).exists():
+        raise ConfigError(
+            f"run.init_from: {source}: there is no such folder yet. It is what another run writes in the end: train "
+            "that one first (`make train` writes runs/tiny/hub)."
+        )
+
+
 def _load_corpus(folder: RunFolder, config: TrainConfig) -> Corpus:
     """The first process makes the corpus in the run folder, which all can see; the others open it."""
     if jax.process_index() == 0:
@@ -155,7 +166,7 @@ def _model_config(config: TrainConfig, corpus: Corpus) -> qmj.ModelConfig:
         return model_config
     vocab_size = config.model.get("vocab_size", corpus.vocab_size) if config.data.tokenizer else config.data.vocab_size
     _check_vocabulary("model.vocab_size: found", vocab_size, corpus)
-    hub_config = {"eos_token_id": corpus.end_id, **config.model, "vocab_size": vocab_size}
+    hub_config = {"eos_token_id": corpus.stop_ids, **config.model, "vocab_size": vocab_size}
     model_config = qmj.ModelConfig.from_pretrained(hub_config)
     if config.loss.balancing_bias_rate > 0 and model_config.moe is not None:
         moe = dataclasses.replace(model_config.moe, balancing_bias=True)
