@@ -101,7 +101,7 @@ class LossConfig:
 
 
 #: The values of data.format, and which files of a folder are read when data.pattern is left out.
-FORMATS = {"text": "*.py", "jsonl": "*.jsonl", "tokens": "*.npy", "datasets": "*.parquet"}
+FORMATS = {"text": "*.py", "docstrings": "*.py", "jsonl": "*.jsonl", "tokens": "*.npy", "datasets": "*.parquet"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +114,10 @@ class TextConfig:
     )
     format: str = _key(
         "text",
-        "text (a document per file), jsonl (one per line, with `text` or `messages`), tokens (.npy of ids, documents "
-        "split by the end id) or datasets (Hugging Face's: a folder of save_to_disk or of parquet, or a Hub name)",
+        "text (a document per file), docstrings (of Python files: conversations that ask what a name is or does and "
+        "answer with the start of its docstring), jsonl (one per line, with `text` or `messages`), tokens (.npy of "
+        "ids, documents split by the end id) or datasets (Hugging Face's: a folder of save_to_disk or of parquet, or a "
+        "Hub name)",
     )
     split: str = _key("train", "datasets: which split is read")
 
@@ -202,8 +204,11 @@ class RunConfig:
     eval_every: int = _key(100, "steps between two looks at the held-out loss")
     checkpoint_every: int = _key(200, "steps between two checkpoints; the last step always has one")
     keep_checkpoints: int = _key(2, "of them, the newest so many stay on disk")
-    sample_prompt: str = _key("def", "the trained model continues this text")
+    sample_prompt: str = _key("def", "the model continues this text, now and then and in the end")
     sample_tokens: int = _key(96, "how many tokens it adds")
+    sample_every: int | None = _key(
+        None, "steps between two such samples; left out, with every held-out loss; 0: only in the end, as on many hosts"
+    )
     export: bool = _key(True, "write hub/, for transformers, in the end")
     tensorboard: bool = _key(False, "write TensorBoard's events to tensorboard/ as well (extra `tensorboard`)")
     profile: str = _key("", "first:end, as 10:13 for steps 10, 11 and 12: write jax's trace of them to profile/")
@@ -470,6 +475,7 @@ def _check_values(config: TrainConfig, source: str) -> None:
         "loss.router_z_coef": loss.router_z_coef,
         "loss.balancing_bias_rate": loss.balancing_bias_rate,
         "run.max_skipped": run.max_skipped,
+        "run.sample_every": run.sample_every or 0,
     }
     for key, value in not_negative.items():
         if not value >= 0:
@@ -508,8 +514,11 @@ def _check_values(config: TrainConfig, source: str) -> None:
         _refuse(f"{source}: data.heldout_fraction: found {data.heldout_fraction}, expected between 0 and 1.")
     if data.seq_len < 2:
         _refuse(f"{source}: data.seq_len: found {data.seq_len}, expected at least 2, a token and the one after it.")
-    if data.vocab_size < 257:
-        _refuse(f"{source}: data.vocab_size: found {data.vocab_size}, expected at least 257, all bytes and an end.")
+    if data.vocab_size < 259:
+        _refuse(
+            f"{source}: data.vocab_size: found {data.vocab_size}, expected at least 259: all bytes, the end of a text, "
+            "and the two marks around a message."
+        )
     if not run.sample_prompt:
         _refuse(f"{source}: run.sample_prompt: found an empty text, expected at least one character to go on from.")
     profile_steps(run.profile, source)
@@ -550,7 +559,7 @@ def _check_mixture(data: DataConfig, source: str) -> None:
             _unknown(f"{where}format: found {one.format!r}, no format", one.format, list(FORMATS))
         if not 0 < one.weight < math.inf:
             _refuse(f"{where}weight: found {one.weight}, expected a number above 0.")
-        if one.format != "text" and not one.folder:
+        if one.format not in ("text", "docstrings") and not one.folder:
             _refuse(f"{where}folder: found none, expected the file or folder to read as {one.format}.")
         if one.format == "tokens" and not data.tokenizer:
             _refuse(f"{where}format: token ids mean nothing without their tokenizer: name it in data.tokenizer.")

@@ -27,7 +27,25 @@ from train.config import DataConfig, SourceConfig
 from train.data import Documents
 from train.sources import Conversation, Record, describe_source, read_records
 
-END_OF_TEXT = "<|endoftext|>"
+# The special tokens of a tokenizer that is trained here, and how it writes a conversation: as Qwen does (ChatML). What
+# the assistant says stands between `generation` marks, by which transformers and TRL find it; we need none.
+SPECIAL_TOKENS = END_OF_TEXT, _, MESSAGE_END = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}
+            {{- message.content + '<|im_end|>' }}
+        {%- endgeneration %}
+    {%- else %}
+        {{- message.content + '<|im_end|>' }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
 
 # What belongs to a tokenizer in a Hub folder. special_tokens_map.json is read in old folders only.
 _TOKENIZER_FILES = (
@@ -55,16 +73,26 @@ class Part:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents of token ids, in the order of the config's sources, and their tokenizer."""
+    """Documents of token ids, in the order of the config's sources, and their tokenizer.
+
+    `end_id` ends a document. `cut_short` has a line on every source that was not read to its end.
+    """
 
     tokenizer: Tokenizer
     end_id: int
     parts: list[Part]
+    cut_short: list[str]
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest id that the tokenizer knows."""
         return _vocab_size(self.tokenizer)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """What a model that learns this writes last: the end of a document, and of a message if there is that mark."""
+        message_end = self.tokenizer.token_to_id(MESSAGE_END)
+        return [self.end_id] if message_end in (None, self.end_id) else [self.end_id, message_end]
 
 
 def load_corpus(folder: Path, config: DataConfig) -> Corpus:
@@ -88,7 +116,7 @@ def load_corpus(folder: Path, config: DataConfig) -> Corpus:
         )
     described = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
     parts = [_open_part(folder / str(number), name) for number, name in enumerate(described["sources"])]
-    return Corpus(load_tokenizer(folder / "tokenizer"), described["end_id"], parts)
+    return Corpus(load_tokenizer(folder / "tokenizer"), described["end_id"], parts, described["cut_short"])
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -107,24 +135,28 @@ def _make_corpus(folder: Path, config: DataConfig) -> None:
         save_tokenizer(train_tokenizer(_texts(config), config.vocab_size), folder / "tokenizer")
     tokenizer = load_tokenizer(folder / "tokenizer")
     end_id = _end_id(tokenizer, folder / "tokenizer", config)
+    cut_short = []
     for number, source in enumerate(config.mixture):
-        records = read_records(source, config.megabytes, end_id)
+
+        def note(how_much: str, source: SourceConfig = source) -> None:
+            cut_short.append(f"read {how_much} of {describe_source(source)} (data.megabytes)")
+
+        records = read_records(source, config.megabytes, end_id, note)
         _write_part(folder / str(number), _encode(records, tokenizer, end_id, folder / "tokenizer"))
         _hold_out(folder / str(number), source, config)
-    described = {"end_id": end_id, "sources": [describe_source(source) for source in config.mixture]}
+    sources = [describe_source(source) for source in config.mixture]
+    described = {"end_id": end_id, "sources": sources, "cut_short": cut_short}
     (folder / "corpus.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
 def _texts(config: DataConfig) -> Iterator[str]:
-    """What the tokenizer is trained on: the texts of all sources."""
+    """What the tokenizer is trained on: the texts of all sources, and what is said in their conversations."""
     for source in config.mixture:
         for record in read_records(source, config.megabytes):
-            if not isinstance(record.content, str):
-                raise ConfigError(
-                    f"{record.place}: found messages, and without data.tokenizer there is no chat template to write "
-                    f"them by. Name a folder with tokenizer.json and a chat template, or a model on the Hub."
-                )
-            yield record.content
+            if isinstance(record.content, str):
+                yield record.content
+            else:
+                yield from (message.get("content") or "" for message in record.content.messages)
 
 
 def _end_id(tokenizer: Tokenizer, folder: Path, config: DataConfig) -> int:
@@ -226,7 +258,7 @@ def _open_part(folder: Path, name: str) -> Part:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE with Qwen's word pattern and one special token; it can spell any text."""
+    """A byte-level BPE with Qwen's word pattern and three special tokens; it can spell any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -237,7 +269,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -246,7 +278,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes tokenizer.json and a tokenizer_config.json with which transformers' AutoTokenizer opens the folder."""
+    """Writes the files with which transformers' AutoTokenizer opens the folder, its chat template included."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
@@ -256,3 +288,4 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")

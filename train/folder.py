@@ -16,6 +16,9 @@ _MEANING = ("model", "data", "loss", "optimizer")
 _MEANING_OF_RUN = ("steps", "seed", "init_from")
 
 
+HUB_FOLDER = "hub"
+
+
 class RunFolder:
     """Paths of one run, and its end."""
 
@@ -25,7 +28,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.corpus = path / "corpus"
         self.checkpoints = path / "checkpoints"
-        self.hub = path / "hub"
+        self.hub = path / HUB_FOLDER
         self.tensorboard = path / "tensorboard"
         self.profile = path / "profile"
         self._result = path / "result.json"
@@ -41,9 +44,13 @@ class RunFolder:
         beside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         os.replace(beside, self._result)
 
+    def result(self) -> dict[str, Any]:
+        """What `finish` was given."""
+        return json.loads(self._result.read_text(encoding="utf-8"))
+
     def describe_result(self) -> str:
-        """What `finish` wrote, for people."""
-        result = json.loads(self._result.read_text(encoding="utf-8"))
+        """The same for people."""
+        result = self.result()
         hub = f", Hub folder in {self.hub}" if self.hub.exists() else ""
         speed = f" at {result['tokens_per_second']:,.0f} tokens/s" if result["tokens_per_second"] else ""
         return (

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from pathlib import Path
 
 import jax
 from flax import nnx
@@ -16,12 +17,13 @@ from train.checkpoint import Checkpoints
 from train.config import TrainConfig, profile_steps
 from train.corpus import Corpus, copy_tokenizer, load_corpus
 from train.data import Batch, Mixture, batch_at, describe_batch, heldout_batches, pack, rows_of_devices
-from train.folder import RunFolder
+from train.folder import HUB_FOLDER, RunFolder
 from train.nonfinite import NonFiniteGuard
 from train.optimizer import make_schedule
 from train.profile import Profiler
 from train.program import assemble, batch_sharding
 from train.progress import NoReport, Report
+from train.samples import Sampler
 from train.start import describe_start, introduction
 from train.step import Params, heldout_loss
 from train.stopping import Stopped, stop_requests
@@ -41,6 +43,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     began = time.perf_counter()
     if config.run.tensorboard:
         require_tensorboard()
+    _check_init_from(config.run.init_from)
     mesh = qmj.make_mesh(**{axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "expert", "tensor")})
 
     # Data: documents of tokens, packed into rows of T.
@@ -55,6 +58,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
 
     # Model, optimizer and the two compiled steps; shapes so far, that say where everything will lie.
     program = assemble(config, _model_config(config, corpus), mesh)
+    sampler = Sampler(config.run, program.eval_graph, corpus.tokenizer)
 
     with Checkpoints(folder.checkpoints, config.run.keep_checkpoints) as checkpoints:
         if checkpoints.latest_step is not None:
@@ -71,7 +75,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
             report, profiler = NoReport(), Profiler(folder.profile, range(0))
         with report, profiler, stop_requests() as asked:
             train_step, asked_to_stop = stopping_together(program.train_step, asked, mesh)
-            report.say(introduction(start, last_step))
+            report.say("\n".join([introduction(start, last_step), *corpus.cut_short]))
             guard = NonFiniteGuard(
                 config.run,
                 batch_of=lambda step: "on " + describe_batch(rows, step - 1, batch_size, config.run.seed),
@@ -84,6 +88,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
                 with report.aside("evaluation"):
                     loss = heldout_loss(program.eval_step, state.params, heldout)
                 report.heldout(0, loss)
+                sampler.sample(0, state.params, report)
 
             for step in range(first_step, last_step):
                 done = step + 1
@@ -100,6 +105,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
                     with report.aside("evaluation"):
                         loss = heldout_loss(program.eval_step, state.params, heldout)
                     report.heldout(done, loss)
+                sampler.sample(done, state.params, report)
                 stop = asked_to_stop()
                 if done % config.run.checkpoint_every == 0 or done == last_step or stop:
                     with report.aside("checkpoint"):
@@ -135,6 +141,15 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
         )
 
 
+def _check_init_from(source: str) -> None:
+    """Tells of a missing result of another run before anything else is made of it."""
+    if Path(source).name == HUB_FOLDER and not Path(source).exists():
+        raise ConfigError(
+            f"run.init_from: {source}: there is no such folder yet. It is what another run writes in the end: train "
+            "that one first (`make train` writes runs/tiny/hub)."
+        )
+
+
 def _load_corpus(folder: RunFolder, config: TrainConfig) -> Corpus:
     """The first process makes the corpus in the run folder, which all can see; the others open it."""
     if leads():
@@ -157,7 +172,7 @@ def _model_config(config: TrainConfig, corpus: Corpus) -> qmj.ModelConfig:
         return model_config
     vocab_size = config.model.get("vocab_size", corpus.vocab_size) if config.data.tokenizer else config.data.vocab_size
     _check_vocabulary("model.vocab_size: found", vocab_size, corpus)
-    hub_config = {"eos_token_id": corpus.end_id, **config.model, "vocab_size": vocab_size}
+    hub_config = {"eos_token_id": corpus.stop_ids, **config.model, "vocab_size": vocab_size}
     model_config = qmj.ModelConfig.from_pretrained(hub_config)
     if config.loss.balancing_bias_rate > 0 and model_config.moe is not None:
         moe = dataclasses.replace(model_config.moe, balancing_bias=True)

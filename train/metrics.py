@@ -8,7 +8,7 @@ from typing import Any
 from qwen_moe_jax.errors import ConfigError
 
 #: What is done between steps; a record of one has its `…_seconds`.
-ASIDES = ("evaluation", "checkpoint", "profile")
+ASIDES = ("evaluation", "sample", "checkpoint", "profile")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,7 @@ class Metrics:
     steps: list[dict[str, Any]]
     layers: list[dict[str, Any]]
     heldout: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
     asides: list[dict[str, Any]]
 
     @property
@@ -46,6 +47,7 @@ def read_metrics(file: Path) -> Metrics:
         steps=having("loss"),
         layers=having("layers"),
         heldout=having("heldout_loss"),
+        samples=having("sample"),
         asides=having(*(f"{name}_seconds" for name in ASIDES)),
     )
     if not (metrics.starts and metrics.steps):

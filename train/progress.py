@@ -13,6 +13,7 @@ from typing import Any, Literal, TextIO
 import jax
 import optax
 
+from qwen_moe_jax.cli.terminal import visible
 from qwen_moe_jax.moe.stats import RouterStats
 from train.config import RunConfig
 from train.folder import RunFolder
@@ -31,9 +32,9 @@ class Report:
 
     Every line of metrics.jsonl has a `step`. Besides, it has one of: the numbers of that step (`loss` among them; its
     `step_seconds`; its `data_seconds`, in which the host got the batch, mostly while the devices computed the step
-    before); `layers`, the load [L, E], entropy [L] and drops [L] of that step, now and then; `heldout_loss`;
-    `evaluation_seconds`, `checkpoint_seconds` or `profile_seconds`, which are in no step's; or `start`, what the run is
-    in numbers (`train/start.py`).
+    before); `layers`, the load [L, E], entropy [L] and drops [L] of that step, now and then; `heldout_loss`; `sample`,
+    what the model made of the `prompt` beside it; `evaluation_seconds`, `sample_seconds`, `checkpoint_seconds` or
+    `profile_seconds`, which are in no step's; or `start`, what the run is in numbers (`train/start.py`).
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Report:
         self._step = step
 
     @contextmanager
-    def aside(self, what: Literal["evaluation", "checkpoint", "profile"]) -> Iterator[None]:
+    def aside(self, what: Literal["evaluation", "sample", "checkpoint", "profile"]) -> Iterator[None]:
         """Around work between two steps, which have ended by then: its time is none of the steps'."""
         self._flush()
         start = time.perf_counter()
@@ -106,6 +107,12 @@ class Report:
         """Takes a held-out loss, in nats per token."""
         self._write({"step": step, "heldout_loss": loss})
         self.say(f"step {step}  held-out loss {loss:.3f}")
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Takes what the model wrote after `prompt`."""
+        self._write({"step": step, "prompt": prompt, "sample": text})
+        lines = visible(prompt + text).splitlines()
+        self.say("\n".join([f"step {step}  sample", *(f"  | {line}" for line in lines)]))
 
     def _flush(self) -> None:
         if self._pending is None:
@@ -186,6 +193,9 @@ class NoReport:
         return nullcontext()
 
     def heldout(self, step: int, loss: float) -> None:
+        pass
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
         pass
 
 

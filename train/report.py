@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen_moe_jax.errors import ConfigError
 from train.folder import RunFolder
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from train.figures import Drawing
 
 
+_SAMPLES = 12  # on a page, at most
+
+
 def write_report(folder: RunFolder) -> Path:
     """Writes the page of the run so far, and returns where.
 
@@ -31,6 +34,8 @@ def write_report(folder: RunFolder) -> Path:
         ModuleNotFoundError: matplotlib is not installed.
     """
     metrics = read_metrics(folder.metrics)
+    if folder.finished and "sample" in (result := folder.result()):  # that of the exported model
+        metrics.samples.append({"step": result["steps"], "prompt": result["prompt"], "sample": result["sample"]})
     page = report_page(
         metrics, name=folder.path.resolve().name, config=folder.config.read_text(encoding="utf-8"), state=_state(folder)
     )
@@ -57,6 +62,8 @@ def report_page(metrics: Metrics, *, name: str, config: str, state: str) -> str:
     sections = _section("Learning and speed", _cards(curves(metrics)))
     if router:
         sections += _section("Routers", _cards(router) + _wide_card(load_map(metrics)))
+    if metrics.samples:
+        sections += _section("Samples", _samples(metrics.samples))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
@@ -175,6 +182,19 @@ def _heading(drawing: "Drawing") -> str:
     return f"<figcaption><h3>{escape(drawing.title)}</h3><p>{escape(drawing.caption)}</p></figcaption>\n"
 
 
+def _samples(samples: list[dict[str, Any]]) -> str:
+    """What the model wrote, over steps; of many samples some, the first and the last among them."""
+    count = min(len(samples), _SAMPLES)
+    chosen = [samples[place * (len(samples) - 1) // max(count - 1, 1)] for place in range(count)]
+    rows = (
+        f"<div><dt>step {sample['step']:,}</dt>"
+        f"<dd><pre><span>{escape(sample['prompt'])}</span>{escape(sample['sample'])}</pre></dd></div>"
+        for sample in chosen
+    )
+    about = "<p>how the model goes on from the pale text</p>"
+    return f'<div class="card">{about}<dl class="samples">{"".join(rows)}</dl></div>\n'
+
+
 def _facts(facts: Mapping[str, str]) -> str:
     shown = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     return f"<dl>{''.join(shown)}</dl>"
@@ -198,7 +218,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 28px clamp(12px, 3vw, 32px); max-width: 1240px; background: var(--page);
   color: var(--ink); font: 14px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
-header p, figcaption p, dt { color: var(--dim); font-size: 12px; margin: 0; }
+header p, figcaption p, .card > p, dt { color: var(--dim); font-size: 12px; margin: 0; }
 h1 { font-size: 24px; margin: 0 0 12px; overflow-wrap: anywhere; }
 h2 { font-size: 17px; margin: 28px 0 10px; }
 h3 { font-size: 14px; margin: 0; }
@@ -213,6 +233,11 @@ svg { display: block; width: 100%; height: auto; }
 svg text { font-family: system-ui, sans-serif !important; }
 .scroll { overflow-x: auto; }
 .scroll svg { min-width: 760px; }
+.samples { display: grid; gap: 0; }
+.samples div { display: grid; grid-template-columns: 88px 1fr; border-top: 1px solid var(--line); padding: 10px 0; }
+.samples div:first-child { border-top: 0; }
+.samples pre { margin: 0; padding: 0; border: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+.samples span { color: var(--dim); }
 summary { cursor: pointer; margin-top: 20px; }
 pre { margin: 10px 0; padding: 12px 14px; overflow: auto; background: var(--card); border: 1px solid var(--line);
   border-radius: 8px; font: 12px/1.6 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }

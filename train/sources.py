@@ -17,8 +17,11 @@ import numpy as np
 
 from qwen_moe_jax.errors import ConfigError
 from train.config import FORMATS, SourceConfig
+from train.docstrings import questions_of
 
 _ROLES = ("system", "user", "assistant", "tool")
+_Say = Callable[[str], None]
+
 _WANTED = '{"text": …} or {"messages": [{"role": …, "content": …}, …]}'
 
 # Installed packages, tests, generated tables and copies of other tools: not what a student of Python should read.
@@ -51,19 +54,25 @@ class Record:
     name: str
 
 
-def read_records(source: SourceConfig, megabytes: float, end_id: int | None = None) -> Iterator[Record]:
+def read_records(
+    source: SourceConfig,
+    megabytes: float,
+    end_id: int | None = None,
+    cut_short: Callable[[str], None] = lambda how_much: None,
+) -> Iterator[Record]:
     """The records of a source: always the same ones, in the same order. Blank files, lines and texts are passed over.
 
     Args:
         source: what to read.
         megabytes: stop after this much text; token ids are read to the end.
         end_id: the id that ends a document in arrays of token ids.
+        cut_short: told in the end how much was read, of how much, if that is not all.
 
     Raises:
         ConfigError: the source does not exist, holds nothing, or something that cannot be read.
     """
     empty = True
-    for record in _READERS[source.format](source, megabytes * 1e6, end_id):
+    for record in _READERS[source.format](source, megabytes * 1e6, end_id, cut_short):
         empty = False
         yield record
     if empty:
@@ -79,26 +88,48 @@ def describe_source(source: SourceConfig) -> str:
     return source.folder or "Python's standard library"
 
 
-def _read_texts(source: SourceConfig, room: float, end_id: int | None) -> Iterator[Record]:
-    """All matching files, as far as each fits into the room that is left: a shorter one may, where a longer did not."""
+def _read_texts(source: SourceConfig, room: float, end_id: int | None, cut_short: _Say) -> Iterator[Record]:
+    for file, name, text in _fitting_texts(source, room, cut_short):
+        yield Record(text, str(file), name)
+
+
+def _read_docstrings(source: SourceConfig, room: float, end_id: int | None, cut_short: _Say) -> Iterator[Record]:
+    """What a public name of a Python file does, asked and answered: the answer begins its docstring."""
+    for file, name, text in _fitting_texts(source, room, cut_short):
+        for asked, answer in questions_of(text, name, str(file)):
+            messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+            yield Record(Conversation(messages), f"{file}, {asked}", f"{name}:{asked}")
+
+
+def _fitting_texts(source: SourceConfig, room: float, cut_short: _Say) -> Iterator[tuple[Path, str, str]]:
+    """All matching files, as far as each fits into the room that is left: a shorter one may, where a longer did not.
+
+    With its name, and its text.
+    """
+    read = left_out = 0
     for file, name in _files(source):
-        raw = file.read_bytes()
-        if len(raw) > room:
+        size = file.stat().st_size
+        if size > room - read:
+            left_out += size
             continue
-        text = _decode(raw, str(file))
+        text = _decode(file.read_bytes(), str(file))
         if text.strip():
-            room -= len(raw)
-            yield Record(text, str(file), name)
+            read += size
+            yield file, name, text
+    if left_out:
+        cut_short(f"{_megabytes(read)} of {_megabytes(read + left_out)} MB")
 
 
-def _read_jsonl(source: SourceConfig, room: float, end_id: int | None) -> Iterator[Record]:
-    for file, name in _files(source):
+def _read_jsonl(source: SourceConfig, room: float, end_id: int | None, cut_short: _Say) -> Iterator[Record]:
+    files, read = _files(source), 0
+    for file, name in files:
         with file.open("rb") as lines:
             for number, raw in enumerate(lines, start=1):
                 place = f"{file}, line {number}"
-                room -= len(raw)
-                if room < 0:
+                if read + len(raw) > room:
+                    cut_short(f"{_megabytes(read)} of {_megabytes(sum(one.stat().st_size for one, _ in files))} MB")
                     return
+                read += len(raw)
                 line = _decode(raw, place)
                 if not line.strip():
                     continue
@@ -109,14 +140,16 @@ def _read_jsonl(source: SourceConfig, room: float, end_id: int | None) -> Iterat
                 yield from _as_record(found, place, f"{name}:{number}")
 
 
-def _read_datasets(source: SourceConfig, room: float, end_id: int | None) -> Iterator[Record]:
-    for number, row in enumerate(_open_dataset(source)):
+def _read_datasets(source: SourceConfig, room: float, end_id: int | None, cut_short: _Say) -> Iterator[Record]:
+    rows = _open_dataset(source)
+    for number, row in enumerate(rows):
         place = f"{source.folder}, row {number} of {source.split}"
         found = {key: value for key, value in row.items() if key in ("text", "messages", "tools")}
         for record in _as_record(found or row, place, str(number)):
             text = record.content
             room -= len(text.encode()) if isinstance(text, str) else len(json.dumps(text.messages))
             if room < 0:
+                cut_short(f"{number:,} of {len(rows):,} rows")
                 return
             yield record
 
@@ -143,7 +176,7 @@ def _open_dataset(source: SourceConfig) -> Any:
         _refuse(f"data.folder: {source.folder}: datasets cannot open it ({type(error).__name__}: {error}).")
 
 
-def _read_tokens(source: SourceConfig, room: float, end_id: int | None) -> Iterator[Record]:
+def _read_tokens(source: SourceConfig, room: float, end_id: int | None, cut_short: _Say) -> Iterator[Record]:
     for file, name in _files(source):
         try:
             ids = np.load(file, mmap_mode="r")
@@ -163,12 +196,17 @@ def _read_tokens(source: SourceConfig, room: float, end_id: int | None) -> Itera
             start = stop
 
 
-_READERS: dict[str, Callable[[SourceConfig, float, int | None], Iterator[Record]]] = {
+_READERS: dict[str, Callable[[SourceConfig, float, int | None, _Say], Iterator[Record]]] = {
     "text": _read_texts,
+    "docstrings": _read_docstrings,
     "jsonl": _read_jsonl,
     "tokens": _read_tokens,
     "datasets": _read_datasets,
 }
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f}" if size >= 1e6 else f"{size / 1e6:.2g}"
 
 
 def _root(source: SourceConfig) -> Path:

@@ -11,9 +11,12 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line
 
 def show(text: str) -> None:
     """Prints a piece of a model's text at once; on a terminal, with codes in the place of what would steer it."""
-    if sys.stdout.isatty():
-        text = _CONTROLS.sub(lambda match: f"‹U+{ord(match[0]):04X}›", text)
-    print(text, end="", flush=True)
+    print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+def visible(text: str) -> str:
+    """The same with codes in the place of what would steer a terminal."""
+    return _CONTROLS.sub(lambda match: f"‹U+{ord(match[0]):04X}›", text)
 
 
 @contextmanager

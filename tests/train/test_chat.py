@@ -10,9 +10,9 @@ from qwen_moe_jax.inference.chat_template import load_chat_template
 from qwen_moe_jax.inference.tokenizer import load_tokenizer
 from tests.inference.chat_templates import MIXTRAL, QWEN2, QWEN3
 from tests.inference.tokenizer_kinds import byte_fallback, byte_level
-from train.chat import conversation_documents
+from train.chat import Turns, conversation_documents
 from train.config import DataConfig
-from train.corpus import load_corpus
+from train.corpus import SPECIAL_TOKENS, load_corpus, save_tokenizer, train_tokenizer
 from train.data import batch_at, pack
 from train.sources import Conversation
 
@@ -135,8 +135,37 @@ def test_only_the_assistants_tokens_are_targets_of_a_batch_and_a_conversation_is
     assert "quick" not in text and "brief" not in text and "<|im_start|>" not in text
 
 
-def test_messages_without_a_tokenizer_are_refused_by_file_and_line(tmp_path):
+def test_messages_without_a_tokenizer_are_written_by_the_template_of_the_one_that_is_trained(tmp_path):
     source = tmp_path / "chats.jsonl"
-    source.write_text(json.dumps({"messages": [ONE, YES]}))
-    with pytest.raises(ConfigError, match="chats.jsonl, line 1: found messages, and without data.tokenizer"):
-        load_corpus(tmp_path / "corpus", DataConfig(folder=str(source), format="jsonl"))
+    talks = [[SYSTEM, ONE, YES, {"role": "user", "content": f"{number}?"}, NO] for number in range(10)]
+    source.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in talks))
+    config = DataConfig(folder=str(source), format="jsonl", vocab_size=300, seq_len=40, heldout_fraction=0.1)
+    corpus = load_corpus(tmp_path / "corpus", config)
+    [part] = corpus.parts
+    end_id, start_id, message_end_id = (corpus.tokenizer.token_to_id(token) for token in SPECIAL_TOKENS)
+    assert corpus.stop_ids == [end_id, message_end_id]
+    for number in range(len(part.training)):
+        ids, learned = part.training[number], part.training.learned_in(number)
+        one, two = learned_pieces(corpus.tokenizer, Turns(ids, learned))
+        assert one == ids_of(corpus.tokenizer, "It jumps.<|im_end|>\n")
+        assert two == ids_of(corpus.tokenizer, "It isn't here.<|im_end|>\n")
+        assert (ids == start_id).sum() == (ids == message_end_id).sum() == 5 and not (ids == end_id).any()
+
+
+def test_transformers_renders_the_same_and_finds_the_same_answers(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="not installed here")
+    save_tokenizer(train_tokenizer(["It jumps. The quick fox? "], 300), tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer, [turns] = documents(tmp_path, TALK)
+    found = theirs.apply_chat_template(
+        TALK, return_dict=True, return_assistant_tokens_mask=True, return_tensors=None, tokenize=True
+    )
+    assert found["input_ids"] == turns.ids.tolist()
+    # Ours is also to write the line end after each mark, as a model that is asked for more turns reads it.
+    line_end = tokenizer.token_to_id("Ċ")
+    assert [bool(is_theirs) for is_theirs in found["assistant_masks"]] == [
+        bool(learned) and id != line_end for id, learned in zip(turns.ids, turns.learned, strict=True)
+    ]
+    assert theirs.apply_chat_template(TALK[:2], add_generation_prompt=True, tokenize=False) == load_chat_template(
+        tmp_path
+    ).render(TALK[:2])

@@ -32,7 +32,7 @@ def build(tables=None, *overrides):
         ({"run": {"steps": 10}, "optimizer": {"warmup_steps": 10}}, ["optimizer.warmup_steps", "run.steps (10)"]),
         ({"data": {"batch_size": 12}, "mesh": {"data": 2, "expert": 4}}, ["data.batch_size", "multiple of 8"]),
         ({"mesh": {"data": 0}}, ["mesh.data", "at least 1"]),
-        ({"data": {"vocab_size": 100}}, ["data.vocab_size", "at least 257"]),
+        ({"data": {"vocab_size": 100}}, ["data.vocab_size", "at least 259"]),
         ({"data": {"format": "json"}}, ["some.toml: data.format: found 'json'", "did you mean 'jsonl'"]),
         ({"data": {"format": "jsonl"}}, ["data.folder: found none", "read as jsonl"]),
         ({"data": {"format": "tokens", "folder": "x"}}, ["data.format", "name it in data.tokenizer"]),

@@ -85,6 +85,16 @@ def test_a_page_needs_nothing_besides_itself_and_escapes_what_it_quotes(page):
     assert "var(--dim)" in page and not re.search("#010203|#040506|#070809", page)
 
 
+def test_a_page_lists_samples_over_steps_and_of_many_the_first_and_the_last_and_some_between(tmp_path):
+    samples = [{"step": step, "prompt": "<def", "sample": f" f{step}(a & b)"} for step in range(0, 50)]
+    folder = write_run(tmp_path / "run", [*step_records(1, 50), *samples])
+    folder.finish({"steps": 50, "prompt": "<def", "sample": " the end"})
+    page = page_of(folder)
+    shown = re.findall(r"<dt>step (\d+)</dt><dd><pre><span>&lt;def</span>(.*?)</pre>", page)
+    assert len(shown) == 12 and shown[0] == ("0", " f0(a &amp; b)") and shown[-1] == ("50", " the end")
+    assert "<h2>Samples" not in page_of(write_run(tmp_path / "none", step_records(1, 4)))
+
+
 def test_a_line_that_is_being_written_is_left_for_later(tmp_path):
     folder = write_run(tmp_path / "going", step_records(1, 4), tail='{"step": 5, "loss": 3.')
     assert [record["step"] for record in read_metrics(folder.metrics).steps] == [1, 2, 3, 4]

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 import qwen_moe_jax as qmj
+from qwen_moe_jax.cli.terminal import visible
+from qwen_moe_jax.inference.chat_template import load_chat_template
 from train.__main__ import main
+from train.config import DataConfig
+from train.corpus import load_corpus
+from train.data import heldout_batches, pack
 
 CONFIG = """
 [model]
@@ -142,6 +147,17 @@ def test_metrics_have_every_step_its_time_and_now_and_then_every_expert(finished
     assert evaluations == [0, 6, 12] and checkpoints == [4, 8, 12]
 
 
+def test_with_every_held_out_loss_the_model_continues_a_text_by_programs_compiled_once(finished):
+    folder, output = finished
+    samples = [record for record in metrics(folder) if "sample" in record]
+    assert [record["step"] for record in samples] == [0, 6]  # the last step's is the exported model's, in result.json
+    assert all(record["prompt"] == "def" for record in samples)
+    shown = [line.partition("| ")[2] for line in output.splitlines() if "  | " in line]
+    assert shown == [line for record in samples for line in visible("def" + record["sample"]).splitlines()]
+    seconds = [record["sample_seconds"] for record in metrics(folder) if "sample_seconds" in record]
+    assert len(seconds) == 2 and seconds[1] < seconds[0] / 5
+
+
 def test_the_run_folder_holds_config_metrics_checkpoints_and_an_export_that_loads(finished):
     folder, _ = finished
     names = {path.name for path in folder.iterdir()}
@@ -164,21 +180,70 @@ def test_starting_a_finished_run_again_says_so_and_how_to_start_afresh(finished,
     assert (folder / "metrics.jsonl").read_text() == before
 
 
-def test_a_run_begins_with_a_checkpoint_and_its_tokenizer_and_never_goes_back_to_them(finished, config_file, tmp_path):
-    """Resumed weights come before those to begin with, and those before fresh ones."""
-    hub = finished[0] / "hub"
+def without_model(config_file, file):
+    """The same run for --run.init_from."""
     tables = tomllib.loads(config_file.read_text())
     del tables["model"], tables["data"]["vocab_size"]
     lines = [f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
              for name, table in tables.items()]  # fmt: skip
-    file, folder = tmp_path / "tune.toml", tmp_path / "tuned"
     file.write_text("\n".join(lines))
-    words = ["--run.init_from", str(hub), "--run.steps=4", "--run.checkpoint_every=2", "--run.sample_tokens=1"]
+    return file
+
+
+def test_a_chat_fine_tune_learns_the_answers_alone_and_leaves_a_hub_folder_to_chat_with(
+    finished, config_file, tmp_path
+):
+    hub, folder = finished[0] / "hub", tmp_path / "chat"
+    words = ["--run.init_from", str(hub), "--data.format=docstrings", "--data.pattern=[t-z]*.py", "--run.steps=3"]
+    words += ["--data.seq_len=64", "--data.megabytes=0.3", "--run.sample_every=0", "--run.eval_every=9"]
+    code, output, complaint = start(without_model(config_file, tmp_path / "chat.toml"), folder, *words)
+    assert code == 0, complaint
+    assert "read 0.3 of " in output and "MB of Python's standard library (data.megabytes)" in output
+
+    corpus = load_corpus(folder / "corpus", DataConfig())
+    [part] = corpus.parts
+    begins, ends = (corpus.tokenizer.encode(mark).ids for mark in ("<|im_start|>assistant\n", "<|im_end|>\n"))
+    for documents in (part.training, part.heldout):
+        for number in range(len(documents)):
+            ids = documents[number].tolist()
+            answer = next(at + len(begins) for at in range(len(ids)) if ids[at : at + len(begins)] == begins)
+            assert documents.learned_in(number).tolist() == [at >= answer for at in range(len(ids))]
+            assert ids[-len(ends) :] == ends
+
+    # And that is what the loss is of, on the weights that the run began with.
+    [batch] = heldout_batches(pack(part.heldout, 64), 6, 6)
+    losses = qmj.from_pretrained(hub).token_losses(
+        batch.tokens_BT, batch.targets_BT, segment_ids=batch.segment_ids_BT, positions=batch.positions_BT
+    )
+    expected = np.asarray(losses.losses)[batch.target_mask_BT].mean()
+    before = next(record["heldout_loss"] for record in metrics(folder) if "heldout_loss" in record)
+    assert before == pytest.approx(expected, rel=1e-5)
+
+    tuned = qmj.ModelConfig.from_pretrained(folder / "hub")
+    assert tuned.eos_token_id == tuple(corpus.tokenizer.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>"))
+    prompt = load_chat_template(folder / "hub").render([{"role": "user", "content": "What is textwrap?"}])
+    assert prompt == "<|im_start|>user\nWhat is textwrap?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_fine_tune_of_a_run_that_was_not_trained_yet_says_which_comes_first(config_file, tmp_path):
+    file = without_model(config_file, tmp_path / "tune.toml")
+    code, _, complaint = start(file, tmp_path / "run", "--run.init_from", str(tmp_path / "other" / "hub"))
+    assert code == 2 and "other/hub: there is no such folder yet" in complaint and "`make train`" in complaint
+
+
+def test_a_run_begins_with_a_checkpoint_and_its_tokenizer_and_never_goes_back_to_them(finished, config_file, tmp_path):
+    """Resumed weights come before those to begin with, and those before fresh ones."""
+    hub = finished[0] / "hub"
+    file, folder = without_model(config_file, tmp_path / "tune.toml"), tmp_path / "tuned"
+    words = ["--run.init_from", str(hub), "--run.steps=4", "--run.checkpoint_every=2", "--run.sample_every=2"]
     code, output, complaint = start(file, folder, *words, "--run.export=false")
     assert code == 0, complaint
     before = [record["heldout_loss"] for record in metrics(finished[0]) if "heldout_loss" in record][-1]
     first = [record["heldout_loss"] for record in metrics(folder) if "heldout_loss" in record][0]
     assert first == pytest.approx(before, abs=1e-4)  # the same text under the same tokenizer, on the same weights
+    samples = {record["step"]: record["sample"] for record in metrics(folder) if "sample" in record}
+    assert list(samples) == [0, 2]  # run.sample_every
+    assert samples[0] == json.loads((finished[0] / "result.json").read_text())["sample"]
     assert (folder / "corpus" / "tokenizer" / "tokenizer.json").read_bytes() == (hub / "tokenizer.json").read_bytes()
 
     (folder / "result.json").unlink()
@@ -205,10 +270,11 @@ def test_a_dense_run_has_events_a_trace_of_the_steps_asked_for_and_no_experts(co
     folder = tmp_path / "dense"
     words = ["--run.steps=4", "--run.export=false", "--run.tensorboard=true", "--run.profile=2:3"]
     words += ["--model.model_type=qwen3", "--mesh.expert=1", "--run.eval_every=9", "--run.checkpoint_every=9"]
+    words += ["--run.sample_every=0"]
     code, _, complaint = start(config_file, folder, *words)
     assert code == 0, complaint
     records = metrics(folder)
-    assert not any("layers" in record for record in records)
+    assert not any("layers" in record or "sample" in record for record in records)
     assert [record["step"] for record in records if "profile_seconds" in record] == [2]
     assert len(list(folder.glob("profile/**/*.xplane.pb"))) == 1
     assert len(list(folder.glob("tensorboard/events.*"))) == 1

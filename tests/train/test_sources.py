@@ -1,6 +1,7 @@
 """Every kind of source gives its records in one order; what cannot be read is refused by its file and line."""
 
 import json
+import math
 import sys
 from types import ModuleType
 
@@ -22,6 +23,65 @@ def test_the_standard_library_is_read_up_to_the_asked_size_in_the_same_order():
     found = texts(0.05)
     assert 0.03e6 < sum(len(text.encode()) for text in found) <= 0.05e6
     assert found == texts(0.05)
+
+
+def test_a_source_that_is_cut_short_says_how_much_was_read_of_how_much(tmp_path):
+    def said(megabytes, **source):
+        notes = []
+        list(read_records(SourceConfig(folder=str(tmp_path), **source), megabytes, cut_short=notes.append))
+        return notes
+
+    for name, size in {"a": 1_400_000, "b": 300_000, "c": 200_000}.items():
+        (tmp_path / f"{name}.txt").write_text("x" * size)
+    assert said(1, pattern="*.txt") == ["0.5 of 1.9 MB"]  # all but the one that is too long
+    assert said(1.9, pattern="*.txt") == said(math.inf, pattern="*.txt") == []
+    line = json.dumps({"text": "x" * 88}) + "\n"
+    assert len(line) == 101
+    (tmp_path / "a.jsonl").write_text(line * 20_000)
+    assert said(1.01, format="jsonl") == ["1.0 of 2.0 MB"]
+    assert said(2.02, format="jsonl") == []
+
+
+def test_docstrings_become_questions_and_answers_about_public_names(tmp_path):
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "__init__.py").write_text('"""A package."""')
+    (tmp_path / "pack" / "deep.py").write_text(
+        '''
+class Reader:
+    """Reads
+    things.
+
+    Slowly."""
+
+    def read(self):
+        "Reads \\d one."
+    def _hidden(self):
+        "Hidden."
+    def silent(self): ...
+
+def read(): "  "
+async def wait():
+    """Waits."""
+'''
+    )
+    records = list(read_records(SourceConfig(folder=str(tmp_path), format="docstrings"), 1))
+    said = dict([message["content"] for message in record.content.messages] for record in records)
+    assert said == {
+        "What is pack?": "A package.",
+        "What is pack.deep.Reader?": "Reads things.",
+        "What does pack.deep.Reader.read do?": "Reads \\d one.",
+        "What does pack.deep.wait do?": "Waits.",
+    }
+    assert len({record.name for record in records}) == 4  # each is held out or not for itself
+    (tmp_path / "pack" / "old.py").write_text("print 3")
+    with pytest.raises(ConfigError, match=r"old.py: this cannot be read as Python .*leave it out by data.pattern"):
+        list(read_records(SourceConfig(folder=str(tmp_path), format="docstrings"), 1))
+
+
+def test_the_standard_library_answers_for_itself():
+    records = read_records(SourceConfig(format="docstrings", pattern="textwrap.py"), 1)
+    said = dict([message["content"] for message in record.content.messages] for record in records)
+    assert said["What does textwrap.dedent do?"].startswith("Remove any common leading whitespace from every line")
 
 
 def test_own_files_can_be_named(tmp_path):

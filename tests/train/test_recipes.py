@@ -1,0 +1,78 @@
+"""Every file in configs/train is a run: it loads, and its program can be put together on the mesh that it names."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from train.config import load_config
+from train.start import in_bytes
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "configs" / "train").glob("*.toml"))
+
+#: Prints, for each recipe, the bytes per device of weights and moments; nothing is allocated.
+ASSEMBLE = """
+import json, sys
+import qwen_moe_jax as qmj
+from train.config import load_config
+from train.program import assemble
+from train.start import bytes_per_device
+
+for recipe, source in json.loads(sys.argv[1]):
+    config = load_config(recipe)
+    mesh = qmj.make_mesh(**{axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "expert", "tensor")})
+    program = assemble(config, qmj.ModelConfig.from_pretrained(source), mesh)
+    print(json.dumps([recipe, bytes_per_device(program.state.params), bytes_per_device(program.state.optimizer)]))
+"""
+
+
+def model_of(recipe: Path) -> str | dict:
+    """What the run's model config is read from: of a checkpoint, the published file of that name."""
+    config = load_config(recipe)
+    name = Path(config.run.init_from).name.lower()
+    if name == "hub":  # what another recipe leaves
+        [maker] = [path for path in RECIPES if load_config(path).run.folder == str(Path(config.run.init_from).parent)]
+        return model_of(maker)
+    return str(ROOT / f"configs/models/{name}.json") if name else {**config.model, "vocab_size": config.data.vocab_size}
+
+
+@pytest.fixture(scope="module")
+def held() -> dict[str, tuple[int, int]]:
+    """What a device holds of each recipe. A process of JAX has one number of devices, so each number has a process."""
+    by_devices = defaultdict(list)
+    for recipe in RECIPES:
+        by_devices[load_config(recipe).mesh.devices].append((str(recipe), model_of(recipe)))
+    found = {}
+    for devices, recipes in by_devices.items():
+        environment = {
+            **os.environ,
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(ROOT),
+        }
+        environment.pop("XLA_FLAGS", None)  # may name another number of devices
+        words = [sys.executable, "-c", ASSEMBLE, json.dumps(recipes)]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found |= {
+            Path(name).name: (params, moments)
+            for name, params, moments in map(json.loads, done.stdout.split("\n")[:-1])
+        }
+    return found
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_a_recipe_is_put_together_on_its_mesh_and_tells_the_memory_it_needs(held, recipe):
+    weights, moments = held[recipe.name]
+    assert weights > 0
+    said = re.search(r"weights ([\d.]+ \w+), moments ([\d.]+ \w+), gradients ([\d.]+ \w+)", recipe.read_text())
+    if load_config(recipe).mesh.simulated:
+        return  # nobody plans memory for those
+    assert said, "it should say what a device holds: weights …, moments …, gradients …"
+    assert said.groups() == (in_bytes(weights), in_bytes(moments), in_bytes(weights))

@@ -1,0 +1,33 @@
+"""What the model makes of one text while it learns: shown, kept in metrics.jsonl, and listed on the run's page."""
+
+from flax import nnx
+from tokenizers import Tokenizer
+
+import qwen_moe_jax as qmj
+from train.config import RunConfig
+from train.progress import NoReport, Report
+from train.step import Params
+
+
+class Sampler:
+    """Continues `run.sample_prompt` by the package's own engine, from parameters where they lie, in eval mode.
+
+    The engine's programs are compiled for the first sample and serve all others. They read the parameters and keep
+    none of them: the next step may take their memory.
+    """
+
+    def __init__(self, config: RunConfig, eval_graph: nnx.GraphDef, tokenizer: Tokenizer) -> None:
+        self._every = config.eval_every if config.sample_every is None else config.sample_every
+        self._last_step = config.steps
+        self._prompt, self._max_new_tokens = config.sample_prompt, config.sample_tokens
+        self._eval_graph, self._tokenizer = eval_graph, tokenizer
+
+    def sample(self, step: int, params: Params, report: Report | NoReport) -> None:
+        """Takes and reports a sample, if one is due after this step. The last step's is left to the exported model."""
+        if self._every and step % self._every == 0 and step < self._last_step:
+            model = nnx.merge(self._eval_graph, params)
+            with report.aside("sample"):
+                [text] = qmj.generate(
+                    model, [self._prompt], max_new_tokens=self._max_new_tokens, tokenizer=self._tokenizer
+                )
+            report.sample(step, self._prompt, text)
