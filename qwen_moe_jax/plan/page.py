@@ -71,7 +71,7 @@ def _verdict(plan: Plan) -> tuple[str, str, str, str]:
     """Its sign, class, title and text."""
     memory, chip = plan.memory, plan.target.chip
     if memory.fits is None:
-        text = f"A {chip} has no limit of its own, so whether it fits is not known."
+        text = f"How much a {chip} may hold is not known, so neither is whether it fits."
         return "?", "open", f"Takes {in_bytes(memory.total)} a device", text
     if memory.fits:
         text = f"{in_bytes(memory.total)} of the {in_bytes(memory.available)} that a {chip} has for programs"
@@ -273,8 +273,8 @@ def _collectives(plan: Plan) -> str:
     first, rest = plan.collectives[:SHOWN_COLLECTIVES], plan.collectives[SHOWN_COLLECTIVES:]
     table = _collective_table(first, places)
     note = (
-        "Bytes are what one device sends, by an algorithm that sends none twice. Shapes are one device’s result, or "
-        "the largest of several."
+        "Bytes are what one device sends, by an algorithm that sends none twice. Shapes are those of "
+        "the largest array that goes in or comes out on one device."
     )
     if any(item.widened_from for item in plan.collectives):
         note += " The CPU’s compiler computes some in a wider type; their bytes are those of the type in brackets."
@@ -316,12 +316,13 @@ def _bounds(plan: Plan) -> str:
     if flops.program is not None:
         told["the program computes"] = in_flops(flops.program)
         told["ratio"] = f"{flops.ratio:.2f}"
-    counted = (
-        f'<h3>Arithmetic of a step, over all devices</h3>{facts(told)}<p class="note">What the program computes beyond '
-        "the model: recomputation, one-hot einsums, masked-out scores, padding and second copies.</p>"
+    beyond = "recomputation, one-hot einsums, masked-out scores, padding and second copies"
+    note = (
+        "What the compiled program computes is not told."
+        if flops.program is None
+        else f"What the program computes beyond the model: {beyond}."
     )
-    if flops.program is None:
-        counted += '<p class="note">What the compiled program computes is not told.</p>'
+    counted = f'<h3>Arithmetic of a step, over all devices</h3>{facts(told)}<p class="note">{note}</p>'
     if roofline is None:
         why = (
             "the program was refused"
@@ -366,7 +367,8 @@ def _time_bar(name: str, color: str, seconds: float, bounds: bool, roofline: Roo
     share = seconds / (roofline.seconds or 1)
     mark = " <em>bounds the step</em>" if bounds else ""
     return (
-        f'<div class="time"><div class="name">{name}</div><div class="lane"><i class="{color}" style="width:{share:.2%}"></i></div>'
+        f'<div class="time"><div class="name">{name}</div>'
+        f'<div class="lane"><i class="{color}" style="width:{share:.2%}"></i></div>'
         f'<div class="n">{in_seconds(seconds)}{mark}</div></div>\n'
     )
 
@@ -377,9 +379,10 @@ def _time_bar(name: str, color: str, seconds: float, bounds: bool, roofline: Roo
 def _placed(group: Group, plan: Plan) -> str:
     places = {axis: number for number, axis in enumerate(plan.mesh)}
     rows = "".join(_array(array, places) for array in group.arrays)
+    arrays = "1 array" if len(group.arrays) == 1 else f"{len(group.arrays)} arrays"
     opened = " open" if group.name == "parameters" else ""
     return (
-        f'<details class="card next"{opened}><summary>{escape(group.name)}<small>{len(group.arrays)} arrays, '
+        f'<details class="card next"{opened}><summary>{escape(group.name)}<small>{arrays}, '
         f"{in_bytes(group.bytes)} a device</small></summary>"
         '<div class="scroll"><table><thead><tr><th scope="col">name</th><th scope="col">shape, and what cuts it</th>'
         f'<th scope="col">dtype</th><th scope="col" class="n">a device</th></tr></thead><tbody>{rows}</tbody></table>'

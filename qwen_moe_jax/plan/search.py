@@ -1,11 +1,397 @@
 """Which mesh: all that a model, a batch and a number of devices admit, drafted by arithmetic, the best compiled.
 
-    drafts = draft_meshes(target.devices, describe)     # every admissible mesh; nothing is compiled
-    search = compile_best(drafts, compile_plan, keep=6, progress=show)
-    search.best, search.table(...)
+    search = search_meshes(question, describe, compile_plan, keep=6, progress=show)
+    search.best, search.candidates; `plan.search_table` prints them
 
-The two functions handed in are the caller's, one pair for a training step and one for inference:
+Two functions are the caller's, one pair for a training step and one for inference:
 
-    describe(mesh: dict[str, int]) -> Draft         raises ShardingError where the mesh does not divide
-    compile_plan(mesh: dict[str, int]) -> Plan      the real compiler
+    describe(mesh: dict[str, int]) -> tuple[Group, ...]    the program's arguments, as in `Memory.groups`; ShardingError
+                                                           where they do not divide: those rules decide what is admitted
+    compile_plan(mesh: dict[str, int]) -> Plan             by the real compiler
+
+A draft knows the bytes of parameters, optimizer state and cache exactly. What it says of activations and of traffic
+are formulas, good enough to choose what is worth compiling and for nothing else.
+
+Plans that fit come first, then those that may. Among them the order is `Roofline.seconds_without_overlap`: with perfect
+overlap all meshes that are bound by arithmetic take the same time, since they compute the same, and the better one is
+the one that leaves less to hide.
 """
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.errors import ConfigError, ShardingError
+from qwen_moe_jax.plan.chips import Network
+from qwen_moe_jax.plan.result import Group, PlacedArray, Plan, Target, Work
+from qwen_moe_jax.sharding.mesh import AXES
+from qwen_moe_jax.sharding.rules import BATCH
+
+Describe = Callable[[dict[str, int]], tuple[Group, ...]]
+CompilePlan = Callable[[dict[str, int]], Plan]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """What stays the same from mesh to mesh.
+
+    Attributes:
+        target: the hardware.
+        networks: between its devices, nearest first; none for simulated ones.
+        config: of the model.
+        work: one step; of `execution`, choices may be left open (None).
+        flops: of the step, over all devices, as `Flops.model`.
+    """
+
+    target: Target
+    networks: tuple[Network, ...]
+    config: ModelConfig
+    work: Work
+    flops: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Draft:
+    """What arithmetic says of a mesh. Bytes are of one device.
+
+    Attributes:
+        mesh: sizes of all axes.
+        arguments: bytes of parameters, optimizer state, cache and batch: exact.
+        workspace: gradients, activations and gathered weights: a rough guess.
+        available: as `Target.memory_bytes`.
+        traffic: bytes sent in a step, by the axes they travel over, those of size 1 left out: by formula.
+        seconds: of a step if nothing overlaps, as `Roofline.seconds_without_overlap`; None where the chip's numbers are
+            not known.
+    """
+
+    mesh: dict[str, int]
+    arguments: int
+    workspace: int
+    available: int | None
+    traffic: dict[tuple[str, ...], int]
+    seconds: float | None
+
+    @property
+    def total(self) -> int:
+        """Bytes of all."""
+        return self.arguments + self.workspace
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it may; None where a device's memory is not known."""
+        return None if self.available is None else self.total <= self.available
+
+    @property
+    def sent(self) -> int:
+        """Bytes over all axes."""
+        return sum(self.traffic.values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A mesh. `plan` is the compiler's word; None where it was not asked."""
+
+    draft: Draft
+    plan: Plan | None
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """Sizes of all axes."""
+        return self.draft.mesh
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+    """A search's outcome.
+
+    Attributes:
+        question: what was asked.
+        candidates: those that were compiled, one at least, best first; then the others, by their drafts.
+        refused: meshes that do not divide, with the reason: the message of `describe` or of `compile_plan`.
+    """
+
+    question: Question
+    candidates: tuple[Candidate, ...]
+    refused: tuple[tuple[dict[str, int], str], ...]
+
+    @property
+    def best(self) -> Candidate | None:
+        """The first that was compiled, if it fits or a device's memory is not known."""
+        first = self.candidates[0]
+        return None if first.plan.memory.fits is False else first
+
+    @property
+    def compiled(self) -> tuple[Candidate, ...]:
+        """Those with a plan."""
+        return tuple(candidate for candidate in self.candidates if candidate.plan is not None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Said before each compilation: `number`, from 1, of `of`; seconds left, None before the first is done."""
+
+    number: int
+    of: int
+    mesh: dict[str, int]
+    seconds_left: float | None
+
+
+def search_meshes(
+    question: Question,
+    describe: Describe,
+    compile_plan: CompilePlan,
+    *,
+    keep: int = 6,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> Search:
+    """Drafts every mesh that is admitted, and compiles the `keep` most promising.
+
+    Raises:
+        ShardingError: no mesh of that many devices divides the model and the batch; the message has the reasons.
+    """
+    waiting, refused = draft_meshes(question, describe)
+    compiled: list[Candidate] = []
+    started = time.monotonic()
+    while waiting and len(compiled) < keep:
+        of, done = min(keep, len(compiled) + len(waiting)), len(compiled)
+        draft, *waiting = waiting
+        left = (time.monotonic() - started) / done * (of - done) if done else None
+        progress(Progress(number=done + 1, of=of, mesh=draft.mesh, seconds_left=left))
+        try:
+            compiled.append(Candidate(draft=draft, plan=compile_plan(dict(draft.mesh))))
+        except ShardingError as error:  # what the description did not see; the next one takes its place
+            refused.append((draft.mesh, str(error)))
+    if not compiled:
+        raise _nothing_divides(question, refused)
+    candidates = [*ranked(compiled), *(Candidate(draft=draft, plan=None) for draft in waiting)]
+    return Search(question=question, candidates=tuple(candidates), refused=tuple(refused))
+
+
+def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Compiled ones, those that fit first.
+
+    Of equals the one with more spare memory comes first, then the one that came first. What does not fit is in the
+    order of what is missing.
+    """
+
+    def key(candidate: Candidate) -> tuple[float, ...]:
+        plan = candidate.plan
+        total = math.inf if plan.memory.total is None else plan.memory.total
+        if plan.memory.fits is False:
+            return (1, total)
+        if plan.roofline is not None:
+            return (0, plan.roofline.seconds_without_overlap, total)
+        return (0, sum(item.bytes_per_step or 0 for item in plan.collectives), total)
+
+    return sorted(candidates, key=key)
+
+
+def draft_meshes(question: Question, describe: Describe) -> tuple[list[Draft], list[tuple[dict[str, int], str]]]:
+    """Every admitted mesh, the most promising first, and the others with the reason.
+
+    Those that may fit come first, in the order of their seconds, or of the bytes they send where the chip's numbers are
+    not known; then those that may not, in the order of their bytes.
+
+    Raises:
+        ShardingError: none is admitted.
+    """
+    drafts, refused = [], []
+    for mesh in meshes_of(question.target.devices):
+        if question.config.moe is None and mesh["expert"] > 1:
+            continue  # of a dense model `expert` cuts as `fsdp` does
+        try:
+            _check_batch(question.work, mesh)
+            drafts.append(draft_of(question, mesh, describe(dict(mesh))))
+        except ShardingError as error:
+            refused.append((mesh, str(error)))
+    if not drafts:
+        raise _nothing_divides(question, refused)
+
+    def key(draft: Draft) -> tuple[float, ...]:
+        if draft.fits is False:
+            return (1, draft.total)
+        return (0, draft.sent if draft.seconds is None else draft.seconds, draft.total)
+
+    return sorted(drafts, key=key), refused
+
+
+def meshes_of(devices: int) -> Iterator[dict[str, int]]:
+    """All meshes of exactly so many devices.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if devices < 1:
+        raise ConfigError(f"search: found {devices} devices, expected at least one.")
+    divisors = [size for size in range(1, devices + 1) if devices % size == 0]
+    for data, fsdp, expert in itertools.product(divisors, repeat=3):
+        if devices % (data * fsdp * expert) == 0:
+            tensor = devices // (data * fsdp * expert)
+            yield dict(zip(AXES, (data, fsdp, expert, tensor), strict=True))
+
+
+def draft_of(question: Question, mesh: dict[str, int], groups: tuple[Group, ...]) -> Draft:
+    """What arithmetic says of a mesh on which the program's arguments lie so."""
+    target = question.target
+    parameters = next(group for group in groups if group.name == "parameters")
+    traffic = _traffic(question, mesh, parameters)
+    arguments = sum(group.bytes for group in groups)
+    seconds = None
+    rates = {axes: bandwidth_over(axes, mesh, question.networks) for axes in traffic}
+    if target.peak_flops is not None and target.memory_bandwidth is not None and None not in rates.values():
+        recomputed = 4 / 3 if _recomputes(question.work) else 1
+        compute = question.flops * recomputed / (target.devices * target.peak_flops)
+        memory = _read(question.work, mesh, groups) / target.memory_bandwidth
+        seconds = compute + memory + sum(sent / rates[axes] for axes, sent in traffic.items())
+    return Draft(
+        mesh=dict(mesh),
+        arguments=arguments,
+        workspace=_workspace(question, mesh, parameters),
+        available=target.memory_bytes,
+        traffic=traffic,
+        seconds=seconds,
+    )
+
+
+def bandwidth_over(axes: Sequence[str], mesh: Mapping[str, int], networks: Sequence[Network]) -> float | None:
+    """Bytes a second along these axes: of the nearest network that joins all devices that talk; None without one.
+
+    Devices are counted with the innermost axis fastest, so a group of them spans all of the axes within its outermost.
+    """
+    names = list(mesh)
+    span = math.prod(mesh[name] for name in names[min(names.index(axis) for axis in axes) :])
+    fitting = (network for network in networks if network.reach is None or span <= network.reach)
+    return next((network.bandwidth for network in fitting), None)
+
+
+def _check_batch(work: Work, mesh: Mapping[str, int]) -> None:
+    ways = math.prod(mesh[axis] for axis in BATCH) * work.accumulation_steps
+    if work.rows % ways:
+        micro = f" and {work.accumulation_steps} micro-batches" if work.accumulation_steps > 1 else ""
+        raise ShardingError(
+            f"a batch of {work.rows} rows does not divide over data={mesh['data']} * fsdp={mesh['fsdp']} * "
+            f"expert={mesh['expert']}{micro}: expected a multiple of {ways}."
+        )
+
+
+def _nothing_divides(question: Question, refused: Sequence[tuple[dict[str, int], str]]) -> ShardingError:
+    # The mesh that splits the batch least says most about the model.
+    mesh, reason = min(refused, key=lambda item: math.prod(item[0][axis] for axis in BATCH))
+    shape = " * ".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "one device"
+    return ShardingError(
+        f"no mesh of {question.target.devices} devices divides the model and the batch of {question.work.rows} rows. "
+        f"{shape}, for example: {reason} Choose another number of devices, or more rows."
+    )
+
+
+def _recomputes(work: Work) -> bool:
+    return work.purpose == "train" and work.execution.get("remat") == "full"
+
+
+def _passes(work: Work) -> int:
+    """Over the layers: forward, backward, and forward again where it is recomputed."""
+    return 1 if work.purpose != "train" else 3 if _recomputes(work) else 2
+
+
+def _gathered_over(array: PlacedArray, mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """The axes over which a stored weight is gathered for its layer; routed experts stay on theirs."""
+    cut = {axis for axes in array.spec for axis in axes if mesh[axis] > 1}
+    gathered = ("fsdp",) if ".experts." in f".{array.name}." else ("fsdp", "expert")
+    return tuple(axis for axis in gathered if axis in cut)
+
+
+def _ways(axes: Sequence[str], mesh: Mapping[str, int]) -> int:
+    return math.prod(mesh[axis] for axis in axes)
+
+
+def _traffic(question: Question, mesh: Mapping[str, int], parameters: Group) -> dict[tuple[str, ...], int]:
+    """What a device sends in a step, by rings and direct exchanges."""
+    work, config = question.work, question.config
+    training = work.purpose == "train"
+    sent: dict[tuple[str, ...], float] = {}
+
+    def send(axes: tuple[str, ...], size: float) -> None:
+        if axes and size:
+            sent[axes] = sent.get(axes, 0) + size
+
+    for array in parameters.arrays:
+        axes = _gathered_over(array, mesh)
+        # Gathered forward and again backward, and the gradient scattered, in each micro-batch.
+        times = 3 * work.accumulation_steps if training else 1
+        send(axes, times * array.bytes * (_ways(axes, mesh) - 1))
+        if training:
+            cut = {axis for places in array.spec for axis in places}
+            copies = tuple(axis for axis in BATCH if axis not in cut and mesh[axis] > 1)
+            ways = _ways(copies, mesh)
+            send(copies, work.accumulation_steps * 2 * array.bytes * (ways - 1) / ways)
+
+    tokens = work.tokens / _ways(BATCH, mesh)
+    hidden = tokens * config.hidden_size * _width(work.dtype)
+    layers, sparse = len(config.layers), sum(kind.mlp == "sparse" for kind in config.layers)
+    if mesh["expert"] > 1 and sparse:
+        # There and back, in each pass.
+        send(("expert",), 2 * _passes(work) * sparse * hidden * _exchanged(question, mesh["expert"]))
+    if mesh["tensor"] > 1:
+        # The sums after attention and after the MLP.
+        send(("tensor",), 2 * _passes(work) * layers * hidden * 2 * (mesh["tensor"] - 1) / mesh["tensor"])
+    return {axes: round(size) for axes, size in sent.items()}
+
+
+def _exchanged(question: Question, ways: int) -> float:
+    """How many times its tokens a device sends over `expert`, one way: as rows to their experts, or to every device."""
+    execution, training = question.work.execution, question.work.purpose == "train"
+    gathered = ways - 1
+    mode = "" if training else "eval_"
+    dispatch = execution.get("dispatch") or ("capacity" if training else "dropless")
+    if dispatch == "dense":
+        return gathered
+    factor = execution.get(f"{mode}capacity_factor" if dispatch == "capacity" else f"{mode}buffer_factor")
+    rows = question.config.moe.num_experts_per_tok * (factor or 1) * (ways - 1) / ways
+    if dispatch == "capacity":
+        return rows
+    exchange = execution.get("exchange")
+    if exchange is None:
+        return gathered if factor is None else min(rows, gathered)
+    return gathered if exchange == "gather" else rows
+
+
+def _workspace(question: Question, mesh: Mapping[str, int], parameters: Group) -> int:
+    """Gradients, the activations that are kept, those of the layer at hand, and its gathered weights."""
+    work, config = question.work, question.config
+    attention, tensor = config.attention, mesh["tensor"]
+    width = _width(work.dtype)
+    rows = work.rows / work.accumulation_steps / _ways(BATCH, mesh)
+    tokens = rows * work.tokens_per_row
+    heads = attention.num_attention_heads * attention.head_dim / tensor
+    keys = work.context or work.tokens_per_row
+    scores = 2 * 4 * rows * attention.num_attention_heads / tensor * work.tokens_per_row * keys
+    ffn = config.intermediate_size
+    moved = 0.0
+    if config.moe is not None:
+        ffn = config.moe.moe_intermediate_size * config.moe.num_experts_per_tok
+        moved = 2 * config.moe.num_experts_per_tok * config.hidden_size
+    layer = scores + tokens * width * (4 * config.hidden_size + 3 * heads + 3 * ffn / tensor + moved)
+    gathered = sum(array.bytes * _ways(_gathered_over(array, mesh), mesh) for array in parameters.arrays)
+    gathered = 2 * gathered / len(config.layers)
+    if work.purpose != "train":
+        return round(layer + gathered)
+    kept = {"none": layer, "full": tokens * width * config.hidden_size}.get(
+        str(work.execution.get("remat")), tokens * width * (2 * config.hidden_size + moved)
+    )
+    return round(parameters.bytes + len(config.layers) * kept + 2 * layer + gathered)
+
+
+def _read(work: Work, mesh: Mapping[str, int], groups: Sequence[Group]) -> float:
+    """Bytes that come from a device's memory: the weights as used, in each pass, and the rest, there and back."""
+    parameters = next(group for group in groups if group.name == "parameters")
+    used = sum(array.bytes * _ways(_gathered_over(array, mesh), mesh) for array in parameters.arrays)
+    others = sum(group.bytes for group in groups if group is not parameters)
+    return used * _passes(work) * work.accumulation_steps + (2 if work.purpose == "train" else 1) * others
+
+
+def _width(dtype: str) -> int:
+    """Bytes of a number."""
+    return {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
