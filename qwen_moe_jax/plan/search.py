@@ -152,7 +152,8 @@ def search_meshes(
     Raises:
         ShardingError: no mesh of that many devices divides the model and the batch; the message has the reasons.
     """
-    waiting, refused = draft_meshes(question, describe)
+    drafts, refused = draft_meshes(question, describe)
+    waiting = in_turns(drafts)
     compiled: list[Candidate] = []
     started = time.monotonic()
     while waiting and len(compiled) < keep:
@@ -166,7 +167,8 @@ def search_meshes(
             refused.append((draft.mesh, str(error)))
     if not compiled:
         raise _nothing_divides(question, refused)
-    candidates = [*ranked(compiled), *(Candidate(draft=draft, plan=None) for draft in waiting)]
+    rest = sorted(waiting, key=_promise)
+    candidates = [*ranked(compiled), *(Candidate(draft=draft, plan=None) for draft in rest)]
     return Search(question=question, candidates=tuple(candidates), refused=tuple(refused))
 
 
@@ -210,12 +212,33 @@ def draft_meshes(question: Question, describe: Describe) -> tuple[list[Draft], l
     if not drafts:
         raise _nothing_divides(question, refused)
 
-    def key(draft: Draft) -> tuple[float, ...]:
-        if draft.fits is False:
-            return (1, draft.total)
-        return (0, draft.sent if draft.seconds is None else draft.seconds, draft.total)
+    return sorted(drafts, key=_promise), refused
 
-    return sorted(drafts, key=key), refused
+
+def in_turns(drafts: Sequence[Draft], at_once: int = 2) -> list[Draft]:
+    """Drafts in the order to compile them: the best two of each form, then the next two.
+
+    Meshes that split the same axes are of one form. The formulas are wrong about them in the same way, so if they were
+    taken as they come, one mistake could fill all places.
+
+    Args:
+        drafts: the most promising first.
+        at_once: how many of a form before another has its turn.
+    """
+    seen: dict[tuple[str, ...], int] = {}
+    turns = []
+    for draft in drafts:
+        form = tuple(axis for axis, size in draft.mesh.items() if size > 1)
+        # What may not fit waits for all that may.
+        turns.append((draft.fits is False, seen.get(form, 0) // at_once))
+        seen[form] = seen.get(form, 0) + 1
+    return [draft for _, draft in sorted(zip(turns, drafts, strict=True), key=lambda item: item[0])]
+
+
+def _promise(draft: Draft) -> tuple[float, ...]:
+    if draft.fits is False:
+        return (1, draft.total)
+    return (0, draft.sent if draft.seconds is None else draft.seconds, draft.total)
 
 
 def meshes_of(devices: int) -> Iterator[dict[str, int]]:

@@ -45,23 +45,19 @@ def print_search(search: Search, console: Console, set_mesh: Callable[[Mapping[s
 def search_table(search: Search) -> Table:
     """The ranking: compiled plans, then drafts, whose numbers carry a ~."""
     target = search.question.target
+    axes = list(search.candidates[0].mesh)
     table = Table(title=f"Meshes of {target.devices} × {escape(target.chip)}", title_justify="left", box=None)
-    table.add_column("mesh")
-    table.add_column("fits")
-    for name in ("a device", "spare", "a step", "tokens/s"):
-        table.add_column(name, justify="right")
-    table.add_column("bound")
-    shown = [*search.compiled, *(item for item in search.candidates if item.plan is None)][
-        : len(search.compiled) + SHOWN_DRAFTS
-    ]
-    for candidate in shown:
-        best = candidate is search.best
-        cells = _cells_of_draft(candidate, search) if candidate.plan is None else _cells_of_plan(candidate)
-        table.add_row(
-            escape(mesh_words(candidate.mesh)),
-            *cells,
-            style="bold" if best else "dim" if candidate.plan is None else "",
-        )
+    table.padding = (0, 1, 0, 0)
+    for name in (*axes, "fits", "a device", "spare", "a step", "tokens/s"):
+        table.add_column(name, justify="left" if name == "fits" else "right", no_wrap=True)
+    table.add_column("bound", no_wrap=True)
+    for candidate in search.candidates[: len(search.compiled) + SHOWN_DRAFTS]:
+        if candidate.plan is None:
+            cells, style = _cells_of_draft(candidate, search), "dim"
+        else:
+            cells, style = _cells_of_plan(candidate), "bold" if candidate is search.best else ""
+        sizes = (str(size) if size > 1 else "·" for size in candidate.mesh.values())
+        table.add_row(*sizes, *cells, style=style)
     return table
 
 
@@ -94,13 +90,13 @@ def _cells_of_plan(candidate: Candidate) -> tuple[str, ...]:
 
 def _cells_of_draft(candidate: Candidate, search: Search) -> tuple[str, ...]:
     draft = candidate.draft
-    fits = {True: "~ yes", False: "~ no", None: "?"}[draft.fits]
-    spare = "" if draft.available is None else f"~ {_spare(draft.available - draft.total)}"
-    total = f"~ {in_bytes(draft.total)}"
+    fits = {True: "~yes", False: "~no", None: "?"}[draft.fits]
+    spare = "" if draft.available is None else f"~{_spare(draft.available - draft.total)}"
+    total = f"~{in_bytes(draft.total)}"
     if draft.seconds is None:
         return fits, total, spare, "", "", ""
     tokens = search.question.work.tokens / draft.seconds
-    return fits, total, spare, f"~ {in_seconds(draft.seconds)}", f"~ {tokens:,.0f}", ""
+    return fits, total, spare, f"~{in_seconds(draft.seconds)}", f"~{tokens:,.0f}", ""
 
 
 def _spare(spare: int | None) -> str:
