@@ -21,6 +21,13 @@ def main(words: list[str]) -> int:
     )
     parser.add_argument("config", metavar="CONFIG", help="a TOML file")
     parser.add_argument("--fresh", action="store_true", help="delete the run that is in the run folder and start anew")
+    parser.add_argument(
+        "--plan",
+        metavar="TARGET",
+        help="instead of running, compile a step for hardware that need not be here, and say what it needs, sends and "
+        "takes: cpu:8, tpu:v5p:4x8x8, gpu:h200:8",
+    )
+    parser.add_argument("--json", metavar="FILE", help="with --plan: write all of it there; - for standard output")
     if {"-h", "--help"} & set(words):
         parser.parse_args(["--help"])  # answers and leaves
 
@@ -32,7 +39,14 @@ def main(words: list[str]) -> int:
     try:
         overrides, others = split_overrides(words)
         arguments = parser.parse_args(others)
+        if arguments.json and not arguments.plan:
+            raise ConfigError("--json has a meaning with --plan only.")
         config = load_config(arguments.config, overrides)
+        if arguments.plan:
+            from train.plan import show_plan
+
+            show_plan(config, arguments.plan, arguments.json)
+            return 0
         folder = open_run_folder(config, fresh=arguments.fresh)
         if folder.finished:
             print(f"The run in {folder.path} is finished; --fresh trains it anew.")

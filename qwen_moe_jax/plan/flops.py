@@ -19,14 +19,20 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
     Each key that a query sees costs a product of `head_dim` numbers in every head, and its value another.
     """
+    return extend_flops_per_token(config, 0, seq_len)
+
+
+def extend_flops_per_token(config: ModelConfig, before: int, new: int) -> float:
+    """The mean over `new` tokens that follow `before` others, whose keys and values are there already."""
     weights = 2 * config.num_active_parameters(exclude_embeddings=True)
     attention = config.attention
     per_key = 4 * attention.num_attention_heads * attention.head_dim
-    keys = sum(_keys_per_query(kind, attention.sliding_window, seq_len) for kind in config.layers)
+    keys = sum(_keys_per_query(kind, attention.sliding_window, before, new) for kind in config.layers)
     return weights + per_key * keys
 
 
-def _keys_per_query(kind: LayerKind, sliding_window: int | None, seq_len: int) -> float:
-    """The mean over the queries of a row: query t, from 1, sees t keys, or the window."""
-    window = min(sliding_window, seq_len) if kind.attention == "sliding" else seq_len
-    return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
+def _keys_per_query(kind: LayerKind, sliding_window: int | None, before: int, new: int) -> float:
+    """The mean over the new queries: the query at place t, from 1, sees t keys, or the window."""
+    window = sliding_window if kind.attention == "sliding" else before + new
+    growing = max(min(window, before + new) - before, 0)  # queries that see all there is
+    return (growing * before + growing * (growing + 1) / 2 + (new - growing) * window) / new

@@ -129,14 +129,15 @@ def _memory(plan: Plan) -> str:
     memory = plan.memory
     parts = _parts(plan)
     held = sum(part.bytes for part in parts)
-    whole = max(held, memory.available or 0, 1)
-    told = ", ".join(f"{part.name} {in_bytes(part.bytes)}" for part in parts)
+    # A part may be less than nothing: of arguments that the program does not read. It is listed and not drawn.
+    whole = max(sum(max(part.bytes, 0) for part in parts), memory.available or 0, 1)
+    told = ", ".join(f"{part.name} {_bytes(part.bytes)}" for part in parts)
     bar = f'<div class="bar" role="img" aria-label="{escape(told)}; {escape(_limit(plan))}">'
     for number, part in enumerate(parts):
-        share = part.bytes / whole
+        share = max(part.bytes, 0) / whole
         inside = str(number + 1) if share > 0.022 else ""
         bar += (
-            f'<i class="part{number % 8}" style="width:{share:.4%}" title="{escape(part.name)} {in_bytes(part.bytes)}">'
+            f'<i class="part{number % 8}" style="width:{share:.4%}" title="{escape(part.name)} {_bytes(part.bytes)}">'
             f"{inside}</i>"
         )
     if memory.available is not None:
@@ -153,7 +154,7 @@ def _memory(plan: Plan) -> str:
     title = "of the device" if memory.available else "of all"
     rows = "".join(
         f'<tr><td><i class="key part{number % 8}">{number + 1}</i></td><th scope="row">{escape(part.name)}'
-        f'<small>{escape(part.note)}</small></th><td class="n">{in_bytes(part.bytes)}</td>'
+        f'<small>{escape(part.note)}</small></th><td class="n">{_bytes(part.bytes)}</td>'
         f'<td class="n">{_share(part.bytes, of)}</td></tr>\n'
         for number, part in enumerate(parts)
     )
@@ -178,6 +179,7 @@ def _parts(plan: Plan) -> list[_Part]:
             rest = max(memory.needed - memory.arguments, 0)
             parts.append(_Part("all else", rest, "the compiler’s own total, less the above"))
         return parts
+    parts.append(_Part("padding", memory.padding, "of the arguments, by their layouts"))
     gradients = min(memory.gradients, memory.temporaries)
     parts.append(_Part("gradients", gradients))
     parts.append(_Part("temporaries", memory.temporaries - gradients, "activations, buffers of collectives"))
@@ -418,7 +420,11 @@ def _planning(plan: Plan) -> dict[str, str]:
 
 
 def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if part >= whole / 1000 else "< 0.1%"
+    return "< 0.1%" if 0 < part < whole / 1000 else f"{part / whole:.1%}"
+
+
+def _bytes(size: int) -> str:
+    return in_bytes(size) if size >= 0 else f"−{in_bytes(-size)}"
 
 
 def _rate(bandwidth: float) -> str:

@@ -136,6 +136,7 @@ class Memory:
 
     Attributes:
         groups: the arguments.
+        padding: bytes that the layout of the arguments adds (tiles of TPUs); negative where not all are used.
         gradients: bytes of them, which are among the temporaries; 0 where there are none.
         outputs: bytes of results that do not lie in an argument's place.
         temporaries: all that lives only within the step: activations, gradients, buffers of collectives.
@@ -145,6 +146,7 @@ class Memory:
     """
 
     groups: tuple[Group, ...]
+    padding: int | None
     gradients: int
     outputs: int | None
     temporaries: int | None
@@ -162,7 +164,7 @@ class Memory:
         """Bytes at the fullest moment; None where the compiler refused the program and gave no number."""
         if self.temporaries is None:
             return self.needed
-        return self.arguments + self.outputs + self.temporaries + self.code
+        return self.arguments + self.padding + self.outputs + self.temporaries + self.code
 
     @property
     def fits(self) -> bool | None:
@@ -205,7 +207,7 @@ class Collective:
         axes: the mesh axes it runs over; empty where the devices that talk are no axes of the mesh.
         devices: how many talk to each other.
         dtype: of the numbers in the compiled program.
-        shape: of one device's result, or of the largest of several.
+        shape: of the largest array that goes in or comes out on one device.
         bytes: that a device sends each time, by an algorithm that sends no byte twice: a ring or direct exchange.
         count: times in a step; a loop's are multiplied; None where a loop's repeats are not told.
         in_layers: whether it stands in the loop over the layers.

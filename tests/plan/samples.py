@@ -69,6 +69,7 @@ def collective(kind="all-gather", axes=("fsdp",), **changes):
 def memory(**changes):
     fields = dict(
         groups=(PARAMETERS, MOMENTS, BATCH),
+        padding=3_000_000,
         gradients=2 * GB,
         outputs=40_000,
         temporaries=30 * GB,
@@ -159,7 +160,7 @@ def plan(**changes):
 def refused():
     """One that the compiler does not take, and says how much it would need."""
     return plan(
-        memory=memory(temporaries=None, outputs=None, code=None, needed=131 * GB),
+        memory=memory(temporaries=None, padding=None, outputs=None, code=None, needed=131 * GB),
         refusal="RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm.",
         roofline=None,
         collectives=(),
