@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qwen_moe_jax.plan.mesh_drawing import mesh_svg
 from qwen_moe_jax.plan.result import AxisTraffic, Collective, Group, PlacedArray, Plan, Roofline
+from qwen_moe_jax.plan.roofline import traffic_of
 from qwen_moe_jax.units import count, in_bytes, in_flops, in_seconds, in_words, three_digits
 from qwen_moe_jax.web_page import facts, html_page, write_whole
 
@@ -258,15 +259,7 @@ def _way(way: AxisTraffic, traffic: Sequence[AxisTraffic], plan: Plan, places: d
 
 def _traffic(plan: Plan) -> list[AxisTraffic]:
     """By axes, most bytes first: the roofline's, or summed here where there is none."""
-    if plan.roofline is not None:
-        ways = list(plan.roofline.traffic)
-    else:
-        sums: dict[tuple[str, ...], int] = {}
-        for item in plan.collectives:
-            sums[item.axes] = sums.get(item.axes, 0) + (item.bytes_per_step or 0)
-        ways = [
-            AxisTraffic(axes=axes, bytes=sent, bandwidth=None, network="", seconds=None) for axes, sent in sums.items()
-        ]
+    ways = traffic_of(plan.collectives, (), plan.mesh) if plan.roofline is None else plan.roofline.traffic
     return sorted(ways, key=lambda way: -way.bytes)
 
 
@@ -379,7 +372,8 @@ def _time_bar(name: str, color: str, seconds: float, bounds: bool, roofline: Roo
 
 
 def _placed(group: Group, plan: Plan) -> str:
-    places = {axis: number for number, axis in enumerate(plan.mesh)}
+    # An axis of size 1 cuts nothing, though the spec may name it.
+    places = {axis: number for number, axis in enumerate(plan.mesh) if plan.mesh[axis] > 1}
     rows = "".join(_array(array, places) for array in group.arrays)
     arrays = "1 array" if len(group.arrays) == 1 else f"{len(group.arrays)} arrays"
     opened = " open" if group.name == "parameters" else ""
@@ -393,9 +387,9 @@ def _placed(group: Group, plan: Plan) -> str:
 
 
 def _array(array: PlacedArray, places: dict[str, int]) -> str:
-    cuts = [*array.spec, *[()] * (len(array.shape) - len(array.spec))]
+    cuts = [tuple(axis for axis in axes if axis in places) for axes in array.spec]
     sizes = [f"<span>{size}{_tags(axes, places)}</span>" for size, axes in zip(array.shape, cuts, strict=True)]
-    whole = "" if any(array.spec) else '<em class="whole">on every device</em>'
+    whole = "" if any(cuts) or not places else '<em class="whole">on every device</em>'
     return (
         f'<tr><th scope="row" class="code">{escape(array.name)}</th><td class="shape">{" × ".join(sizes) or "scalar"}'
         f'{whole}</td><td>{escape(array.dtype)}</td><td class="n">{in_bytes(array.bytes)}</td></tr>\n'
@@ -404,7 +398,7 @@ def _array(array: PlacedArray, places: dict[str, int]) -> str:
 
 def _tags(axes: Iterable[str], places: dict[str, int]) -> str:
     """Each axis' name in its colour."""
-    return "".join(f'<b class="tag axis{places.get(axis, 4)}">{escape(axis)}</b>' for axis in axes)
+    return "".join(f'<b class="tag axis{places[axis]}">{escape(axis)}</b>' for axis in axes)
 
 
 def _planning(plan: Plan) -> dict[str, str]:

@@ -60,7 +60,7 @@ def traffic_of(
         sent[one.axes] = sent.get(one.axes, 0) + one.bytes * (1 if one.count is None else one.count)
     found = []
     for axes, size in sorted(sent.items(), key=lambda item: -item[1]):
-        network = _network(axes, networks, mesh)
+        network = network_of(axes, networks, mesh)
         found.append(
             AxisTraffic(
                 axes=axes,
@@ -73,7 +73,7 @@ def traffic_of(
     return tuple(found)
 
 
-def _network(axes: tuple[str, ...], networks: Sequence[Network], mesh: Mapping[str, int]) -> Network | None:
+def network_of(axes: tuple[str, ...], networks: Sequence[Network], mesh: Mapping[str, int]) -> Network | None:
     """The nearest that joins all devices of a group, devices being numbered along the mesh."""
     numbers = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values()))
     group = numbers[tuple(slice(None) if axis in axes or not axes else 0 for axis in mesh)]

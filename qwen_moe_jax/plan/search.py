@@ -1,13 +1,13 @@
 """Which mesh: all that a model, a batch and a number of devices admit, drafted by arithmetic, the best compiled.
 
-    search = search_meshes(question, describe, compile_plan, keep=6, progress=show)
+    search = search_meshes(target, networks, describe, compile_plan, keep=6, progress=show)
     search.best, search.candidates; `plan.search_table` prints them
 
-Two functions are the caller's, one pair for a training step and one for inference:
+Two functions are the caller's; `plan.choose` makes them of a step:
 
-    describe(mesh: dict[str, int]) -> tuple[Group, ...]    the program's arguments, as in `Memory.groups`; ShardingError
-                                                           where they do not divide: those rules decide what is admitted
-    compile_plan(mesh: dict[str, int]) -> Plan             by the real compiler
+    describe(mesh: dict[str, int]) -> Outline       ShardingError where it does not divide: those rules say what is
+                                                    admitted
+    compile_plan(mesh: dict[str, int]) -> Plan      by the real compiler
 
 A draft knows the bytes of parameters, optimizer state and cache exactly. What it says of activations and of traffic
 are formulas, good enough to choose what is worth compiling and for nothing else.
@@ -27,30 +27,29 @@ from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import ConfigError, ShardingError
 from qwen_moe_jax.plan.chips import Network
 from qwen_moe_jax.plan.result import Group, PlacedArray, Plan, Target, Work
+from qwen_moe_jax.plan.roofline import network_of
 from qwen_moe_jax.sharding.mesh import AXES
 from qwen_moe_jax.sharding.rules import BATCH
 
-Describe = Callable[[dict[str, int]], tuple[Group, ...]]
+Describe = Callable[[dict[str, int]], "Outline"]
 CompilePlan = Callable[[dict[str, int]], Plan]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Question:
-    """What stays the same from mesh to mesh.
+class Outline:
+    """A step on a mesh, before it is compiled.
 
     Attributes:
-        target: the hardware.
-        networks: between its devices, nearest first; none for simulated ones.
         config: of the model.
-        work: one step; of `execution`, choices may be left open (None).
-        flops: of the step, over all devices, as `Flops.model`.
+        work: the step.
+        flops: of all devices, as `Flops.model`.
+        groups: the program's arguments, as `Memory.groups`; one is called "parameters".
     """
 
-    target: Target
-    networks: tuple[Network, ...]
     config: ModelConfig
     work: Work
     flops: float
+    groups: tuple[Group, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +58,7 @@ class Draft:
 
     Attributes:
         mesh: sizes of all axes.
+        tokens: of a step, as `Work.tokens`.
         arguments: bytes of parameters, optimizer state, cache and batch: exact.
         workspace: gradients, activations and gathered weights: a rough guess.
         available: as `Target.memory_bytes`.
@@ -68,6 +68,7 @@ class Draft:
     """
 
     mesh: dict[str, int]
+    tokens: int
     arguments: int
     workspace: int
     available: int | None
@@ -108,12 +109,12 @@ class Search:
     """A search's outcome.
 
     Attributes:
-        question: what was asked.
+        target: the hardware.
         candidates: those that were compiled, one at least, best first; then the others, by their drafts.
         refused: meshes that do not divide, with the reason: the message of `describe` or of `compile_plan`.
     """
 
-    question: Question
+    target: Target
     candidates: tuple[Candidate, ...]
     refused: tuple[tuple[dict[str, int], str], ...]
 
@@ -140,7 +141,8 @@ class Progress:
 
 
 def search_meshes(
-    question: Question,
+    target: Target,
+    networks: Sequence[Network],
     describe: Describe,
     compile_plan: CompilePlan,
     *,
@@ -149,10 +151,18 @@ def search_meshes(
 ) -> Search:
     """Drafts every mesh that is admitted, and compiles the `keep` most promising.
 
+    Args:
+        target: the hardware; as many devices as its own.
+        networks: between them, nearest first; none for simulated ones.
+        describe: a step on a mesh.
+        compile_plan: its plan.
+        keep: how many.
+        progress: is told before each compilation.
+
     Raises:
         ShardingError: no mesh of that many devices divides the model and the batch; the message has the reasons.
     """
-    drafts, refused = draft_meshes(question, describe)
+    drafts, refused = draft_meshes(target, networks, describe)
     waiting = in_turns(drafts)
     compiled: list[Candidate] = []
     started = time.monotonic()
@@ -166,10 +176,10 @@ def search_meshes(
         except ShardingError as error:  # what the description did not see; the next one takes its place
             refused.append((draft.mesh, str(error)))
     if not compiled:
-        raise _nothing_divides(question, refused)
+        raise _nothing_divides(target, refused)
     rest = sorted(waiting, key=_promise)
     candidates = [*ranked(compiled), *(Candidate(draft=draft, plan=None) for draft in rest)]
-    return Search(question=question, candidates=tuple(candidates), refused=tuple(refused))
+    return Search(target=target, candidates=tuple(candidates), refused=tuple(refused))
 
 
 def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -191,7 +201,9 @@ def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
     return sorted(candidates, key=key)
 
 
-def draft_meshes(question: Question, describe: Describe) -> tuple[list[Draft], list[tuple[dict[str, int], str]]]:
+def draft_meshes(
+    target: Target, networks: Sequence[Network], describe: Describe
+) -> tuple[list[Draft], list[tuple[dict[str, int], str]]]:
     """Every admitted mesh, the most promising first, and the others with the reason.
 
     Those that may fit come first, in the order of their seconds, or of the bytes they send where the chip's numbers are
@@ -201,16 +213,18 @@ def draft_meshes(question: Question, describe: Describe) -> tuple[list[Draft], l
         ShardingError: none is admitted.
     """
     drafts, refused = [], []
-    for mesh in meshes_of(question.target.devices):
-        if question.config.moe is None and mesh["expert"] > 1:
-            continue  # of a dense model `expert` cuts as `fsdp` does
+    for mesh in meshes_of(target.devices):
         try:
-            _check_batch(question.work, mesh)
-            drafts.append(draft_of(question, mesh, describe(dict(mesh))))
+            outline = describe(dict(mesh))
+            _check_batch(outline.work, mesh)
         except ShardingError as error:
             refused.append((mesh, str(error)))
+            continue
+        if outline.config.moe is None and mesh["expert"] > 1:
+            continue  # of a dense model `expert` cuts what `fsdp` does
+        drafts.append(draft_of(outline, mesh, target, networks))
     if not drafts:
-        raise _nothing_divides(question, refused)
+        raise _nothing_divides(target, refused)
 
     return sorted(drafts, key=_promise), refused
 
@@ -256,38 +270,26 @@ def meshes_of(devices: int) -> Iterator[dict[str, int]]:
             yield dict(zip(AXES, (data, fsdp, expert, tensor), strict=True))
 
 
-def draft_of(question: Question, mesh: dict[str, int], groups: tuple[Group, ...]) -> Draft:
-    """What arithmetic says of a mesh on which the program's arguments lie so."""
-    target = question.target
-    parameters = next(group for group in groups if group.name == "parameters")
-    traffic = _traffic(question, mesh, parameters)
-    arguments = sum(group.bytes for group in groups)
+def draft_of(outline: Outline, mesh: Mapping[str, int], target: Target, networks: Sequence[Network]) -> Draft:
+    """What arithmetic says of a step on a mesh."""
+    work, groups = outline.work, outline.groups
+    traffic = _traffic(outline, mesh)
     seconds = None
-    rates = {axes: bandwidth_over(axes, mesh, question.networks) for axes in traffic}
-    if target.peak_flops is not None and target.memory_bandwidth is not None and None not in rates.values():
-        recomputed = 4 / 3 if _recomputes(question.work) else 1
-        compute = question.flops * recomputed / (target.devices * target.peak_flops)
-        memory = _read(question.work, mesh, groups) / target.memory_bandwidth
-        seconds = compute + memory + sum(sent / rates[axes] for axes, sent in traffic.items())
+    over = {axes: network_of(axes, networks, mesh) for axes in traffic}
+    if target.peak_flops is not None and target.memory_bandwidth is not None and None not in over.values():
+        recomputed = 4 / 3 if _recomputes(work) else 1
+        compute = outline.flops * recomputed / (target.devices * target.peak_flops)
+        memory = _read(outline, mesh) / target.memory_bandwidth
+        seconds = compute + memory + sum(sent / over[axes].bandwidth for axes, sent in traffic.items())
     return Draft(
         mesh=dict(mesh),
-        arguments=arguments,
-        workspace=_workspace(question, mesh, parameters),
+        tokens=work.tokens,
+        arguments=sum(group.bytes for group in groups),
+        workspace=_workspace(outline, mesh),
         available=target.memory_bytes,
         traffic=traffic,
         seconds=seconds,
     )
-
-
-def bandwidth_over(axes: Sequence[str], mesh: Mapping[str, int], networks: Sequence[Network]) -> float | None:
-    """Bytes a second along these axes: of the nearest network that joins all devices that talk; None without one.
-
-    Devices are counted with the innermost axis fastest, so a group of them spans all of the axes within its outermost.
-    """
-    names = list(mesh)
-    span = math.prod(mesh[name] for name in names[min(names.index(axis) for axis in axes) :])
-    fitting = (network for network in networks if network.reach is None or span <= network.reach)
-    return next((network.bandwidth for network in fitting), None)
 
 
 def _check_batch(work: Work, mesh: Mapping[str, int]) -> None:
@@ -300,13 +302,13 @@ def _check_batch(work: Work, mesh: Mapping[str, int]) -> None:
         )
 
 
-def _nothing_divides(question: Question, refused: Sequence[tuple[dict[str, int], str]]) -> ShardingError:
+def _nothing_divides(target: Target, refused: Sequence[tuple[dict[str, int], str]]) -> ShardingError:
     # The mesh that splits the batch least says most about the model.
     mesh, reason = min(refused, key=lambda item: math.prod(item[0][axis] for axis in BATCH))
     shape = " * ".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "one device"
     return ShardingError(
-        f"no mesh of {question.target.devices} devices divides the model and the batch of {question.work.rows} rows. "
-        f"{shape}, for example: {reason} Choose another number of devices, or more rows."
+        f"no mesh of {target.devices} devices divides the model and the batch. {shape}, for example: {reason} Choose "
+        "another number of devices, or more rows."
     )
 
 
@@ -330,9 +332,13 @@ def _ways(axes: Sequence[str], mesh: Mapping[str, int]) -> int:
     return math.prod(mesh[axis] for axis in axes)
 
 
-def _traffic(question: Question, mesh: Mapping[str, int], parameters: Group) -> dict[tuple[str, ...], int]:
+def _parameters(outline: Outline) -> Group:
+    return next(group for group in outline.groups if group.name == "parameters")
+
+
+def _traffic(outline: Outline, mesh: Mapping[str, int]) -> dict[tuple[str, ...], int]:
     """What a device sends in a step, by rings and direct exchanges."""
-    work, config = question.work, question.config
+    work, config = outline.work, outline.config
     training = work.purpose == "train"
     sent: dict[tuple[str, ...], float] = {}
 
@@ -340,13 +346,13 @@ def _traffic(question: Question, mesh: Mapping[str, int], parameters: Group) -> 
         if axes and size:
             sent[axes] = sent.get(axes, 0) + size
 
-    for array in parameters.arrays:
+    for array in _parameters(outline).arrays:
         axes = _gathered_over(array, mesh)
         # Gathered forward and again backward, and the gradient scattered, in each micro-batch.
         times = 3 * work.accumulation_steps if training else 1
         send(axes, times * array.bytes * (_ways(axes, mesh) - 1))
         if training:
-            cut = {axis for places in array.spec for axis in places}
+            cut = {axis for axes in array.spec for axis in axes}
             copies = tuple(axis for axis in BATCH if axis not in cut and mesh[axis] > 1)
             ways = _ways(copies, mesh)
             send(copies, work.accumulation_steps * 2 * array.bytes * (ways - 1) / ways)
@@ -356,23 +362,23 @@ def _traffic(question: Question, mesh: Mapping[str, int], parameters: Group) -> 
     layers, sparse = len(config.layers), sum(kind.mlp == "sparse" for kind in config.layers)
     if mesh["expert"] > 1 and sparse:
         # There and back, in each pass.
-        send(("expert",), 2 * _passes(work) * sparse * hidden * _exchanged(question, mesh["expert"]))
+        send(("expert",), 2 * _passes(work) * sparse * hidden * _exchanged(outline, mesh["expert"]))
     if mesh["tensor"] > 1:
         # The sums after attention and after the MLP.
         send(("tensor",), 2 * _passes(work) * layers * hidden * 2 * (mesh["tensor"] - 1) / mesh["tensor"])
     return {axes: round(size) for axes, size in sent.items()}
 
 
-def _exchanged(question: Question, ways: int) -> float:
+def _exchanged(outline: Outline, ways: int) -> float:
     """How many times its tokens a device sends over `expert`, one way: as rows to their experts, or to every device."""
-    execution, training = question.work.execution, question.work.purpose == "train"
+    execution, training = outline.work.execution, outline.work.purpose == "train"
     gathered = ways - 1
     mode = "" if training else "eval_"
     dispatch = execution.get("dispatch") or ("capacity" if training else "dropless")
     if dispatch == "dense":
         return gathered
     factor = execution.get(f"{mode}capacity_factor" if dispatch == "capacity" else f"{mode}buffer_factor")
-    rows = question.config.moe.num_experts_per_tok * (factor or 1) * (ways - 1) / ways
+    rows = outline.config.moe.num_experts_per_tok * (factor or 1) * (ways - 1) / ways
     if dispatch == "capacity":
         return rows
     exchange = execution.get("exchange")
@@ -381,9 +387,9 @@ def _exchanged(question: Question, ways: int) -> float:
     return gathered if exchange == "gather" else rows
 
 
-def _workspace(question: Question, mesh: Mapping[str, int], parameters: Group) -> int:
+def _workspace(outline: Outline, mesh: Mapping[str, int]) -> int:
     """Gradients, the activations that are kept, those of the layer at hand, and its gathered weights."""
-    work, config = question.work, question.config
+    work, config, parameters = outline.work, outline.config, _parameters(outline)
     attention, tensor = config.attention, mesh["tensor"]
     width = _width(work.dtype)
     rows = work.rows / work.accumulation_steps / _ways(BATCH, mesh)
@@ -407,11 +413,11 @@ def _workspace(question: Question, mesh: Mapping[str, int], parameters: Group) -
     return round(parameters.bytes + len(config.layers) * kept + 2 * layer + gathered)
 
 
-def _read(work: Work, mesh: Mapping[str, int], groups: Sequence[Group]) -> float:
+def _read(outline: Outline, mesh: Mapping[str, int]) -> float:
     """Bytes that come from a device's memory: the weights as used, in each pass, and the rest, there and back."""
-    parameters = next(group for group in groups if group.name == "parameters")
+    work, parameters = outline.work, _parameters(outline)
     used = sum(array.bytes * _ways(_gathered_over(array, mesh), mesh) for array in parameters.arrays)
-    others = sum(group.bytes for group in groups if group is not parameters)
+    others = sum(group.bytes for group in outline.groups if group is not parameters)
     return used * _passes(work) * work.accumulation_steps + (2 if work.purpose == "train" else 1) * others
 
 

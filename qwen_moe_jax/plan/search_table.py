@@ -44,7 +44,7 @@ def print_search(search: Search, console: Console, set_mesh: Callable[[Mapping[s
 
 def search_table(search: Search) -> Table:
     """The ranking: compiled plans, then drafts, whose numbers carry a ~."""
-    target = search.question.target
+    target = search.target
     axes = list(search.candidates[0].mesh)
     table = Table(title=f"Meshes of {target.devices} × {escape(target.chip)}", title_justify="left", box=None)
     table.padding = (0, 1, 0, 0)
@@ -53,7 +53,7 @@ def search_table(search: Search) -> Table:
     table.add_column("bound", no_wrap=True)
     for candidate in search.candidates[: len(search.compiled) + SHOWN_DRAFTS]:
         if candidate.plan is None:
-            cells, style = _cells_of_draft(candidate, search), "dim"
+            cells, style = _cells_of_draft(candidate), "dim"
         else:
             cells, style = _cells_of_plan(candidate), "bold" if candidate is search.best else ""
         sizes = (str(size) if size > 1 else "·" for size in candidate.mesh.values())
@@ -88,14 +88,14 @@ def _cells_of_plan(candidate: Candidate) -> tuple[str, ...]:
     return fits, total, _spare(memory.spare), in_seconds(seconds), f"{tokens:,.0f}", roofline.bound
 
 
-def _cells_of_draft(candidate: Candidate, search: Search) -> tuple[str, ...]:
+def _cells_of_draft(candidate: Candidate) -> tuple[str, ...]:
     draft = candidate.draft
     fits = {True: "~yes", False: "~no", None: "?"}[draft.fits]
     spare = "" if draft.available is None else f"~{_spare(draft.available - draft.total)}"
     total = f"~{in_bytes(draft.total)}"
     if draft.seconds is None:
         return fits, total, spare, "", "", ""
-    tokens = search.question.work.tokens / draft.seconds
+    tokens = draft.tokens / draft.seconds
     return fits, total, spare, f"~{in_seconds(draft.seconds)}", f"~{tokens:,.0f}", ""
 
 
