@@ -166,3 +166,8 @@ def refused():
         collectives=(),
         flops=Flops(model=1.6e17, program=None),
     )
+
+
+def group_named(name):
+    """A group whose name and array are called so."""
+    return Group(name=name, arrays=(placed(name, (8,), ((),), 16, name),))
