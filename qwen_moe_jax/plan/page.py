@@ -214,7 +214,7 @@ def _mesh(plan: Plan) -> str:
     if rows:
         rows = (
             '<table><thead><tr><th scope="col">over</th><th scope="col" class="n">a device sends, a step</th>'
-            '<th scope="col" class="n">estimate</th><th scope="col">by</th></tr></thead>'
+            f'<th scope="col" class="n">{"estimate" if plan.roofline else ""}</th><th scope="col">by</th></tr></thead>'
             f"<tbody>{rows}</tbody></table>"
         )
     notes = []
@@ -295,8 +295,9 @@ def _collective(item: Collective, places: dict[str, int]) -> str:
     array = f"{item.dtype}{widened} [{', '.join(map(str, item.shape))}]"
     over = (_tags(item.axes, places) or "no axis of the mesh") + f"<small>{item.devices} devices</small>"
     return (
-        f'<tr><th scope="row">{escape(item.kind)}</th><td>{over}</td><td class="code">{escape(array)}</td>'
-        f'<td>{"in the layers" if item.in_layers else "outside"}</td><td class="n">{times}</td>'
+        f'<tr><th scope="row" class="line">{escape(item.kind)}</th><td class="line">{over}</td>'
+        f'<td class="code line">{escape(array)}</td>'
+        f'<td class="line">{"in the layers" if item.in_layers else "outside"}</td><td class="n">{times}</td>'
         f'<td class="n">{in_bytes(item.bytes)}</td><td class="n">{in_all}</td>'
         f'<td class="code source">{escape(item.source)}</td></tr>\n'
     )
@@ -503,8 +504,8 @@ th > .tag:first-child, td > .tag:first-child, .name > .tag:first-child { margin-
   background: var(--axis); border-radius: 3px; }
 em { color: var(--dim); font-style: normal; font-size: 12px; } .times em { display: block; color: var(--ink);
   font-weight: 600; }
-.shape { white-space: nowrap; } .whole { margin-left: 10px; }
-.source { color: var(--dim); min-width: 16ch; overflow-wrap: anywhere; }
+.line, .shape { white-space: nowrap; } .whole { margin-left: 10px; }
+.source { color: var(--dim); min-width: 30ch; overflow-wrap: anywhere; }
 details > summary { cursor: pointer; } summary small { display: inline; margin-left: 10px; }
 details[open] > summary { margin-bottom: 8px; }
 .wide table { min-width: 980px; } .middle table { min-width: 480px; }
