@@ -43,9 +43,10 @@ def main(words: list[str]) -> int:
             raise ConfigError("--json has a meaning with --plan only.")
         config = load_config(arguments.config, overrides)
         if arguments.plan:
-            from train.plan import show_plan
+            from qwen_moe_jax.plan.table import show_plan
+            from train.plan import plan_training
 
-            show_plan(config, arguments.plan, arguments.json)
+            show_plan(lambda: plan_training(config, arguments.plan), arguments.plan, arguments.json)
             return 0
         folder = open_run_folder(config, fresh=arguments.fresh)
         if folder.finished:

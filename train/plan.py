@@ -1,13 +1,10 @@
 """`python -m train CONFIG --plan TARGET`: the run's own step, compiled for hardware that is not here."""
 
 import dataclasses
-import os
-import sys
 from pathlib import Path
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.errors import ConfigError
-from qwen_moe_jax.huggingface.hub import is_hub_name
+from qwen_moe_jax.huggingface.hub import config_file
 from qwen_moe_jax.plan.compile import Step, describe_group, plan_step, target_mesh
 from qwen_moe_jax.plan.flops import training_flops_per_token
 from qwen_moe_jax.plan.result import Plan, Work
@@ -19,31 +16,13 @@ from train.program import Program, assemble
 PUBLISHED = Path(__file__).parent.parent / "configs" / "models"
 
 
-def show_plan(config: TrainConfig, target: str, json_to: str | None) -> None:
-    """Plans, prints the table, and writes the JSON where it is asked for: a file, or `-` for standard output alone.
+def plan_training(config: TrainConfig, target: str) -> Plan:
+    """The plan of one step; reads no text, no tokenizer and no weights, and makes no folder.
 
     Raises:
         ConfigError: no such target, or its compiler is missing; the model's config cannot be had.
         ShardingError: the mesh is not as large as the target, or does not divide the model.
     """
-    from rich.console import Console
-
-    from qwen_moe_jax.plan.table import print_plan
-
-    with Console(stderr=True).status(f"compiling for {target}"):
-        plan = plan_training(config, target)
-    if json_to == "-":
-        sys.stdout.write(plan.to_json())
-        return
-    print_plan(plan)
-    if json_to:
-        beside = Path(f"{json_to}.partial")
-        beside.write_text(plan.to_json(), encoding="utf-8")
-        os.replace(beside, json_to)
-
-
-def plan_training(config: TrainConfig, target: str) -> Plan:
-    """The plan of one step; reads no text, no tokenizer and no weights, and makes no folder. Raises as `show_plan`."""
     request = parse_target(target)
     model_config, name = planned_model(config)
     mesh = target_mesh(request, {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "expert", "tensor")})
@@ -87,34 +66,13 @@ def planned_model(config: TrainConfig) -> tuple[qmj.ModelConfig, str]:
     from the Hub, where config.json alone is fetched.
 
     Raises:
-        ConfigError: it cannot be had, or the vocabulary is still to be trained.
+        ConfigError: it cannot be had, or means nothing.
     """
     source = config.run.init_from
     if not source:
         hub_config = {"eos_token_id": 0, "vocab_size": config.data.vocab_size, **config.model}
         return qmj.ModelConfig.from_pretrained(hub_config), Path(config.run.folder).name
-    if Path(source).is_dir():
-        return qmj.ModelConfig.from_pretrained(source), source
     published = PUBLISHED / f"{source.split('/')[-1].lower()}.json"
-    if published.is_file():
+    if not Path(source).exists() and published.is_file():
         return qmj.ModelConfig.from_pretrained(published), source
-    if not is_hub_name(source):
-        raise ConfigError(
-            f"run.init_from: found {source!r}, which is no folder, no model of configs/models and no name on the Hub "
-            "(owner/model). Give one of these."
-        )
-    return qmj.ModelConfig.from_pretrained(_fetched(source)), source
-
-
-def _fetched(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(name, "config.json"))
-    except (OSError, ValueError, RuntimeError) as error:  # its own errors are all of these kinds
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise ConfigError(
-            f"run.init_from: {name} is no folder and not in configs/models, and its config.json could not be had from "
-            f"the Hub ({type(error).__name__}: {reason}). Put a config.json into a folder and name that, with "
-            "--run.init_from FOLDER."
-        ) from None
+    return qmj.ModelConfig.from_pretrained(config_file(source)), source

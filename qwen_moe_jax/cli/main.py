@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from qwen_moe_jax import __version__
-from qwen_moe_jax.cli import chat, convert, evaluate, generate, inspect, route, score
+from qwen_moe_jax.cli import chat, convert, evaluate, generate, inspect, plan, route, score
 from qwen_moe_jax.errors import CheckpointError, ConfigError, RequestError, ShardingError
 
 #: A command is a module with `SUMMARY` (a line of help), `add_arguments(parser)` and `run(arguments)`. It imports JAX
@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": evaluate,
     "inspect": inspect,
     "convert": convert,
+    "plan": plan,
 }
 
 

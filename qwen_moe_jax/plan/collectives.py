@@ -20,7 +20,7 @@ _SAME_NUMBERS = frozenset(
 )
 
 
-def collectives_of(module: Module, mesh: Mapping[str, int]) -> tuple[Collective, ...]:
+def collectives_of(module: Module, mesh: Mapping[str, int], platform: str) -> tuple[Collective, ...]:
     """The collectives of a step, equal ones together, those with most bytes first.
 
     Bytes sent are those of algorithms that send nothing twice, for n devices: all-gather (n-1) times what a device
@@ -30,10 +30,12 @@ def collectives_of(module: Module, mesh: Mapping[str, int]) -> tuple[Collective,
     Args:
         module: of a program for all devices of the mesh.
         mesh: sizes of the axes, in the order of the devices.
+        platform: whose compiler it was. The CPU's has no bfloat16 collectives and widens their numbers; bytes are those
+            of the program asked for, as far as the text shows where it was widened.
     """
     found: dict[Collective, int | None] = {}
     for run in module.runs:
-        if (one := _collective(module, run, mesh)) is None:
+        if (one := _collective(module, run, mesh, platform)) is None:
             continue
         counted = dataclasses.replace(one, count=0)
         before = found.get(counted, 0)
@@ -42,7 +44,7 @@ def collectives_of(module: Module, mesh: Mapping[str, int]) -> tuple[Collective,
     return tuple(sorted(whole, key=lambda one: -one.bytes * (1 if one.count is None else one.count)))
 
 
-def _collective(module: Module, run: Run, mesh: Mapping[str, int]) -> Collective | None:
+def _collective(module: Module, run: Run, mesh: Mapping[str, int], platform: str) -> Collective | None:
     instruction = run.instruction
     kind = instruction.opcode.removesuffix("-start")
     if kind not in _KINDS:
@@ -61,7 +63,7 @@ def _collective(module: Module, run: Run, mesh: Mapping[str, int]) -> Collective
         return None
     size = sum(array.bytes for array in given)
     largest = max([*given, *instruction.results], key=lambda array: array.bytes)
-    narrower = _narrower(module, run)
+    narrower = _narrower(module, run) if platform == "cpu" else None
     if narrower is not None:
         size = size * Array(narrower, (1,)).bytes // Array(largest.dtype, (1,)).bytes
     sent = {
@@ -77,7 +79,7 @@ def _collective(module: Module, run: Run, mesh: Mapping[str, int]) -> Collective
         shape=largest.shape,
         bytes=sent,
         count=run.times,
-        in_layers=run.in_layers,
+        in_layers=run.layers > 0,
         widened_from=narrower,
         source=instruction.source,
     )
@@ -139,12 +141,13 @@ def mesh_axes(groups: list[list[int]], mesh: Mapping[str, int]) -> tuple[str, ..
 def _narrower(module: Module, run: Run) -> str | None:
     """The dtype of the numbers, where they were widened to float32 for this collective alone; None where they were not.
 
-    The CPU's compiler does so with bfloat16: what goes in was bfloat16 a moment before.
+    What goes in was bfloat16 a moment before, or what comes out is at once made bfloat16 again.
     """
     if not all(array.dtype == "f32" for array in module.operand_arrays(run)):
         return None
     widened = [_was_bfloat16(module, run.computation, name, 0) for name in run.instruction.operands]
-    return "bf16" if widened and all(widened) else None
+    narrowed = _becomes_bfloat16(module, run.computation, run.instruction.name, 0)
+    return "bf16" if (widened and all(widened)) or narrowed else None
 
 
 def _was_bfloat16(module: Module, computation: dict[str, Instruction], name: str, depth: int) -> bool:
@@ -161,3 +164,25 @@ def _was_bfloat16(module: Module, computation: dict[str, Instruction], name: str
     if one.opcode in _SAME_NUMBERS and one.operands:
         return _was_bfloat16(module, computation, one.operands[0], depth + 1)
     return False
+
+
+def _becomes_bfloat16(module: Module, computation: dict[str, Instruction], name: str, depth: int) -> bool:
+    users = [one for one in computation.values() if name in one.operands]
+    return bool(users) and depth <= 12 and all(_narrows(module, computation, one, name, depth) for one in users)
+
+
+def _narrows(module: Module, computation: dict[str, Instruction], user: Instruction, name: str, depth: int) -> bool:
+    if user.opcode == "convert":
+        return user.results[0].dtype == "bf16"
+    if user.opcode in _SAME_NUMBERS and not user.root:
+        return _becomes_bfloat16(module, computation, user.name, depth + 1)
+    if user.opcode != "fusion":
+        return False
+    inside = module.computations.get((user.attribute("calls") or "").lstrip("%"), {})
+    places = [place for place, operand in enumerate(user.operands) if operand == name]
+    taken = [one for one in inside.values() if one.opcode == "parameter" and _place(one) in places]
+    return bool(taken) and all(_becomes_bfloat16(module, inside, one.name, depth + 1) for one in taken)
+
+
+def _place(parameter: Instruction) -> int:
+    return int(parameter.attributes.partition(")")[0])

@@ -117,7 +117,7 @@ def plan_step(step: Step, request: TargetRequest, mesh: Mesh) -> Plan:
     roofline: Roofline | None = None
     if compiled is not None:
         module = Module(compiled.as_text(), layer_repeats(step.config), step.open_loop_times)
-        collectives = collectives_of(module, sizes)
+        collectives = collectives_of(module, sizes, request.platform)
         flops = module.matmul_flops()
         program_flops = None if flops is None else flops * target.devices
         roofline = roofline_of(

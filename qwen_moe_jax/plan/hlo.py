@@ -21,6 +21,9 @@ _FREE = frozenset(
     "call-done".split()
 )
 
+#: Instructions that write a part of an array where it lies, and which of their operands that part is.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+
 
 @dataclasses.dataclass(frozen=True)
 class Array:
@@ -86,14 +89,14 @@ class Run:
         instruction: it.
         computation: where it stands.
         times: how often it runs in a step; None where a loop does not say.
-        in_layers: whether a loop around it is one over the layers.
+        layers: the steps of the loop over layers that it stands in; 0 outside of one.
         fused: whether it stands inside a fusion, so that what it makes is written nowhere.
     """
 
     instruction: Instruction
     computation: dict[str, Instruction]
     times: int | None
-    in_layers: bool
+    layers: int
     fused: bool
 
 
@@ -103,7 +106,8 @@ class Module:
     Args:
         text: of `compiled.as_text()`.
         layer_repeats: the numbers of steps of the scans over layers; loops that run so often are these.
-        open_loop_times: what a loop counts whose end depends on data: 1 where one of its rounds is the step.
+        open_loop_times: what a loop counts whose end depends on data and which no other loop surrounds: 1 where one of
+            its rounds is the step. None: its times are not known.
     """
 
     def __init__(self, text: str, layer_repeats: frozenset[int] = frozenset(), open_loop_times: int | None = None):
@@ -119,21 +123,23 @@ class Module:
                     self._entry = head[1]
             elif line.startswith(" ") and (instruction := _read(line)) is not None:
                 current[instruction.name] = instruction
-        self.runs: tuple[Run, ...] = tuple(self._walk(self._entry, 1, False, False))
+        self.runs: tuple[Run, ...] = tuple(self._walk(self._entry, 1, 0, False, False))
 
-    def _walk(self, name: str, times: int | None, in_layers: bool, fused: bool) -> Iterator[Run]:
+    def _walk(self, name: str, times: int | None, layers: int, fused: bool, looped: bool) -> Iterator[Run]:
         computation = self.computations[name]
         for instruction in computation.values():
-            yield Run(instruction, computation, times, in_layers, fused)
+            yield Run(instruction, computation, times, layers, fused)
             if instruction.opcode == "while":
                 trips = self.trips(instruction, computation)
+                if trips is None and not looped:
+                    trips = self._open_loop_times
                 body = _bare(instruction.attribute("body"))
                 over_layers = trips in self._layer_repeats and "shard_map" not in instruction.source
-                inside = in_layers or over_layers
+                inside = trips if over_layers and not layers else layers
                 rounds = None if trips is None or times is None else times * trips
-                yield from self._walk(body, rounds, inside, fused)
+                yield from self._walk(body, rounds, inside, fused, True)
             for called in self._called(instruction):
-                yield from self._walk(called, times, in_layers, fused or instruction.opcode == "fusion")
+                yield from self._walk(called, times, layers, fused or instruction.opcode == "fusion", looped)
 
     def _called(self, instruction: Instruction) -> list[str]:
         if instruction.opcode in ("fusion", "call", "call-start", "async-start"):
@@ -153,15 +159,15 @@ class Module:
         condition = self.computations.get(_bare(loop.attribute("condition")), {})
         root = next((one for one in condition.values() if one.root), None)
         if root is None or root.opcode != "compare" or "direction=LT" not in root.attributes:
-            return self._open_loop_times
+            return None
         limit = condition.get(root.operands[1])
         if limit is not None and limit.opcode == "get-tuple-element":  # carried along: what went in at the start
             start = around.get(loop.operands[0])
             if start is None or start.opcode != "tuple":
-                return self._open_loop_times
+                return None
             limit = around.get(start.operands[int(limit.attribute("index"))])
         value = re.match(r"(\d+)\)", limit.attributes) if limit is not None and limit.opcode == "constant" else None
-        return int(value[1]) if value else self._open_loop_times
+        return int(value[1]) if value else None
 
     def operand_arrays(self, run: Run) -> list[Array]:
         """What goes in, in order."""
@@ -211,7 +217,8 @@ class Module:
         """Bytes that a device's instructions read and write in a step, a fusion as one instruction.
 
         An operand that is only sliced counts as its slices, and a result that is written into one that exists as what
-        is written. A loop that does not say how often it runs counts once.
+        is written. Of the stack of all layers, a kernel in the loop over them reads one layer's part. A loop that does
+        not say how often it runs counts once.
         """
         total = 0.0
         for run in self.runs:
@@ -224,12 +231,17 @@ class Module:
         instruction = run.instruction
         if instruction.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * sum(array.bytes for array in instruction.results)
-        if instruction.opcode == "dynamic-update-slice":
-            update = run.computation.get(instruction.operands[1])
+        if instruction.opcode in _UPDATES:
+            update = run.computation.get(instruction.operands[_UPDATES[instruction.opcode]])
             return 2 * sum(array.bytes for array in update.results) if update else 0
         if instruction.opcode != "fusion":
-            arrays = [*instruction.results, *self.operand_arrays(run)]
-            return sum(array.bytes for array in arrays)
+            stacked = instruction.opcode == "custom-call" and run.layers
+            size = sum(array.bytes for array in instruction.results)
+            for name in instruction.operands:
+                for array in run.computation[name].results if name in run.computation else ():
+                    whole = stacked and array.shape and array.shape[0] % run.layers == 0 and _is_carried(run, name)
+                    size += array.bytes // run.layers if whole else array.bytes
+            return size
         fused = self.computations.get(_bare(instruction.attribute("calls")), {})
         users: dict[str, list[Instruction]] = {}
         for one in fused.values():
@@ -240,7 +252,7 @@ class Module:
             if one.opcode == "parameter":
                 takers = users.get(one.name, [])
                 if takers and all(_is_part(taker, one.name) for taker in takers):
-                    moved += sum(_part_bytes(taker, fused) for taker in takers)
+                    moved += sum(_part_bytes(taker) for taker in takers)
                 else:
                     moved += sum(array.bytes for array in one.results)
             if one.root:
@@ -292,22 +304,30 @@ def _numbers(text: str | None) -> tuple[int, ...]:
 
 def _is_part(taker: Instruction, name: str) -> bool:
     """Whether it touches only a part of this operand."""
-    if taker.opcode in ("dynamic-slice", "slice", "gather", "dynamic-update-slice"):
+    if taker.opcode in ("dynamic-slice", "slice", "gather", *_UPDATES):
         return taker.operands[0] == name and name not in taker.operands[1:]
     return False
 
 
-def _part_bytes(taker: Instruction, fused: dict[str, Instruction]) -> int:
-    if taker.opcode == "dynamic-update-slice":
+def _part_bytes(taker: Instruction) -> int:
+    if taker.opcode in _UPDATES:
         return 0  # written in place: the rest is not read
     return sum(array.bytes for array in taker.results)
+
+
+def _is_carried(run: Run, name: str) -> bool:
+    """Whether it is something that goes round in the loop, as it came in."""
+    one = run.computation.get(name)
+    while one is not None and one.opcode in ("bitcast", "reshape", "get-tuple-element"):
+        one = run.computation.get(one.operands[0])
+    return one is not None and one.opcode == "parameter"
 
 
 def _written_bytes(root: Instruction, fused: dict[str, Instruction]) -> int:
     while root.opcode in ("bitcast", "copy") and root.operands and root.operands[0] in fused:
         root = fused[root.operands[0]]
-    if root.opcode == "dynamic-update-slice" and root.operands[1] in fused:
-        return sum(array.bytes for array in fused[root.operands[1]].results)
+    if root.opcode in _UPDATES and (update := fused.get(root.operands[_UPDATES[root.opcode]])) is not None:
+        return sum(array.bytes for array in update.results)
     return sum(array.bytes for array in root.results)
 
 

@@ -1,7 +1,7 @@
 """What a reviewer would say on reading a plan: only what follows from its numbers."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from qwen_moe_jax.plan.result import Collective, PlacedArray, Plan, Remark
 from qwen_moe_jax.units import in_bytes
@@ -14,16 +14,8 @@ WASTE = 1.5
 
 def remarks_on(plan: Plan) -> tuple[Remark, ...]:
     """All of them, what matters most first."""
-    return tuple(
-        [
-            *_memory(plan),
-            *_replicated(plan),
-            *_gathered_experts(plan),
-            *_whole_sums(plan),
-            *_flops(plan),
-            *_padding(plan),
-        ]
-    )
+    checks = (_memory, _replicated, _gathered_experts, _gathered_for_a_token, _whole_sums, _flops, _padding)
+    return tuple(remark for check in checks for remark in check(plan))
 
 
 def _memory(plan: Plan) -> Iterator[Remark]:
@@ -82,9 +74,8 @@ def _copies(array: PlacedArray, plan: Plan) -> int:
 def _gathered_experts(plan: Plan) -> Iterator[Remark]:
     """Routed experts cross the `expert` axis: tokens should travel there, and weights never."""
     experts = [array for array in _parameters(plan) if ".experts." in f".{array.name}."]
-    shapes = {_sizes(array.shape[1:]) for array in experts}
     for one in plan.collectives:
-        if one.kind == "all-gather" and "expert" in one.axes and _sizes(one.shape) in shapes:
+        if one.kind == "all-gather" and "expert" in one.axes and _is_part_of(one, experts, plan):
             yield Remark(
                 about="gathered experts",
                 text=f"Weights of all experts {list(one.shape)} are gathered over {'×'.join(one.axes)}, "
@@ -94,26 +85,47 @@ def _gathered_experts(plan: Plan) -> Iterator[Remark]:
 
 def _whole_sums(plan: Plan) -> Iterator[Remark]:
     """All-reduces over axes that cut a weight, of all of it: each device keeps a part, and gets the whole."""
-    cuts: dict[tuple[int, ...], set[str]] = {}
-    for array in _parameters(plan):
-        axes = {axis for place in array.spec for axis in place if plan.mesh[axis] > 1}
-        for shape in (array.shape, array.shape[1:]):
-            cuts.setdefault(_sizes(shape), set()).update(axes)
-    whole = [
-        one
-        for one in plan.collectives
-        if one.kind == "all-reduce" and set(one.axes) & cuts.get(_sizes(one.shape), set())
-    ]
-    total = sum(map(_per_step, plan.collectives))
-    found = sum(map(_per_step, whole))
+    sums = [one for one in plan.collectives if one.kind == "all-reduce"]
+    whole = [one for one in sums if _is_part_of(one, _parameters(plan), plan)]
+    total, found = sum(map(_per_step, plan.collectives)), sum(map(_per_step, whole))
     if total and found >= SHARE * total:
         largest = max(whole, key=_per_step)
         yield Remark(
             about="collectives",
-            text=f"All-reduces of whole weights or gradients that lie cut, as {list(largest.shape)} over "
+            text=f"All-reduces of weights or gradients that lie cut, as {list(largest.shape)} over "
             f"{'×'.join(largest.axes)}, send {in_bytes(found)} a step and device, {found / total:.0%} of all: up to "
             "twice what gathering or scattering their parts would.",
         )
+
+
+def _gathered_for_a_token(plan: Plan) -> Iterator[Remark]:
+    """In decoding there is one token a row, and gathering weights for it costs what it costs for thousands."""
+    if plan.work.purpose != "decode":
+        return
+    gathers = [one for one in plan.collectives if one.kind == "all-gather"]
+    weights = [one for one in gathers if _is_part_of(one, _parameters(plan), plan)]
+    found = sum(map(_per_step, weights))
+    if found >= SHARE * plan.memory.groups[0].bytes:
+        largest = max(weights, key=_per_step)
+        yield Remark(
+            about="collectives",
+            text=f"{in_bytes(found)} of weights are gathered over {'×'.join(largest.axes)} for every token. Dense "
+            "weights that lie cut over fsdp × expert are; cut over tensor, or whole, they are not.",
+        )
+
+
+def _is_part_of(one: Collective, arrays: Sequence[PlacedArray], plan: Plan) -> bool:
+    """Whether it carries one of these arrays, or a layer of it, whole along its axes, which cut it at rest."""
+    for array in arrays:
+        if not set(one.axes) & {axis for place in array.spec for axis in place if plan.mesh[axis] > 1}:
+            continue
+        shape = [
+            size // math.prod(plan.mesh[axis] for axis in place if axis not in one.axes)
+            for size, place in zip(array.shape, array.spec, strict=True)
+        ]
+        if _sizes(one.shape) in (_sizes(shape), _sizes(shape[1:])):
+            return True
+    return False
 
 
 def _per_step(one: Collective) -> int:
@@ -124,7 +136,7 @@ def _parameters(plan: Plan) -> tuple[PlacedArray, ...]:
     return next((group.arrays for group in plan.memory.groups if group.name == "parameters"), ())
 
 
-def _sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
     """In any order, without ones: layouts turn what they carry."""
     return tuple(sorted(size for size in shape if size != 1))
 

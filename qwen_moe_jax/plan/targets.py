@@ -174,9 +174,9 @@ def _settle_process() -> None:
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no cloud's metadata server is asked who we are
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor does another process that only compiles bother us
-    # Without these, libtpu complains that nobody told it where it is.
+    # Without these, libtpu complains that nobody told it where it is; what they say has no effect on what it compiles.
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "none")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         jax.config.update("jax_platforms", "cpu")  # where there is an accelerator, it is left to others
