@@ -1,13 +1,19 @@
 """`python -m train CONFIG --plan TARGET`: the run's own step, compiled for hardware that is not here."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+
+from jax.sharding import Mesh
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.huggingface.hub import config_file
+from qwen_moe_jax.plan.choose import choose_mesh
 from qwen_moe_jax.plan.compile import Step, describe_group, plan_step, target_mesh
 from qwen_moe_jax.plan.flops import training_flops_per_token
 from qwen_moe_jax.plan.result import Plan, Work
+from qwen_moe_jax.plan.search import Search
+from qwen_moe_jax.plan.search_table import print_progress
 from qwen_moe_jax.plan.targets import parse_target
 from train.config import TrainConfig
 from train.program import Program, assemble
@@ -27,6 +33,27 @@ def plan_training(config: TrainConfig, target: str) -> Plan:
     model_config, name = planned_model(config)
     mesh = target_mesh(request, {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "expert", "tensor")})
     return plan_step(training_step(config, assemble(config, model_config, mesh), name), request, mesh)
+
+
+def search_training(config: TrainConfig, target: str) -> Search:
+    """The plans of one step on the most promising meshes; the config's own mesh does not count.
+
+    Raises:
+        ConfigError: as `plan_training`.
+        ShardingError: no mesh of the target's devices divides the model and the batch.
+    """
+    request = parse_target(target)
+    model_config, name = planned_model(config)
+
+    def step_on(mesh: Mesh) -> Step:
+        return training_step(config, assemble(config, model_config, mesh), name)
+
+    return choose_mesh(step_on, request, progress=print_progress)
+
+
+def mesh_overrides(sizes: Mapping[str, int]) -> str:
+    """A mesh as words of the command line; all axes, for the file may have set any."""
+    return " ".join(f"--mesh.{axis} {size}" for axis, size in sizes.items())
 
 
 def training_step(config: TrainConfig, program: Program, name: str) -> Step:

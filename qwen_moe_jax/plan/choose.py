@@ -13,14 +13,13 @@ from qwen_moe_jax.sharding.mesh import make_mesh
 
 
 def choose_mesh(
-    step_on: Callable[[Mesh], Step], request: TargetRequest, *, keep: int, progress: Callable[[Progress], None]
+    step_on: Callable[[Mesh], Step], request: TargetRequest, *, progress: Callable[[Progress], None]
 ) -> Search:
     """Tries the meshes that have all of the target's devices.
 
     Args:
         step_on: the step on a mesh; nothing is allocated.
         request: the target.
-        keep: how many meshes are compiled, at most.
         progress: is told before each compilation.
 
     Raises:
@@ -43,6 +42,4 @@ def choose_mesh(
 
     chip = None if request.platform == "cpu" else chip_of(devices[0].device_kind)
     target = describe_target(request, make_mesh(data=len(devices), devices=devices))
-    return search_meshes(
-        target, () if chip is None else chip.networks, describe, compile_plan, keep=keep, progress=progress
-    )
+    return search_meshes(target, () if chip is None else chip.networks, describe, compile_plan, progress=progress)

@@ -1,10 +1,5 @@
 """A plan in a terminal."""
 
-import os
-import sys
-from collections.abc import Callable
-from pathlib import Path
-
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -21,20 +16,6 @@ _PURPOSES = {
     "decode": "one token a row",
     "forward": "a forward pass",
 }
-
-
-def show_plan(make: Callable[[], Plan], target: str, json_to: str | None) -> None:
-    """Makes a plan, and prints its table; or its JSON to standard output, for `-`; or writes that to a file as well."""
-    with Console(stderr=True).status(f"compiling for {target}"):
-        plan = make()
-    if json_to == "-":
-        sys.stdout.write(plan.to_json())
-        return
-    print_plan(plan)
-    if json_to:
-        beside = Path(f"{json_to}.partial")
-        beside.write_text(plan.to_json(), encoding="utf-8")
-        os.replace(beside, json_to)
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
