@@ -364,8 +364,11 @@ def _traffic(outline: Outline, mesh: Mapping[str, int]) -> dict[tuple[str, ...],
         # There and back, in each pass.
         send(("expert",), 2 * _passes(work) * sparse * hidden * _exchanged(outline, mesh["expert"]))
     if mesh["tensor"] > 1:
-        # The sums after attention and after the MLP.
-        send(("tensor",), 2 * _passes(work) * layers * hidden * 2 * (mesh["tensor"] - 1) / mesh["tensor"])
+        # Sums over the parts of a hidden row: after o_proj and down_proj, and backward before q, k, v, gate and up.
+        attention, mlp = (4, 3) if training else (1, 1)
+        again = 1 if _recomputes(work) else 0
+        rows = (mlp + again) * (layers - sparse + sparse * _rows_per_token(outline)) + (attention + again) * layers
+        send(("tensor",), hidden * rows * 2 * (mesh["tensor"] - 1) / mesh["tensor"])
     return {axes: round(size) for axes, size in sent.items()}
 
 
@@ -373,18 +376,22 @@ def _exchanged(outline: Outline, ways: int) -> float:
     """How many times its tokens a device sends over `expert`, one way: as rows to their experts, or to every device."""
     execution, training = outline.work.execution, outline.work.purpose == "train"
     gathered = ways - 1
-    mode = "" if training else "eval_"
+    dispatch = execution.get("dispatch") or ("capacity" if training else "dropless")
+    if dispatch == "dense" or (dispatch == "dropless" and execution.get("exchange") == "gather"):
+        return gathered
+    return _rows_per_token(outline) * (ways - 1) / ways
+
+
+def _rows_per_token(outline: Outline) -> float:
+    """Rows that the experts multiply, those of unused places too."""
+    if outline.config.moe is None:
+        return 1
+    execution, training = outline.work.execution, outline.work.purpose == "train"
     dispatch = execution.get("dispatch") or ("capacity" if training else "dropless")
     if dispatch == "dense":
-        return gathered
-    factor = execution.get(f"{mode}capacity_factor" if dispatch == "capacity" else f"{mode}buffer_factor")
-    rows = outline.config.moe.num_experts_per_tok * (factor or 1) * (ways - 1) / ways
-    if dispatch == "capacity":
-        return rows
-    exchange = execution.get("exchange")
-    if exchange is None:
-        return gathered if factor is None else min(rows, gathered)
-    return gathered if exchange == "gather" else rows
+        return outline.config.moe.num_experts
+    factor = execution.get(f"{'' if training else 'eval_'}{'capacity' if dispatch == 'capacity' else 'buffer'}_factor")
+    return outline.config.moe.num_experts_per_tok * (factor or 1)
 
 
 def _workspace(outline: Outline, mesh: Mapping[str, int]) -> int:

@@ -148,6 +148,18 @@ def test_argument_bytes_are_exact_and_traffic_goes_by_the_formulas():
     assert seconds < draft.seconds < 1.01 * seconds + 1e-4, "what is left is memory"
 
 
+def test_over_tensor_the_rows_of_the_experts_are_summed_and_not_the_tokens_alone():
+    mesh = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 2}
+    draft = draft_of(describe(mesh), mesh, target(2), CHIP.networks)
+    hidden = 16 * 128 * 64 * 2
+    # Two layers; forward and backward, 4 sums of hidden rows in attention and 3 of the 2 * 2 rows that a token has room
+    # for in the experts; an all-reduce over two sends what it sums once.
+    assert draft.traffic == {("tensor",): 2 * (4 + 3 * 4) * hidden}
+    mesh["tensor"], mesh["data"] = 1, 2
+    dense = dataclasses.replace(describe(mesh), work=work(purpose="decode", tokens_per_row=1))
+    assert draft_of(dense, mesh, target(2), CHIP.networks).traffic == {}, "no gradients, nothing gathered"
+
+
 def test_one_device_sends_nothing():
     found = search(planned(), devices=1)
     assert [candidate.draft.traffic for candidate in found.candidates] == [{}]
