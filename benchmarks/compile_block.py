@@ -8,18 +8,19 @@ Nothing runs, so there are no times. Targets and their compilers are those of `c
 import collections
 import re
 
-import compile_kernels  # sets what must stand before JAX starts
+import compile_kernels
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import AttentionConfig, ExecutionConfig, LayerKind, ModelConfig, MoEConfig
+from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.moe.block import SparseMoeBlock
 from qwen_moe_jax.moe.choices import choose
 from qwen_moe_jax.nn.parameters import ParameterFactory
+from qwen_moe_jax.plan.targets import parse_target
 from qwen_moe_jax.sharding.border import explicitly_sharded
 from qwen_moe_jax.sharding.mesh import AXES
 from qwen_moe_jax.sharding.rules import BATCH
@@ -95,24 +96,13 @@ def report(target: str, devices: list[jax.Device]) -> None:
 
 def main() -> None:
     """Both targets, as far as their compilers are here."""
-    for name, devices in (("v5p", _tpu), ("H200", _h200)):
+    for name, target in (("v5p", "tpu:v5p:2x2x1"), ("H200", f"gpu:h200:{WAYS}")):
         try:
-            found = devices()
-        except Exception as error:  # each compiler says in its own way that it is not installed
-            print(f"\n{name}: no compiler for it here ({str(error).splitlines()[0]}); see compile_kernels.py")
+            devices = parse_target(target).devices()
+        except ConfigError as error:
+            print(f"\n{name}: left out; {error}")
         else:
-            report(name, found)
-
-
-def _tpu() -> list[jax.Device]:
-    return list(topologies.get_topology_desc("v5p:2x2x1", "tpu").devices)
-
-
-def _h200() -> list[jax.Device]:
-    compile_kernels.h200_device()  # tells JAX what "gpu" means
-    shape = f"1x1x{WAYS}"
-    described = topologies.get_topology_desc(shape, "cuda", topology=shape, target_config=compile_kernels.H200)
-    return list(described.devices)
+            report(name, devices)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,9 @@
 """What a layer's experts compile to on accelerators that are not here: `python benchmarks/compile_kernels.py`.
 
 Compiles one SwiGLU block of Qwen3-30B-A3B's experts for 8192 tokens, by `grouped_matmul` and by `jax.lax.ragged_dot`,
-and prints what XLA says of each program. Nothing runs, so there are no times. `jax[tpu]` brings the compiler for TPUs,
-`jax[cuda13]` the one for NVIDIA GPUs; a target whose compiler is missing is named and left out.
+and prints what XLA says of each program. Nothing runs, so there are no times. The extras `plan` and `plan-gpu` bring
+the compilers for TPUs and for NVIDIA GPUs; a target whose compiler is missing is named and left out.
 """
-
-import os
-
-os.environ["JAX_PLATFORMS"] = "cpu"  # where there is an accelerator, it is not asked
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # nor is a cloud's metadata server
-os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nor does another process that only compiles stand in the way
 
 import math
 import re
@@ -18,59 +12,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import xla_bridge
-from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
 
+from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.moe.grouped_matmul import buffer_rows, grouped_matmul
 from qwen_moe_jax.moe.kernels import nvidia, tpu
+from qwen_moe_jax.plan.targets import parse_target
 
 D, F, E, A, TOKENS = 2048, 768, 128, 8, 8192  # Qwen3-30B-A3B
 ROWS = TOKENS * A
 USEFUL = 3 * 2 * ROWS * D * F  # three matmuls forward; backward, each has two more
 
-#: An H200 in XLA's own words (stream_executor/device_description.proto): XLA's description of the H100 in its tests,
-#: with the H200's memory. Versions are those of CUDA 13.
-H200 = """
-gpu_device_info {
-  cuda_compute_capability { major: 9 }
-  core_count: 132
-  fpus_per_core: 128
-  clock_rate_ghz: 1.98
-  device_memory_size: 141000000000
-  memory_bandwidth: 4800000000000
-  l2_cache_size: 52428800
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  threads_per_block_limit: 1024
-  threads_per_core_limit: 2048
-  threads_per_warp: 32
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-}
-platform_name: "CUDA"
-device_description_str: "NVIDIA H200"
-dnn_version_info { major: 9 minor: 8 }
-runtime_version { major: 13 }
-"""
-
 Matmul = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-def tpu_device() -> jax.Device:
-    """A chip of a v5p slice."""
-    return topologies.get_topology_desc("v5p:2x2x1", "tpu").devices[0]
-
-
-def h200_device() -> jax.Device:
-    """An H200. JAX looks for a GPU to learn that "gpu" means CUDA here (jax-ml/jax#23971), so it is told."""
-    canonical = xla_bridge.canonicalize_platform
-    xla_bridge.canonicalize_platform = lambda platform: "cuda" if platform == "gpu" else canonical(platform)
-    return topologies.get_topology_desc("1x1x1", "cuda", topology="1x1x1", target_config=H200).devices[0]
 
 
 def lax_ragged_dot(rows_RI: jax.Array, weights_EOI: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -152,23 +105,21 @@ def tile_rows(row_tile: int, from_own_start: bool) -> float:
     return tiles.sum() * row_tile / ROWS
 
 
-#: Title, platform, device, backend, what brings the compiler, and rows multiplied for each real one.
+#: Title, platform, target, backend, and rows multiplied for each real one.
 TARGETS = (
-    ("TPU v5p", "tpu", tpu_device, "megablox", "jax[tpu]", tile_rows(tpu._row_tile(buffer_rows(ROWS), E), False)),
-    ("H200", "cuda", h200_device, "triton", "jax[cuda13]", tile_rows(nvidia._row_tile(buffer_rows(ROWS), E), True)),
+    ("TPU v5p", "tpu", "tpu:v5p:2x2x1", "megablox", tile_rows(tpu._row_tile(buffer_rows(ROWS), E), False)),
+    ("H200", "cuda", "gpu:h200:1", "triton", tile_rows(nvidia._row_tile(buffer_rows(ROWS), E), True)),
 )
 
 
 def main() -> None:
     """Prints a table for each target."""
     print(f"jax {jax.__version__}; bfloat16, {ROWS} rows, D {D}, F {F}, E {E}")
-    for title, platform, device_of, backend, package, tiles in TARGETS:
+    for title, platform, target, backend, tiles in TARGETS:
         try:
-            device = device_of()
-        except (ImportError, NotImplementedError, RuntimeError) as error:
-            print(
-                f"\n{title}: left out; the compiler comes with pip install '{package}' ({str(error).splitlines()[0]})"
-            )
+            device = parse_target(target).devices()[0]
+        except ConfigError as error:
+            print(f"\n{title}: left out; {error}")
             continue
         methods = {
             f"grouped_matmul, {backend}": lambda *arrays, backend=backend: grouped_matmul(*arrays, backend),

@@ -25,6 +25,20 @@ def main(words: list[str]) -> int:
     parser.add_argument("config", metavar="CONFIG", help="a TOML file")
     parser.add_argument("--fresh", action="store_true", help="delete the run that is in the run folder and start anew")
     add_host_arguments(parser)
+    parser.add_argument(
+        "--plan",
+        metavar="TARGET",
+        help="instead of running, compile a step for hardware that need not be here, and say what it needs, sends and "
+        "takes: cpu:8, tpu:v5p:4x8x8, gpu:h200:8",
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="with --plan: instead of the file's mesh, draft all that the target's devices admit, compile the most "
+        "promising, and show the best",
+    )
+    parser.add_argument("--json", metavar="FILE", help="with --plan: write all of it there; - for standard output")
+    parser.add_argument("--html", metavar="FILE", help="with --plan: write a page that needs nothing besides itself")
     if {"-h", "--help"} & set(words):
         parser.parse_args(["--help"])  # answers and leaves
 
@@ -37,7 +51,20 @@ def main(words: list[str]) -> int:
     try:
         overrides, others = split_overrides(words)
         arguments = parser.parse_args(others)
+        for name in ("search", "json", "html"):
+            if getattr(arguments, name) and not arguments.plan:
+                raise ConfigError(f"--{name} has a meaning with --plan only.")
         config = load_config(arguments.config, overrides)
+        if arguments.plan:
+            from qwen_moe_jax.plan.show import show_plan, show_search
+            from train.plan import mesh_overrides, plan_training, search_training
+
+            target, files = arguments.plan, {"json_to": arguments.json, "html_to": arguments.html}
+            if arguments.search:
+                show_search(lambda: search_training(config, target), target, mesh_overrides, **files)
+            else:
+                show_plan(lambda: plan_training(config, target), target, **files)
+            return 0
         if meet_hosts(arguments):
             from train.together import open_run_folder_together
 

@@ -1,20 +1,19 @@
 """`python -m train.report RUN` writes RUN/report.html: a run on one page, while it goes and after (extra `plot`).
 
-The page needs nothing besides itself: no script, no font, no network. Its content security policy forbids it to load or
-run anything, and every text passes `html.escape`.
+The page needs nothing besides itself (`qwen_moe_jax.web_page`), and every text passes `html.escape`.
 """
 
 import argparse
 import math
-import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.web_page import facts, html_page, write_whole
 from train.folder import RunFolder
 from train.metrics import ASIDES, Metrics, read_metrics
 from train.start import Start, in_bytes
@@ -40,9 +39,7 @@ def write_report(folder: RunFolder) -> Path:
         metrics, name=folder.path.resolve().name, config=folder.config.read_text(encoding="utf-8"), state=_state(folder)
     )
     file = folder.path / "report.html"
-    beside = file.with_suffix(".partial")
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, file)
+    write_whole(file, page)
     return file
 
 
@@ -64,22 +61,14 @@ def report_page(metrics: Metrics, *, name: str, config: str, state: str) -> str:
         sections += _section("Routers", _cards(router) + _wide_card(load_map(metrics)))
     if metrics.samples:
         sections += _section("Samples", _samples(metrics.samples))
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(name)}: training</title>
-<style>{_STYLE}</style></head>
-<body>
-<header><p>Training run, {escape(state)}</p>
+    body = f"""<header><p>Training run, {escape(state)}</p>
 <h1>{escape(name)}</h1>
-{_facts(_results(metrics))}</header>
+{facts(_results(metrics))}</header>
 <main>
-{sections}{_section("What ran", f'<div class="card">{_facts(_settings(start))}</div>')}
+{sections}{_section("What ran", f'<div class="card">{facts(_settings(start))}</div>')}
 <details><summary>config.toml</summary><pre>{escape(config)}</pre></details>
-</main>
-</body></html>
-"""
+</main>"""
+    return html_page(title=f"{name}: training", style=_STYLE, body=body, images="data:")
 
 
 def main(words: list[str]) -> int:
@@ -195,11 +184,6 @@ def _samples(samples: list[dict[str, Any]]) -> str:
     return f'<div class="card">{about}<dl class="samples">{"".join(rows)}</dl></div>\n'
 
 
-def _facts(facts: Mapping[str, str]) -> str:
-    shown = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
-    return f"<dl>{''.join(shown)}</dl>"
-
-
 def _mean(values: Iterable[float]) -> float:
     values = list(values)
     return math.fsum(values) / len(values)
@@ -212,27 +196,13 @@ def _duration(seconds: float) -> str:
 
 
 _STYLE = """
-:root { color-scheme: light dark; --page: #fafaf8; --card: #fff; --ink: #1c1e22; --dim: #6a6f78; --line: #e6e6e1; }
-@media (prefers-color-scheme: dark) { :root { --page: #131519; --card: #1a1d22; --ink: #e4e6ea; --dim: #8c929c;
-  --line: #2b2f36; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 28px clamp(12px, 3vw, 32px); max-width: 1240px; background: var(--page);
-  color: var(--ink); font: 14px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
-header p, figcaption p, .card > p, dt { color: var(--dim); font-size: 12px; margin: 0; }
-h1 { font-size: 24px; margin: 0 0 12px; overflow-wrap: anywhere; }
-h2 { font-size: 17px; margin: 28px 0 10px; }
-h3 { font-size: 14px; margin: 0; }
-dl { display: flex; flex-wrap: wrap; gap: 8px 28px; margin: 0; }
-dd { margin: 0; overflow-wrap: anywhere; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: 14px; }
-.card { margin: 0; padding: 14px 16px; min-width: 0; background: var(--card); border: 1px solid var(--line);
-  border-radius: 8px; }
 .wide { margin-top: 14px; }
 figcaption { margin-bottom: 8px; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-family: system-ui, sans-serif !important; }
-.scroll { overflow-x: auto; }
 .scroll svg { min-width: 760px; }
+.card > p { color: var(--dim); font-size: 12px; margin: 0; }
 .samples { display: grid; gap: 0; }
 .samples div { display: grid; grid-template-columns: 88px 1fr; border-top: 1px solid var(--line); padding: 10px 0; }
 .samples div:first-child { border-top: 0; }

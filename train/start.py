@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.config import SHARDING_RULES
+from qwen_moe_jax.plan.chips import peak_flops
+from qwen_moe_jax.plan.flops import training_flops_per_token
 from train.config import TrainConfig
-from train.flops import peak_flops, training_flops_per_token
 from train.step import TrainState
 
 

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from qwen_moe_jax.cli.units import in_bytes
 from qwen_moe_jax.config import Dtype
+from qwen_moe_jax.units import in_bytes
 
 SUMMARY = (
     "write a checkpoint in another form: the Hub's safetensors, or an Orbax folder; memory holds a few blocks of it"

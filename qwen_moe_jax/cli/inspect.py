@@ -6,8 +6,8 @@ import json
 import re
 from typing import TYPE_CHECKING
 
-from qwen_moe_jax.cli.units import count, in_bytes
 from qwen_moe_jax.errors import CheckpointError
+from qwen_moe_jax.units import count, in_bytes
 
 if TYPE_CHECKING:
     from qwen_moe_jax.huggingface.summary import Summary

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from qwen_moe_jax import __version__
-from qwen_moe_jax.cli import chat, convert, evaluate, generate, inspect, route, score
+from qwen_moe_jax.cli import chat, convert, evaluate, generate, inspect, plan, route, score
 from qwen_moe_jax.cli.arguments import end_other_hosts
 from qwen_moe_jax.errors import CheckpointError, ConfigError, RequestError, ShardingError
 
@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": evaluate,
     "inspect": inspect,
     "convert": convert,
+    "plan": plan,
 }
 
 

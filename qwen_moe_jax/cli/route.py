@@ -3,12 +3,12 @@
 import argparse
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_moe_jax.cli.arguments import add_model_arguments, load_model, number_ranges
 from qwen_moe_jax.errors import RequestError
+from qwen_moe_jax.web_page import write_whole
 
 if TYPE_CHECKING:
     from qwen_moe_jax.cli.routing import PromptRouting
@@ -95,13 +95,8 @@ def _check_replaceable(path: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Writes beside and renames: a file of this name is always whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+        write_whole(path, text)
     except OSError as error:
         raise RequestError(f"{path}: cannot be written ({error.strerror}).") from None
-    finally:
-        beside.unlink(missing_ok=True)
     print(f"Wrote {path}, {path.stat().st_size / 1e3:,.0f} kB.")

@@ -1,16 +1,16 @@
 """A prompt's routing as one HTML page: per layer, a map of tokens × experts beneath the experts' loads.
 
-The page needs nothing besides itself: no script (the layers are radio buttons), no font, no image. Its content security
-policy forbids it to load or run anything, and every text passes `html.escape`.
+The page needs nothing besides itself (`web_page`): the layers are radio buttons. Every text passes `html.escape`.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from html import escape
 
 from rich.cells import cell_len, set_cell_size
 
 from qwen_moe_jax.cli.routing import Choice, LayerRouting, PromptRouting
+from qwen_moe_jax.web_page import facts, html_page
 
 # All lengths are CSS pixels.
 MAP_WIDTH = 1000  # what the experts share
@@ -32,24 +32,16 @@ def routing_page(routing: PromptRouting, *, mark: str) -> str:
         mark: who wrote the page, put near its start.
     """
     layers = "".join(_Drawing(routing).layers())
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="{escape(mark)}">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width">
-<title>Routing in {escape(routing.model)}</title>
-<style>{_STYLE}</style></head>
-<body>
-{_header(routing)}
+    body = f"""{_header(routing)}
 <main>
 <p class="caption">Choose a layer; arrow keys step. Its bar is the busiest expert’s load over the mean.</p>
-{layers}</main>
-</body></html>
-"""
+{layers}</main>"""
+    return html_page(title=f"Routing in {routing.model}", style=_STYLE, body=body, mark=mark)
 
 
 def _header(routing: PromptRouting) -> str:
     factor = "" if routing.capacity_factor is None else f", factor {routing.capacity_factor:g}"
-    facts = {
+    values = {
         "tokens": len(routing.tokens),
         "layers shown": f"{len(routing.layers)} of {routing.num_layers}",
         "experts": routing.num_experts,
@@ -60,13 +52,8 @@ def _header(routing: PromptRouting) -> str:
     prompt = "".join(f"<span>{escape(token)}</span>" for token in routing.tokens).replace("↵", "↵\n")
     return (
         f"<header><p>Which experts the tokens of a prompt chose</p>\n<h1>{escape(routing.model)}</h1>\n"
-        f"{_facts(facts)}\n<pre>{prompt}</pre></header>"
+        f"{facts(values)}\n<pre>{prompt}</pre></header>"
     )
-
-
-def _facts(facts: Mapping[str, object]) -> str:
-    shown = (f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in facts.items())
-    return f"<dl>{''.join(shown)}</dl>"
 
 
 class _Drawing:
@@ -121,7 +108,7 @@ class _Drawing:
         yield f'<label for="layer{number}" title="{told}">{bar}{number}</label>'
 
     def _section(self, layer: LayerRouting) -> str:
-        facts = {
+        values = {
             "entropy": f"{layer.entropy:.2f} of {layer.uniform_entropy:.2f} nats",
             "busiest": f"expert {layer.busiest}: {layer.load.max()} tokens, {layer.imbalance:.1f} × the mean",
             "without tokens": f"{(layer.load == 0).sum()} of {len(layer.load)} experts",
@@ -131,7 +118,7 @@ class _Drawing:
         drawn = "\n".join([*self._bars(layer), *self._rows(layer)])
         size = f'width="{self.right + 1}" height="{self.bottom + 1}"'
         return (
-            f"<section><h2>Layer {layer.layer}</h2>{_facts(facts)}{self._legend(layer)}\n"
+            f"<section><h2>Layer {layer.layer}</h2>{facts(values)}{self._legend(layer)}\n"
             f'<div class="scroll"><svg {size} role="img" aria-label="Layer {layer.layer}: tokens and their experts">'
             f'<use href="#frame"/>\n{drawn}</svg></div></section>\n'
         )
@@ -199,19 +186,13 @@ def _shortened(token: str) -> str:
 
 
 _STYLE = """
-:root { color-scheme: light dark; --page: #fafaf8; --card: #fff; --ink: #1c1e22; --dim: #6a6f78; --line: #e6e6e1;
-  --cell: #4a8df8; --bar: #a9b4c4; --lost: #d6342c; --lit: #4a8df81c; --word: #f0f1ed; }
-@media (prefers-color-scheme: dark) { :root { --page: #131519; --card: #1a1d22; --ink: #e4e6ea; --dim: #8c929c;
-  --line: #2b2f36; --cell: #3d7be8; --bar: #5a6475; --lost: #ff6a5e; --lit: #6ea8ff22; --word: #23272e; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 28px 32px; width: fit-content; min-width: min(100%, 760px); max-width: 100%;
-  background: var(--page); color: var(--ink); font: 14px/1.5 system-ui, sans-serif;
-  font-variant-numeric: tabular-nums; }
-header p, .caption, .legend, dt { color: var(--dim); font-size: 12px; margin: 0; }
-h1 { font-size: 24px; margin: 0 0 12px; overflow-wrap: anywhere; }
-h2 { font-size: 17px; margin: 0 0 8px; }
-dl { display: flex; flex-wrap: wrap; gap: 6px 28px; margin: 0; }
-dd { margin: 0; }
+:root { --cell: #4a8df8; --bar: #a9b4c4; --lost: #d6342c; --lit: #4a8df81c; --word: #f0f1ed; }
+@media (prefers-color-scheme: dark) { :root { --cell: #3d7be8; --bar: #5a6475; --lost: #ff6a5e; --lit: #6ea8ff22;
+  --word: #23272e; } }
+body { padding: 28px 32px; width: fit-content; min-width: min(100%, 760px); max-width: 100%; }
+.caption, .legend { color: var(--dim); font-size: 12px; margin: 0; }
+h2 { margin: 0 0 8px; }
+dl { gap: 6px 28px; }
 pre, text { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 12px; }
 pre { margin: 16px 0 24px; padding: 12px 14px; max-height: 240px; overflow: auto; white-space: pre-wrap;
   overflow-wrap: anywhere; line-height: 1.7; background: var(--card); border: 1px solid var(--line);
@@ -239,7 +220,6 @@ input:checked + label + section { display: block; }
 .legend i { display: inline-block; height: 12px; width: 18px; }
 .legend .cell { background: var(--cell); }
 .legend .lost { border: 2px solid var(--lost); }
-.scroll { overflow-x: auto; }
 section svg { display: block; }
 text { fill: var(--ink); pointer-events: none; }
 .dim { fill: var(--dim); font-size: 11px; }

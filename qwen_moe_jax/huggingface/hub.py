@@ -4,7 +4,7 @@ import re
 from os import PathLike
 from pathlib import Path
 
-from qwen_moe_jax.errors import CheckpointError
+from qwen_moe_jax.errors import CheckpointError, ConfigError
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 #: What is downloaded: configs, tokenizers, templates, and the weights in one of their two formats.
@@ -28,6 +28,32 @@ def local_folder(source: str | PathLike[str]) -> Path:
 def tokenizer_folder(source: str | PathLike[str]) -> Path:
     """`local_folder` for who needs the tokenizer alone: no weights are downloaded."""
     return _local(source, weights=())
+
+
+def config_file(source: str | PathLike[str]) -> Path:
+    """A folder or a config.json as it is, or the config.json of a Hub name, downloaded alone unless it is there.
+
+    Raises:
+        ConfigError: there is no such file or folder, and the Hub has no such model or cannot be reached.
+    """
+    path = Path(source)
+    if path.exists():
+        return path
+    if not is_hub_name(str(source)):
+        raise ConfigError(
+            f"{source}: no such folder or config.json, and no name on the Hub (owner/model) either. Give one of these."
+        )
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(str(source), "config.json"))
+    except (OSError, ValueError, RuntimeError) as error:  # its own errors are all of these kinds
+        reason = str(error).strip().splitlines()
+        raise ConfigError(
+            f"{source}: there is no such folder, and its config.json could not be had from the Hub "
+            f"({type(error).__name__}: {reason[0] if reason else ''}). Without a network, save it elsewhere and give "
+            "the file or its folder."
+        ) from None
 
 
 def _local(source: str | PathLike[str], weights: tuple[str, ...]) -> Path:

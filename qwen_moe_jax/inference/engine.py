@@ -123,6 +123,64 @@ def compilations() -> int:
     return sum(program._cache_size() for program in (_prefill, _first, _decode))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Described:
+    """One of the engine's programs, with nothing in it allocated: what a planner compiles is what a session runs.
+
+    Attributes:
+        program: jitted.
+        arguments: its own, as `jax.ShapeDtypeStruct`s.
+        cache: the one among them that holds keys and values.
+        rows, length, room: as they were rounded up: requests, new tokens of each, tokens a row may come to.
+    """
+
+    program: Callable
+    arguments: tuple
+    cache: Cache
+    rows: int
+    length: int
+    room: int
+
+
+def describe_prefill(
+    model: CausalLM, *, rows: int, prompt: int, max_length: int, cache_dtype: str | None = None
+) -> Described:
+    """The program that reads a stretch of every prompt, the longest that prompts of this length need.
+
+    Args:
+        model: in eval mode; it may be without weights.
+        rows, prompt, max_length: requests, tokens of each, tokens a row may come to.
+        cache_dtype: as `Session`.
+    """
+    rows, room, cache = _described_cache(model, rows, max_length, cache_dtype)
+    length = next((stretch for stretch in STRETCHES if stretch >= prompt), STRETCHES[-1])
+    tokens_BT, count_B = jax.ShapeDtypeStruct((rows, length), np.int32), jax.ShapeDtypeStruct((rows,), np.int32)
+    arguments = (model, cache, tokens_BT, count_B, None)
+    return Described(program=_prefill, arguments=arguments, cache=cache, rows=rows, length=length, room=room)
+
+
+def describe_decode(model: CausalLM, *, rows: int, max_length: int, cache_dtype: str | None = None) -> Described:
+    """The program that writes up to `DECODE` tokens, the most probable ones; a round of its loop is one token a row.
+
+    Arguments as `describe_prefill`.
+    """
+    rows, room, cache = _described_cache(model, rows, max_length, cache_dtype)
+    settings = sampling_settings([GenerationConfig()] * rows, model.config.vocab_size)
+    numbers_B = np.zeros(rows, np.int32)
+    writing = Writing(token_B=numbers_B, left_B=numbers_B, sampling=initial_state(settings, [[]] * rows))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (writing, settings))
+    return Described(program=_decode, arguments=(model, cache, *shapes), cache=cache, rows=rows, length=1, room=room)
+
+
+def _described_cache(model: CausalLM, rows: int, max_length: int, cache_dtype: str | None) -> tuple[int, int, Cache]:
+    """Rows and room as they are rounded up, and the cache for them."""
+    ways = math.prod(model.mesh.shape[axis] for axis in BATCH)
+    rows, room = -(-_power_of_two(rows) // ways) * ways, _room(max_length)
+    dtype = cache_dtype or model.execution.dtype
+    cache = describe_cache(model.config, model.mesh, batch=rows, max_length=room, max_write=STRETCHES[-1], dtype=dtype)
+    return rows, room, cache
+
+
 class Session:
     """A cache, and the rows that live in it. What a row has in common with its next prompt is not computed again.
 
@@ -144,17 +202,7 @@ class Session:
             model = nnx.merge(*nnx.split(model))  # a view of the same weights: the caller's stays in training mode
             model.eval()
         self._model = model
-        ways = math.prod(model.mesh.shape[axis] for axis in BATCH)
-        self._rows = -(-_power_of_two(rows) // ways) * ways
-        self.max_length = _room(max_length)
-        self._described = describe_cache(
-            model.config,
-            model.mesh,
-            batch=self._rows,
-            max_length=self.max_length,
-            max_write=STRETCHES[-1],
-            dtype=cache_dtype or model.execution.dtype,
-        )
+        self._rows, self.max_length, self._described = _described_cache(model, rows, max_length, cache_dtype)
         self._cache: Cache | None = empty_cache(self._described)
         self._cached: list[list[int]] = [[] for _ in range(self._rows)]
         self._per_row = NamedSharding(model.mesh, P(BATCH))

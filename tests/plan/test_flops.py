@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 import qwen_moe_jax as qmj
-from train.flops import forward_flops_per_token, peak_flops, training_flops_per_token
+from qwen_moe_jax.plan.chips import peak_flops
+from qwen_moe_jax.plan.flops import forward_flops_per_token, training_flops_per_token
 
 HUB_CONFIG = {
     "model_type": "qwen3_moe",

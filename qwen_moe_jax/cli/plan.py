@@ -1,0 +1,131 @@
+"""`qwen-moe-jax plan`: whether a model fits hardware that is not here, what it sends, and what bounds it."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from qwen_moe_jax.cli.arguments import mesh_sizes
+from qwen_moe_jax.config import Dispatch, Dtype
+from qwen_moe_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from qwen_moe_jax.plan.compile import Step
+
+SUMMARY = "compile a model for hardware that need not be here: whether it fits, what it sends, what bounds it"
+
+#: Tokens, where they are not given.
+PROMPT, CONTEXT = 512, 4096
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="a folder, a config.json, or a name on the Hub, of which only that is fetched"
+    )
+    parser.add_argument(
+        "--target",
+        required=True,
+        help="cpu:8 (simulated), tpu:v5p:4x4x4 (v4, v5e, v5p, v6e, tpu7x) or gpu:h200:8 (a100, h100, h200, b200)",
+    )
+    parser.add_argument(
+        "--for",
+        dest="purpose",
+        choices=("prefill", "decode", "forward"),
+        default="decode",
+        help="the program: a stretch of the prompts into the cache, one token for every row (if not given), or logits "
+        "of whole sequences",
+    )
+    parser.add_argument("--batch", type=_positive, default=1, metavar="N", help="sequences at once; 1 if not given")
+    parser.add_argument(
+        "--prompt",
+        type=_positive,
+        metavar="N",
+        help=f"prefill and forward: tokens of each sequence; {PROMPT} if not given",
+    )
+    parser.add_argument(
+        "--context",
+        type=_positive,
+        metavar="N",
+        help=f"prefill and decode: tokens a row of the cache has room for; {CONTEXT} if not given",
+    )
+    parser.add_argument(
+        "--mesh",
+        type=mesh_sizes,
+        default={},
+        metavar="AXIS=SIZE,…",
+        help="how the target's devices stand, for example expert=8; their product is the number of devices",
+    )
+    parser.add_argument(
+        "--dtype", choices=get_args(Dtype), help="of weights and activations; the config's if not given"
+    )
+    parser.add_argument("--dispatch", choices=get_args(Dispatch), help="how tokens reach their experts")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="instead of --mesh: draft every mesh of the target's devices, compile the most promising, show the best",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all of it there; - for standard output")
+    parser.add_argument("--html", metavar="FILE", help="write a page of it, which needs nothing besides itself")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints the plan, or writes it.
+
+    Raises:
+        ConfigError: no such target or model, or arguments that have no meaning together.
+        ShardingError: the mesh is not as large as the target, or does not divide the model.
+    """
+    if arguments.prompt and arguments.purpose == "decode":
+        raise ConfigError("--prompt has a meaning with --for prefill and --for forward only.")
+    if arguments.context and arguments.purpose == "forward":
+        raise ConfigError("--context has a meaning with --for prefill and --for decode only.")
+    if arguments.search and arguments.mesh:
+        raise ConfigError("--mesh and --search: found both, expected one. --search chooses the mesh.")
+
+    from qwen_moe_jax.plan.targets import parse_target
+
+    request = parse_target(arguments.target)
+
+    from qwen_moe_jax.config import ExecutionConfig, ModelConfig
+    from qwen_moe_jax.huggingface.hub import config_file
+    from qwen_moe_jax.plan.compile import plan_step, target_mesh
+    from qwen_moe_jax.plan.inference import decode_step, forward_step, prefill_step
+    from qwen_moe_jax.plan.show import show_plan, show_search
+
+    config = ModelConfig.from_pretrained(config_file(arguments.model))
+    execution = ExecutionConfig(dtype=arguments.dtype, dispatch=arguments.dispatch)
+    name = Path(arguments.model).stem if Path(arguments.model).exists() else arguments.model
+    prompt, context = arguments.prompt or PROMPT, arguments.context or CONTEXT
+
+    def step_on(mesh: "Mesh") -> "Step":
+        common = (config, name, mesh, execution)
+        if arguments.purpose == "forward":
+            return forward_step(*common, rows=arguments.batch, length=prompt)
+        if arguments.purpose == "prefill":
+            return prefill_step(*common, rows=arguments.batch, prompt=prompt, max_length=max(prompt, context))
+        return decode_step(*common, rows=arguments.batch, max_length=context)
+
+    files = {"json_to": arguments.json, "html_to": arguments.html}
+    if arguments.search:
+        from qwen_moe_jax.plan.choose import choose_mesh
+        from qwen_moe_jax.plan.search_table import print_progress
+
+        show_search(
+            lambda: choose_mesh(step_on, request, progress=print_progress), arguments.target, _mesh_argument, **files
+        )
+        return
+    mesh = target_mesh(request, arguments.mesh)
+    show_plan(lambda: plan_step(step_on(mesh), request, mesh), arguments.target, **files)
+
+
+def _mesh_argument(sizes: Mapping[str, int]) -> str:
+    """What `mesh_sizes` reads."""
+    return "--mesh " + (",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1")
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a positive number")
+    return int(text)

@@ -1,0 +1,1 @@
+"""Any step, compiled without its hardware: does it fit, what does it send, what bounds it."""

@@ -1,0 +1,271 @@
+"""A jitted function and abstract arguments → a plan. Nothing is allocated, and nothing runs."""
+
+import dataclasses
+import math
+import re
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+import qwen_moe_jax
+from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.errors import ShardingError
+from qwen_moe_jax.plan.chips import chip_of
+from qwen_moe_jax.plan.collectives import collectives_of
+from qwen_moe_jax.plan.hlo import Module
+from qwen_moe_jax.plan.remarks import remarks_on
+from qwen_moe_jax.plan.result import (
+    Collective,
+    CompileCost,
+    Flops,
+    Group,
+    Memory,
+    Model,
+    PlacedArray,
+    Plan,
+    Roofline,
+    Target,
+    Work,
+)
+from qwen_moe_jax.plan.roofline import roofline_of
+from qwen_moe_jax.plan.targets import TargetRequest
+from qwen_moe_jax.sharding.mesh import AXES, make_mesh
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """What is planned: a program, and what goes into it.
+
+    Attributes:
+        function: jitted.
+        arguments: its positional arguments; arrays are `jax.ShapeDtypeStruct`s that say where they lie.
+        groups: the same arrays by what people call them, "parameters" first; each any tree.
+        config: of the model.
+        name: of the model, for people.
+        work: what the step does.
+        model_flops: of all devices, by the model's definition.
+        gradient_bytes: of one device; 0 where there are none.
+        open_loop_times: how often a loop runs whose end depends on data, in what counts as a step; None if unknown.
+    """
+
+    function: Any
+    arguments: tuple[Any, ...]
+    groups: Mapping[str, Any]
+    config: ModelConfig
+    name: str
+    work: Work
+    model_flops: float
+    gradient_bytes: int = 0
+    open_loop_times: int | None = None
+
+
+def target_mesh(request: TargetRequest, sizes: Mapping[str, int]) -> Mesh:
+    """The mesh over the target's devices.
+
+    Args:
+        request: the target.
+        sizes: of the mesh axes; those not named are 1.
+
+    Raises:
+        ConfigError: the target's compiler is missing.
+        ShardingError: the sizes do not come to the target's devices; with proposals.
+    """
+    devices = request.devices()
+    needed = math.prod(sizes.values())
+    if needed != len(devices):
+        asked = " * ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
+        proposals = _proposals(sizes, len(devices))
+        raise ShardingError(
+            f"the mesh {asked} needs {needed} devices, and the target {request.name} has {len(devices)}. "
+            + (
+                f"With as many: {'; '.join(proposals)}."
+                if proposals
+                else f"Choose sizes whose product is {len(devices)}."
+            )
+        )
+    return make_mesh(**sizes, devices=devices)
+
+
+def _proposals(sizes: Mapping[str, int], devices: int) -> list[str]:
+    """Meshes of that many devices that differ from this one in one axis."""
+    found = []
+    for axis in ("fsdp", "data", "expert"):
+        others = math.prod(size for name, size in sizes.items() if name != axis)
+        if devices % others == 0:
+            changed = {**{name: sizes.get(name, 1) for name in AXES}, axis: devices // others}
+            found.append(",".join(f"{name}={size}" for name, size in changed.items() if size > 1) or "data=1")
+    return list(dict.fromkeys(found))
+
+
+def plan_step(step: Step, request: TargetRequest, mesh: Mesh) -> Plan:
+    """Compiles the step for the mesh's devices and says what came of it. A refusal for lack of memory is an answer."""
+    target = describe_target(request, mesh)
+    sizes = {axis: int(size) for axis, size in mesh.shape.items()}
+    groups = tuple(describe_group(name, tree) for name, tree in step.groups.items())
+    compiled, refusal, cost = _compile(step, request, mesh)
+
+    memory = _memory(groups, step.gradient_bytes, compiled, refusal, target)
+    collectives: tuple[Collective, ...] = ()
+    program_flops: float | None = None
+    roofline: Roofline | None = None
+    if compiled is not None:
+        module = Module(compiled.as_text(), layer_repeats(step.config), step.open_loop_times)
+        collectives = collectives_of(module, sizes, request.platform)
+        flops = module.matmul_flops()
+        program_flops = None if flops is None else flops * target.devices
+        roofline = roofline_of(
+            target, chip_of(mesh.devices.flat[0].device_kind), sizes, step, program_flops, module, collectives
+        )
+    moe = step.config.moe
+    plan = Plan(
+        target=target,
+        mesh=sizes,
+        model=Model(
+            name=step.name,
+            model_type=step.config.model_type,
+            parameters=step.config.num_parameters(),
+            active_parameters=step.config.num_active_parameters(),
+            layers=step.config.num_hidden_layers,
+            sparse_layers=step.config.num_sparse_layers,
+            experts=moe.num_experts if moe else 0,
+            experts_per_token=moe.num_experts_per_tok if moe else 0,
+        ),
+        work=step.work,
+        memory=memory,
+        flops=Flops(model=step.model_flops, program=program_flops),
+        collectives=collectives,
+        roofline=roofline,
+        remarks=(),
+        refusal=refusal,
+        cost=cost,
+        versions=_versions(request),
+    )
+    return dataclasses.replace(plan, remarks=remarks_on(plan))
+
+
+def describe_target(request: TargetRequest, mesh: Mesh) -> Target:
+    """The hardware, as far as the table of chips knows it."""
+    chip = chip_of(mesh.devices.flat[0].device_kind) if request.platform != "cpu" else None
+    return Target(
+        name=request.name,
+        platform=request.platform,
+        chip="simulated CPU" if chip is None else chip.name,
+        devices=mesh.devices.size,
+        memory_bytes=chip.memory_bytes if chip else None,
+        peak_flops=chip.peak_flops if chip else None,
+        memory_bandwidth=chip.memory_bandwidth if chip else None,
+    )
+
+
+def describe_group(name: str, tree: Any) -> Group:
+    """Where every array of a tree lies. One without a sharding lies whole on every device."""
+    arrays = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        shape, sharding = tuple(np.shape(leaf)), getattr(leaf, "sharding", None)
+        placed = isinstance(sharding, NamedSharding)
+        spec = tuple(sharding.spec) if placed else ()
+        local = sharding.shard_shape(shape) if placed else shape
+        arrays.append(
+            PlacedArray(
+                name=jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"),
+                shape=shape,
+                dtype=str(leaf.dtype),
+                spec=tuple(_axes(place) for place in (*spec, *(None,) * (len(shape) - len(spec)))),
+                bytes=math.prod(local) * leaf.dtype.itemsize,
+            )
+        )
+    return Group(name=name, arrays=tuple(arrays))
+
+
+def _axes(place: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (place,) if isinstance(place, str) else tuple(place or ())
+
+
+def layer_repeats(config: ModelConfig) -> frozenset[int]:
+    """How many steps the scans over layers have. One of a single step is no loop."""
+    from qwen_moe_jax.model.segments import plan_segments
+
+    return frozenset(segment.repeats for segment in plan_segments(config.layers) if segment.repeats > 1)
+
+
+def _compile(
+    step: Step, request: TargetRequest, mesh: Mesh
+) -> tuple[jax.stages.Compiled | None, str | None, CompileCost]:
+    began = time.perf_counter()
+    if request.platform == "gpu":
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # from which Pallas learns the GPU's kind
+            lowered = step.function.trace(*step.arguments).lower(lowering_platforms=("cuda",))
+    else:
+        lowered = step.function.lower(*step.arguments)
+    traced = time.perf_counter()
+    compiled, refusal = None, None
+    # On the CPU, most of the time would go into machine code that never runs; the program is the same without.
+    options = {"xla_backend_optimization_level": 0} if request.platform == "cpu" else None
+    try:
+        compiled = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        refusal = str(error).strip().splitlines()[0]
+    cost = CompileCost(
+        trace_seconds=traced - began,
+        compile_seconds=time.perf_counter() - traced,
+        peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+    )
+    return compiled, refusal, cost
+
+
+def _memory(
+    groups: tuple[Group, ...],
+    gradient_bytes: int,
+    compiled: jax.stages.Compiled | None,
+    refusal: str | None,
+    target: Target,
+) -> Memory:
+    needed, available = refused_bytes(refusal or "")
+    arguments = sum(group.bytes for group in groups)
+    told = None if compiled is None else compiled.memory_analysis()
+    return Memory(
+        groups=groups,
+        padding=None if told is None else told.argument_size_in_bytes - arguments,
+        gradients=gradient_bytes,
+        outputs=None if told is None else told.output_size_in_bytes - told.alias_size_in_bytes,
+        temporaries=None if told is None else told.temp_size_in_bytes,
+        code=None if told is None else told.generated_code_size_in_bytes,
+        needed=needed,
+        available=available or target.memory_bytes,
+    )
+
+
+_SIZE = r"([\d.]+)([KMGT]?)i?B?"
+
+
+def refused_bytes(refusal: str) -> tuple[int | None, int | None]:
+    """(needed, available) of what XLA says when a program does not fit; None for what it does not say."""
+    for pattern in (rf"\({_SIZE}\) exceeds available \w+ \({_SIZE}\)", rf"Used {_SIZE} of {_SIZE}"):
+        if match := re.search(pattern, refusal):
+            number, unit, limit, limit_unit = match.groups()
+            return _as_bytes(number, unit), _as_bytes(limit, limit_unit)
+    return None, None
+
+
+def _as_bytes(number: str, unit: str) -> int:
+    return int(float(number) * 2 ** (10 * " KMGT".index(unit or " ")))
+
+
+def _versions(request: TargetRequest) -> dict[str, str]:
+    packages = {"cpu": (), "tpu": ("libtpu",), "gpu": ("jax-cuda13-plugin", "jax-cuda12-plugin")}[request.platform]
+    found = {"qwen_moe_jax": qwen_moe_jax.__version__}
+    for name in ("jax", "jaxlib", "flax", *packages):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,38 @@
+"""How much arithmetic a token is: what the model FLOPs of utilisation (MFU) and of plans are made of.
+
+Model FLOPs are those that the model's definition asks for: no recomputation, no one-hot einsums, no masked-out scores.
+"""
+
+from qwen_moe_jax.config import LayerKind, ModelConfig
+
+
+def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """FLOPs of one token, forward and backward (which is twice the forward), in a causal row of `seq_len` tokens.
+
+    A row that holds several documents attends to less, which is not taken off.
+    """
+    return 3 * forward_flops_per_token(config, seq_len)
+
+
+def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """A multiply and an add for each weight a token meets, the head's too and the embedding's not; and its attention.
+
+    Each key that a query sees costs a product of `head_dim` numbers in every head, and its value another.
+    """
+    return extend_flops_per_token(config, 0, seq_len)
+
+
+def extend_flops_per_token(config: ModelConfig, before: int, new: int) -> float:
+    """The mean over `new` tokens that follow `before` others, whose keys and values are there already."""
+    weights = 2 * config.num_active_parameters(exclude_embeddings=True)
+    attention = config.attention
+    per_key = 4 * attention.num_attention_heads * attention.head_dim
+    keys = sum(_keys_per_query(kind, attention.sliding_window, before, new) for kind in config.layers)
+    return weights + per_key * keys
+
+
+def _keys_per_query(kind: LayerKind, sliding_window: int | None, before: int, new: int) -> float:
+    """The mean over the new queries: the query at place t, from 1, sees t keys, or the window."""
+    window = sliding_window if kind.attention == "sliding" else before + new
+    growing = max(min(window, before + new) - before, 0)  # queries that see all there is
+    return (growing * before + growing * (growing + 1) / 2 + (new - growing) * window) / new

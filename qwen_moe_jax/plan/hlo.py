@@ -1,0 +1,362 @@
+"""Reading the text of a compiled program: its instructions, how often each runs, and what its matrix products cost.
+
+XLA's own cost analysis counts the body of a loop once and says nothing of GPUs; here a loop's body counts as often as
+it runs. Shapes in the text are those of one device.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_BYTES = {"pred": 1, "c64": 8, "c128": 16}
+_NAME = re.compile(r"%([\w.\-]+)")
+
+#: Instructions that only name arrays that are there already.
+_FREE = frozenset(
+    "parameter constant get-tuple-element tuple bitcast while call conditional after-all partition-id opt-barrier "
+    "copy-done copy-start all-gather-done all-reduce-done collective-permute-done async-done async-update "
+    "call-done".split()
+)
+
+#: Instructions that write a part of an array where it lies, and which of their operands that part is.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """An array in the text.
+
+    Attributes:
+        dtype: XLA's name of it: "bf16", "f32", "s32".
+        shape: of one device's part.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Without the padding of a layout."""
+        if self.dtype in ("token", "opaque"):
+            return 0
+        size = _BYTES.get(self.dtype)
+        if size is None:
+            bits = re.search(r"\d+", self.dtype)
+            size = max(int(bits[0]) // 8, 1) if bits else 1
+        return size * math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """A line of a program.
+
+    Attributes:
+        name: its own.
+        opcode: what it does: "dot", "all-gather-start", "fusion".
+        results: the arrays it makes; more than one in a tuple.
+        operands: names of what goes in.
+        attributes: the rest of the line.
+        root: whether it is what its computation returns.
+    """
+
+    name: str
+    opcode: str
+    results: tuple[Array, ...]
+    operands: tuple[str, ...]
+    attributes: str
+    root: bool
+
+    def attribute(self, name: str) -> str | None:
+        """A word or a {…} list after `name=`."""
+        found = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^,\s]+)", self.attributes)
+        return found[1] if found else None
+
+    @property
+    def source(self) -> str:
+        """The operation of the traced program that it comes from; may be empty."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An instruction in its place.
+
+    Attributes:
+        instruction: it.
+        computation: where it stands.
+        times: how often it runs in a step; None where a loop does not say.
+        layers: the steps of the loop over layers that it stands in; 0 outside of one.
+        fused: whether it stands inside a fusion, so that what it makes is written nowhere.
+    """
+
+    instruction: Instruction
+    computation: dict[str, Instruction]
+    times: int | None
+    layers: int
+    fused: bool
+
+
+class Module:
+    """A program's text, read.
+
+    Args:
+        text: of `compiled.as_text()`.
+        layer_repeats: the numbers of steps of the scans over layers; loops that run so often are these.
+        open_loop_times: what a loop counts whose end depends on data and which no other loop surrounds: 1 where one of
+            its rounds is the step. None: its times are not known.
+    """
+
+    def __init__(self, text: str, layer_repeats: frozenset[int] = frozenset(), open_loop_times: int | None = None):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self._entry = ""
+        self._layer_repeats = layer_repeats
+        self._open_loop_times = open_loop_times
+        current: dict[str, Instruction] = {}
+        for line in text.splitlines():
+            if line.endswith("{") and not line.startswith(" ") and (head := _HEAD.match(line)):
+                current = self.computations[head[1]] = {}
+                if line.startswith("ENTRY"):
+                    self._entry = head[1]
+            elif line.startswith(" ") and (instruction := _read(line)) is not None:
+                current[instruction.name] = instruction
+        self.runs: tuple[Run, ...] = tuple(self._walk(self._entry, 1, 0, False, False))
+
+    def _walk(self, name: str, times: int | None, layers: int, fused: bool, looped: bool) -> Iterator[Run]:
+        computation = self.computations[name]
+        for instruction in computation.values():
+            yield Run(instruction, computation, times, layers, fused)
+            if instruction.opcode == "while":
+                trips = self.trips(instruction, computation)
+                if trips is None and not looped:
+                    trips = self._open_loop_times
+                body = _bare(instruction.attribute("body"))
+                over_layers = trips in self._layer_repeats and "shard_map" not in instruction.source
+                inside = trips if over_layers and not layers else layers
+                rounds = None if trips is None or times is None else times * trips
+                yield from self._walk(body, rounds, inside, fused, True)
+            for called in self._called(instruction):
+                yield from self._walk(called, times, layers, fused or instruction.opcode == "fusion", looped)
+
+    def _called(self, instruction: Instruction) -> list[str]:
+        if instruction.opcode in ("fusion", "call", "call-start", "async-start"):
+            words = [instruction.attribute("calls"), instruction.attribute("to_apply")]
+        elif instruction.opcode == "conditional":  # every branch counts: which one is taken is not known
+            branches = instruction.attribute("branch_computations") or ""
+            words = [*_NAME.findall(branches), instruction.attribute("true_computation")]
+            words.append(instruction.attribute("false_computation"))
+        else:
+            return []
+        return [bare for word in words if word and (bare := _bare(word)) in self.computations]
+
+    def trips(self, loop: Instruction, around: dict[str, Instruction]) -> int | None:
+        """How often a loop's body runs: as the text has it, or by its counter, from 0 in steps of 1 to a constant."""
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(known[1])
+        condition = self.computations.get(_bare(loop.attribute("condition")), {})
+        root = next((one for one in condition.values() if one.root), None)
+        if root is None or root.opcode != "compare" or "direction=LT" not in root.attributes:
+            return None
+        limit = condition.get(root.operands[1])
+        if limit is not None and limit.opcode == "get-tuple-element":  # carried along: what went in at the start
+            start = around.get(loop.operands[0])
+            if start is None or start.opcode != "tuple":
+                return None
+            limit = around.get(start.operands[int(limit.attribute("index"))])
+        value = re.match(r"(\d+)\)", limit.attributes) if limit is not None and limit.opcode == "constant" else None
+        return int(value[1]) if value else None
+
+    def operand_arrays(self, run: Run) -> list[Array]:
+        """What goes in, in order."""
+        found = [run.computation.get(name) for name in run.instruction.operands]
+        return [array for one in found if one is not None for array in one.results]
+
+    def matmul_flops(self) -> float | None:
+        """Of a step on one device: two for each multiply-and-add of a dot or a convolution, and what kernels say.
+
+        None where a kernel does not say, or a loop around one does not say how often it runs.
+        """
+        total = 0.0
+        for run in self.runs:
+            one = self._flops(run)
+            if one is None or (one and run.times is None):
+                return None
+            total += one * (run.times or 0)
+        return total
+
+    def _flops(self, run: Run) -> float | None:
+        instruction = run.instruction
+        if instruction.opcode == "dot":
+            left = run.computation[instruction.operands[0]].results[0]
+            summed = _numbers(instruction.attribute("lhs_contracting_dims"))
+            return 2.0 * math.prod(instruction.results[0].shape) * math.prod(left.shape[axis] for axis in summed)
+        if instruction.opcode == "convolution":
+            return _convolution_flops(instruction, *(run.computation[name].results[0] for name in instruction.operands))
+        if instruction.opcode == "custom-call":
+            return self._custom_flops(run)
+        return 0.0
+
+    def _custom_flops(self, run: Run) -> float | None:
+        instruction = run.instruction
+        if told := re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.attributes):
+            return float(told[1])
+        target = instruction.attribute("custom_call_target") or ""
+        if "gemm" in target or "matmul" in target:
+            left = run.computation[instruction.operands[0]].results[0]
+            summed = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+            if summed is None:
+                return None
+            axes = [int(axis) for axis in re.findall(r"\d+", summed[1])]
+            return 2.0 * math.prod(instruction.results[0].shape) * math.prod(left.shape[axis] for axis in axes)
+        return None if "triton" in target or "tpu_custom_call" in target else 0.0
+
+    def memory_bytes(self) -> float:
+        """Bytes that a device's instructions read and write in a step, a fusion as one instruction.
+
+        An operand that is only sliced counts as its slices, and a result that is written into one that exists as what
+        is written. Of the stack of all layers, a kernel in the loop over them reads one layer's part. A loop that does
+        not say how often it runs counts once.
+        """
+        total = 0.0
+        for run in self.runs:
+            if run.fused or run.instruction.opcode in _FREE:
+                continue
+            total += self._moved(run) * (1 if run.times is None else run.times)
+        return total
+
+    def _moved(self, run: Run) -> int:
+        instruction = run.instruction
+        if instruction.opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * sum(array.bytes for array in instruction.results)
+        if instruction.opcode in _UPDATES:
+            update = run.computation.get(instruction.operands[_UPDATES[instruction.opcode]])
+            return 2 * sum(array.bytes for array in update.results) if update else 0
+        if instruction.opcode != "fusion":
+            stacked = instruction.opcode == "custom-call" and run.layers
+            size = sum(array.bytes for array in instruction.results)
+            for name in instruction.operands:
+                for array in run.computation[name].results if name in run.computation else ():
+                    whole = stacked and array.shape and array.shape[0] % run.layers == 0 and _is_carried(run, name)
+                    size += array.bytes // run.layers if whole else array.bytes
+            return size
+        fused = self.computations.get(_bare(instruction.attribute("calls")), {})
+        users: dict[str, list[Instruction]] = {}
+        for one in fused.values():
+            for name in one.operands:
+                users.setdefault(name, []).append(one)
+        moved = 0
+        for one in fused.values():
+            if one.opcode == "parameter":
+                takers = users.get(one.name, [])
+                if takers and all(_is_part(taker, one.name) for taker in takers):
+                    moved += sum(_part_bytes(taker) for taker in takers)
+                else:
+                    moved += sum(array.bytes for array in one.results)
+            if one.root:
+                written = [fused[name] for name in one.operands] if one.opcode == "tuple" else [one]
+                moved += sum(_written_bytes(each, fused) for each in written)
+        return moved
+
+
+def _read(line: str) -> Instruction | None:
+    left, separator, right = line.strip().partition(" = ")
+    if not separator:
+        return None
+    root = left.startswith("ROOT ")
+    name = left.removeprefix("ROOT ").lstrip("%")
+    end = _closing(right, 0) + 1 if right.startswith("(") else right.find(" ")
+    kind, rest = right[:end], right[end:].lstrip()
+    opcode, _, _ = rest.partition("(")
+    start = len(opcode)
+    stop = _closing(rest, start)
+    if not re.fullmatch(r"[\w\-]+", opcode):
+        return None
+    inside = rest[start + 1 : stop]
+    results = tuple(Array(dtype, _numbers(dims)) for dtype, dims in _ARRAY.findall(kind))
+    # A constant's or a parameter's parentheses hold a value; it is kept with the attributes.
+    attributes = f"{inside}), {rest[stop + 1 :]}" if opcode in ("constant", "parameter") else rest[stop + 1 :]
+    return Instruction(name, opcode, results, tuple(_NAME.findall(inside)), attributes, root)
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis that opens at `start` closes."""
+    depth = 0
+    for place in range(start, len(text)):
+        if text[place] == "(":
+            depth += 1
+        elif text[place] == ")":
+            depth -= 1
+            if depth == 0:
+                return place
+    return len(text)
+
+
+def _bare(name: str | None) -> str:
+    return (name or "").lstrip("%")
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text or ""))
+
+
+def _is_part(taker: Instruction, name: str) -> bool:
+    """Whether it touches only a part of this operand."""
+    if taker.opcode in ("dynamic-slice", "slice", "gather", *_UPDATES):
+        return taker.operands[0] == name and name not in taker.operands[1:]
+    return False
+
+
+def _part_bytes(taker: Instruction) -> int:
+    if taker.opcode in _UPDATES:
+        return 0  # written in place: the rest is not read
+    return sum(array.bytes for array in taker.results)
+
+
+def _is_carried(run: Run, name: str) -> bool:
+    """Whether it is something that goes round in the loop, as it came in."""
+    one = run.computation.get(name)
+    while one is not None and one.opcode in ("bitcast", "reshape", "get-tuple-element"):
+        one = run.computation.get(one.operands[0])
+    return one is not None and one.opcode == "parameter"
+
+
+def _written_bytes(root: Instruction, fused: dict[str, Instruction]) -> int:
+    while root.opcode in ("bitcast", "copy") and root.operands and root.operands[0] in fused:
+        root = fused[root.operands[0]]
+    if root.opcode in _UPDATES and (update := fused.get(root.operands[_UPDATES[root.opcode]])) is not None:
+        return sum(array.bytes for array in update.results)
+    return sum(array.bytes for array in root.results)
+
+
+def _convolution_flops(instruction: Instruction, left: Array, right: Array) -> float:
+    """Two for each pair of a kernel's number and an input's; the zeros of padding and dilation are no work."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    window = instruction.attribute("window") or ""
+    inputs, kernel, result = labels.groups()
+    spatial = sorted(set(inputs) & set("0123456789"))
+
+    def setting(name: str, default: str) -> list[str]:
+        found = re.search(rf"\b{name}=(\S+)", window.strip("{}"))
+        return found[1].split("x") if found else [default] * len(spatial)
+
+    strides, dilations = setting("stride", "1"), setting("lhs_dilate", "1")
+    kernel_dilations, pads = setting("rhs_dilate", "1"), setting("pad", "0_0")
+    pairs = 1
+    for place, axis in enumerate(spatial):
+        size, width = left.shape[inputs.index(axis)], right.shape[kernel.index(axis)]
+        outputs = instruction.results[0].shape[result.index(axis)]
+        stride, dilation, spread = int(strides[place]), int(dilations[place]), int(kernel_dilations[place])
+        low = int(pads[place].split("_")[0])
+        last = (size - 1) * dilation
+        pairs *= sum(
+            0 <= (at := out * stride - low + tap * spread) <= last and at % dilation == 0
+            for out in range(outputs)
+            for tap in range(width)
+        )
+    batch = instruction.results[0].shape[result.index("b")]
+    features = instruction.results[0].shape[result.index("f")]
+    batch_groups = int(instruction.attribute("batch_group_count") or 1)
+    return 2.0 * pairs * batch * features * right.shape[kernel.index("i")] / batch_groups

@@ -1,0 +1,87 @@
+"""The engine's own programs, and a plain forward pass, in the words of the planner."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qwen_moe_jax.config import ExecutionConfig, ModelConfig
+from qwen_moe_jax.inference.engine import Described, describe_decode, describe_prefill
+from qwen_moe_jax.model.causal_lm import CausalLM
+from qwen_moe_jax.plan.compile import Step
+from qwen_moe_jax.plan.flops import extend_flops_per_token
+from qwen_moe_jax.plan.result import Purpose, Work
+from qwen_moe_jax.sharding.rules import BATCH
+
+
+def prefill_step(config: ModelConfig, name: str, mesh: Mesh, execution: ExecutionConfig, **sizes: int) -> Step:
+    """One stretch of the prompts: their last one.
+
+    Args:
+        config: of the model, which is only described.
+        name: of it, for people.
+        mesh: of the target.
+        execution: how it is run.
+        sizes: rows, prompt and max_length, as `describe_prefill`.
+    """
+    model = CausalLM(config, rngs=None, mesh=mesh, execution=execution)
+    described = describe_prefill(model, **sizes)
+    before = max(sizes["prompt"] - described.length, 0)
+    tokens, head = described.rows * described.length, 2 * config.vocab_size * config.hidden_size
+    flops = tokens * (extend_flops_per_token(config, before, described.length) - head)
+    return _engine_step(model, name, "prefill", described, flops + described.rows * head)  # the last token's logits
+
+
+def decode_step(config: ModelConfig, name: str, mesh: Mesh, execution: ExecutionConfig, **sizes: int) -> Step:
+    """One token for every row, with the cache full. Arguments as `prefill_step`, without prompt."""
+    model = CausalLM(config, rngs=None, mesh=mesh, execution=execution)
+    described = describe_decode(model, **sizes)
+    flops = described.rows * extend_flops_per_token(config, described.room - 1, 1)
+    step = _engine_step(model, name, "decode", described, flops)
+    return dataclasses.replace(step, open_loop_times=1)  # the loop over tokens
+
+
+def forward_step(
+    config: ModelConfig, name: str, mesh: Mesh, execution: ExecutionConfig, *, rows: int, length: int
+) -> Step:
+    """Logits of `rows` sequences of `length` tokens, without a cache."""
+    model = CausalLM(config, rngs=None, mesh=mesh, execution=execution)
+    tokens_BT = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=NamedSharding(mesh, P(BATCH, None)))
+    return Step(
+        function=jax.jit(lambda model, tokens_BT: model(tokens_BT).logits),
+        arguments=(model, tokens_BT),
+        groups={"parameters": model, "batch": tokens_BT},
+        config=config,
+        name=name,
+        work=_work(model, "forward", rows, length, 0),
+        model_flops=rows * length * extend_flops_per_token(config, 0, length),
+    )
+
+
+def _engine_step(model: CausalLM, name: str, purpose: Purpose, described: Described, model_flops: float) -> Step:
+    _, _, *rest = described.arguments
+    return Step(
+        function=described.program,
+        arguments=described.arguments,
+        groups={"parameters": model, "cache": described.cache, "requests": rest},
+        config=model.config,
+        name=name,
+        work=_work(model, purpose, described.rows, described.length, described.room),
+        model_flops=model_flops,
+    )
+
+
+def _work(model: CausalLM, purpose: Purpose, rows: int, tokens_per_row: int, context: int) -> Work:
+    execution = dataclasses.asdict(model.execution_in_use)
+    return Work(
+        purpose=purpose,
+        rows=rows,
+        tokens_per_row=tokens_per_row,
+        context=context,
+        accumulation_steps=1,
+        dtype=execution.pop("dtype"),
+        param_dtype=execution.pop("param_dtype"),
+        execution=execution,
+    )

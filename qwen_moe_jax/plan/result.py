@@ -1,0 +1,361 @@
+"""A plan, whole: what was asked, what each device holds, what is computed and sent, and what bounds the step.
+
+All of it is plain data. Bytes are those of one device unless a field says otherwise; where devices differ, of the
+fullest. Seconds of the roofline are estimates; those of `CompileCost` were measured.
+"""
+
+import dataclasses
+import json
+from typing import Literal
+
+Purpose = Literal["train", "prefill", "decode", "forward"]
+
+#: What XLA calls the ways in which devices talk.
+CollectiveKind = Literal[
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """The hardware that was planned for.
+
+    Attributes:
+        name: as it was asked for: "tpu:v5p:4x8x8", "gpu:h200:8", "cpu:8".
+        platform: whose compiler it was.
+        chip: as people call it: "TPU v5p", "H200", "simulated CPU".
+        devices: how many.
+        memory_bytes: of one device, as far as a program may use it; None for a simulated device.
+        peak_flops: dense bfloat16 FLOP/s of one device; None where it is not known.
+        memory_bandwidth: bytes a second between a device and its memory; None where it is not known.
+    """
+
+    name: str
+    platform: Literal["cpu", "tpu", "gpu"]
+    chip: str
+    devices: int
+    memory_bytes: int | None
+    peak_flops: float | None
+    memory_bandwidth: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """What is run.
+
+    Attributes:
+        name: of the checkpoint, config file or run.
+        model_type: its family, as the Hub has it.
+        parameters, active_parameters: all of them; those that one token passes through.
+        layers, sparse_layers: how many; those with a router.
+        experts, experts_per_token: of a sparse layer; 0 in a dense model.
+    """
+
+    name: str
+    model_type: str
+    parameters: int
+    active_parameters: int
+    layers: int
+    sparse_layers: int
+    experts: int
+    experts_per_token: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """One step of it.
+
+    Attributes:
+        purpose: which program.
+        rows: sequences in a step, over all devices.
+        tokens_per_row: new tokens of each: its length in training, a stretch of the prompt, 1 in decoding.
+        context: tokens a row may come to, prompt and answer, for which the cache has room; 0 without a cache.
+        accumulation_steps: micro-batches that the rows are cut into.
+        dtype, param_dtype: of the activations and of the weights.
+        execution: the other choices of `ExecutionConfig`, none of them left open.
+    """
+
+    purpose: Purpose
+    rows: int
+    tokens_per_row: int
+    context: int
+    accumulation_steps: int
+    dtype: str
+    param_dtype: str
+    execution: dict[str, str | int | float | None]
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of a step, over all devices."""
+        return self.rows * self.tokens_per_row
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlacedArray:
+    """An argument of the program, and how it lies.
+
+    Attributes:
+        name: its path, layers stacked: "model.layers.segments.0.0.mlp.experts.gate_proj".
+        shape: of the whole array.
+        dtype: of its numbers.
+        spec: for each dimension the mesh axes it is cut over, none for one that is whole.
+        bytes: of one device's part.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: tuple[tuple[str, ...], ...]
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """Arguments that belong together: "parameters", "optimizer state", "cache", "batch".
+
+    Attributes:
+        name: what people call it.
+        arrays: by name.
+    """
+
+    name: str
+    arrays: tuple[PlacedArray, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of all of them."""
+        return sum(array.bytes for array in self.arrays)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What a device holds at the fullest moment of a step.
+
+    Arguments and what becomes of them (a step's new state lies where the old one did) are arithmetic; the rest is the
+    compiler's word. None stands for what it did not say, because it refused the program.
+
+    Attributes:
+        groups: the arguments.
+        padding: bytes that the layout of the arguments adds (tiles of TPUs); negative where not all are used.
+        gradients: bytes of them, which are among the temporaries; 0 where there are none.
+        outputs: bytes of results that do not lie in an argument's place.
+        temporaries: all that lives only within the step: activations, gradients, buffers of collectives.
+        code: the program itself.
+        needed: the compiler's own total, where it refused the program for lack of memory; None where it did not.
+        available: as `Target.memory_bytes`.
+    """
+
+    groups: tuple[Group, ...]
+    padding: int | None
+    gradients: int
+    outputs: int | None
+    temporaries: int | None
+    code: int | None
+    needed: int | None
+    available: int | None
+
+    @property
+    def arguments(self) -> int:
+        """Bytes of all groups."""
+        return sum(group.bytes for group in self.groups)
+
+    @property
+    def total(self) -> int | None:
+        """Bytes at the fullest moment; None where the compiler refused the program and gave no number."""
+        if self.temporaries is None:
+            return self.needed
+        return self.arguments + self.padding + self.outputs + self.temporaries + self.code
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it does; None where a device's memory is not known."""
+        if self.temporaries is None:
+            return False
+        return None if self.available is None else self.total <= self.available
+
+    @property
+    def spare(self) -> int | None:
+        """Bytes that are left; negative for what is missing; None where either number is not known."""
+        return None if self.total is None or self.available is None else self.available - self.total
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Floating-point operations of a step, over all devices.
+
+    Attributes:
+        model: what the model's definition asks for, as it is counted for model FLOPs utilisation.
+        program: of the matrix products that the compiled program has; None where it was not compiled, or holds kernels
+            or loops whose work is not told.
+    """
+
+    model: float
+    program: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        """Program over model: recomputation, one-hot einsums, masked-out scores, padding and second copies."""
+        return None if self.program is None else self.program / self.model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collective:
+    """Collectives of one kind, over the same axes, of the same size, in the same place.
+
+    Attributes:
+        kind: what XLA calls it.
+        axes: the mesh axes it runs over; empty where the devices that talk are no axes of the mesh.
+        devices: how many talk to each other.
+        dtype: of the numbers in the compiled program.
+        shape: of the largest array that goes in or comes out on one device.
+        bytes: that a device sends each time, by an algorithm that sends no byte twice: a ring or direct exchange.
+        count: times in a step; a loop's are multiplied; None where a loop's repeats are not told.
+        in_layers: whether it stands in the loop over the layers.
+        widened_from: the dtype it would have on an accelerator, where the CPU's compiler computes it in a wider one;
+            `bytes` are of this one then.
+        source: the operation of the traced program that asked for it, as XLA kept it; may be empty.
+    """
+
+    kind: CollectiveKind
+    axes: tuple[str, ...]
+    devices: int
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    count: int | None
+    in_layers: bool
+    widened_from: str | None
+    source: str
+
+    @property
+    def bytes_per_step(self) -> int | None:
+        """Times `count`."""
+        return None if self.count is None else self.bytes * self.count
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AxisTraffic:
+    """What a device sends along one axis, or along several at once, in a step.
+
+    Attributes:
+        axes: of the mesh.
+        bytes: sent by a device.
+        bandwidth: bytes a second that a device can send there; None where it is not known.
+        network: what the bytes travel over: "ICI", "NVLink", "InfiniBand"; empty where it is not known.
+        seconds: bytes / bandwidth.
+    """
+
+    axes: tuple[str, ...]
+    bytes: int
+    bandwidth: float | None
+    network: str
+    seconds: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Roofline:
+    """How fast a step could be at best: an estimate from the chip's published numbers, not a measurement.
+
+    Nothing is taken off for latency, for matmuls that do not fill the chip, or for a network that others use.
+
+    Attributes:
+        compute: seconds of the program's FLOPs at the chip's peak.
+        memory: seconds for the bytes that must come from a device's memory.
+        memory_bytes: those bytes.
+        traffic: by axes; each its own seconds.
+        network: seconds of all traffic, one after the other.
+        bound: what takes longest: "compute", "memory" or "network".
+        seconds: of a step, if the three overlap perfectly.
+        seconds_without_overlap: if none of them does.
+        tokens_per_second: by `seconds`, over all devices.
+        utilisation: model FLOPs over what the chips could do in `seconds`, 0 to 1.
+    """
+
+    compute: float
+    memory: float
+    memory_bytes: int
+    traffic: tuple[AxisTraffic, ...]
+    network: float
+    bound: Literal["compute", "memory", "network"]
+    seconds: float
+    seconds_without_overlap: float
+    tokens_per_second: float
+    utilisation: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Remark:
+    """What a reviewer would say.
+
+    Attributes:
+        about: one word: "memory", "replicated", "gathered experts", "flops", "padding", "collectives".
+        text: what was found, and what could be done, in a sentence or two.
+    """
+
+    about: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompileCost:
+    """What planning took, measured on the machine that planned.
+
+    Attributes:
+        trace_seconds: to trace and lower the program.
+        compile_seconds: in XLA, until it was done or refused.
+        peak_host_bytes: the most memory the process had so far.
+    """
+
+    trace_seconds: float
+    compile_seconds: float
+    peak_host_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All of it.
+
+    Attributes:
+        target: the hardware.
+        mesh: sizes of the axes, in their order.
+        model: what is run.
+        work: one step of it.
+        memory: what a device holds.
+        flops: what is computed.
+        collectives: what is sent, largest first; empty where the program was refused.
+        roofline: None where the chip's numbers are not known or the program was refused.
+        remarks: in the order of their weight.
+        refusal: why the compiler did not take the program, in its words; None if it did.
+        cost: of planning.
+        versions: of what planned: jax, jaxlib, the target's compiler, qwen_moe_jax.
+    """
+
+    target: Target
+    mesh: dict[str, int]
+    model: Model
+    work: Work
+    memory: Memory
+    flops: Flops
+    collectives: tuple[Collective, ...]
+    roofline: Roofline | None
+    remarks: tuple[Remark, ...]
+    refusal: str | None
+    cost: CompileCost
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        """Every field, and the properties beside the fields they follow from; one object, keys as named here."""
+        return json.dumps(_plain(self), ensure_ascii=False, indent=1) + "\n"
+
+
+def _plain(value: object) -> object:
+    """Dataclasses as mappings with their properties, tuples as lists."""
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+        names += [name for name, kind in vars(type(value)).items() if isinstance(kind, property)]
+        return {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,81 @@
+"""How fast a step could be at best: an estimate from published numbers, whose assumptions stand in `Roofline`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qwen_moe_jax.plan.chips import Chip, Network
+from qwen_moe_jax.plan.hlo import Module
+from qwen_moe_jax.plan.result import AxisTraffic, Collective, Roofline, Target
+
+if TYPE_CHECKING:
+    from qwen_moe_jax.plan.compile import Step
+
+
+def roofline_of(
+    target: Target,
+    chip: Chip | None,
+    mesh: Mapping[str, int],
+    step: "Step",
+    program_flops: float | None,
+    module: Module,
+    collectives: Sequence[Collective],
+) -> Roofline | None:
+    """The estimate; None for a chip whose numbers are not known.
+
+    Where the program's FLOPs are not known, the model's stand in for them.
+    """
+    if chip is None or target.peak_flops is None or target.memory_bandwidth is None:
+        return None
+    compute = (program_flops or step.model_flops) / target.devices / target.peak_flops
+    memory_bytes = int(module.memory_bytes())
+    memory = memory_bytes / target.memory_bandwidth
+    traffic = traffic_of(collectives, chip.networks, mesh)
+    network = sum(one.seconds or 0.0 for one in traffic)
+    parts = {"compute": compute, "memory": memory, "network": network}
+    bound = max(parts, key=parts.__getitem__)
+    seconds = parts[bound]
+    return Roofline(
+        compute=compute,
+        memory=memory,
+        memory_bytes=memory_bytes,
+        traffic=traffic,
+        network=network,
+        bound=bound,
+        seconds=seconds,
+        seconds_without_overlap=sum(parts.values()),
+        tokens_per_second=step.work.tokens / seconds,
+        utilisation=step.model_flops / target.devices / target.peak_flops / seconds,
+    )
+
+
+def traffic_of(
+    collectives: Sequence[Collective], networks: Sequence[Network], mesh: Mapping[str, int]
+) -> tuple[AxisTraffic, ...]:
+    """Bytes a step by the axes they are sent along, most first. What a loop does not count counts once."""
+    sent: dict[tuple[str, ...], int] = {}
+    for one in collectives:
+        sent[one.axes] = sent.get(one.axes, 0) + one.bytes * (1 if one.count is None else one.count)
+    found = []
+    for axes, size in sorted(sent.items(), key=lambda item: -item[1]):
+        network = network_of(axes, networks, mesh)
+        found.append(
+            AxisTraffic(
+                axes=axes,
+                bytes=size,
+                bandwidth=network.bandwidth if network else None,
+                network=network.name if network else "",
+                seconds=size / network.bandwidth if network else None,
+            )
+        )
+    return tuple(found)
+
+
+def network_of(axes: tuple[str, ...], networks: Sequence[Network], mesh: Mapping[str, int]) -> Network | None:
+    """The nearest that joins all devices of a group, devices being numbered along the mesh."""
+    numbers = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values()))
+    group = numbers[tuple(slice(None) if axis in axes or not axes else 0 for axis in mesh)]
+    last = int(group.max())
+    return next((one for one in networks if one.reach is None or last < one.reach), None)

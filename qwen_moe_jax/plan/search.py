@@ -1,0 +1,433 @@
+"""Which mesh: all that a model, a batch and a number of devices admit, drafted by arithmetic, the best compiled.
+
+    search = search_meshes(target, networks, describe, compile_plan, keep=6, progress=show)
+    search.best, search.candidates; `plan.search_table` prints them
+
+Two functions are the caller's; `plan.choose` makes them of a step:
+
+    describe(mesh: dict[str, int]) -> Outline       ShardingError where it does not divide: those rules say what is
+                                                    admitted
+    compile_plan(mesh: dict[str, int]) -> Plan      by the real compiler
+
+A draft knows the bytes of parameters, optimizer state and cache exactly. What it says of activations and of traffic
+are formulas, good enough to choose what is worth compiling and for nothing else.
+
+Plans that fit come first, then those that may. Among them the order is `Roofline.seconds_without_overlap`: with perfect
+overlap all meshes that are bound by arithmetic take the same time, since they compute the same, and the better one is
+the one that leaves less to hide.
+"""
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.errors import ConfigError, ShardingError
+from qwen_moe_jax.plan.chips import Network
+from qwen_moe_jax.plan.result import Group, PlacedArray, Plan, Target, Work
+from qwen_moe_jax.plan.roofline import network_of
+from qwen_moe_jax.sharding.mesh import AXES
+from qwen_moe_jax.sharding.rules import BATCH
+
+Describe = Callable[[dict[str, int]], "Outline"]
+CompilePlan = Callable[[dict[str, int]], Plan]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outline:
+    """A step on a mesh, before it is compiled.
+
+    Attributes:
+        config: of the model.
+        work: the step.
+        flops: of all devices, as `Flops.model`.
+        groups: the program's arguments, as `Memory.groups`; one is called "parameters".
+    """
+
+    config: ModelConfig
+    work: Work
+    flops: float
+    groups: tuple[Group, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Draft:
+    """What arithmetic says of a mesh. Bytes are of one device.
+
+    Attributes:
+        mesh: sizes of all axes.
+        tokens: of a step, as `Work.tokens`.
+        arguments: bytes of parameters, optimizer state, cache and batch: exact.
+        workspace: gradients, activations and gathered weights: a rough guess.
+        available: as `Target.memory_bytes`.
+        traffic: bytes sent in a step, by the axes they travel over, those of size 1 left out: by formula.
+        seconds: of a step if nothing overlaps, as `Roofline.seconds_without_overlap`; None where the chip's numbers are
+            not known.
+    """
+
+    mesh: dict[str, int]
+    tokens: int
+    arguments: int
+    workspace: int
+    available: int | None
+    traffic: dict[tuple[str, ...], int]
+    seconds: float | None
+
+    @property
+    def total(self) -> int:
+        """Bytes of all."""
+        return self.arguments + self.workspace
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it may; None where a device's memory is not known."""
+        return None if self.available is None else self.total <= self.available
+
+    @property
+    def sent(self) -> int:
+        """Bytes over all axes."""
+        return sum(self.traffic.values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A mesh. `plan` is the compiler's word; None where it was not asked."""
+
+    draft: Draft
+    plan: Plan | None
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """Sizes of all axes."""
+        return self.draft.mesh
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+    """A search's outcome.
+
+    Attributes:
+        target: the hardware.
+        candidates: those that were compiled, one at least, best first; then the others, by their drafts.
+        refused: meshes that do not divide, with the reason: the message of `describe` or of `compile_plan`.
+    """
+
+    target: Target
+    candidates: tuple[Candidate, ...]
+    refused: tuple[tuple[dict[str, int], str], ...]
+
+    @property
+    def best(self) -> Candidate | None:
+        """The first that was compiled, if it fits or a device's memory is not known."""
+        first = self.candidates[0]
+        return None if first.plan.memory.fits is False else first
+
+    @property
+    def compiled(self) -> tuple[Candidate, ...]:
+        """Those with a plan."""
+        return tuple(candidate for candidate in self.candidates if candidate.plan is not None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Said before each compilation: `number`, from 1, of `of`; seconds left, None before the first is done."""
+
+    number: int
+    of: int
+    mesh: dict[str, int]
+    seconds_left: float | None
+
+
+def search_meshes(
+    target: Target,
+    networks: Sequence[Network],
+    describe: Describe,
+    compile_plan: CompilePlan,
+    *,
+    keep: int = 6,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> Search:
+    """Drafts every mesh that is admitted, and compiles the `keep` most promising.
+
+    Args:
+        target: the hardware; as many devices as its own.
+        networks: between them, nearest first; none for simulated ones.
+        describe: a step on a mesh.
+        compile_plan: its plan.
+        keep: how many.
+        progress: is told before each compilation.
+
+    Raises:
+        ShardingError: no mesh of that many devices divides the model and the batch; the message has the reasons.
+    """
+    drafts, refused = draft_meshes(target, networks, describe)
+    waiting = in_turns(drafts)
+    compiled: list[Candidate] = []
+    started = time.monotonic()
+    while waiting and len(compiled) < keep:
+        of, done = min(keep, len(compiled) + len(waiting)), len(compiled)
+        draft, *waiting = waiting
+        left = (time.monotonic() - started) / done * (of - done) if done else None
+        progress(Progress(number=done + 1, of=of, mesh=draft.mesh, seconds_left=left))
+        try:
+            compiled.append(Candidate(draft=draft, plan=compile_plan(dict(draft.mesh))))
+        except ShardingError as error:  # what the description did not see; the next one takes its place
+            refused.append((draft.mesh, str(error)))
+    if not compiled:
+        raise _nothing_divides(target, refused)
+    rest = sorted(waiting, key=_promise)
+    candidates = [*ranked(compiled), *(Candidate(draft=draft, plan=None) for draft in rest)]
+    return Search(target=target, candidates=tuple(candidates), refused=tuple(refused))
+
+
+def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Compiled ones, those that fit first.
+
+    Of equals the one with more spare memory comes first, then the one that came first. What does not fit is in the
+    order of what is missing.
+    """
+
+    def key(candidate: Candidate) -> tuple[float, ...]:
+        plan = candidate.plan
+        total = math.inf if plan.memory.total is None else plan.memory.total
+        if plan.memory.fits is False:
+            return (1, total)
+        if plan.roofline is not None:
+            return (0, plan.roofline.seconds_without_overlap, total)
+        return (0, sum(item.bytes_per_step or 0 for item in plan.collectives), total)
+
+    return sorted(candidates, key=key)
+
+
+def draft_meshes(
+    target: Target, networks: Sequence[Network], describe: Describe
+) -> tuple[list[Draft], list[tuple[dict[str, int], str]]]:
+    """Every admitted mesh, the most promising first, and the others with the reason.
+
+    Those that may fit come first, in the order of their seconds, or of the bytes they send where the chip's numbers are
+    not known; then those that may not, in the order of their bytes.
+
+    Raises:
+        ShardingError: none is admitted.
+    """
+    drafts, refused = [], []
+    for mesh in meshes_of(target.devices):
+        try:
+            outline = describe(dict(mesh))
+            _check_batch(outline.work, mesh)
+        except ShardingError as error:
+            refused.append((mesh, str(error)))
+            continue
+        if outline.config.moe is None and mesh["expert"] > 1:
+            continue  # of a dense model `expert` cuts what `fsdp` does
+        drafts.append(draft_of(outline, mesh, target, networks))
+    if not drafts:
+        raise _nothing_divides(target, refused)
+
+    return sorted(drafts, key=_promise), refused
+
+
+def in_turns(drafts: Sequence[Draft], at_once: int = 2) -> list[Draft]:
+    """Drafts in the order to compile them: the best two of each form, then the next two.
+
+    Meshes that split the same axes are of one form. The formulas are wrong about them in the same way, so if they were
+    taken as they come, one mistake could fill all places.
+
+    Args:
+        drafts: the most promising first.
+        at_once: how many of a form before another has its turn.
+    """
+    seen: dict[tuple[str, ...], int] = {}
+    turns = []
+    for draft in drafts:
+        form = tuple(axis for axis, size in draft.mesh.items() if size > 1)
+        # What may not fit waits for all that may.
+        turns.append((draft.fits is False, seen.get(form, 0) // at_once))
+        seen[form] = seen.get(form, 0) + 1
+    return [draft for _, draft in sorted(zip(turns, drafts, strict=True), key=lambda item: item[0])]
+
+
+def _promise(draft: Draft) -> tuple[float, ...]:
+    if draft.fits is False:
+        return (1, draft.total)
+    return (0, draft.sent if draft.seconds is None else draft.seconds, draft.total)
+
+
+def meshes_of(devices: int) -> Iterator[dict[str, int]]:
+    """All meshes of exactly so many devices.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if devices < 1:
+        raise ConfigError(f"search: found {devices} devices, expected at least one.")
+    divisors = [size for size in range(1, devices + 1) if devices % size == 0]
+    for data, fsdp, expert in itertools.product(divisors, repeat=3):
+        if devices % (data * fsdp * expert) == 0:
+            tensor = devices // (data * fsdp * expert)
+            yield dict(zip(AXES, (data, fsdp, expert, tensor), strict=True))
+
+
+def draft_of(outline: Outline, mesh: Mapping[str, int], target: Target, networks: Sequence[Network]) -> Draft:
+    """What arithmetic says of a step on a mesh."""
+    work, groups = outline.work, outline.groups
+    traffic = _traffic(outline, mesh)
+    seconds = None
+    over = {axes: network_of(axes, networks, mesh) for axes in traffic}
+    if target.peak_flops is not None and target.memory_bandwidth is not None and None not in over.values():
+        recomputed = 4 / 3 if _recomputes(work) else 1
+        compute = outline.flops * recomputed / (target.devices * target.peak_flops)
+        memory = _read(outline, mesh) / target.memory_bandwidth
+        seconds = compute + memory + sum(sent / over[axes].bandwidth for axes, sent in traffic.items())
+    return Draft(
+        mesh=dict(mesh),
+        tokens=work.tokens,
+        arguments=sum(group.bytes for group in groups),
+        workspace=_workspace(outline, mesh),
+        available=target.memory_bytes,
+        traffic=traffic,
+        seconds=seconds,
+    )
+
+
+def _check_batch(work: Work, mesh: Mapping[str, int]) -> None:
+    ways = math.prod(mesh[axis] for axis in BATCH) * work.accumulation_steps
+    if work.rows % ways:
+        micro = f" and {work.accumulation_steps} micro-batches" if work.accumulation_steps > 1 else ""
+        raise ShardingError(
+            f"a batch of {work.rows} rows does not divide over data={mesh['data']} * fsdp={mesh['fsdp']} * "
+            f"expert={mesh['expert']}{micro}: expected a multiple of {ways}."
+        )
+
+
+def _nothing_divides(target: Target, refused: Sequence[tuple[dict[str, int], str]]) -> ShardingError:
+    # The mesh that splits the batch least says most about the model.
+    mesh, reason = min(refused, key=lambda item: math.prod(item[0][axis] for axis in BATCH))
+    shape = " * ".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "one device"
+    return ShardingError(
+        f"no mesh of {target.devices} devices divides the model and the batch. {shape}, for example: {reason} Choose "
+        "another number of devices, or more rows."
+    )
+
+
+def _recomputes(work: Work) -> bool:
+    return work.purpose == "train" and work.execution.get("remat") == "full"
+
+
+def _passes(work: Work) -> int:
+    """Over the layers: forward, backward, and forward again where it is recomputed."""
+    return 1 if work.purpose != "train" else 3 if _recomputes(work) else 2
+
+
+def _gathered_over(array: PlacedArray, mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """The axes over which a stored weight is gathered for its layer; routed experts stay on theirs."""
+    cut = {axis for axes in array.spec for axis in axes if mesh[axis] > 1}
+    gathered = ("fsdp",) if ".experts." in f".{array.name}." else ("fsdp", "expert")
+    return tuple(axis for axis in gathered if axis in cut)
+
+
+def _ways(axes: Sequence[str], mesh: Mapping[str, int]) -> int:
+    return math.prod(mesh[axis] for axis in axes)
+
+
+def _parameters(outline: Outline) -> Group:
+    return next(group for group in outline.groups if group.name == "parameters")
+
+
+def _traffic(outline: Outline, mesh: Mapping[str, int]) -> dict[tuple[str, ...], int]:
+    """What a device sends in a step, by rings and direct exchanges."""
+    work, config = outline.work, outline.config
+    training = work.purpose == "train"
+    sent: dict[tuple[str, ...], float] = {}
+
+    def send(axes: tuple[str, ...], size: float) -> None:
+        if axes and size:
+            sent[axes] = sent.get(axes, 0) + size
+
+    for array in _parameters(outline).arrays:
+        axes = _gathered_over(array, mesh)
+        # Gathered forward and again backward, and the gradient scattered, in each micro-batch.
+        times = 3 * work.accumulation_steps if training else 1
+        send(axes, times * array.bytes * (_ways(axes, mesh) - 1))
+        if training:
+            cut = {axis for axes in array.spec for axis in axes}
+            copies = tuple(axis for axis in BATCH if axis not in cut and mesh[axis] > 1)
+            ways = _ways(copies, mesh)
+            send(copies, work.accumulation_steps * 2 * array.bytes * (ways - 1) / ways)
+
+    tokens = work.tokens / _ways(BATCH, mesh)
+    hidden = tokens * config.hidden_size * _width(work.dtype)
+    layers, sparse = len(config.layers), sum(kind.mlp == "sparse" for kind in config.layers)
+    if mesh["expert"] > 1 and sparse:
+        # There and back, in each pass.
+        send(("expert",), 2 * _passes(work) * sparse * hidden * _exchanged(outline, mesh["expert"]))
+    if mesh["tensor"] > 1:
+        # Sums over the parts of a hidden row: after o_proj and down_proj, and backward before q, k, v, gate and up.
+        attention, mlp = (4, 3) if training else (1, 1)
+        again = 1 if _recomputes(work) else 0
+        rows = (mlp + again) * (layers - sparse + sparse * _rows_per_token(outline)) + (attention + again) * layers
+        send(("tensor",), hidden * rows * 2 * (mesh["tensor"] - 1) / mesh["tensor"])
+    return {axes: round(size) for axes, size in sent.items()}
+
+
+def _exchanged(outline: Outline, ways: int) -> float:
+    """How many times its tokens a device sends over `expert`, one way: as rows to their experts, or to every device."""
+    execution, training = outline.work.execution, outline.work.purpose == "train"
+    gathered = ways - 1
+    dispatch = execution.get("dispatch") or ("capacity" if training else "dropless")
+    if dispatch == "dense" or (dispatch == "dropless" and execution.get("exchange") == "gather"):
+        return gathered
+    return _rows_per_token(outline) * (ways - 1) / ways
+
+
+def _rows_per_token(outline: Outline) -> float:
+    """Rows that the experts multiply, those of unused places too."""
+    if outline.config.moe is None:
+        return 1
+    execution, training = outline.work.execution, outline.work.purpose == "train"
+    dispatch = execution.get("dispatch") or ("capacity" if training else "dropless")
+    if dispatch == "dense":
+        return outline.config.moe.num_experts
+    factor = execution.get(f"{'' if training else 'eval_'}{'capacity' if dispatch == 'capacity' else 'buffer'}_factor")
+    return outline.config.moe.num_experts_per_tok * (factor or 1)
+
+
+def _workspace(outline: Outline, mesh: Mapping[str, int]) -> int:
+    """Gradients, the activations that are kept, those of the layer at hand, and its gathered weights."""
+    work, config, parameters = outline.work, outline.config, _parameters(outline)
+    attention, tensor = config.attention, mesh["tensor"]
+    width = _width(work.dtype)
+    rows = work.rows / work.accumulation_steps / _ways(BATCH, mesh)
+    tokens = rows * work.tokens_per_row
+    heads = attention.num_attention_heads * attention.head_dim / tensor
+    keys = work.context or work.tokens_per_row
+    scores = 2 * 4 * rows * attention.num_attention_heads / tensor * work.tokens_per_row * keys
+    ffn = config.intermediate_size
+    moved = 0.0
+    if config.moe is not None:
+        ffn = config.moe.moe_intermediate_size * config.moe.num_experts_per_tok
+        moved = 2 * config.moe.num_experts_per_tok * config.hidden_size
+    layer = scores + tokens * width * (4 * config.hidden_size + 3 * heads + 3 * ffn / tensor + moved)
+    gathered = sum(array.bytes * _ways(_gathered_over(array, mesh), mesh) for array in parameters.arrays)
+    gathered = 2 * gathered / len(config.layers)
+    if work.purpose != "train":
+        return round(layer + gathered)
+    kept = {"none": layer, "full": tokens * width * config.hidden_size}.get(
+        str(work.execution.get("remat")), tokens * width * (2 * config.hidden_size + moved)
+    )
+    return round(parameters.bytes + len(config.layers) * kept + 2 * layer + gathered)
+
+
+def _read(outline: Outline, mesh: Mapping[str, int]) -> float:
+    """Bytes that come from a device's memory: the weights as used, in each pass, and the rest, there and back."""
+    work, parameters = outline.work, _parameters(outline)
+    used = sum(array.bytes * _ways(_gathered_over(array, mesh), mesh) for array in parameters.arrays)
+    others = sum(group.bytes for group in outline.groups if group is not parameters)
+    return used * _passes(work) * work.accumulation_steps + (2 if work.purpose == "train" else 1) * others
+
+
+def _width(dtype: str) -> int:
+    """Bytes of a number."""
+    return {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]

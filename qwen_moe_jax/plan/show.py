@@ -1,0 +1,86 @@
+"""What the command lines do with a plan: its table, its JSON, its page; and with a search, the ranking before them."""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.plan.page import write_plan_page
+from qwen_moe_jax.plan.result import Plan
+from qwen_moe_jax.plan.search import Search
+from qwen_moe_jax.plan.search_table import print_search
+from qwen_moe_jax.plan.table import print_plan
+from qwen_moe_jax.web_page import write_whole
+
+
+def show_plan(make: Callable[[], Plan], target: str, *, json_to: str | None, html_to: str | None) -> None:
+    """Makes a plan, and prints its table; or its JSON to standard output, for `-`; or writes that to a file as well.
+
+    Args:
+        make: compiles.
+        target: as it was asked for.
+        json_to: a file, or `-`.
+        html_to: a file for the page.
+
+    Raises:
+        ConfigError: a file cannot be written. What `make` raises.
+    """
+    _check_folders(json_to, html_to)
+    with Console(stderr=True).status(f"compiling for {target}"):
+        plan = make()
+    _hand_out(plan, json_to, html_to)
+
+
+def show_search(
+    make: Callable[[], Search],
+    target: str,
+    set_mesh: Callable[[Mapping[str, int]], str],
+    *,
+    json_to: str | None,
+    html_to: str | None,
+) -> None:
+    """Searches, prints the ranking, and shows the plan of the best mesh as `show_plan` does.
+
+    The ranking goes to standard error where standard output has the JSON. Where no mesh fits, the plan is the one that
+    lacks least.
+
+    Args:
+        make: searches.
+        target: as it was asked for.
+        set_mesh: a mesh as the command line at hand takes it.
+        json_to: a file, or `-`.
+        html_to: a file for the page.
+
+    Raises:
+        ConfigError: a file cannot be written. What `make` raises.
+    """
+    _check_folders(json_to, html_to)
+    with Console(stderr=True).status(f"trying meshes of {target}"):
+        search = make()
+    console = Console(stderr=json_to == "-", highlight=False)
+    print_search(search, console, set_mesh)
+    console.print()
+    _hand_out(search.candidates[0].plan, json_to, html_to)
+
+
+def _check_folders(*files: str | None) -> None:
+    """Compiling takes minutes: what cannot be written is said before."""
+    for file in files:
+        if file and file != "-" and not Path(file).parent.is_dir():
+            raise ConfigError(f"{file}: there is no folder {Path(file).parent} to write into.")
+
+
+def _hand_out(plan: Plan, json_to: str | None, html_to: str | None) -> None:
+    try:
+        if html_to:
+            write_plan_page(plan, Path(html_to))
+        if json_to == "-":
+            sys.stdout.write(plan.to_json())
+            return
+        print_plan(plan)
+        if json_to:
+            write_whole(Path(json_to), plan.to_json())
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be written ({error.strerror}).") from None

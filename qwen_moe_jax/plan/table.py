@@ -1,0 +1,171 @@
+"""A plan in a terminal."""
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qwen_moe_jax.plan.result import Collective, Memory, Plan
+from qwen_moe_jax.units import count, in_bytes
+
+#: Collectives that send less than this share of a step's bytes are summed up in a line.
+SMALL = 0.005
+
+_PURPOSES = {
+    "train": "a training step",
+    "prefill": "a stretch of the prompt",
+    "decode": "one token a row",
+    "forward": "a forward pass",
+}
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Prints what was asked, whether it fits, what is held, computed and sent, and what a reviewer would say."""
+    console = console or Console(highlight=False)
+    work, model = plan.work, plan.model
+    active = f", {count(model.active_parameters)} active" if model.experts else ""
+    console.print(f"{model.name}: {count(model.parameters)} parameters{active}", style="bold", markup=False)
+    mesh = " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+    console.print(f"{plan.target.devices} × {plan.target.chip} ({plan.target.name}): {mesh}", markup=False)
+    context = f" in a cache for {work.context:,}" if work.context else ""
+    parts = f" in {work.accumulation_steps} micro-batches" if work.accumulation_steps > 1 else ""
+    console.print(
+        f"{_PURPOSES[work.purpose]}: {work.rows:,} rows × {work.tokens_per_row:,} tokens{context}{parts}; "
+        f"{work.dtype}, weights {work.param_dtype}; {_execution(plan)}",
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print()
+    console.print(_verdict(plan), style="bold")
+    console.print(_memory_table(plan.memory))
+    if plan.refusal is None:
+        console.print()
+        _print_flops(plan, console)
+        if plan.collectives:
+            console.print(_collective_table(plan))
+        _print_roofline(plan, console)
+    else:
+        console.print(f"The compiler: {plan.refusal}", style="dim", markup=False)
+    for remark in plan.remarks:
+        console.print(Text(f"! {remark.text}"), soft_wrap=True)
+    console.print(
+        f"Traced in {plan.cost.trace_seconds:.0f} s, compiled in {plan.cost.compile_seconds:.0f} s, "
+        f"{in_bytes(plan.cost.peak_host_bytes)} of this machine's memory; "
+        + ", ".join(f"{name} {number}" for name, number in plan.versions.items()),
+        style="dim",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _execution(plan: Plan) -> str:
+    execution = plan.work.execution
+    dispatch = str(execution["dispatch"])
+    if dispatch == "dropless" and execution["exchange"] and plan.mesh["expert"] > 1:
+        dispatch += f" by {execution['exchange']}"
+    told = [dispatch] if plan.model.experts else []
+    return ", ".join(told + ([f"remat {execution['remat']}"] if plan.work.purpose == "train" else []))
+
+
+def _verdict(plan: Plan) -> Text:
+    memory = plan.memory
+    if memory.fits is None:
+        return Text(f"A device holds {in_bytes(memory.total)}; a simulated one has no limit.")
+    if memory.total is None:
+        return Text("It does not fit.", style="red")
+    of = f"{in_bytes(memory.total)} of {in_bytes(memory.available)} a device"
+    if memory.fits:
+        return Text(f"It fits: {of}, {in_bytes(memory.spare)} to spare.", style="green")
+    return Text(f"It does not fit: {of}, {in_bytes(-memory.spare)} too much.", style="red")
+
+
+def _memory_table(memory: Memory) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("on the fullest device")
+    table.add_column("bytes", justify="right", no_wrap=True)
+    for group in memory.groups:
+        table.add_row(group.name, in_bytes(group.bytes))
+    if memory.temporaries is not None:
+        if memory.padding > 0:
+            table.add_row("padding of the layouts", in_bytes(memory.padding))
+        table.add_row("temporaries", in_bytes(memory.temporaries))
+    if memory.gradients:
+        table.add_row("  gradients among them", in_bytes(memory.gradients), style="dim")
+    if memory.temporaries is not None:
+        if memory.outputs > 0:
+            table.add_row("results", in_bytes(memory.outputs))
+        if memory.code:
+            table.add_row("the program", in_bytes(memory.code))
+    if memory.total is not None:
+        table.add_row("in all", in_bytes(memory.total), style="bold")
+    return table
+
+
+def _print_flops(plan: Plan, console: Console) -> None:
+    flops = plan.flops
+    text = f"FLOPs a step: {flops.model:.3g} by the model's definition"
+    if flops.program is not None:
+        text += f", {flops.program:.3g} in the program ({flops.ratio:.2f} times)"
+    console.print(text, markup=False)
+
+
+def _collective_table(plan: Plan) -> Table:
+    """Those of one size over the same axes in a row: layouts turn shapes, and passes repeat what others did."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("collective", "over", "dtype", "of"):
+        table.add_column(name, no_wrap=name != "of")
+    for name in ("sends", "times", "a step"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows: dict[tuple, list[Collective]] = {}
+    for one in plan.collectives:
+        sizes = tuple(sorted(size for size in one.shape if size > 1))
+        rows.setdefault((one.kind, one.axes, one.dtype, sizes, one.bytes, one.in_layers), []).append(one)
+    total = sum(one.bytes * (one.count or 1) for one in plan.collectives)
+    small, kinds = 0, 0
+    for alike in rows.values():
+        one, size = alike[0], sum(each.bytes * (each.count or 1) for each in alike)
+        if size < SMALL * total:
+            small, kinds = small + size, kinds + 1
+            continue
+        times = "?" if any(each.count is None for each in alike) else f"{sum(each.count for each in alike)}"
+        table.add_row(
+            one.kind,
+            "×".join(one.axes) or "other groups",
+            f"{one.widened_from} as {one.dtype}" if one.widened_from else one.dtype,
+            " × ".join(str(size) for size in one.shape if size > 1) or "1",
+            in_bytes(one.bytes),
+            times + (" in layers" if one.in_layers else ""),
+            in_bytes(size),
+        )
+    if kinds:
+        table.add_row("smaller ones", "", "", "", "", "", in_bytes(small), style="dim")
+    table.add_row("in all", "", "", "", "", "", in_bytes(total), style="bold")
+    return table
+
+
+def _print_roofline(plan: Plan, console: Console) -> None:
+    line = plan.roofline
+    if line is None:
+        return
+    sent = ", ".join(
+        f"{'×'.join(one.axes) or 'other'} {_seconds(one.seconds)} ({one.network})"
+        for one in line.traffic
+        if one.seconds is not None and one.seconds >= SMALL * line.network
+    )
+    console.print(
+        f"\nAt best, by published peaks (an estimate): compute {_seconds(line.compute)}, memory "
+        f"{_seconds(line.memory)}, network {_seconds(line.network)}" + (f" = {sent}" if sent else ""),
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"The {line.bound} bounds it: {_seconds(line.seconds)} a step if all three overlap, "
+        f"{_seconds(line.seconds_without_overlap)} if none do; {line.tokens_per_second:,.0f} tokens/s and "
+        f"{line.utilisation:.0%} of peak at best.",
+        style="bold",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

@@ -1,0 +1,105 @@
+"""`python -m train CONFIG --plan TARGET`: the run's own step, compiled for hardware that is not here."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+import qwen_moe_jax as qmj
+from qwen_moe_jax.huggingface.hub import config_file
+from qwen_moe_jax.plan.choose import choose_mesh
+from qwen_moe_jax.plan.compile import Step, describe_group, plan_step, target_mesh
+from qwen_moe_jax.plan.flops import training_flops_per_token
+from qwen_moe_jax.plan.result import Plan, Work
+from qwen_moe_jax.plan.search import Search
+from qwen_moe_jax.plan.search_table import print_progress
+from qwen_moe_jax.plan.targets import parse_target
+from train.config import TrainConfig
+from train.program import Program, assemble
+
+#: Configs that were published, by the lower-case names of their models.
+PUBLISHED = Path(__file__).parent.parent / "configs" / "models"
+
+
+def plan_training(config: TrainConfig, target: str) -> Plan:
+    """The plan of one step; reads no text, no tokenizer and no weights, and makes no folder.
+
+    Raises:
+        ConfigError: no such target, or its compiler is missing; the model's config cannot be had.
+        ShardingError: the mesh is not as large as the target, or does not divide the model.
+    """
+    request = parse_target(target)
+    model_config, name = planned_model(config)
+    mesh = target_mesh(request, {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "expert", "tensor")})
+    return plan_step(training_step(config, assemble(config, model_config, mesh), name), request, mesh)
+
+
+def search_training(config: TrainConfig, target: str) -> Search:
+    """The plans of one step on the most promising meshes; the config's own mesh does not count.
+
+    Raises:
+        ConfigError: as `plan_training`.
+        ShardingError: no mesh of the target's devices divides the model and the batch.
+    """
+    request = parse_target(target)
+    model_config, name = planned_model(config)
+
+    def step_on(mesh: Mesh) -> Step:
+        return training_step(config, assemble(config, model_config, mesh), name)
+
+    return choose_mesh(step_on, request, progress=print_progress)
+
+
+def mesh_overrides(sizes: Mapping[str, int]) -> str:
+    """A mesh as words of the command line; all axes, for the file may have set any."""
+    return " ".join(f"--mesh.{axis} {size}" for axis, size in sizes.items())
+
+
+def training_step(config: TrainConfig, program: Program, name: str) -> Step:
+    """The program's step, in the words of the planner."""
+    model, rows, seq_len = program.model, config.data.batch_size, config.data.seq_len
+    execution = dataclasses.asdict(model.execution_in_use)
+    parameters = describe_group("parameters", program.state.params)
+    return Step(
+        function=program.train_step,
+        arguments=(program.state, program.batch),
+        groups={
+            "parameters": program.state.params,
+            "optimizer state": (program.state.optimizer, program.state.step),
+            "batch": program.batch,
+        },
+        config=model.config,
+        name=name,
+        work=Work(
+            purpose="train",
+            rows=rows,
+            tokens_per_row=seq_len,
+            context=0,
+            accumulation_steps=config.run.accumulation_steps,
+            dtype=execution.pop("dtype"),
+            param_dtype=execution.pop("param_dtype"),
+            execution=execution,
+        ),
+        model_flops=rows * seq_len * training_flops_per_token(model.config, seq_len),
+        gradient_bytes=parameters.bytes,
+    )
+
+
+def planned_model(config: TrainConfig) -> tuple[qmj.ModelConfig, str]:
+    """The model's config, and its name for people.
+
+    That of the checkpoint to begin with: from its folder, else as it was published and lies in configs/models, else
+    from the Hub, where config.json alone is fetched.
+
+    Raises:
+        ConfigError: it cannot be had, or means nothing.
+    """
+    source = config.run.init_from
+    if not source:
+        hub_config = {"eos_token_id": 0, "vocab_size": config.data.vocab_size, **config.model}
+        return qmj.ModelConfig.from_pretrained(hub_config), Path(config.run.folder).name
+    published = PUBLISHED / f"{source.split('/')[-1].lower()}.json"
+    if not Path(source).exists() and published.is_file():
+        return qmj.ModelConfig.from_pretrained(published), source
+    return qmj.ModelConfig.from_pretrained(config_file(source)), source
