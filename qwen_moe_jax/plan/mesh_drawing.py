@@ -1,4 +1,4 @@
-"""A mesh as SVG: its devices as squares, those that the first of them talks to in the colour and letter of the axis.
+"""A mesh as SVG: its devices as squares, those that share an axis with the first in the colour and letter of the axis.
 
 The innermost axis runs along a row, the next down the rows; a third and a fourth make blocks of them, side by side and
 one below the other. Long axes leave out their middle.

@@ -228,7 +228,7 @@ def _mesh(plan: Plan) -> str:
     peers = (
         "One device; there is nothing to split."
         if len(whole) == len(plan.mesh)
-        else "Coloured: the devices that device 0 talks to, by axis. The mesh is drawn as it is asked for, which need "
+        else "Coloured: the devices that share an axis with device 0. The mesh is drawn as it is asked for, which need "
         "not be how the chips are wired."
     )
     return (

@@ -23,6 +23,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import jax.numpy as jnp
+
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import ConfigError, ShardingError
 from qwen_moe_jax.plan.chips import Network
@@ -350,12 +352,12 @@ def _traffic(outline: Outline, mesh: Mapping[str, int]) -> dict[tuple[str, ...],
         axes = _gathered_over(array, mesh)
         # Gathered forward and again backward, and the gradient scattered, in each micro-batch.
         times = 3 * work.accumulation_steps if training else 1
-        send(axes, times * array.bytes * (_ways(axes, mesh) - 1))
+        send(axes, times * _used_bytes(array, work) * (_ways(axes, mesh) - 1))
         if training:
             cut = {axis for axes in array.spec for axis in axes}
             copies = tuple(axis for axis in BATCH if axis not in cut and mesh[axis] > 1)
             ways = _ways(copies, mesh)
-            send(copies, work.accumulation_steps * 2 * array.bytes * (ways - 1) / ways)
+            send(copies, work.accumulation_steps * 2 * _used_bytes(array, work) * (ways - 1) / ways)
 
     tokens = work.tokens / _ways(BATCH, mesh)
     hidden = tokens * config.hidden_size * _width(work.dtype)
@@ -410,8 +412,7 @@ def _workspace(outline: Outline, mesh: Mapping[str, int]) -> int:
         ffn = config.moe.moe_intermediate_size * config.moe.num_experts_per_tok
         moved = 2 * config.moe.num_experts_per_tok * config.hidden_size
     layer = scores + tokens * width * (4 * config.hidden_size + 3 * heads + 3 * ffn / tensor + moved)
-    gathered = sum(array.bytes * _ways(_gathered_over(array, mesh), mesh) for array in parameters.arrays)
-    gathered = 2 * gathered / len(config.layers)
+    gathered = 2 * _used(outline, mesh) / len(config.layers)
     if work.purpose != "train":
         return round(layer + gathered)
     kept = {"none": layer, "full": tokens * width * config.hidden_size}.get(
@@ -422,12 +423,22 @@ def _workspace(outline: Outline, mesh: Mapping[str, int]) -> int:
 
 def _read(outline: Outline, mesh: Mapping[str, int]) -> float:
     """Bytes that come from a device's memory: the weights as used, in each pass, and the rest, there and back."""
-    work, parameters = outline.work, _parameters(outline)
-    used = sum(array.bytes * _ways(_gathered_over(array, mesh), mesh) for array in parameters.arrays)
+    work, parameters, used = outline.work, _parameters(outline), _used(outline, mesh)
     others = sum(group.bytes for group in outline.groups if group is not parameters)
     return used * _passes(work) * work.accumulation_steps + (2 if work.purpose == "train" else 1) * others
 
 
+def _used(outline: Outline, mesh: Mapping[str, int]) -> float:
+    """Bytes of all weights as a device multiplies with them: gathered."""
+    arrays = _parameters(outline).arrays
+    return sum(_used_bytes(array, outline.work) * _ways(_gathered_over(array, mesh), mesh) for array in arrays)
+
+
+def _used_bytes(array: PlacedArray, work: Work) -> float:
+    """Of a stored weight in the dtype of the activations: it is cast before it is gathered, and so is its gradient."""
+    return array.bytes * _width(work.dtype) / _width(array.dtype)
+
+
 def _width(dtype: str) -> int:
     """Bytes of a number."""
-    return {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
+    return jnp.dtype(dtype).itemsize

@@ -200,8 +200,9 @@ def _refusal(error: Exception, address: str | None, count: int | None, number: i
             "Call it first, before models, meshes, arrays or jax.devices()."
         )
     found = f"coordinator_address={address!r}, num_processes={count}, process_id={number}"
+    said = str(error).strip().rstrip(".") or type(error).__name__
     return ShardingError(
-        f"initialize_distributed: found {found}, and JAX says: {str(error).strip() or type(error).__name__} On TPU "
-        "pods, under Slurm's srun and Open MPI's mpirun, leave all three out; elsewhere give all of them: host:port of "
-        "process 0, how many processes there are, and this one's number from 0."
+        f"initialize_distributed: found {found}, which JAX refuses ({said}). On TPU pods, under Slurm's srun and Open "
+        "MPI's mpirun, leave all three out (--distributed); elsewhere give all of them: host:port of process 0, how "
+        "many processes there are, and the number of this one, from 0 (--coordinator, --num-processes, --process-id)."
     )

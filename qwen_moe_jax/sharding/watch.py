@@ -159,6 +159,6 @@ def _last_words(line: socket.socket, name: str) -> tuple[int, str]:
 
 def _leave(name: str, code: int, reason: str) -> NoReturn:
     # Not by an exception: the main thread may be in a collective that never ends.
-    advice = "Start all processes again; training goes on from its last checkpoint." if code == ANOTHER_DIED else ""
-    os.write(2, f"{name} ends, because {reason}. {advice}\n".encode())
+    advice = " Start all processes again; training goes on from its last checkpoint." if code == ANOTHER_DIED else ""
+    os.write(2, f"{name} ends, because {reason.rstrip('.')}.{advice}\n".encode())
     os._exit(code)

@@ -139,9 +139,9 @@ def test_argument_bytes_are_exact_and_traffic_goes_by_the_formulas():
     assert draft.arguments == experts + dense
     hidden = 16 * 128 // 8 * 64 * 2  # bytes of a device's tokens
     assert draft.traffic == {
-        ("fsdp",): 3 * experts,  # gathered twice, scattered once
-        ("fsdp", "expert"): 3 * dense * 3,
-        ("data",): experts + dense,  # an all-reduce over two is twice a half
+        ("fsdp",): 3 * experts // 2,  # gathered twice, scattered once, in half of float32's bytes
+        ("fsdp", "expert"): 3 * dense * 3 // 2,
+        ("data",): (experts + dense) // 2,  # an all-reduce over two is twice a half
         ("expert",): 2 * 2 * 2 * hidden * 2,  # there and back, two passes, two layers, two rows a token, half leave
     }
     seconds = 1e12 / (8 * CHIP.peak_flops) + draft.sent / 200e9

@@ -22,16 +22,16 @@ from qwen_moe_jax.moe.stats import sum_stats
 from tests.train.test_loss import STATS
 from tests.train.test_step import HUB_CONFIG
 from train.config import LossConfig
-from train.data import batch_at, pack
+from train.data import Mixture, batch_at, heldout_batches, pack
 from train.loss import training_loss, whole_batch
 from train.step import initial_state, make_train_step, state_shardings
 
+SIZES = dict(num_attention_heads=8, num_key_value_heads=8, head_dim=8, num_experts=8)  # what eight devices can share
 
-def three_steps(accumulation_steps: int, mesh):
-    """Metrics and parameters of three steps of plain descent, whose change of the weights is the gradient."""
-    config = qmj.ModelConfig.from_pretrained(
-        {**HUB_CONFIG, "num_key_value_heads": 2, "num_hidden_layers": 1, "initializer_range": 0.3}
-    )
+
+def first_state_and_step(accumulation_steps: int, mesh):
+    """Plain descent, whose change of the weights is the gradient."""
+    config = qmj.ModelConfig.from_pretrained({**HUB_CONFIG, **SIZES, "num_hidden_layers": 1, "initializer_range": 0.3})
     execution = qmj.ExecutionConfig(dtype="float32", dispatch="dense")
     model = qmj.CausalLM(config, rngs=nnx.Rngs(0), mesh=mesh, execution=execution)
     model.train()
@@ -41,7 +41,13 @@ def three_steps(accumulation_steps: int, mesh):
     shardings = state_shardings(params, optimizer, mesh)
     loss = LossConfig(balance="global_batch", balance_coef=0.5, router_z_coef=0.1, z_coef=0.01)
     step = make_train_step(graph, optimizer, loss, shardings, seed=0, accumulation_steps=accumulation_steps)
-    state, seen = initial_state(params, optimizer, shardings), []
+    return initial_state(params, optimizer, shardings), step
+
+
+def three_steps(accumulation_steps: int, mesh):
+    """Metrics and parameters of three steps."""
+    state, step = first_state_and_step(accumulation_steps, mesh)
+    seen = []
     numbers = np.random.default_rng(0)
     # Documents of all lengths, and padding at the end: micro-batches have unlike numbers of targets.
     rows = pack([numbers.integers(1, 64, size) for size in numbers.integers(1, 14, 36)], 8)
@@ -58,8 +64,13 @@ def one_device():
 
 @pytest.mark.parametrize(
     ("accumulation_steps", "axes"),
-    [(4, dict(data=2)), (1, dict(data=2, fsdp=2, tensor=2)), (1, dict(expert=4, tensor=2))],
-    ids=["4 x 8 rows on data=2", "data x fsdp x tensor", "expert x tensor"],
+    [
+        (4, dict(data=2)),
+        (1, dict(data=2, fsdp=2, tensor=2)),
+        (1, dict(expert=4, tensor=2)),
+        *((1, {axis: 8}) for axis in ("data", "fsdp", "expert", "tensor")),
+    ],
+    ids=["4 x 8 rows on data=2", "data x fsdp x tensor", "expert x tensor", "data", "fsdp", "expert", "tensor"],
 )
 def test_three_steps_are_those_of_32_rows_on_one_device(one_device, accumulation_steps, axes):
     expected, expected_params = one_device
@@ -70,6 +81,25 @@ def test_three_steps_are_those_of_32_rows_on_one_device(one_device, accumulation
             if name != "router":
                 np.testing.assert_allclose(getattr(metrics, name), value, rtol=1e-5, err_msg=name)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), params, expected_params)
+
+
+def test_documents_laid_end_to_end_teach_what_they_teach_one_to_a_row():
+    numbers = np.random.default_rng(1)
+    documents = [numbers.integers(1, 64, size) for size in (3, 5, 8, 2, 6, 4, 4, 7)]
+    documents.append(numbers.integers(1, 64, 1))  # with the one before, five full rows
+    together = pack(documents, 8)
+    alone = Mixture([pack([document], 8) for document in documents], [1.0] * len(documents))
+    state, step = first_state_and_step(1, qmj.make_mesh())
+    seen = []
+    for rows, count in ((together, 5), (alone, 9)):
+        [batch] = heldout_batches(rows, count, 9)  # filled up with rows of padding: one shape, one program
+        new, metrics = step(jax.tree.map(jnp.copy, state), batch)
+        seen.append(jax.device_get((metrics, new.params)))
+    (packed, packed_params), (unpacked, unpacked_params) = seen
+    assert packed.tokens == unpacked.tokens == 40
+    for name in ("loss", "cross_entropy", "balance_loss", "router_z", "z_loss", "gradient_norm"):
+        np.testing.assert_allclose(getattr(packed, name), getattr(unpacked, name), rtol=1e-5, err_msg=name)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), packed_params, unpacked_params)
 
 
 def test_the_whole_batch_is_what_balance_is_judged_by():

@@ -60,28 +60,29 @@ def start(
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(config.parent / "compiled")}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
     environment.pop("JAX_NUM_CPU_DEVICES")  # of the tests' own process
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(folder), prompt, str(config), "--run.folder", str(folder)]
-            + [f"--coordinator={coordinator}", "--num-processes=2", f"--process-id={number}", *words],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number, words in enumerate(((), of_the_second))
-    ]
+    processes = []
+    for number, words in enumerate(((), of_the_second)):
+        command = [sys.executable, "-c", PROCESS, str(folder), prompt, str(config), "--run.folder", str(folder), *words]
+        command += [f"--coordinator={coordinator}", "--num-processes=2", f"--process-id={number}"]
+        # Into files: a pipe that nobody reads yet may fill.
+        with _output_of(folder, number, "out").open("w") as out, _output_of(folder, number, "err").open("w") as err:
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err))
+    return processes
 
 
-def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    """The exit code of each, what it printed, and what it complained of."""
+def finish(processes: list[subprocess.Popen], folder: Path) -> list[tuple[int, str, str]]:
+    """The exit code of each process of a run, what it printed, and what it complained of."""
     try:
-        told = [process.communicate(timeout=300) for process in processes]
+        codes = [process.wait(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(processes, told, strict=True)]
+    outputs = [[_output_of(folder, number, kind).read_text() for kind in ("out", "err")] for number in range(2)]
+    return [(code, *texts) for code, texts in zip(codes, outputs, strict=True)]
+
+
+def _output_of(folder: Path, number: int, kind: str) -> Path:
+    return folder.with_name(f"{folder.name}-{number}.{kind}")
 
 
 def spoken(out: str) -> list[str]:
@@ -128,7 +129,7 @@ def by_one(config):
 def by_two(config):
     """The same run by two processes, and what they said."""
     folder = config.parent / "two"
-    return folder, finish(start(config, folder, prompt=PROMPT))
+    return folder, finish(start(config, folder, prompt=PROMPT), folder)
 
 
 def test_two_processes_train_as_one_does_and_write_once(by_one, by_two):
@@ -161,13 +162,13 @@ def test_a_killed_process_ends_the_other_at_once_and_a_new_start_ends_bit_equal(
     after_steps(processes[0], folder, 12)
     processes[1].send_signal(signal.SIGKILL)
     killed = time.monotonic()
-    code, out, err = finish(processes)[0]
+    code, out, err = finish(processes, folder)[0]
     assert time.monotonic() - killed < 30  # measured: 0.3 s
     assert code == 75, err
     assert err.startswith("process 0 on ") and "because process 1 on " in err and "has died" in err
     assert "Start all processes again" in err and len(err.splitlines()) == 1
 
-    (code, out, err), (other_code, _, other_err) = finish(start(config, folder))
+    (code, out, err), (other_code, _, other_err) = finish(start(config, folder), folder)
     assert (code, other_code) == (0, 0), err + other_err
     assert "going on from the checkpoint of step " in out
     assert losses(folder) == losses(whole)
@@ -186,7 +187,7 @@ def test_a_signal_to_one_stops_both_who_went_on_from_the_checkpoint_of_one(confi
         time.sleep(0.01)
     after_steps(processes[0], folder, 3)
     processes[1].send_signal(signal.SIGTERM)
-    (code, out, err), (other_code, other_out, other_err) = finish(processes)
+    (code, out, err), (other_code, other_out, other_err) = finish(processes, folder)
     assert (code, other_code) == (143, 143), err + other_err
     assert "going on from the checkpoint of step 10" in out
     reached = [step for step, _ in losses(folder)][-1]
@@ -211,8 +212,9 @@ def test_one_process_reads_the_checkpoint_of_two(config, by_one, by_two):
 
 
 def test_processes_with_different_settings_refuse_each_other(config, tmp_path):
-    processes = start(config, tmp_path / "run", of_the_second=("--run.steps=29",))
-    for code, out, err in finish(processes):
+    folder = tmp_path / "run"
+    processes = start(config, folder, of_the_second=("--run.steps=29",))
+    for code, out, err in finish(processes, folder):
         assert code == 2 and spoken(out) == []
         assert "ShardingError: the settings of the run: found another one in process 1 than in process 0" in err
-    assert not (tmp_path / "run").exists()
+    assert not folder.exists()

@@ -1,0 +1,219 @@
+"""The whole train step beside transformers and PyTorch: `python benchmarks/train_step.py`.
+
+A mixture of 115M parameters (Qwen3-MoE), one batch of 4 rows of 512 tokens, forward, backward, clipping at 1 and AdamW.
+Ours is the step that `python -m train` compiles. Theirs is a plain loop: the model's own loss with
+`output_router_logits`, `clip_grad_norm_`, the fused AdamW; each of its implementations of experts is measured, and the
+fastest counts. Both keep float32 weights and moments. In bfloat16 ours computes in it, as `execution.dtype` has it, and
+theirs in `torch.autocast`; pure bfloat16, weights and moments too, is shown for both beside that.
+
+Every engine lives in a process of its own, so that its peak memory is its own, and they take turns: one is asked for a
+step while the others wait. torch's threads spin for some milliseconds after a call: a pause precedes each step. The
+table shows medians of rounds. Dispatch is dropless on both sides: the same rows are multiplied.
+
+Needs torch and transformers (`pip install -e '.[test]'` on Python 3.11).
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+HUB_CONFIG = dict(
+    model_type="qwen3_moe",
+    vocab_size=8192,
+    hidden_size=512,
+    intermediate_size=1024,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=64,
+    moe_intermediate_size=256,
+    num_experts=32,
+    num_experts_per_tok=4,
+    norm_topk_prob=True,
+    router_aux_loss_coef=0.001,
+    max_position_embeddings=4096,
+    tie_word_embeddings=False,
+)
+ROWS, LENGTH, PAUSE = 4, 512, 0.05
+LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-4, 0.1, 1.0
+#: How weights are kept and how products are computed.
+PRECISIONS = {
+    "float32": ("float32", "float32"),
+    "bfloat16": ("float32", "bfloat16"),
+    "pure bfloat16": ("bfloat16", "bfloat16"),
+}
+THEIRS = ("grouped_mm", "eager")
+
+Step = Callable[[], float]
+"""One step on the batch; its loss."""
+
+
+def our_step(param_dtype: str, dtype: str, dispatch: str) -> Step:
+    """The step of a run on one device."""
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    import qwen_moe_jax as qmj
+    from train.config import build_config
+    from train.data import as_documents, batch_at, pack
+    from train.program import assemble
+
+    config = build_config(
+        {
+            "model": HUB_CONFIG,
+            "data": {"vocab_size": HUB_CONFIG["vocab_size"], "batch_size": ROWS, "seq_len": LENGTH},
+            "execution": {"dtype": dtype, "param_dtype": param_dtype, "dispatch": dispatch},
+            "optimizer": {"learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "clip_norm": CLIP},
+        },
+        [],
+        source="benchmarks/train_step.py",
+    )
+    mesh, model_config = qmj.make_mesh(), qmj.ModelConfig.from_pretrained(HUB_CONFIG)
+    program = assemble(config, model_config, mesh)
+    execution = program.model.execution
+    model = qmj.CausalLM(model_config, rngs=nnx.Rngs(0), mesh=mesh, execution=execution)
+    state = program.begin(nnx.to_pure_dict(nnx.split(model)[1]))
+    rows = pack(as_documents([np.array(ids) for ids in token_rows()]), LENGTH)
+    batch = batch_at(rows, 0, ROWS, seed=0)
+    del model
+
+    def step() -> float:
+        nonlocal state
+        state, metrics = program.train_step(state, batch)
+        return float(jax.block_until_ready((state, metrics))[1].cross_entropy)
+
+    return step
+
+
+def their_step(param_dtype: str, dtype: str, experts: str) -> Step:
+    """A plain loop's."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(**{key: value for key, value in HUB_CONFIG.items() if key != "model_type"})
+    config.output_router_logits = True  # its loss has the balance loss then, as ours
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, param_dtype))
+    model.set_experts_implementation(experts)
+    model.train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True
+    )
+    tokens = torch.tensor(token_rows())
+    cast = torch.autocast("cpu", torch.bfloat16, enabled=dtype != param_dtype)
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        with cast:
+            loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def token_rows() -> list[list[int]]:
+    """The batch, the same for all."""
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, HUB_CONFIG["vocab_size"], (ROWS, LENGTH)).tolist()
+
+
+def serve(connection: Connection, make: Callable[..., Step], words: tuple[str, ...]) -> None:
+    """Answers each request with the seconds of a step and the process's peak memory in bytes, until there are none."""
+    step = make(*words)
+    step()  # compiles
+    connection.send("ready")
+    while connection.recv():
+        time.sleep(PAUSE)
+        began = time.perf_counter()
+        step()
+        seconds = time.perf_counter() - began
+        connection.send((seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+
+
+def measured(engines: dict[str, tuple[Callable[..., Step], tuple[str, ...]]], rounds: int) -> dict[str, tuple]:
+    """Median seconds and peak bytes by engine; an engine that cannot run is left out, and said."""
+    context = multiprocessing.get_context("spawn")
+    running, seconds, peaks = {}, {}, {}
+    for name, (make, words) in engines.items():
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs, make, words), daemon=True)
+        process.start()
+        theirs.close()
+        try:
+            ours.recv()  # one begins after the other: compilers and threads would be in each other's way
+            running[name], seconds[name] = (ours, process), []
+        except EOFError:
+            print(f"{name}: cannot run here, see above")
+    for _ in range(rounds):
+        for name, (connection, _) in running.items():
+            connection.send(True)
+            taken, peaks[name] = connection.recv()
+            seconds[name].append(taken)
+    for connection, process in running.values():
+        connection.send(False)
+        process.join()
+    return {name: (statistics.median(times), peaks[name]) for name, times in seconds.items()}
+
+
+def lines(precisions: list[str], dispatches: list[str], rounds: int) -> list[str]:
+    """The report, line by line."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "torch", "transformers"))
+    report = [
+        f"- {datetime.date.today()}, {platform.machine()}, {len(os.sched_getaffinity(0))} cores, "
+        f"Python {platform.python_version()}, {versions}",
+        f"- {ROWS} rows of {LENGTH} tokens, medians of {rounds} rounds",
+        "",
+        "| precision | engine | tokens/s | peak memory, GB | ours / best of theirs |",
+        "|---|---|---|---|---|",
+    ]
+    for precision in precisions:
+        kinds = PRECISIONS[precision]
+        engines = {f"ours, {dispatch}": (our_step, (*kinds, dispatch)) for dispatch in dispatches}
+        engines |= {f"transformers, {experts}": (their_step, (*kinds, experts)) for experts in THEIRS}
+        found = measured(engines, rounds)
+        theirs = [seconds for name, (seconds, _) in found.items() if name.startswith("transformers")]
+        for name, (seconds, peak) in found.items():
+            ratio = f"{min(theirs) / seconds:.2f}" if theirs and name.startswith("ours") else ""
+            report.append(
+                f"| {precision} | {name} | {ROWS * LENGTH / seconds:.0f} | {peak / 1e9:.2f} | {ratio} |",
+            )
+            print(report[-1], flush=True)
+    return report
+
+
+def main() -> None:
+    """Prints the table, and writes it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument(
+        "--dispatch",
+        nargs="+",
+        choices=("dropless", "capacity"),
+        default=["dropless"],
+        help="of ours; capacity drops some rows where the load is uneven, and does not compute them",
+    )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table there")
+    arguments = parser.parse_args()
+    report = lines(arguments.precision, arguments.dispatch, arguments.rounds)
+    print("\n".join(report))
+    if arguments.markdown:
+        arguments.markdown.write_text("# A train step\n\n" + "\n".join(report) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
