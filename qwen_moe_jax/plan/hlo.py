@@ -250,11 +250,8 @@ class Module:
         moved = 0
         for one in fused.values():
             if one.opcode == "parameter":
-                takers = users.get(one.name, [])
-                if takers and all(_is_part(taker, one.name) for taker in takers):
-                    moved += sum(_part_bytes(taker) for taker in takers)
-                else:
-                    moved += sum(array.bytes for array in one.results)
+                touched = _touched(one.name, users)
+                moved += sum(array.bytes for array in one.results) if touched is None else touched
             if one.root:
                 written = [fused[name] for name in one.operands] if one.opcode == "tuple" else [one]
                 moved += sum(_written_bytes(each, fused) for each in written)
@@ -302,17 +299,22 @@ def _numbers(text: str | None) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text or ""))
 
 
-def _is_part(taker: Instruction, name: str) -> bool:
-    """Whether it touches only a part of this operand."""
-    if taker.opcode in ("dynamic-slice", "slice", "gather", *_UPDATES):
-        return taker.operands[0] == name and name not in taker.operands[1:]
-    return False
-
-
-def _part_bytes(taker: Instruction) -> int:
-    if taker.opcode in _UPDATES:
-        return 0  # written in place: the rest is not read
-    return sum(array.bytes for array in taker.results)
+def _touched(name: str, users: dict[str, list[Instruction]]) -> int | None:
+    """Bytes of an array that are read inside a fusion; None for all of it."""
+    total = 0
+    for taker in users.get(name, []):
+        if taker.opcode in ("bitcast", "reshape") and not taker.root:
+            part = _touched(taker.name, users)
+        elif taker.opcode in ("dynamic-slice", "slice", "gather") and name not in taker.operands[1:]:
+            part = sum(array.bytes for array in taker.results)
+        elif taker.opcode in _UPDATES and name not in taker.operands[1:]:
+            part = 0  # written in place: the rest is not read
+        else:
+            part = None
+        if part is None:
+            return None
+        total += part
+    return total
 
 
 def _is_carried(run: Run, name: str) -> bool:

@@ -163,7 +163,9 @@ def _flops(plan: Plan) -> Iterator[Remark]:
             causes.append('dispatch = "dense" runs every expert on every token')
         if plan.work.execution.get("dispatch") == "capacity":
             causes.append("capacity_factor and one-hot einsums (group_size) cost their share")
-        if plan.work.tokens_per_row > 1:
+        if plan.work.purpose == "decode":
+            causes.append("a single query meets the keys of all heads, so that the cache is read once")
+        else:
             causes.append("masked-out scores are computed")
         yield Remark(
             about="flops",
