@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, ModelConfig, ShardingRules
+    from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, LoraConfig, ModelConfig, ShardingRules
     from qwen_moe_jax.errors import CheckpointError, ConfigError, RequestError, ShardingError
     from qwen_moe_jax.huggingface.load import from_pretrained
     from qwen_moe_jax.huggingface.native import save_orbax
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qwen_moe_jax.inference.generate import complete, generate
     from qwen_moe_jax.inference.score import perplexity, score
     from qwen_moe_jax.model.causal_lm import CausalLM, SequenceClassifier, TokenClassifier
+    from qwen_moe_jax.model.lora import add_lora, merge_lora
     from qwen_moe_jax.sharding.mesh import make_mesh
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ _HOME = {
     "ModelConfig": "config",
     "ExecutionConfig": "config",
     "GenerationConfig": "config",
+    "LoraConfig": "config",
     "ShardingRules": "config",
     "ConfigError": "errors",
     "CheckpointError": "errors",
@@ -39,6 +41,8 @@ _HOME = {
     "CausalLM": "model.causal_lm",
     "SequenceClassifier": "model.causal_lm",
     "TokenClassifier": "model.causal_lm",
+    "add_lora": "model.lora",
+    "merge_lora": "model.lora",
     "from_pretrained": "huggingface.load",
     "save_pretrained": "huggingface.save",
     "save_orbax": "huggingface.native",
