@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qwen_moe_jax.errors import CheckpointError, ConfigError, RequestError, ShardingError
     from qwen_moe_jax.huggingface.load import from_pretrained
     from qwen_moe_jax.huggingface.native import save_orbax
+    from qwen_moe_jax.huggingface.peft import load_adapter, save_adapter
     from qwen_moe_jax.huggingface.save import save_pretrained
     from qwen_moe_jax.inference.engine import Session, stream
     from qwen_moe_jax.inference.generate import complete, generate
@@ -46,6 +47,8 @@ _HOME = {
     "from_pretrained": "huggingface.load",
     "save_pretrained": "huggingface.save",
     "save_orbax": "huggingface.native",
+    "save_adapter": "huggingface.peft",
+    "load_adapter": "huggingface.peft",
     "generate": "inference.generate",
     "complete": "inference.generate",
     "stream": "inference.engine",

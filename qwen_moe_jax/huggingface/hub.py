@@ -30,6 +30,11 @@ def tokenizer_folder(source: str | PathLike[str]) -> Path:
     return _local(source, weights=())
 
 
+def adapter_folder(source: str | PathLike[str]) -> Path:
+    """`local_folder` for low-rank adapters in PEFT's layout."""
+    return _local(source, weights=("adapter_model*.safetensors",))
+
+
 def _local(source: str | PathLike[str], weights: tuple[str, ...]) -> Path:
     path = Path(source)
     if path.is_dir():

@@ -68,8 +68,13 @@ def configs_to_hub(model: Model) -> dict[str, dict[str, Any]]:
     """Content of config.json and generation_config.json, by file name.
 
     Raises:
-        ConfigError: the family cannot express the config.
+        ConfigError: the family cannot express the config; the model has adapters.
     """
+    if model.lora is not None:
+        raise ConfigError(
+            "the model has low-rank adapters, which are no part of a checkpoint: save_adapter writes them alone, and "
+            "after merge_lora the model can be saved."
+        )
     head = next(suffix for suffix, head in HEADS.items() if isinstance(model, head))
     dtype = model.execution.param_dtype
     generation = generation_config_to_hub(model.generation_config, model.config)

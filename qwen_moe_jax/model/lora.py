@@ -40,6 +40,21 @@ class Matrix:
         return self.path.rpartition(".")[2]
 
     @property
+    def parameter_path(self) -> str:
+        """The path of the matrix in the model."""
+        return self._layer + (self.path if isinstance(self.owner, Experts) else f"{self.path}.weight")
+
+    @property
+    def lora_path(self) -> str:
+        """The path of its adapter in the model."""
+        owner = self.path.rpartition(".")[0]
+        return self._layer + (f"{owner}.lora.{self.name}" if isinstance(self.owner, Experts) else f"{self.path}.lora")
+
+    @property
+    def _layer(self) -> str:
+        return f"model.layers.segments.{self.segment}.{self.position}."
+
+    @property
     def weight(self) -> nnx.Param:
         """The matrix."""
         return getattr(self.owner, self.name) if isinstance(self.owner, Experts) else self.owner.weight
@@ -106,6 +121,13 @@ def merge_lora(model: Model) -> None:
             weight = matrix.weight.get_value()
             merge = jax.jit(_merged, donate_argnums=0, out_shardings=weight.sharding)
             matrix.weight.set_value(merge(weight, matrix.lora))
+    remove_lora(model)
+
+
+def remove_lora(model: Model) -> None:
+    """Takes the adapters from a model; its weights are what they were."""
+    for matrix in matrices(model):
+        if matrix.lora is not None:
             matrix.attach(None)
     model.lora = None
 
