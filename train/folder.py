@@ -11,7 +11,7 @@ from train.config import TrainConfig, differences, load_config, to_toml
 
 # What a run means. A run may go on with another mesh, another execution or other intervals between its reports, but
 # not as a different model on different text.
-_MEANING = ("model", "data", "loss", "optimizer")
+_MEANING = ("model", "data", "loss", "optimizer", "lora")
 _MEANING_OF_RUN = ("steps", "seed", "init_from")
 
 
@@ -25,6 +25,7 @@ class RunFolder:
         self.corpus = path / "corpus"
         self.checkpoints = path / "checkpoints"
         self.hub = path / "hub"
+        self.adapter = path / "adapter"
         self.tensorboard = path / "tensorboard"
         self.profile = path / "profile"
         self._result = path / "result.json"
@@ -44,6 +45,7 @@ class RunFolder:
         """What `finish` wrote, for people."""
         result = json.loads(self._result.read_text(encoding="utf-8"))
         hub = f", Hub folder in {self.hub}" if self.hub.exists() else ""
+        hub += f", adapters in {self.adapter}" if self.adapter.exists() else ""
         speed = f" at {result['tokens_per_second']:,.0f} tokens/s" if result["tokens_per_second"] else ""
         return (
             f"Held-out loss {result['heldout_loss']:.3f} after {result['steps']} steps{speed}.\n"

@@ -21,7 +21,7 @@ from train.nonfinite import NonFiniteGuard
 from train.optimizer import make_schedule
 from train.parameters import Params, only, together
 from train.profile import Profiler
-from train.program import assemble, batch_sharding
+from train.program import assemble, batch_sharding, lora_config
 from train.progress import Report
 from train.start import describe_start, introduction
 from train.step import heldout_loss
@@ -115,7 +115,11 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
 
     # Export, and let the exported folder speak: what is shown is what others will load.
     trained = nnx.merge(program.eval_graph, together(state.params, fixed))
+    if config.lora.r:
+        qmj.save_adapter(trained, folder.adapter, base=config.run.init_from)
     if config.run.export:
+        if config.lora.r:
+            qmj.merge_lora(trained)
         copy_tokenizer(folder.corpus / "tokenizer", folder.hub)
         qmj.save_pretrained(trained, folder.hub)
         trained = qmj.from_pretrained(folder.hub)
@@ -173,10 +177,12 @@ def _check_vocabulary(found: str, vocab_size: int, corpus: Corpus) -> None:
 
 
 def _first_weights(config: TrainConfig, described: qmj.CausalLM) -> Params:
-    """Those of the checkpoint to begin with, or fresh ones."""
+    """Those of the checkpoint to begin with, or fresh ones; adapters are fresh."""
+    rngs = nnx.Rngs(config.run.seed)
     if config.run.init_from:
         model = qmj.from_pretrained(config.run.init_from, mesh=described.mesh, execution=described.execution)
     else:
-        rngs = nnx.Rngs(config.run.seed)
         model = qmj.CausalLM(described.config, rngs=rngs, mesh=described.mesh, execution=described.execution)
+    if config.lora.r:
+        qmj.add_lora(model, lora_config(config.lora), rngs=rngs)
     return nnx.to_pure_dict(nnx.state(model))

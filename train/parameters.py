@@ -11,6 +11,12 @@ Params = dict[str, Any]
 Of a part of the parameters it holds no more than what is on the way to them."""
 
 
+def paths(params: Params) -> list[str]:
+    """Of every array, as "model.norm.weight"."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [jax.tree_util.keystr(keys, simple=True, separator=".") for keys, _ in leaves]
+
+
 def apart(params: Params, fixed: Collection[str]) -> tuple[Params, Params]:
     """Parameters as (those that are trained, those that are fixed), the same arrays.
 

@@ -13,11 +13,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import qwen_moe_jax as qmj
 from qwen_moe_jax.config import SHARDING_RULES
 from qwen_moe_jax.errors import ConfigError
-from train.config import ExecutionSettings, ShardingSettings, TrainConfig
+from qwen_moe_jax.model.lora import is_adapter
+from train.config import ExecutionSettings, LoraSettings, ShardingSettings, TrainConfig
 from train.data import Batch
 from train.loss import resolve_loss
 from train.optimizer import frozen_paths, make_optimizer
-from train.parameters import Params, apart, only
+from train.parameters import Params, apart, only, paths
 from train.step import (
     EvalStep,
     TrainState,
@@ -69,12 +70,14 @@ def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> 
         ShardingError: sizes do not divide over the mesh.
     """
     model = qmj.CausalLM(model_config, rngs=None, mesh=mesh, execution=_execution(config.execution, config.sharding))
+    if config.lora.r:
+        qmj.add_lora(model, lora_config(config.lora), rngs=None)
     eval_graph = nnx.graphdef(model)
     model.train()
     train_graph, shapes = nnx.split(model)
     shapes = nnx.to_pure_dict(shapes)
 
-    trained, fixed = apart(shapes, frozen_paths(config.optimizer.frozen, model))
+    trained, fixed = apart(shapes, _fixed_paths(config, model))
     if not trained:
         raise ConfigError(f"optimizer.frozen: {[*config.optimizer.frozen]} leaves no parameter to train.")
     optimizer = make_optimizer(config.optimizer, config.run.steps)
@@ -98,9 +101,21 @@ def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> 
     )
 
 
+def lora_config(settings: LoraSettings) -> qmj.LoraConfig:
+    """The package's form of the config's [lora] table."""
+    return qmj.LoraConfig(**dataclasses.asdict(settings))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over all axes that share the batch."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
+
+
+def _fixed_paths(config: TrainConfig, model: qmj.CausalLM) -> frozenset[str]:
+    """With adapters, all but them; otherwise what the config freezes."""
+    if not config.lora.r:
+        return frozen_paths(config.optimizer.frozen, model)
+    return frozenset(path for path in paths(nnx.to_pure_dict(nnx.state(model))) if not is_adapter(path))
 
 
 def _describe_batch(rows: int, seq_len: int, sharding: NamedSharding) -> Batch:
