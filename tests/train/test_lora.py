@@ -27,6 +27,7 @@ MODEL, REST = BASE.split("[mesh]")
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """(the config of a run with adapters, the folder it begins with, its own folder)."""
+    qmj.make_mesh(expert=8)  # before a run starts fewer devices than others here need
     place = tmp_path_factory.mktemp("lora")
     (place / "base.toml").write_text(BASE)
     code, _, complaint = start(place / "base.toml", place / "base", "--run.steps=2", "--optimizer.warmup_steps=1")
@@ -52,7 +53,8 @@ def test_a_run_trains_adapters_alone_and_says_how_many(runs):
 
 def test_its_checkpoints_hold_no_weights(runs):
     _, _, folder, _ = runs
-    names = ocp.pytree_metadata(folder / "checkpoints" / "12").metadata
+    with ocp.training.Checkpointer(folder / "checkpoints") as checkpoints:
+        names = checkpoints.metadata(12).metadata
     kept = {name for name in names if name.startswith("params.")}
     assert kept and all(name.endswith(("lora_A", "lora_B")) for name in kept)
     moments = {name for name in names if ".mu." in name or ".nu." in name}
