@@ -54,7 +54,7 @@ def measure(overrides: list[str]) -> tuple[int, int]:
     mesh = target_mesh(request, {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "expert", "tensor")})
     program = assemble(config, qmj.ModelConfig.from_pretrained(MODEL), mesh)
     plan = plan_step(training_step(config, program, "here"), request, mesh)
-    step = program.train_step.lower(program.state, program.batch).compile()
+    step = program.train_step.lower(program.state, program.fixed, program.batch).compile()
 
     tokens_BT = np.random.default_rng(0).integers(1, 4096, (ROWS, LENGTH), np.int32)
     places_BT = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))

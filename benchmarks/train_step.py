@@ -89,7 +89,7 @@ def our_step(param_dtype: str, dtype: str, dispatch: str) -> Step:
 
     def step() -> float:
         nonlocal state
-        state, metrics = program.train_step(state, batch)
+        state, metrics = program.train_step(state, program.fixed, batch)
         return float(jax.block_until_ready((state, metrics))[1].cross_entropy)
 
     return step

@@ -13,15 +13,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, ModelConfig, ShardingRules
+    from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, LoraConfig, ModelConfig, ShardingRules
     from qwen_moe_jax.errors import CheckpointError, ConfigError, RequestError, ShardingError
     from qwen_moe_jax.huggingface.load import from_pretrained
     from qwen_moe_jax.huggingface.native import save_orbax
+    from qwen_moe_jax.huggingface.peft import load_adapter, save_adapter
     from qwen_moe_jax.huggingface.save import save_pretrained
     from qwen_moe_jax.inference.engine import Session, stream
     from qwen_moe_jax.inference.generate import complete, generate
     from qwen_moe_jax.inference.score import perplexity, score
     from qwen_moe_jax.model.causal_lm import CausalLM, SequenceClassifier, TokenClassifier
+    from qwen_moe_jax.model.lora import add_lora, merge_lora
     from qwen_moe_jax.sharding.hosts import initialize_distributed
     from qwen_moe_jax.sharding.mesh import make_mesh
 
@@ -31,6 +33,7 @@ _HOME = {
     "ModelConfig": "config",
     "ExecutionConfig": "config",
     "GenerationConfig": "config",
+    "LoraConfig": "config",
     "ShardingRules": "config",
     "ConfigError": "errors",
     "CheckpointError": "errors",
@@ -41,9 +44,13 @@ _HOME = {
     "CausalLM": "model.causal_lm",
     "SequenceClassifier": "model.causal_lm",
     "TokenClassifier": "model.causal_lm",
+    "add_lora": "model.lora",
+    "merge_lora": "model.lora",
     "from_pretrained": "huggingface.load",
     "save_pretrained": "huggingface.save",
     "save_orbax": "huggingface.native",
+    "save_adapter": "huggingface.peft",
+    "load_adapter": "huggingface.peft",
     "generate": "inference.generate",
     "complete": "inference.generate",
     "stream": "inference.engine",

@@ -177,6 +177,22 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Low-rank adapters instead of the weights: the fields of `qwen_moe_jax.LoraConfig`, whose names are PEFT's."""
+
+    r: int = _key(
+        0, "rank of low-rank adapters (LoRA), which are trained instead of the weights; 0: none, the weights are"
+    )
+    lora_alpha: float = _key(32.0, "the adapters are multiplied with lora_alpha / r")
+    target_modules: tuple[str, ...] = _key(
+        ("all-linear",),
+        "which matrices have one: names as q_proj, down_proj, experts, shared_expert, mlp.shared_expert.up_proj, or "
+        "all-linear, which is all but the routers and the head",
+    )
+    use_rslora: bool = _key(False, "multiply with lora_alpha / sqrt(r) instead, for high ranks")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """How long to train, what to keep and what to show."""
 
@@ -207,9 +223,12 @@ class RunConfig:
     sample_prompt: str = _key("def", "the model continues this text, now and then and in the end")
     sample_tokens: int = _key(96, "how many tokens it adds")
     sample_every: int | None = _key(
-        None, "steps between two such samples; left out, with every held-out loss; 0: only in the end, as on many hosts"
+        None, "steps between two such samples; left out, with every held-out loss; 0: only in the end"
     )
-    export: bool = _key(True, "write hub/, for transformers, in the end")
+    export: bool = _key(
+        True,
+        "write hub/, for transformers, in the end; adapters are added to its weights, and always written to adapter/",
+    )
     tensorboard: bool = _key(False, "write TensorBoard's events to tensorboard/ as well (extra `tensorboard`)")
     profile: str = _key("", "first:end, as 10:13 for steps 10, 11 and 12: write jax's trace of them to profile/")
 
@@ -225,6 +244,7 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraSettings = LoraSettings()
     run: RunConfig = RunConfig()
 
 
@@ -235,6 +255,7 @@ SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "loss": LossConfig,
     "optimizer": OptimizerConfig,
+    "lora": LoraSettings,
     "run": RunConfig,
 }
 
@@ -480,6 +501,11 @@ def _check_values(config: TrainConfig, source: str) -> None:
     for key, value in not_negative.items():
         if not value >= 0:
             _refuse(f"{source}: {key}: found {value}, expected 0 or more.")
+    if config.lora.r < 0:
+        _refuse(f"{source}: lora.r: found {config.lora.r}, expected a rank of 1 or more, or 0 for no adapters.")
+    if config.lora.r and (optimizer.frozen or loss.balancing_bias_rate):
+        key = "optimizer.frozen" if optimizer.frozen else "loss.balancing_bias_rate"
+        _refuse(f"{source}: {key}: with lora.r above 0 nothing but the adapters changes. Leave one of the two out.")
     if loss.balance not in BALANCE_LOSSES:
         _unknown(f"{source}: loss.balance: found {loss.balance!r}, no balance loss", loss.balance, [*BALANCE_LOSSES])
     if optimizer.schedule not in SCHEDULES:

@@ -12,7 +12,7 @@ from train.config import TrainConfig, differences, load_config, to_toml
 
 # What a run means. A run may go on with another mesh, another execution or other intervals between its reports, but
 # not as a different model on different text.
-_MEANING = ("model", "data", "loss", "optimizer")
+_MEANING = ("model", "data", "loss", "optimizer", "lora")
 _MEANING_OF_RUN = ("steps", "seed", "init_from")
 
 
@@ -29,6 +29,7 @@ class RunFolder:
         self.corpus = path / "corpus"
         self.checkpoints = path / "checkpoints"
         self.hub = path / HUB_FOLDER
+        self.adapter = path / "adapter"
         self.tensorboard = path / "tensorboard"
         self.profile = path / "profile"
         self._result = path / "result.json"
@@ -52,6 +53,7 @@ class RunFolder:
         """The same for people."""
         result = self.result()
         hub = f", Hub folder in {self.hub}" if self.hub.exists() else ""
+        hub += f", adapters in {self.adapter}" if self.adapter.exists() else ""
         speed = f" at {result['tokens_per_second']:,.0f} tokens/s" if result["tokens_per_second"] else ""
         return (
             f"Held-out loss {result['heldout_loss']:.3f} after {result['steps']} steps{speed}.\n"

@@ -20,12 +20,13 @@ from train.data import Batch, Mixture, batch_at, describe_batch, heldout_batches
 from train.folder import HUB_FOLDER, RunFolder
 from train.nonfinite import NonFiniteGuard
 from train.optimizer import make_schedule
+from train.parameters import Params, only, together
 from train.profile import Profiler
-from train.program import assemble, batch_sharding
+from train.program import assemble, batch_sharding, lora_config
 from train.progress import NoReport, Report
 from train.samples import Sampler
 from train.start import describe_start, introduction
-from train.step import Params, heldout_loss
+from train.step import heldout_loss
 from train.stopping import Stopped, stop_requests
 from train.tensorboard import require_tensorboard
 from train.together import stopping_together
@@ -63,10 +64,14 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     with Checkpoints(folder.checkpoints, config.run.keep_checkpoints) as checkpoints:
         if checkpoints.latest_step is not None:
             state = checkpoints.restore_latest(like=program.state)
+            # What is not trained is in no checkpoint: it comes from where it came from at the first start.
+            fixed = only(_first_weights(config, program.model), like=program.fixed) if program.fixed else {}
         else:
-            state = program.begin(_first_weights(config, program.model))
+            params = _first_weights(config, program.model)
+            state, fixed = program.begin(params), only(params, like=program.fixed)
+            del params  # the first step takes over the memory of what is trained
         first_step, last_step = int(state.step), config.run.steps
-        start = describe_start(config, program.model, mesh, state, text_tokens=rows.num_tokens)
+        start = describe_start(config, program.model, mesh, state, fixed, text_tokens=rows.num_tokens)
         schedule = make_schedule(config.optimizer, last_step)
         if leads():
             report = Report(folder, config.run, start, first_step=first_step, schedule=schedule)
@@ -86,16 +91,16 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
                 report.say(f"going on from the checkpoint of step {first_step}")
             else:
                 with report.aside("evaluation"):
-                    loss = heldout_loss(program.eval_step, state.params, heldout)
+                    loss = heldout_loss(program.eval_step, together(state.params, fixed), heldout)
                 report.heldout(0, loss)
-                sampler.sample(0, state.params, report)
+                sampler.sample(0, together(state.params, fixed), report)
 
             for step in range(first_step, last_step):
                 done = step + 1
                 profiler.before(done)
                 with report.fetching():
                     batch = _place(batch_at(rows, step, batch_size, config.run.seed, mine), sharding)
-                state, metrics = train_step(state, batch)
+                state, metrics = train_step(state, fixed, batch)
                 report.step(done, metrics)
                 guard.step(done, metrics)
                 if profiler.ends_with(done):
@@ -103,9 +108,9 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
                         profiler.stop()
                 if done % config.run.eval_every == 0 and done < last_step:
                     with report.aside("evaluation"):
-                        loss = heldout_loss(program.eval_step, state.params, heldout)
+                        loss = heldout_loss(program.eval_step, together(state.params, fixed), heldout)
                     report.heldout(done, loss)
-                sampler.sample(done, state.params, report)
+                sampler.sample(done, together(state.params, fixed), report)
                 stop = asked_to_stop()
                 if done % config.run.checkpoint_every == 0 or done == last_step or stop:
                     with report.aside("checkpoint"):
@@ -116,12 +121,16 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
                     raise Stopped(done, stop)
 
             with report.aside("evaluation"):
-                loss = heldout_loss(program.eval_step, state.params, heldout)
+                loss = heldout_loss(program.eval_step, together(state.params, fixed), heldout)
             report.heldout(last_step, loss)
 
     # Export, and let the exported folder speak: what is shown is what others will load.
-    trained = nnx.merge(program.eval_graph, state.params)
+    trained = nnx.merge(program.eval_graph, together(state.params, fixed))
+    if config.lora.r:
+        qmj.save_adapter(trained, folder.adapter, base=config.run.init_from)
     if config.run.export:
+        if config.lora.r:
+            qmj.merge_lora(trained)
         if leads():
             copy_tokenizer(folder.corpus / "tokenizer", folder.hub)
         qmj.save_pretrained(trained, folder.hub)
@@ -189,10 +198,12 @@ def _check_vocabulary(found: str, vocab_size: int, corpus: Corpus) -> None:
 
 
 def _first_weights(config: TrainConfig, described: qmj.CausalLM) -> Params:
-    """Those of the checkpoint to begin with, or fresh ones."""
+    """Those of the checkpoint to begin with, or fresh ones; adapters are fresh."""
+    rngs = nnx.Rngs(config.run.seed)
     if config.run.init_from:
         model = qmj.from_pretrained(config.run.init_from, mesh=described.mesh, execution=described.execution)
     else:
-        rngs = nnx.Rngs(config.run.seed)
         model = qmj.CausalLM(described.config, rngs=rngs, mesh=described.mesh, execution=described.execution)
+    if config.lora.r:
+        qmj.add_lora(model, lora_config(config.lora), rngs=rngs)
     return nnx.to_pure_dict(nnx.state(model))

@@ -1,4 +1,4 @@
-"""AdamW: clipped gradients, warm-up and descent, weight decay on matrices only, and what is not trained at all."""
+"""AdamW: clipped gradients, warm-up and descent, weight decay on matrices only; and which parameters stay fixed."""
 
 import difflib
 import re
@@ -30,16 +30,14 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, top, warmup), descent], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, frozen: Collection[str] = ()) -> optax.GradientTransformation:
-    """The whole chain.
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The whole chain, for the parameters that are trained.
 
     Args:
         config: its settings.
         steps: of the whole run, for the schedule.
-        frozen: paths of parameters (`frozen_paths`) that stay as they are: they have no moments, and their gradients
-            no part in the norm that is clipped.
     """
-    trained = optax.chain(
+    return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             make_schedule(config, steps),
@@ -53,13 +51,6 @@ def make_optimizer(config: OptimizerConfig, steps: int, frozen: Collection[str] 
         ),
         optax.masked(optax.set_to_zero(), moves_by_itself),
     )
-    if not frozen:
-        return trained
-
-    def labels(params: Any) -> Any:
-        return _by_name(lambda names: "frozen" if ".".join(names) in frozen else "trained", params)
-
-    return optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, labels)
 
 
 def frozen_paths(patterns: Collection[str], model: CausalLM) -> frozenset[str]:

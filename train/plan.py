@@ -16,6 +16,7 @@ from qwen_moe_jax.plan.search import Search
 from qwen_moe_jax.plan.search_table import print_progress
 from qwen_moe_jax.plan.targets import parse_target
 from train.config import TrainConfig
+from train.parameters import together
 from train.program import Program, assemble
 
 #: Configs that were published, by the lower-case names of their models.
@@ -60,12 +61,12 @@ def training_step(config: TrainConfig, program: Program, name: str) -> Step:
     """The program's step, in the words of the planner."""
     model, rows, seq_len = program.model, config.data.batch_size, config.data.seq_len
     execution = dataclasses.asdict(model.execution_in_use)
-    parameters = describe_group("parameters", program.state.params)
+    trained = describe_group("parameters", program.state.params)
     return Step(
         function=program.train_step,
-        arguments=(program.state, program.batch),
+        arguments=(program.state, program.fixed, program.batch),
         groups={
-            "parameters": program.state.params,
+            "parameters": together(program.state.params, program.fixed),
             "optimizer state": (program.state.optimizer, program.state.step),
             "batch": program.batch,
         },
@@ -82,7 +83,7 @@ def training_step(config: TrainConfig, program: Program, name: str) -> Step:
             execution=execution,
         ),
         model_flops=rows * seq_len * training_flops_per_token(model.config, seq_len),
-        gradient_bytes=parameters.bytes,
+        gradient_bytes=trained.bytes,
     )
 
 

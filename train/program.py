@@ -13,13 +13,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import qwen_moe_jax as qmj
 from qwen_moe_jax.config import SHARDING_RULES
 from qwen_moe_jax.errors import ConfigError
-from train.config import ExecutionSettings, ShardingSettings, TrainConfig
+from qwen_moe_jax.model.lora import is_adapter
+from train.config import ExecutionSettings, LoraSettings, ShardingSettings, TrainConfig
 from train.data import Batch
 from train.loss import resolve_loss
 from train.optimizer import frozen_paths, make_optimizer
+from train.parameters import Params, apart, only, paths
 from train.step import (
     EvalStep,
-    Params,
     TrainState,
     TrainStep,
     describe_state,
@@ -37,47 +38,55 @@ class Program:
     Attributes:
         model: without weights, in training mode.
         eval_graph: of the same model in eval mode, where no token is dropped; `nnx.merge` with parameters.
-        state: what goes from step to step.
+        state: what goes from step to step; its parameters are those that are trained.
+        fixed: the other parameters of the model (`train.parameters`): no step changes them, and no checkpoint of the
+            run holds them.
         batch: what a step reads.
-        train_step: (state, batch) → (state, metrics).
-        eval_step: (parameters, batch) → the summed loss.
+        train_step: (state, fixed, batch) → (state, metrics).
+        eval_step: (all parameters, batch) → the summed loss.
         optimizer: what `train_step` applies.
     """
 
     model: qmj.CausalLM
     eval_graph: nnx.GraphDef
     state: TrainState
+    fixed: Params
     batch: Batch
     train_step: TrainStep
     eval_step: EvalStep
     optimizer: optax.GradientTransformation
 
     def begin(self, params: Params) -> TrainState:
-        """Step 0 with these parameters, placed as `state` says."""
+        """Step 0 with these parameters of all that the model has, placed as `state` says."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        return initial_state(params, self.optimizer, shardings)
+        return initial_state(only(params, like=self.state.params), self.optimizer, shardings)
 
 
 def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> Program:
     """The program of a run; nothing is allocated, and nothing compiled before it is called or lowered.
 
     Raises:
-        ConfigError: something is asked of the model that it does not have.
+        ConfigError: something is asked of the model that it does not have, or nothing of it is left to train.
         ShardingError: sizes do not divide over the mesh.
     """
     model = qmj.CausalLM(model_config, rngs=None, mesh=mesh, execution=_execution(config.execution, config.sharding))
+    if config.lora.r:
+        qmj.add_lora(model, lora_config(config.lora), rngs=None)
     eval_graph = nnx.graphdef(model)
     model.train()
     train_graph, shapes = nnx.split(model)
     shapes = nnx.to_pure_dict(shapes)
 
-    frozen = frozen_paths(config.optimizer.frozen, model)
-    optimizer = make_optimizer(config.optimizer, config.run.steps, frozen)
-    shardings = state_shardings(shapes, optimizer, mesh)
+    trained, fixed = apart(shapes, _fixed_paths(config, model))
+    if not trained:
+        raise ConfigError(f"optimizer.frozen: {[*config.optimizer.frozen]} leaves no parameter to train.")
+    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    shardings = state_shardings(trained, optimizer, mesh)
     return Program(
         model=model,
         eval_graph=eval_graph,
-        state=describe_state(shapes, optimizer, shardings),
+        state=describe_state(trained, optimizer, shardings),
+        fixed=fixed,
         batch=_describe_batch(config.data.batch_size, config.data.seq_len, batch_sharding(mesh)),
         train_step=make_train_step(
             train_graph,
@@ -86,16 +95,27 @@ def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> 
             shardings,
             config.run.seed,
             config.run.accumulation_steps,
-            frozen,
         ),
         eval_step=make_eval_step(eval_graph),
         optimizer=optimizer,
     )
 
 
+def lora_config(settings: LoraSettings) -> qmj.LoraConfig:
+    """The package's form of the config's [lora] table."""
+    return qmj.LoraConfig(**dataclasses.asdict(settings))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over all axes that share the batch."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
+
+
+def _fixed_paths(config: TrainConfig, model: qmj.CausalLM) -> frozenset[str]:
+    """With adapters, all but them; otherwise what the config freezes."""
+    if not config.lora.r:
+        return frozen_paths(config.optimizer.frozen, model)
+    return frozenset(path for path in paths(nnx.to_pure_dict(nnx.state(model))) if not is_adapter(path))
 
 
 def _describe_batch(rows: int, seq_len: int, sharding: NamedSharding) -> Batch:

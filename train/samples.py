@@ -5,8 +5,8 @@ from tokenizers import Tokenizer
 
 import qwen_moe_jax as qmj
 from train.config import RunConfig
+from train.parameters import Params
 from train.progress import NoReport, Report
-from train.step import Params
 
 
 class Sampler:

@@ -16,6 +16,8 @@ from qwen_moe_jax.config import SHARDING_RULES
 from qwen_moe_jax.plan.chips import peak_flops
 from qwen_moe_jax.plan.flops import training_flops_per_token
 from train.config import TrainConfig
+from train.optimizer import moves_by_itself
+from train.parameters import Params
 from train.step import TrainState
 
 
@@ -25,12 +27,14 @@ class Start:
 
     Attributes:
         time: when, local.
-        parameters, active_parameters: of the model; those that one token passes through.
+        parameters, active_parameters, trained_parameters: of the model; those that one token passes through; those
+            that are not fixed.
         sparse_layers: the numbers of the layers with a router.
         mesh: sizes of the axes.
         device_kind: as jax has it, or "simulated".
         execution: the model's `execution_in_use` in training mode.
-        weight_bytes, moment_bytes, gradient_bytes: gradients live within a step, beside the other two.
+        weight_bytes, moment_bytes, gradient_bytes: gradients live within a step, beside the other two; fixed weights
+            have neither.
         text_tokens: of the training text.
         tokens_per_step: places of a batch, padding among them.
         flops_per_token: model FLOPs, forward and backward.
@@ -41,6 +45,7 @@ class Start:
     time: str
     parameters: int
     active_parameters: int
+    trained_parameters: int
     sparse_layers: list[int]
     mesh: dict[str, int]
     device_kind: str
@@ -60,22 +65,25 @@ class Start:
         return math.prod(self.mesh.values())
 
 
-def describe_start(config: TrainConfig, model: qmj.CausalLM, mesh: Mesh, state: TrainState, text_tokens: int) -> Start:
+def describe_start(
+    config: TrainConfig, model: qmj.CausalLM, mesh: Mesh, state: TrainState, fixed: Params, text_tokens: int
+) -> Start:
     """The numbers of a run whose model is in training mode and whose state is placed."""
     device_kind = jax.devices()[0].device_kind
-    weight_bytes = bytes_per_device(state.params)
+    trained_bytes = bytes_per_device(state.params)
     execution = model.execution_in_use
     return Start(
         time=time.strftime("%Y-%m-%d %H:%M:%S"),
         parameters=model.config.num_parameters(),
         active_parameters=model.config.num_active_parameters(),
+        trained_parameters=_count_trained(state.params),
         sparse_layers=[number for number, kind in enumerate(model.config.layers) if kind.mlp == "sparse"],
         mesh={axis: int(size) for axis, size in mesh.shape.items()},
         device_kind="simulated" if config.mesh.simulated else device_kind,
         execution={**dataclasses.asdict(execution), "sharding": _in_words(execution.sharding)},
-        weight_bytes=weight_bytes,
+        weight_bytes=trained_bytes + bytes_per_device(fixed),
         moment_bytes=bytes_per_device(state.optimizer),
-        gradient_bytes=weight_bytes,  # they have the shapes, dtypes and places of the weights
+        gradient_bytes=trained_bytes,  # they have the shapes, dtypes and places of what is trained
         text_tokens=text_tokens,
         tokens_per_step=config.data.batch_size * config.data.seq_len,
         flops_per_token=training_flops_per_token(model.config, config.data.seq_len),
@@ -101,13 +109,20 @@ def introduction(start: Start, steps: int) -> str:
     bytes_needed = start.weight_bytes + start.moment_bytes + start.gradient_bytes
     split = {"weights": start.weight_bytes, "moments": start.moment_bytes, "gradients": start.gradient_bytes}
     epochs = steps * start.tokens_per_step / start.text_tokens
+    trained = "" if start.trained_parameters == start.parameters else f", {start.trained_parameters:,} trained"
     return (
-        f"{start.parameters:,} parameters, {start.active_parameters:,} active per token; "
+        f"{start.parameters:,} parameters{trained}, {start.active_parameters:,} active per token; "
         f"{start.devices} {start.device_kind} device(s): {mesh}; dispatch {start.execution['dispatch']}\n"
         f"{in_bytes(bytes_needed)} per device besides activations: "
         f"{', '.join(f'{name} {in_bytes(size)}' for name, size in split.items())}\n"
         f"{start.text_tokens / 1e6:.2f}M tokens of text, {epochs:.1f} epochs of steps of {start.tokens_per_step} tokens"
     )
+
+
+def _count_trained(params: Params) -> int:
+    """As `ModelConfig.num_parameters` counts: without the balancing biases."""
+    by_rule = moves_by_itself(params)
+    return sum(jax.tree.leaves(jax.tree.map(lambda moved, param: 0 if moved else param.size, by_rule, params)))
 
 
 def bytes_per_device(arrays: Any) -> int:

@@ -2,9 +2,8 @@
 
 import dataclasses
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +17,19 @@ from qwen_moe_jax.moe.stats import RouterStats, sum_stats
 from train.config import LossConfig
 from train.data import Batch
 from train.loss import Loss, WholeBatch, sum_over_targets, training_loss, whole_batch
-
-Params = dict[str, Any]
-"""Nested dict of arrays, named as the model's attributes; `nnx.merge(graphdef, params)` is the model again."""
+from train.parameters import Params, only, together
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that changes from step to step. `step` counts the finished ones, int32 scalar."""
+    """All that changes from step to step: what a checkpoint holds.
+
+    Attributes:
+        step: how many are finished, int32 scalar.
+        params: those that are trained.
+        optimizer: what it remembers of them.
+    """
 
     step: jax.Array
     params: Params
@@ -69,7 +72,7 @@ class HeldoutSum:
     targets: jax.Array
 
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, StepMetrics]]
 EvalStep = Callable[[Params, Batch], HeldoutSum]
 
 
@@ -79,15 +82,8 @@ def state_shardings(params: Params, optimizer: optax.GradientTransformation, mes
     Left to itself, a jitted `optimizer.init` puts the moments wherever it likes, since zeros depend on no input.
 
     Args:
-        params: placed arrays, or shapes with shardings.
+        params: that are trained: placed arrays, or shapes with shardings.
     """
-
-    def of_moment(moment: Any, sharding: NamedSharding) -> Any:
-        return moment if is_none(moment) else sharding
-
-    def is_none(moment: Any) -> bool:
-        return isinstance(moment, optax.MaskedNode)  # that of a frozen parameter
-
     everywhere = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda array: array.sharding, params)
     return TrainState(
@@ -95,11 +91,10 @@ def state_shardings(params: Params, optimizer: optax.GradientTransformation, mes
         params=shardings,
         optimizer=optax.tree_utils.tree_map_params(
             optimizer,
-            of_moment,
+            lambda _, sharding: sharding,
             jax.eval_shape(optimizer.init, params),
             shardings,
             transform_non_params=lambda _: everywhere,
-            is_leaf=is_none,
         ),
     )
 
@@ -108,7 +103,7 @@ def describe_state(params: Params, optimizer: optax.GradientTransformation, shar
     """Shapes, dtypes and shardings of a state, for `Checkpoints.restore_latest`; nothing is allocated.
 
     Args:
-        params: shapes with shardings.
+        params: that are trained: shapes with shardings.
     """
     step = jax.ShapeDtypeStruct((), jnp.int32)
     shapes = TrainState(step=step, params=params, optimizer=jax.eval_shape(optimizer.init, params))
@@ -128,11 +123,12 @@ def make_train_step(
     shardings: TrainState,
     seed: int,
     accumulation_steps: int = 1,
-    frozen: Collection[str] = (),
 ) -> TrainStep:
-    """The jitted step `(state, batch) → (state, metrics)`.
+    """The jitted step `(state, fixed, batch) → (state, metrics)`.
 
-    The old state's memory is reused for the new one: after the call the old state is gone.
+    The old state's memory is reused for the new one: after the call the old state is gone. `fixed` are the parameters
+    that the model has beside the trained ones (`train.parameters.apart`): they are read, no gradient is taken of them,
+    and they stay. Where all are trained it is empty.
 
     Args:
         graphdef: of the model in training mode, `nnx.split(model)[0]`.
@@ -140,13 +136,12 @@ def make_train_step(
         shardings: as `state_shardings` gives them; the new state keeps them.
         seed: of the noise that the model draws, if it does; another one each step, the same after a restart.
         accumulation_steps: micro-batches that a batch is cut into, one after the other in memory.
-        frozen: paths of parameters that no gradient is taken of (`train.optimizer.frozen_paths`).
     """
 
     def loss_and_stats(
-        params: Params, batch: Batch, whole: WholeBatch, noise_key: jax.Array
+        trained: Params, fixed: Params, batch: Batch, whole: WholeBatch, noise_key: jax.Array
     ) -> tuple[jax.Array, tuple[Loss, RouterStats | None]]:
-        out = token_losses(_without_gradients(params, frozen), batch, noise_key)
+        out = token_losses(together(trained, fixed), batch, noise_key)
         loss = training_loss(out, batch, whole, loss_config)
         return loss.total, (loss, None if out.router is None else out.router.stats)
 
@@ -160,33 +155,33 @@ def make_train_step(
         )
 
     def accumulated(
-        params: Params, batch: Batch, whole: WholeBatch, noise_key: jax.Array
+        trained: Params, fixed: Params, batch: Batch, whole: WholeBatch, noise_key: jax.Array
     ) -> tuple[Params, tuple[Loss, RouterStats | None]]:
         """Gradients, losses and counts of the whole batch, from one micro-batch after the other."""
         parts = (_cut(batch, accumulation_steps), jax.random.split(noise_key, accumulation_steps))
         if loss_config.balance == "global_batch" and loss_config.balance_coef > 0:
             # How even the load of the whole batch is must be known before any part of it is differentiated. The layers
             # run once more for it; the head, whose result is not read, does not.
-            counts = jax.lax.map(lambda part: token_losses(params, *part).router.stats, parts)
+            counts = jax.lax.map(lambda part: token_losses(together(trained, fixed), *part).router.stats, parts)
             whole = dataclasses.replace(whole, router=_summed(counts))
 
         def add(total: Params, part: tuple[Batch, jax.Array]) -> tuple[Params, tuple[Loss, RouterStats | None]]:
             micro_batch, key = part
-            gradients, seen = jax.grad(loss_and_stats, has_aux=True)(params, micro_batch, whole, key)
+            gradients, seen = jax.grad(loss_and_stats, has_aux=True)(trained, fixed, micro_batch, whole, key)
             return jax.tree.map(lambda total, new: total + new.astype(jnp.float32), total, gradients), seen
 
-        zeros = jax.tree.map(lambda param: jnp.zeros(param.shape, jnp.float32), params)
+        zeros = jax.tree.map(lambda param: jnp.zeros(param.shape, jnp.float32), trained)
         zeros = jax.lax.with_sharding_constraint(zeros, shardings.params)
         total, (losses, stats) = jax.lax.scan(add, zeros, parts)
-        gradients = jax.tree.map(lambda total, param: total.astype(param.dtype), total, params)
+        gradients = jax.tree.map(lambda total, param: total.astype(param.dtype), total, trained)
         return gradients, (jax.tree.map(lambda shares: jnp.sum(shares, axis=0), losses), _summed(stats))
 
     gradients_of = jax.grad(loss_and_stats, has_aux=True) if accumulation_steps == 1 else accumulated
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def train_step(state: TrainState, fixed: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
         noise_key = jax.random.fold_in(jax.random.key(seed), state.step)
         whole = whole_batch(batch, accumulation_steps)
-        gradients, (loss, stats) = gradients_of(state.params, batch, whole, noise_key)
+        gradients, (loss, stats) = gradients_of(state.params, fixed, batch, whole, noise_key)
         gradient_norm = optax.tree_utils.tree_norm(gradients)
         metrics = StepMetrics(
             finite=jnp.isfinite(loss.total) & jnp.isfinite(gradient_norm),
@@ -205,24 +200,15 @@ def make_train_step(
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         if loss_config.balancing_bias_rate > 0:
-            model = update_balancing_biases(nnx.merge(graphdef, params), stats, loss_config.balancing_bias_rate)
-            params = nnx.to_pure_dict(nnx.state(model))
+            model = nnx.merge(graphdef, together(params, fixed))
+            model = update_balancing_biases(model, stats, loss_config.balancing_bias_rate)
+            params = only(nnx.to_pure_dict(nnx.state(model)), like=params)
         params, moments = jax.tree.map(
             lambda new, old: jnp.where(metrics.finite, new, old), (params, moments), (state.params, state.optimizer)
         )
         return TrainState(step=state.step + 1, params=params, optimizer=moments), metrics
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, shardings.step))
-
-
-def _without_gradients(params: Params, frozen: Collection[str]) -> Params:
-    """The same parameters; what only the gradient of a frozen one would need is never computed."""
-
-    def of_leaf(path: tuple[Any, ...], param: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        return jax.lax.stop_gradient(param) if name in frozen else param
-
-    return jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
 def _cut(batch: Batch, parts: int) -> Batch:

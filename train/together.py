@@ -17,6 +17,7 @@ from qwen_moe_jax.sharding.hosts import from_first, leads, num_processes, requir
 from train.config import TrainConfig, to_toml
 from train.data import Batch
 from train.folder import RunFolder, open_run_folder
+from train.parameters import Params
 from train.step import StepMetrics, TrainState, TrainStep
 
 #: Seconds in which a file that one host made should be seen by the others: network file systems look now and then.
@@ -69,20 +70,20 @@ def stopping_together(train_step: TrainStep, asked: Asked, mesh: Mesh) -> tuple[
 
     @partial(jax.jit, donate_argnums=0)
     def with_word(
-        state: TrainState, batch: Batch, asked_of_each: jax.Array
+        state: TrainState, fixed: Params, batch: Batch, asked_of_each: jax.Array
     ) -> tuple[TrainState, StepMetrics, jax.Array]:
-        state, metrics = train_step(state, batch)
+        state, metrics = train_step(state, fixed, batch)
         everywhere = NamedSharding(mesh, PartitionSpec())
         return state, metrics, jax.lax.with_sharding_constraint(jnp.max(asked_of_each), everywhere)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, fixed: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
         nonlocal before, under_way
         mine = int(asked() or 0)
         if mine not in flags:
             own = np.full(len(mesh.local_devices), mine, np.int32)
             flags[mine] = jax.make_array_from_process_local_data(one_each, own)
         before = under_way
-        state, metrics, under_way = with_word(state, batch, flags[mine])
+        state, metrics, under_way = with_word(state, fixed, batch, flags[mine])
         return state, metrics
 
     def asked_of_any() -> signal.Signals | None:

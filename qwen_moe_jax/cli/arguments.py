@@ -21,6 +21,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", type=_folder, metavar="FOLDER", help="a checkpoint with its tokenizer.json, or its name on the Hub"
     )
+    parser.add_argument(
+        "--adapter", metavar="FOLDER", help="low-rank adapters in PEFT's layout, to run beside the checkpoint's weights"
+    )
     group = parser.add_argument_group("how the model is run")
     group.add_argument(
         "--mesh",
@@ -109,7 +112,7 @@ def load_model(arguments: argparse.Namespace) -> "CausalLM":
     from qwen_moe_jax.sharding.mesh import make_mesh
 
     mesh = make_mesh(**arguments.mesh) if arguments.mesh else None
-    return from_pretrained(arguments.folder, mesh=mesh, execution=execution)
+    return from_pretrained(arguments.folder, mesh=mesh, execution=execution, adapter=arguments.adapter)
 
 
 def mesh_sizes(text: str) -> dict[str, int]:

@@ -28,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-shard-size", default="5GB", metavar="SIZE", help="with --to hub, of one file (5GB if not given)"
     )
     parser.add_argument(
+        "--adapter",
+        metavar="FOLDER",
+        help="low-rank adapters in PEFT's layout: the weights are written with them added",
+    )
+    parser.add_argument(
         "--check-finite", action="store_true", help="first read all weights and refuse infinities and NaN"
     )
 
@@ -51,6 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         max_shard_size=arguments.max_shard_size,
         check_finite=arguments.check_finite,
+        adapter=arguments.adapter,
     )
     size = sum(path.stat().st_size for path in arguments.target.rglob("*") if path.is_file())
     print(f"Wrote {arguments.target}, {in_bytes(size)}.")

@@ -19,6 +19,7 @@ from qwen_moe_jax.huggingface.checkpoint import (
 )
 from qwen_moe_jax.huggingface.generation_config import read_generation_config
 from qwen_moe_jax.huggingface.hub import local_folder
+from qwen_moe_jax.huggingface.peft import merged, open_adapter
 from qwen_moe_jax.huggingface.save import configs_to_hub, is_stale, size_in_bytes, write_configs, write_shards
 from qwen_moe_jax.huggingface.tensors import hub_parameters, hub_tensors
 from qwen_moe_jax.model.causal_lm import Model
@@ -52,6 +53,7 @@ def convert(
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     check_finite: bool = False,
+    adapter: str | PathLike[str] | None = None,
 ) -> None:
     """Writes a checkpoint in another form.
 
@@ -65,6 +67,7 @@ def convert(
             `save_orbax` writes.
         dtype: of the weights; None keeps the checkpoint's (of an FP8 one, the dtype that config.json names).
         max_shard_size: with "hub", bytes of a file, or for example "5GB".
+        adapter: a folder of low-rank adapters in PEFT's layout, to be added to the weights: in float32, rounded once.
         check_finite: reads all weights once before writing, and refuses those that are not finite numbers.
 
     Raises:
@@ -82,6 +85,7 @@ def convert(
     described = describe(checkpoint, dtype)
     parameters = hub_parameters(described)
     require_sound(checkpoint.folder, problems_of(checkpoint, parameters))
+    tensors = checkpoint.tensors if adapter is None else merged(checkpoint.tensors, open_adapter(adapter))
     stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     if check_finite:
         with bytes_bar(f"Checking {checkpoint.folder.name}", stored) as advance:
@@ -93,14 +97,13 @@ def convert(
         if to == "orbax":
             from qwen_moe_jax.storage.orbax_stream import stream_tensors
 
-            stacked = {parameter.path: assembled(parameter, checkpoint.tensors) for parameter in parameters}
+            stacked = {parameter.path: assembled(parameter, tensors) for parameter in parameters}
             stream_tensors(new / ORBAX, stacked, advance=advance)
         else:
-            tensors = {
-                name: Cast(checkpoint.tensors[name], str(parameter.leaf.dtype))
-                for name, parameter, _ in hub_tensors(parameters)
+            rounded = {
+                name: Cast(tensors[name], str(parameter.leaf.dtype)) for name, parameter, _ in hub_tensors(parameters)
             }
-            write_shards(new, tensors, limit, advance)
+            write_shards(new, rounded, limit, advance)
 
 
 def describe(checkpoint: Checkpoint, dtype: str | None = None) -> Model:

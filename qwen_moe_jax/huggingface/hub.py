@@ -30,6 +30,11 @@ def tokenizer_folder(source: str | PathLike[str]) -> Path:
     return _local(source, weights=())
 
 
+def adapter_folder(source: str | PathLike[str]) -> Path:
+    """`local_folder` for low-rank adapters in PEFT's layout."""
+    return _local(source, weights=("adapter_model*.safetensors",))
+
+
 def config_file(source: str | PathLike[str]) -> Path:
     """A folder or a config.json as it is, or the config.json of a Hub name, downloaded alone unless it is there.
 

@@ -19,6 +19,7 @@ from qwen_moe_jax.huggingface.checkpoint import (
 )
 from qwen_moe_jax.huggingface.generation_config import read_generation_config
 from qwen_moe_jax.huggingface.hub import local_folder
+from qwen_moe_jax.huggingface.peft import load_adapter
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters
 from qwen_moe_jax.model.causal_lm import CausalLM, Model
 from qwen_moe_jax.storage.placement import local_bytes, place
@@ -37,6 +38,7 @@ def from_pretrained(
     dtype: str | None = None,
     param_dtype: str | None = None,
     execution: ExecutionConfig = ExecutionConfig(),
+    adapter: str | PathLike[str] | None = None,
 ) -> CausalLM:
     """Loads a checkpoint as a causal language model.
 
@@ -49,6 +51,8 @@ def from_pretrained(
         dtype: of activations and matmuls; None keeps the checkpoint's.
         param_dtype: of the stored weights; None takes `dtype`.
         execution: how the model is run; `dtype` and `param_dtype` here win over those in it.
+        adapter: a folder of low-rank adapters in PEFT's layout, or its name on the Hub: they stand beside the weights
+            (`merge_lora` adds them).
 
     Returns:
         The model, in eval mode.
@@ -58,7 +62,10 @@ def from_pretrained(
         CheckpointError: the tensors do not make up the model; all problems in one message.
         ShardingError: a weight does not divide over the mesh.
     """
-    return load_model(CausalLM, folder, mesh=mesh, dtype=dtype, param_dtype=param_dtype, execution=execution)
+    model = load_model(CausalLM, folder, mesh=mesh, dtype=dtype, param_dtype=param_dtype, execution=execution)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    return model
 
 
 def load_model(

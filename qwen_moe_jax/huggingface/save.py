@@ -16,7 +16,7 @@ from qwen_moe_jax.huggingface.checkpoint import HEADS, ORBAX
 from qwen_moe_jax.huggingface.export_config import config_to_hub
 from qwen_moe_jax.huggingface.files import INDEX, SINGLE, is_weights
 from qwen_moe_jax.huggingface.generation_config import generation_config_to_hub
-from qwen_moe_jax.huggingface.tensors import hub_parameters, hub_tensors
+from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_tensors
 from qwen_moe_jax.model.causal_lm import Model
 from qwen_moe_jax.sharding.hosts import leads
 from qwen_moe_jax.storage.folder import replaced_folder
@@ -51,7 +51,7 @@ def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size
     folder, limit = Path(folder), size_in_bytes(max_shard_size)
     model.require_weights()
     configs = configs_to_hub(model)
-    with replaced_folder(folder, is_stale) as new, _readable_tensors(model, beside=new) as tensors:
+    with replaced_folder(folder, is_stale) as new, readable_tensors(hub_parameters(model), beside=new) as tensors:
         size = sum(tensor.nbytes for tensor in tensors.values())
         if leads():
             with bytes_bar(f"Writing {folder.name}", size) as advance:
@@ -60,11 +60,10 @@ def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size
 
 
 @contextlib.contextmanager
-def _readable_tensors(model: Model, beside: Path) -> Iterator[dict[str, Tensor]]:
-    """Every Hub tensor of a model, for process 0 to read; what it cannot reach on the devices is brought to disk."""
-    parameters = hub_parameters(model)
+def readable_tensors(parameters: list[HubParameter], beside: Path) -> Iterator[dict[str, Tensor]]:
+    """The Hub tensors of parameters, for process 0 to read; what it cannot reach on the devices is brought to disk."""
     if all(parameter.leaf.is_fully_addressable for parameter in parameters):
-        yield placed_tensors(model)
+        yield {name: Part(Placed(of.leaf), index) for name, of, index in hub_tensors(parameters)}
         return
     from qwen_moe_jax.storage.orbax import save_arrays, stored_tensors
 
@@ -87,8 +86,13 @@ def configs_to_hub(model: Model) -> dict[str, dict[str, Any]]:
     """Content of config.json and generation_config.json, by file name.
 
     Raises:
-        ConfigError: the family cannot express the config.
+        ConfigError: the family cannot express the config; the model has adapters.
     """
+    if model.lora is not None:
+        raise ConfigError(
+            "the model has low-rank adapters, which are no part of a checkpoint: save_adapter writes them alone, and "
+            "after merge_lora the model can be saved."
+        )
     head = next(suffix for suffix, head in HEADS.items() if isinstance(model, head))
     dtype = model.execution.param_dtype
     generation = generation_config_to_hub(model.generation_config, model.config)

@@ -35,7 +35,8 @@ class HubParameter:
     Attributes:
         path: of the array in the model, with dots.
         leaf: the array (or its description, or its gradient).
-        names: Hub names, an object array over the leading axes that the Hub does not stack: [], [L] or [L, E].
+        names: Hub names (of adapters, PEFT's), an object array over the leading axes that the Hub does not stack: [],
+            [L] or [L, E].
     """
 
     path: str
@@ -99,11 +100,13 @@ def _names(path: str, leaf: Any, model: Model, rename: Callable[[str], str]) -> 
     segment = model.model.layers.plan[int(stacked[1])]
     position, rest = int(stacked[2]), stacked[3]
     layers = [f"model.layers.{segment.layer_index(position, repeat)}" for repeat in range(segment.repeats)]
-    experts = re.fullmatch(r"mlp\.experts\.(\w+)", rest)
+    # Adapters, as PEFT names them beside the matrix: "q_proj.lora.lora_A", "experts.lora.gate_proj.lora_A".
+    rest = re.sub(r"\.lora((?:\.\w+)?)\.(lora_[AB])$", r"\1.\2.weight", rest)
+    experts = re.fullmatch(r"mlp\.experts\.(\w+?)(\.lora_[AB])?(?:\.weight)?", rest)
     if experts is None:
         return np.array([rename(f"{layer}.{rest}") for layer in layers], dtype=object)
-    count = leaf.shape[1]
+    count, matrix = leaf.shape[1], experts[1] + (experts[2] or "")
     return np.array(
-        [[rename(f"{layer}.mlp.experts.{e}.{experts[1]}.weight") for e in range(count)] for layer in layers],
+        [[rename(f"{layer}.mlp.experts.{e}.{matrix}.weight") for e in range(count)] for layer in layers],
         dtype=object,
     )

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, ModelConfig
+from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, LoraConfig, ModelConfig
 from qwen_moe_jax.errors import ConfigError, RequestError
 from qwen_moe_jax.model.attention import TokenContext
 from qwen_moe_jax.model.cache import STORED as CACHE
@@ -102,6 +102,7 @@ class Model(nnx.Module):
 
     Attributes:
         deterministic: True in eval mode, which is how every model starts; `train()` and `eval()` switch it.
+        lora: of the low-rank adapters, where it has them (`add_lora`).
 
     Raises:
         ShardingError: a weight does not divide over the mesh.
@@ -122,11 +123,13 @@ class Model(nnx.Module):
         self.generation_config = generation_config or GenerationConfig(eos_token_id=config.eos_token_id)
         self.mesh = checked_mesh(mesh)
         self.deterministic = True
-        make = self._factory(rngs)
+        self.lora: LoraConfig | None = None
+        make = self.factory(rngs)
         self.model = Decoder(config, make)
         self._add_head(make)
 
-    def _factory(self, rngs: nnx.Rngs | None) -> ParameterFactory:
+    def factory(self, rngs: nnx.Rngs | None) -> ParameterFactory:
+        """What more of the model's parameters can be made with, here or by `model.lora`."""
         return ParameterFactory(
             mesh=self.mesh,
             rules=self.execution.sharding,
@@ -140,7 +143,7 @@ class Model(nnx.Module):
 
     def draw_head(self, rngs: nnx.Rngs) -> None:
         """Gives the model a fresh head, to be trained on weights that came without one."""
-        self._add_head(self._factory(rngs))
+        self._add_head(self.factory(rngs))
 
     def _head(self, hidden_BTD: jax.Array, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
         """Normalised hidden states to float32 logits."""

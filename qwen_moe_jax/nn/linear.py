@@ -4,13 +4,14 @@ import jax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from qwen_moe_jax.nn.low_rank import LowRank
 from qwen_moe_jax.nn.matmul import weight_einsum
 from qwen_moe_jax.nn.parameters import ParameterFactory
 from qwen_moe_jax.sharding.rules import BATCH, as_used, partition_spec
 
 
 class Linear(nnx.Module):
-    """`x @ weight.T + bias` for activations [B, T, in].
+    """`x @ weight.T + bias` for activations [B, T, in], plus what the adapter `lora` says, where there is one.
 
     Args:
         name: of the module, for messages.
@@ -26,12 +27,15 @@ class Linear(nnx.Module):
     ):
         self.weight = make.normal(f"{name}.weight", sizes, axes)
         self.bias = make.zeros(f"{name}.bias", sizes[:1], axes[:1]) if bias else None
+        self.lora: LowRank | None = nnx.data(None)  # a place for one (`model.lora.add_lora`)
         self.axes = axes
 
     def __call__(self, x_BTI: jax.Array) -> jax.Array:
         """[B, T, in] to [B, T, out], in the dtype of the input."""
         out = P(BATCH, None, *partition_spec(self.axes[:1]))
         y_BTO = weight_einsum("BTI,OI->BTO", x_BTI, self.weight[...], self.axes, out)
+        if self.lora is not None:
+            y_BTO = y_BTO + self.lora(x_BTI, "BTI,OI->BTO", "BTr", P(BATCH, None, None), out)
         if self.bias is not None:
             y_BTO = y_BTO + as_used(self.bias[...].astype(x_BTI.dtype), self.axes[0])
         return y_BTO

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from qwen_moe_jax.config import ShardingRules
 from qwen_moe_jax.sharding.rules import parameter_sharding
 
-Kind = Literal["normal", "zeros", "ones"]
+Kind = Literal["normal", "uniform", "zeros", "ones"]
 
 
 class Untrained(nnx.Variable):
@@ -55,8 +55,12 @@ class ParameterFactory:
         """
         return self._create("normal", name, shape, axes, zero_row)
 
+    def uniform(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], bound: float) -> nnx.Param:
+        """A matrix drawn evenly from [-bound, bound)."""
+        return dataclasses.replace(self, initializer_range=bound)._create("uniform", name, shape, axes)
+
     def zeros(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-        """A bias."""
+        """A bias, or what is to begin without effect."""
         return self._create("zeros", name, shape, axes)
 
     def ones(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
@@ -92,6 +96,8 @@ def _drawer(kind: Kind, shape: tuple[int, ...], dtype: jnp.dtype, sharding: Name
         if kind == "normal":
             drawn = (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
             return drawn if zero_row is None else drawn.at[zero_row].set(0)
+        if kind == "uniform":
+            return jax.random.uniform(key, shape, jnp.float32, -scale, scale).astype(dtype)
         return jnp.full(shape, 1.0 if kind == "ones" else 0.0, dtype)
 
     return jax.jit(draw, out_shardings=sharding)

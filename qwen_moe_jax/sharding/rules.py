@@ -31,6 +31,7 @@ USED: Mapping[str, tuple[str, ...]] = {
     "norm": (),
     "router": (),
     "labels": (),
+    "rank": (),  # of low-rank adapters
 }
 
 

@@ -8,6 +8,7 @@ START = Start(
     time="2026-01-02 03:04:05",
     parameters=1000,
     active_parameters=400,
+    trained_parameters=1000,
     sparse_layers=[1, 3],
     mesh={"data": 2, "fsdp": 1, "expert": 4, "tensor": 1},
     device_kind="TPU v4",

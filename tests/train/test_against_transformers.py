@@ -42,7 +42,7 @@ def trained_here(folder):
     step = make_train_step(graph, optimizer, resolve_loss(LossConfig(), model.config), shardings, seed=0)
     state, seen = initial_state(params, optimizer, shardings), []
     for batch in batches(model.config.vocab_size):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, {}, batch)
         seen.append(jax.device_get(metrics))
     return seen, dict(export_tensors(nnx.merge(graph, state.params)))
 

@@ -1,11 +1,15 @@
 """What a run compiles, before it has a token or a weight."""
 
 import jax
+import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import qwen_moe_jax as qmj
 from train.config import TrainConfig, build_config
+from train.data import Batch
+from train.parameters import apart, only, paths, together
 from train.program import Program, assemble
 
 TABLES = {
@@ -37,8 +41,64 @@ def assembled(**sections) -> Program:
 
 def test_a_program_allocates_nothing_and_says_where_everything_lies():
     program = assembled()
-    for leaf in jax.tree.leaves((program.state, program.batch)):
+    for leaf in jax.tree.leaves((program.state, program.fixed, program.batch)):
         assert isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding.mesh.size == 4
+
+
+def first_step(frozen: list[str]):
+    """A program's descriptions, and the parameters before, fixed and after, with the metrics, of one step."""
+    program = assembled(
+        data={**TABLES["data"], "batch_size": 8},
+        optimizer={"frozen": frozen, "warmup_steps": 0},
+        run={"accumulation_steps": 2},
+    )
+    model = qmj.CausalLM(
+        program.model.config, rngs=nnx.Rngs(0), mesh=program.model.mesh, execution=program.model.execution
+    )
+    params = nnx.to_pure_dict(nnx.state(model))
+    before = jax.device_get(params)
+    fixed = only(params, like=program.fixed)
+    tokens_BT = np.random.default_rng(0).integers(1, 300, (8, 8), dtype=np.int32)
+    ones_BT = np.ones((8, 8), np.int32)
+    batch = Batch(
+        tokens_BT=tokens_BT,
+        targets_BT=tokens_BT,
+        segment_ids_BT=ones_BT,
+        positions_BT=ones_BT.cumsum(axis=1, dtype=np.int32) - 1,
+        target_mask_BT=ones_BT > 0,
+    )
+    state, metrics = program.train_step(program.begin(params), fixed, batch)
+    return program, before, fixed, state, metrics
+
+
+def test_fixed_parameters_are_no_part_of_what_a_step_changes_keeps_or_measures():
+    norms, everything = [], set(paths(assembled().state.params))
+    for frozen in ([], [r"mlp|embed|layernorm|model\.norm"], ["self_attn", "lm_head"]):
+        program, before, fixed, state, metrics = first_step(frozen)
+        norms.append(float(metrics.gradient_norm))
+        assert set(paths(state.params)) == set(paths(program.state.params)) == everything - set(paths(fixed))
+        assert paths(fixed) == paths(program.fixed) and bool(frozen) == bool(paths(fixed))
+        adam = state.optimizer[1][0]
+        assert paths(adam.mu) == paths(adam.nu) == paths(state.params)
+        jax.tree.map(np.testing.assert_array_equal, fixed, only(before, like=fixed))  # and its memory was not taken
+        changed = jax.tree.map(lambda new, old: (new != old).any(), state.params, only(before, like=state.params))
+        assert all(jax.tree.leaves(changed))
+    whole, *parts = norms  # what the second and the third train is all of the model, between them
+    assert whole > max(parts)
+    assert whole**2 == pytest.approx(sum(part**2 for part in parts), rel=1e-4)
+
+
+def test_parts_of_the_parameters_are_put_together_again():
+    whole = {"a": {0: {"x": 1, "y": 2}, 1: {"x": 3}}, "b": 4}
+    trained, fixed = apart(whole, {"a.0.y", "b"})
+    assert trained == {"a": {0: {"x": 1}, 1: {"x": 3}}} and fixed == {"a": {0: {"y": 2}}, "b": 4}
+    assert together(trained, fixed) == whole
+    assert only(whole, like=fixed) == fixed
+
+
+def test_a_run_with_nothing_to_train_is_refused():
+    with pytest.raises(qmj.ConfigError, match=r"optimizer.frozen: \['.'\] leaves no parameter to train"):
+        assembled(optimizer={"frozen": ["."]})
 
 
 def test_one_row_of_a_table_of_sharding_rules_is_changed_by_its_key():

@@ -52,7 +52,7 @@ def three_steps(accumulation_steps: int, mesh):
     # Documents of all lengths, and padding at the end: micro-batches have unlike numbers of targets.
     rows = pack([numbers.integers(1, 64, size) for size in numbers.integers(1, 14, 36)], 8)
     for number in range(3):
-        state, metrics = step(state, batch_at(rows, number, 32, seed=0))
+        state, metrics = step(state, {}, batch_at(rows, number, 32, seed=0))
         seen.append(jax.device_get(metrics))
     return seen, jax.device_get(state.params)
 

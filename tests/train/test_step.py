@@ -53,11 +53,11 @@ def setting():
     loss_before = heldout_loss(make_eval_step(eval_graph), params, [batch])
     train_step = make_train_step(graph, optimizer, LossConfig(balance_coef=0.01), shardings, seed=0)
     old = state
-    state, metrics = train_step(state, batch)
+    state, metrics = train_step(state, {}, batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old)), "the old state's memory should have been reused"
     loss_after = heldout_loss(make_eval_step(eval_graph), state.params, [batch])
     beyond = dataclasses.replace(batch, tokens_BT=batch.tokens_BT + 64)  # tokens that the vocabulary does not have
-    broken = train_step(jax.tree.map(jax.numpy.copy, state), beyond)
+    broken = train_step(jax.tree.map(jax.numpy.copy, state), {}, beyond)
     return before, state, metrics, batch, (loss_before, loss_after), broken
 
 
@@ -124,7 +124,7 @@ def test_a_step_does_not_hold_the_logits_of_all_its_tokens(monkeypatch):
     state = initial_state(params, optimizer, shardings)
     batch = batch_at(pack([np.arange(512)], 16), step=0, batch_size=32, seed=0)
     step = make_train_step(graph, optimizer, LossConfig(balance_coef=0.0, z_coef=1e-4), shardings, seed=0)
-    memory = step.lower(state, batch).compile().memory_analysis()
+    memory = step.lower(state, {}, batch).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 512 * 4096 * 4
     assert memory.alias_size_in_bytes > 0.9 * memory.output_size_in_bytes  # parameters and moments stay in their place
 
@@ -138,7 +138,7 @@ def one_step(model, loss: LossConfig, seed: int):
     shardings = state_shardings(params, optimizer, model.mesh)
     state = initial_state(params, optimizer, shardings)
     batch = batch_at(pack([np.random.default_rng(0).integers(1, 64, 120)], 16), step=0, batch_size=8, seed=0)
-    state, metrics = make_train_step(graph, optimizer, loss, shardings, seed)(state, batch)
+    state, metrics = make_train_step(graph, optimizer, loss, shardings, seed)(state, {}, batch)
     return nnx.merge(graph, state.params), batch, metrics
 
 

@@ -1,0 +1,172 @@
+"""Low-rank adapters beside the matrices of a model: added, told apart from the weights they stand beside, merged."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qwen_moe_jax.config import LoraConfig
+from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.model.causal_lm import Model
+from qwen_moe_jax.moe.experts import MATRICES, Experts
+from qwen_moe_jax.nn.linear import Linear
+from qwen_moe_jax.nn.low_rank import LowRank
+
+#: What "all-linear" leaves out: the router, and the gate of the shared expert.
+_GATES = ("gate", "shared_expert_gate")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """A matrix of all layers of one kind, [layers, …, out, in], and where its adapter is kept.
+
+    Attributes:
+        segment, position: of `LayerStack.segments`.
+        path: within the layer, as "self_attn.q_proj" or "mlp.experts.gate_proj".
+        owner: the module that it is in.
+    """
+
+    segment: int
+    position: int
+    path: str
+    owner: Linear | Experts
+
+    @property
+    def name(self) -> str:
+        """The last word of the path."""
+        return self.path.rpartition(".")[2]
+
+    @property
+    def parameter_path(self) -> str:
+        """The path of the matrix in the model."""
+        return self._layer + (self.path if isinstance(self.owner, Experts) else f"{self.path}.weight")
+
+    @property
+    def lora_path(self) -> str:
+        """The path of its adapter in the model."""
+        owner = self.path.rpartition(".")[0]
+        return self._layer + (f"{owner}.lora.{self.name}" if isinstance(self.owner, Experts) else f"{self.path}.lora")
+
+    @property
+    def _layer(self) -> str:
+        return f"model.layers.segments.{self.segment}.{self.position}."
+
+    @property
+    def weight(self) -> nnx.Param:
+        """The matrix."""
+        return getattr(self.owner, self.name) if isinstance(self.owner, Experts) else self.owner.weight
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Its logical axes, without that of the layers."""
+        return MATRICES[self.name] if isinstance(self.owner, Experts) else self.owner.axes
+
+    @property
+    def lora(self) -> LowRank | None:
+        """Its adapter."""
+        return self.owner.lora.get(self.name) if isinstance(self.owner, Experts) else self.owner.lora
+
+    def attach(self, lora: LowRank | None) -> None:
+        """Gives it this adapter, or none."""
+        if not isinstance(self.owner, Experts):
+            self.owner.lora = lora
+        elif lora is None:
+            del self.owner.lora[self.name]
+        else:
+            self.owner.lora[self.name] = lora
+
+
+def add_lora(model: Model, config: LoraConfig, *, rngs: nnx.Rngs | None) -> None:
+    """Gives a model adapters, float32, without effect until they are trained (B is zero). Its weights stay untouched.
+
+    A matrix has one where a name of `config.target_modules` stands in its path (dots at its ends): "q_proj", "experts",
+    "mlp.shared_expert.down_proj"; "all-linear" is all of them but the gates.
+
+    Args:
+        model: without adapters.
+        config: rank, scaling and which matrices.
+        rngs: source of A; None for a model that is only described.
+
+    Raises:
+        ConfigError: the model has adapters already; no matrix has such a name.
+        ShardingError: an adapter does not divide over the mesh.
+    """
+    if model.lora is not None:
+        raise ConfigError("the model has low-rank adapters already: merge them with merge_lora first.")
+    make = dataclasses.replace(model.factory(rngs), dtype="float32")
+    found = list(matrices(model))
+    _check_targets(config.target_modules, [matrix.path for matrix in found])
+    for matrix in found:
+        if any(_is_meant(target, matrix.path) for target in config.target_modules):
+            segment = model.model.layers.plan[matrix.segment]
+            name = f"model.layers.{segment.start + matrix.position}.{matrix.path}"
+            sizes = matrix.weight.shape[1:]
+            matrix.attach(LowRank(name, matrix.axes, sizes, config, make.stacked(segment.repeats)))
+    model.lora = config
+
+
+def merge_lora(model: Model) -> None:
+    """Adds every adapter to its matrix, in float32 and rounded once, and leaves the model without adapters.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if model.lora is None:
+        raise ConfigError("the model has no low-rank adapters to merge.")
+    for matrix in matrices(model):
+        if matrix.lora is not None:
+            weight = matrix.weight.get_value()
+            merge = jax.jit(_merged, donate_argnums=0, out_shardings=weight.sharding)
+            matrix.weight.set_value(merge(weight, matrix.lora))
+    remove_lora(model)
+
+
+def remove_lora(model: Model) -> None:
+    """Takes the adapters from a model; its weights are what they were."""
+    for matrix in matrices(model):
+        if matrix.lora is not None:
+            matrix.attach(None)
+    model.lora = None
+
+
+def matrices(model: Model) -> Iterator[Matrix]:
+    """Every matrix of the layers that can have an adapter, in order."""
+    for number, period in enumerate(model.model.layers.segments):
+        for position, layer in enumerate(period):
+            for keys, module in nnx.iter_modules(layer):
+                path = ".".join(map(str, keys))
+                if isinstance(module, Linear):
+                    yield Matrix(segment=number, position=position, path=path, owner=module)
+                elif isinstance(module, Experts):
+                    for name in MATRICES:
+                        yield Matrix(segment=number, position=position, path=f"{path}.{name}", owner=module)
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a parameter, by its path, is part of an adapter."""
+    return path.rpartition(".")[2] in ("lora_A", "lora_B")
+
+
+def _merged(weight: jax.Array, lora: LowRank) -> jax.Array:
+    return (weight.astype(jnp.float32) + lora.product()).astype(weight.dtype)
+
+
+def _is_meant(target: str, path: str) -> bool:
+    if target == "all-linear":
+        return path.rpartition(".")[2] not in _GATES
+    return f".{target}." in f".{path}."
+
+
+def _check_targets(targets: tuple[str, ...], paths: list[str]) -> None:
+    for target in targets:
+        if not any(_is_meant(target, path) for path in paths):
+            names = sorted({word for path in paths for word in path.split(".")[1:]})
+            near = difflib.get_close_matches(target, names, n=1)
+            raise ConfigError(
+                f"target_modules: found {target!r}, which is in no matrix of this model; "
+                + (f"did you mean {near[0]!r}? " if near else "")
+                + f"expected some of {', '.join(names)}, a path as {paths[0]!r}, or 'all-linear'."
+            )

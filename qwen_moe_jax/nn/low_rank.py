@@ -1,0 +1,61 @@
+"""A low-rank adapter: what is learned beside a matrix that stays as it is."""
+
+import math
+
+import jax
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from qwen_moe_jax.config import LoraConfig
+from qwen_moe_jax.nn.matmul import weight_einsum
+from qwen_moe_jax.nn.parameters import ParameterFactory
+
+
+class LowRank(nnx.Module):
+    """`scaling · B (A x)` beside a matrix [out, in], or beside each of several, [E, out, in] (LoRA, arXiv 2106.09685).
+
+    A is drawn as PEFT draws it, evenly up to 1 / sqrt(in), and B is zero: it begins without effect. Each lies as the
+    axis it shares with the matrix, cut over the same axes of the mesh; those of experts lie with their experts.
+
+    Args:
+        name: of the matrix, for messages.
+        axes: logical axes of the matrix, (…, out, in).
+        sizes: of the matrix.
+        config: rank and scaling.
+        make: where the parameters come from.
+    """
+
+    def __init__(
+        self, name: str, axes: tuple[str, ...], sizes: tuple[int, ...], config: LoraConfig, make: ParameterFactory
+    ):
+        *lead_axes, out_axis, in_axis = axes
+        *lead_sizes, rows, columns = sizes
+        self.a_axes, self.b_axes = (*lead_axes, "rank", in_axis), (*lead_axes, out_axis, "rank")
+        bound = 1 / math.sqrt(columns)
+        self.lora_A = make.uniform(f"{name}.lora_A", (*lead_sizes, config.r, columns), self.a_axes, bound)
+        self.lora_B = make.zeros(f"{name}.lora_B", (*lead_sizes, rows, config.r), self.b_axes)
+        self.scaling = config.scaling
+
+    def __call__(self, x: jax.Array, letters: str, narrow: str, narrow_spec: P, out: P) -> jax.Array:
+        """What is to be added to `einsum(letters, x, matrix)`, in the dtype of `x`.
+
+        Args:
+            x: activations.
+            letters: einsum letters of (activations, matrix) → result.
+            narrow: letters of what lies between A and B, r among them.
+            narrow_spec: its sharding.
+            out: sharding of the result.
+        """
+        activations, matrix, result = letters.replace("->", ",").split(",")
+        *lead, row, column = matrix
+        stack = "".join(lead)
+        x_r = weight_einsum(f"{activations},{stack}r{column}->{narrow}", x, self.lora_A[...], self.a_axes, narrow_spec)
+        return weight_einsum(
+            f"{narrow},{stack}{row}r->{result}", x_r * self.scaling, self.lora_B[...], self.b_axes, out
+        )
+
+    def product(self) -> jax.Array:
+        """`scaling · B A`, [layers, …, out, in] in float32: what merging adds to the matrix."""
+        return self.scaling * jax.numpy.einsum(
+            "...or,...ri->...oi", self.lora_B[...], self.lora_A[...], precision="highest"
+        )
