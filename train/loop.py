@@ -71,7 +71,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
             state, fixed = program.begin(params), only(params, like=program.fixed)
             del params  # the first step takes over the memory of what is trained
         first_step, last_step = int(state.step), config.run.steps
-        start = describe_start(config, program.model, mesh, state, fixed, text_tokens=rows.num_tokens)
+        start = describe_start(config, program, mesh, state, fixed, text_tokens=rows.num_tokens)
         schedule = make_schedule(config.optimizer, last_step)
         if leads():
             report = Report(folder, config.run, start, first_step=first_step, schedule=schedule)

@@ -82,7 +82,7 @@ def training_step(config: TrainConfig, program: Program, name: str) -> Step:
             param_dtype=execution.pop("param_dtype"),
             execution=execution,
         ),
-        model_flops=rows * seq_len * training_flops_per_token(model.config, seq_len),
+        model_flops=rows * seq_len * training_flops_per_token(model.config, seq_len, program.trained_share),
         gradient_bytes=trained.bytes,
     )
 

@@ -56,6 +56,12 @@ class Program:
     eval_step: EvalStep
     optimizer: optax.GradientTransformation
 
+    @property
+    def trained_share(self) -> float:
+        """How many of the parameters are trained, 0 to 1."""
+        trained, fixed = (sum(leaf.size for leaf in jax.tree.leaves(part)) for part in (self.state.params, self.fixed))
+        return trained / (trained + fixed)
+
     def begin(self, params: Params) -> TrainState:
         """Step 0 with these parameters of all that the model has, placed as `state` says."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)

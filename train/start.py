@@ -18,6 +18,7 @@ from qwen_moe_jax.plan.flops import training_flops_per_token
 from train.config import TrainConfig
 from train.optimizer import moves_by_itself
 from train.parameters import Params
+from train.program import Program
 from train.step import TrainState
 
 
@@ -66,9 +67,10 @@ class Start:
 
 
 def describe_start(
-    config: TrainConfig, model: qmj.CausalLM, mesh: Mesh, state: TrainState, fixed: Params, text_tokens: int
+    config: TrainConfig, program: Program, mesh: Mesh, state: TrainState, fixed: Params, text_tokens: int
 ) -> Start:
-    """The numbers of a run whose model is in training mode and whose state is placed."""
+    """The numbers of a run whose state is placed."""
+    model = program.model
     device_kind = jax.devices()[0].device_kind
     trained_bytes = bytes_per_device(state.params)
     execution = model.execution_in_use
@@ -86,7 +88,7 @@ def describe_start(
         gradient_bytes=trained_bytes,  # they have the shapes, dtypes and places of what is trained
         text_tokens=text_tokens,
         tokens_per_step=config.data.batch_size * config.data.seq_len,
-        flops_per_token=training_flops_per_token(model.config, config.data.seq_len),
+        flops_per_token=training_flops_per_token(model.config, config.data.seq_len, program.trained_share),
         peak_flops=peak_flops(device_kind),
         versions={
             "qwen_moe_jax": qmj.__version__,

@@ -6,12 +6,19 @@ Model FLOPs are those that the model's definition asks for: no recomputation, no
 from qwen_moe_jax.config import LayerKind, ModelConfig
 
 
-def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+def training_flops_per_token(config: ModelConfig, seq_len: int, trained_share: float = 1.0) -> float:
     """FLOPs of one token, forward and backward (which is twice the forward), in a causal row of `seq_len` tokens.
 
     A row that holds several documents attends to less, which is not taken off.
+
+    Args:
+        config: of the model.
+        seq_len: of a row.
+        trained_share: of the parameters, 0 to 1. A weight that stays as it is has no gradient of its own: that half of
+            the backward pass falls away. What low-rank adapters compute beside the weights is not counted.
     """
-    return 3 * forward_flops_per_token(config, seq_len)
+    weight_gradients = 2 * config.num_active_parameters(exclude_embeddings=True)
+    return 3 * forward_flops_per_token(config, seq_len) - (1 - trained_share) * weight_gradients
 
 
 def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:

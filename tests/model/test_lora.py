@@ -144,7 +144,7 @@ def test_merging_adds_the_product_and_leaves_no_adapter():
         (("experts",), {f"mlp.experts.{name}_proj" for name in ("gate", "up", "down")}),
         (("shared_expert.down_proj", "o_proj"), {"mlp.shared_expert.down_proj", "self_attn.o_proj"}),
     ],
-    ids=str,
+    ids=["everywhere", "all three", "by path"],  # a set has no order of its own
 )
 def test_targets_are_names_in_the_paths_of_matrices(targets, expected):
     model = qmj.CausalLM(qmj.ModelConfig.from_pretrained(HUB_CONFIG), rngs=None)

@@ -41,6 +41,12 @@ def test_a_token_costs_its_active_weights_and_half_of_the_attention_three_times(
     assert training_flops_per_token(read(tie_word_embeddings=True), length) == by_hand
 
 
+def test_weights_that_stay_have_no_gradient_of_their_own():
+    config, length = read(), 100
+    whole, none = (training_flops_per_token(config, length, share) for share in (1.0, 0.0))
+    assert whole - none == 2 * config.num_active_parameters(exclude_embeddings=True)
+
+
 def test_a_sliding_layer_costs_its_window():
     tables = {"num_hidden_layers": 2, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}
     sliding = qmj.ModelConfig.from_pretrained({**HUB_CONFIG, **tables, "model_type": "qwen2", "intermediate_size": 64})
