@@ -32,13 +32,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="AXIS=SIZE,…",
         help=f"spread it over devices, for example expert=8,data=2; axes: {', '.join(MESH_AXES)}",
     )
-    group.add_argument(
-        "--sharding",
-        choices=SHARDING_RULES,
-        default="expert+fsdp",
-        help="which weights a mesh keeps once, and gathers for each layer: expert+fsdp (the default) all of them, "
-        "expert+tensor none, for writing text where they fit",
-    )
+    add_sharding_argument(group)
     group.add_argument(
         "--dtype", choices=get_args(Dtype), help="of weights and activations; the checkpoint's own if not given"
     )
@@ -53,6 +47,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="with --dispatch capacity: places per expert, as a multiple of a balanced load "
         f"({ExecutionConfig.eval_capacity_factor} if not given)",
+    )
+
+
+def add_sharding_argument(group: argparse._ActionsContainer) -> None:
+    """`--sharding`, of whoever has `--mesh`."""
+    group.add_argument(
+        "--sharding",
+        choices=SHARDING_RULES,
+        default="expert+fsdp",
+        help="which weights a mesh keeps once, and gathers for each layer: expert+fsdp (the default) all of them, "
+        "expert+tensor none, for writing text where they fit",
     )
 
 

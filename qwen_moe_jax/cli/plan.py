@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from qwen_moe_jax.cli.arguments import mesh_sizes
+from qwen_moe_jax.cli.arguments import add_sharding_argument, mesh_sizes
 from qwen_moe_jax.config import Dispatch, Dtype
 from qwen_moe_jax.errors import ConfigError
 
@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="AXIS=SIZE,…",
         help="how the target's devices stand, for example expert=8; their product is the number of devices",
     )
+    add_sharding_argument(parser)
     parser.add_argument(
         "--dtype", choices=get_args(Dtype), help="of weights and activations; the config's if not given"
     )
@@ -95,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
     from qwen_moe_jax.plan.show import show_plan, show_search
 
     config = ModelConfig.from_pretrained(config_file(arguments.model))
-    execution = ExecutionConfig(dtype=arguments.dtype, dispatch=arguments.dispatch)
+    execution = ExecutionConfig(dtype=arguments.dtype, dispatch=arguments.dispatch, sharding=arguments.sharding)
     name = Path(arguments.model).stem if Path(arguments.model).exists() else arguments.model
     prompt, context = arguments.prompt or PROMPT, arguments.context or CONTEXT
 

@@ -109,8 +109,8 @@ def _gathered_for_a_token(plan: Plan) -> Iterator[Remark]:
         largest = max(weights, key=_per_step)
         yield Remark(
             about="collectives",
-            text=f"{in_bytes(found)} of weights are gathered over {'×'.join(largest.axes)} for every token. Dense "
-            "weights that lie cut over fsdp × expert are; cut over tensor, or whole, they are not.",
+            text=f"{in_bytes(found)} of weights are gathered over {'×'.join(largest.axes)} for every token. With "
+            "--sharding expert+tensor none are: dense weights lie whole then, or cut over tensor.",
         )
 
 
