@@ -16,7 +16,7 @@ import qwen_moe_jax as qmj
 from qwen_moe_jax.plan.compile import plan_step, target_mesh
 from qwen_moe_jax.plan.targets import parse_target
 from train.config import build_config
-from train.data import Batch
+from train.data.batches import Batch
 from train.plan import training_step
 from train.program import assemble
 

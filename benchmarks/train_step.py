@@ -65,7 +65,7 @@ def our_step(param_dtype: str, dtype: str, dispatch: str) -> Step:
 
     import qwen_moe_jax as qmj
     from train.config import build_config
-    from train.data import as_documents, batch_at, pack
+    from train.data.batches import as_documents, batch_at, pack
     from train.program import assemble
 
     config = build_config(

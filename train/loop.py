@@ -15,20 +15,20 @@ from qwen_moe_jax.huggingface.hub import local_folder
 from qwen_moe_jax.sharding.hosts import leads, num_processes, wait_for_all
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, profile_steps
-from train.corpus import Corpus, copy_tokenizer, load_corpus
-from train.data import Batch, Mixture, batch_at, describe_batch, heldout_batches, pack, rows_of_devices
+from train.data.batches import Batch, Mixture, batch_at, describe_batch, heldout_batches, pack, rows_of_devices
+from train.data.corpus import Corpus, copy_tokenizer, load_corpus
 from train.folder import HUB_FOLDER, RunFolder
 from train.nonfinite import NonFiniteGuard
 from train.optimizer import make_schedule
 from train.parameters import Params, only, together
-from train.profile import Profiler
 from train.program import assemble, batch_sharding, lora_config
-from train.progress import NoReport, Report
-from train.samples import Sampler
-from train.start import describe_start, introduction
+from train.show.profile import Profiler
+from train.show.progress import NoReport, Report
+from train.show.samples import Sampler
+from train.show.start import describe_start, introduction
+from train.show.tensorboard import require_tensorboard
 from train.step import heldout_loss
 from train.stopping import Stopped, stop_requests
-from train.tensorboard import require_tensorboard
 from train.together import stopping_together
 
 

@@ -12,7 +12,7 @@ from qwen_moe_jax.model.output import TokenLosses
 from qwen_moe_jax.moe.losses import global_batch_loss, load_balancing_loss, router_z_loss, sequence_loss
 from qwen_moe_jax.moe.stats import RouterStats
 from train.config import LossConfig
-from train.data import Batch
+from train.data.batches import Batch
 
 
 @jax.tree_util.register_dataclass

@@ -15,7 +15,7 @@ from qwen_moe_jax.config import SHARDING_RULES
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.model.lora import is_adapter
 from train.config import ExecutionSettings, LoraSettings, ShardingSettings, TrainConfig
-from train.data import Batch
+from train.data.batches import Batch
 from train.loss import resolve_loss
 from train.optimizer import frozen_paths, make_optimizer
 from train.parameters import Params, apart, only, paths

@@ -15,7 +15,7 @@ from qwen_moe_jax.model.balancing import update_balancing_biases
 from qwen_moe_jax.model.output import TokenLosses
 from qwen_moe_jax.moe.stats import RouterStats, sum_stats
 from train.config import LossConfig
-from train.data import Batch
+from train.data.batches import Batch
 from train.loss import Loss, WholeBatch, sum_over_targets, training_loss, whole_batch
 from train.parameters import Params, only, together
 

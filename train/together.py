@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.sharding.hosts import from_first, leads, num_processes, require_same, wait_for_all
 from train.config import TrainConfig, to_toml
-from train.data import Batch
+from train.data.batches import Batch
 from train.folder import RunFolder, open_run_folder
 from train.parameters import Params
 from train.step import StepMetrics, TrainState, TrainStep

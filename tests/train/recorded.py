@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from train.start import Start
+from train.show.start import Start
 
 START = Start(
     time="2026-01-02 03:04:05",

@@ -10,11 +10,11 @@ from qwen_moe_jax.inference.chat_template import load_chat_template
 from qwen_moe_jax.inference.tokenizer import load_tokenizer
 from tests.inference.chat_templates import MIXTRAL, QWEN2, QWEN3
 from tests.inference.tokenizer_kinds import byte_fallback, byte_level
-from train.chat import Turns, conversation_documents
 from train.config import DataConfig
-from train.corpus import SPECIAL_TOKENS, load_corpus, save_tokenizer, train_tokenizer
-from train.data import batch_at, pack
-from train.sources import Conversation
+from train.data.batches import batch_at, pack
+from train.data.chat import Turns, conversation_documents
+from train.data.corpus import SPECIAL_TOKENS, load_corpus, save_tokenizer, train_tokenizer
+from train.data.sources import Conversation
 
 SYSTEM, ONE, TWO = (
     {"role": "system", "content": "Be brief."},

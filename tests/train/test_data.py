@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import qwen_moe_jax as qmj
-from train.data import (
+from train.data.batches import (
     Documents,
     Mixture,
     as_documents,

@@ -16,7 +16,7 @@ from tests.train.test_run import CONFIG, metrics, start
 from train.config import build_config, load_config
 from train.parameters import paths
 from train.program import assemble
-from train.start import bytes_per_device
+from train.show.start import bytes_per_device
 
 ROOT = Path(__file__).parents[2]
 

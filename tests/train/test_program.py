@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 import qwen_moe_jax as qmj
 from train.config import TrainConfig, build_config
-from train.data import Batch
+from train.data.batches import Batch
 from train.parameters import apart, only, paths, together
 from train.program import Program, assemble
 

@@ -13,11 +13,11 @@ from tests.train.recorded import START
 from train.config import RunConfig, build_config, profile_steps
 from train.folder import RunFolder
 from train.loop import train
-from train.metrics import read_metrics
-from train.profile import Profiler
-from train.progress import Report, layers_every
+from train.show.metrics import read_metrics
+from train.show.profile import Profiler
+from train.show.progress import Report, layers_every
+from train.show.tensorboard import scalars
 from train.step import StepMetrics
-from train.tensorboard import scalars
 
 LAYERS, EXPERTS = 2, 4
 

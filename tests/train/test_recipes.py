@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from train.config import load_config
-from train.start import in_bytes
+from train.show.start import in_bytes
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs" / "train").glob("*.toml"))
@@ -22,7 +22,7 @@ import json, sys
 import qwen_moe_jax as qmj
 from train.config import load_config
 from train.program import assemble
-from train.start import bytes_per_device
+from train.show.start import bytes_per_device
 
 for recipe, source in json.loads(sys.argv[1]):
     config = load_config(recipe)

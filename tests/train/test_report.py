@@ -12,10 +12,10 @@ pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
 from tests.train.recorded import step_records
 from train import report
 from train.config import build_config, to_toml
-from train.figures import _thinned
 from train.folder import RunFolder
-from train.metrics import read_metrics
-from train.start import in_bytes
+from train.show.figures import _thinned
+from train.show.metrics import read_metrics
+from train.show.start import in_bytes
 
 
 def write_run(path, records: list[dict], tail: str = "") -> RunFolder:

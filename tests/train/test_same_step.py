@@ -22,7 +22,7 @@ from qwen_moe_jax.moe.stats import sum_stats
 from tests.train.test_loss import STATS
 from tests.train.test_step import HUB_CONFIG
 from train.config import LossConfig
-from train.data import Mixture, batch_at, heldout_batches, pack
+from train.data.batches import Mixture, batch_at, heldout_batches, pack
 from train.loss import training_loss, whole_batch
 from train.step import initial_state, make_train_step, state_shardings
 

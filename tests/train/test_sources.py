@@ -10,7 +10,7 @@ import pytest
 
 from qwen_moe_jax.errors import ConfigError
 from train.config import SourceConfig
-from train.sources import read_records
+from train.data.sources import read_records
 
 QUESTION, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 

@@ -11,7 +11,7 @@ import qwen_moe_jax as qmj
 from qwen_moe_jax.model import vocabulary
 from tests.model.test_balancing import biases
 from train.config import LossConfig, OptimizerConfig
-from train.data import batch_at, pack
+from train.data.batches import batch_at, pack
 from train.optimizer import make_optimizer
 from train.step import heldout_loss, initial_state, make_eval_step, make_train_step, state_shardings
 

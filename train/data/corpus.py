@@ -22,10 +22,10 @@ from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.hub import tokenizer_folder
 from qwen_moe_jax.inference.chat_template import ChatTemplate, load_chat_template
 from qwen_moe_jax.inference.tokenizer import load_tokenizer
-from train.chat import Turns, conversation_documents
 from train.config import DataConfig, SourceConfig
-from train.data import Documents
-from train.sources import Conversation, Record, describe_source, read_records
+from train.data.batches import Documents
+from train.data.chat import Turns, conversation_documents
+from train.data.sources import Conversation, Record, describe_source, read_records
 
 # The special tokens of a tokenizer that is trained here, and how it writes a conversation: as Qwen does (ChatML). What
 # the assistant says stands between `generation` marks, by which transformers and TRL find it; we need none.

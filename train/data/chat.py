@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from qwen_moe_jax.errors import ConfigError, RequestError
 from qwen_moe_jax.inference.chat_template import ChatTemplate
 from qwen_moe_jax.inference.tokenizer import encode
-from train.sources import Conversation
+from train.data.sources import Conversation
 
 
 @dataclass(frozen=True)

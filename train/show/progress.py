@@ -17,10 +17,10 @@ from qwen_moe_jax.cli.terminal import visible
 from qwen_moe_jax.moe.stats import RouterStats
 from train.config import RunConfig
 from train.folder import RunFolder
-from train.metrics import read_records
-from train.start import Start
+from train.show.metrics import read_records
+from train.show.start import Start
+from train.show.tensorboard import Events
 from train.step import StepMetrics
-from train.tensorboard import Events
 
 _LAYER_RECORDS = 200  # at most so many: with 48 layers of 128 experts, one is 30 kB
 
@@ -34,7 +34,7 @@ class Report:
     `step_seconds`; its `data_seconds`, in which the host got the batch, mostly while the devices computed the step
     before); `layers`, the load [L, E], entropy [L] and drops [L] of that step, now and then; `heldout_loss`; `sample`,
     what the model made of the `prompt` beside it; `evaluation_seconds`, `sample_seconds`, `checkpoint_seconds` or
-    `profile_seconds`, which are in no step's; or `start`, what the run is in numbers (`train/start.py`).
+    `profile_seconds`, which are in no step's; or `start`, what the run is in numbers (`train/show/start.py`).
     """
 
     def __init__(

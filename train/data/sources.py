@@ -17,7 +17,7 @@ import numpy as np
 
 from qwen_moe_jax.errors import ConfigError
 from train.config import FORMATS, SourceConfig
-from train.docstrings import questions_of
+from train.data.docstrings import questions_of
 
 _ROLES = ("system", "user", "assistant", "tool")
 _Say = Callable[[str], None]

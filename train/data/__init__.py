@@ -1,0 +1,1 @@
+"""Files and folders → documents → rows of tokens → the batch of a step."""
