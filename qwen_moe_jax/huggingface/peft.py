@@ -1,9 +1,9 @@
 """Low-rank adapters in PEFT's layout: adapter_config.json beside adapter_model.safetensors.
 
 Every matrix has tensors of its own, `base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight` and so on, and so
-has every expert: `….mlp.experts.7.gate_proj.lora_A.weight`, the names of models whose experts are modules. So PEFT over
-transformers 4 reads them, and vLLM. Transformers 5 fuses experts, and PEFT converts their adapters for Mixtral and
-Qwen3-MoE; for Qwen2-MoE it does not (0.21), and leaves them out: there, merge them into the weights.
+has every expert: `….mlp.experts.7.gate_proj.lora_A.weight`, as PEFT names them where experts are modules, in
+transformers 4 and vLLM. Transformers 5 fuses experts, and PEFT converts their adapters for Mixtral and Qwen3-MoE; for
+Qwen2-MoE it does not (0.21), and leaves them out: there, merge them into the weights.
 """
 
 import dataclasses
