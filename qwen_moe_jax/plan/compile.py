@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 import qwen_moe_jax
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import ShardingError
+from qwen_moe_jax.model.segments import plan_segments
 from qwen_moe_jax.plan.chips import chip_of
 from qwen_moe_jax.plan.collectives import collectives_of
 from qwen_moe_jax.plan.hlo import Module
@@ -37,6 +38,7 @@ from qwen_moe_jax.plan.result import (
 from qwen_moe_jax.plan.roofline import roofline_of
 from qwen_moe_jax.plan.targets import TargetRequest
 from qwen_moe_jax.sharding.mesh import AXES, make_mesh
+from qwen_moe_jax.sharding.rules import mesh_axes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,21 +179,15 @@ def describe_group(name: str, tree: Any) -> Group:
                 name=jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"),
                 shape=shape,
                 dtype=str(leaf.dtype),
-                spec=tuple(_axes(place) for place in (*spec, *(None,) * (len(shape) - len(spec)))),
+                spec=tuple(mesh_axes(place) for place in (*spec, *(None,) * (len(shape) - len(spec)))),
                 bytes=math.prod(local) * leaf.dtype.itemsize,
             )
         )
     return Group(name=name, arrays=tuple(arrays))
 
 
-def _axes(place: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (place,) if isinstance(place, str) else tuple(place or ())
-
-
 def layer_repeats(config: ModelConfig) -> frozenset[int]:
     """How many steps the scans over layers have. One of a single step is no loop."""
-    from qwen_moe_jax.model.segments import plan_segments
-
     return frozenset(segment.repeats for segment in plan_segments(config.layers) if segment.repeats > 1)
 
 
