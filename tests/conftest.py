@@ -1,6 +1,8 @@
 """Settings that must stand before JAX and torch start, and the session's reference models."""
 
+import gc
 import os
+from pathlib import Path
 
 # Eight simulated devices on the CPU, for the sharding tests; everything else uses the first one. Nothing outside the
 # CPU is touched: float32 comparisons would otherwise depend on an accelerator's reduced-precision matmuls.
@@ -12,6 +14,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # One thread per process: pytest-xdist already uses the cores, and torch's thread barriers collapse on a shared box.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import jax
 import pytest
 
 
@@ -21,3 +24,17 @@ def references(tmp_path_factory):
     from tests.referee import References  # needs torch; the tests that ask for it are skipped without
 
     return References(tmp_path_factory.mktemp("references"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs():
+    """Lets go of compiled programs once there are many.
+
+    Each maps memory of its own, and Linux allows a process 65,530 maps (vm.max_map_count). At that limit, which a
+    worker with half of the suite's programs comes to, XLA's compiler crashes.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+        gc.collect()
