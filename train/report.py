@@ -130,8 +130,7 @@ def _settings(start: Start) -> dict[str, str]:
     execution = ", ".join(f"{key} {value}" for key, value in start.execution.items() if value is not None)
     settings = {
         "started": start.time,
-        "parameters": f"{start.parameters:,}, {start.active_parameters:,} active per token, "
-        f"{start.trained_parameters:,} trained",
+        "parameters": start.parameters_in_words,
         "devices": f"{start.devices} × {start.device_kind}",
         "mesh": mesh,
         "each device holds": f"{in_bytes(start.weight_bytes)} of weights, {in_bytes(start.moment_bytes)} of moments, "

@@ -113,7 +113,7 @@ def test_the_start_says_the_mesh_the_parameters_and_what_a_device_holds(finished
     folder, output = finished
     [start] = [record["start"] for record in metrics(folder) if "start" in record]
     assert "4 simulated device(s): data 2 x expert 2" in output and "per device besides activations: " in output
-    assert f"{start['parameters']:,} parameters, {start['active_parameters']:,} active per token" in output
+    assert f"parameters: {start['parameters']:,}, {start['active_parameters']:,} active per token; " in output
     assert start["tokens_per_step"] == 4 * 32 and start["sparse_layers"] == [0, 1] and start["peak_flops"] is None
     # Experts and dense weights are cut in two; moments are twice the weights, and a few counters.
     assert 4 * start["parameters"] / 2 <= start["weight_bytes"] < 4 * start["parameters"] * 0.6

@@ -61,6 +61,12 @@ class Start:
     versions: dict[str, str]
 
     @property
+    def parameters_in_words(self) -> str:
+        """How many, and how many of them count for a token and, where not all are, are trained."""
+        trained = "" if self.trained_parameters == self.parameters else f", {self.trained_parameters:,} trained"
+        return f"{self.parameters:,}, {self.active_parameters:,} active per token{trained}"
+
+    @property
     def devices(self) -> int:
         """How many devices the mesh has."""
         return math.prod(self.mesh.values())
@@ -111,9 +117,8 @@ def introduction(start: Start, steps: int) -> str:
     bytes_needed = start.weight_bytes + start.moment_bytes + start.gradient_bytes
     split = {"weights": start.weight_bytes, "moments": start.moment_bytes, "gradients": start.gradient_bytes}
     epochs = steps * start.tokens_per_step / start.text_tokens
-    trained = "" if start.trained_parameters == start.parameters else f", {start.trained_parameters:,} trained"
     return (
-        f"{start.parameters:,} parameters{trained}, {start.active_parameters:,} active per token; "
+        f"parameters: {start.parameters_in_words}; "
         f"{start.devices} {start.device_kind} device(s): {mesh}; dispatch {start.execution['dispatch']}\n"
         f"{in_bytes(bytes_needed)} per device besides activations: "
         f"{', '.join(f'{name} {in_bytes(size)}' for name, size in split.items())}\n"
