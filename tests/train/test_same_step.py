@@ -93,7 +93,7 @@ def test_documents_laid_end_to_end_teach_what_they_teach_one_to_a_row():
     seen = []
     for rows, count in ((together, 5), (alone, 9)):
         [batch] = heldout_batches(rows, count, 9)  # filled up with rows of padding: one shape, one program
-        new, metrics = step(jax.tree.map(jnp.copy, state), batch)
+        new, metrics = step(jax.tree.map(jnp.copy, state), {}, batch)
         seen.append(jax.device_get((metrics, new.params)))
     (packed, packed_params), (unpacked, unpacked_params) = seen
     assert packed.tokens == unpacked.tokens == 40
