@@ -65,10 +65,10 @@ def measure(overrides: list[str]) -> tuple[int, int]:
     state = program.begin(nnx.to_pure_dict(nnx.state(model)))
     del model
     batch = jax.device_put(Batch(**rows), program.batch.tokens_BT.sharding)
-    state, _ = jax.block_until_ready(step(state, batch))
+    state, _ = jax.block_until_ready(step(state, program.fixed, batch))
     Path("/proc/self/clear_refs").write_text("5")  # the fullest moment counts from here
     for _ in range(STEPS):
-        state, _ = jax.block_until_ready(step(state, batch))
+        state, _ = jax.block_until_ready(step(state, program.fixed, batch))
     return 8 * (plan.memory.total - plan.memory.code), resident("VmHWM") - before
 
 

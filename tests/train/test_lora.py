@@ -13,10 +13,8 @@ from qwen_moe_jax.huggingface.save import export_tensors
 from tests.distance import assert_near
 from tests.train.test_program import assembled
 from tests.train.test_run import CONFIG, metrics, start
-from train.config import build_config, load_config
+from train.config import build_config
 from train.parameters import paths
-from train.program import assemble
-from train.show.start import bytes_per_device
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,15 +116,3 @@ def test_the_table_of_adapters_reads_as_it_is_written():
     tables = {"model": {"model_type": "qwen3"}, "lora": {"r": 8, "target_modules": ["q_proj", "experts"]}}
     settings = build_config(tables, ["--lora.lora_alpha=16"], source="a test").lora
     assert (settings.r, settings.lora_alpha, settings.target_modules) == (8, 16.0, ("q_proj", "experts"))
-
-
-def test_the_recipe_for_mixtral_needs_what_its_comment_says():
-    file = ROOT / "configs" / "train" / "mixtral-8x7b-lora.toml"
-    config = load_config(file)
-    sizes = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "expert", "tensor")}
-    model = qmj.ModelConfig.from_pretrained(ROOT / "configs" / "models" / "mixtral-8x7b-v0.1.json")
-    program = assemble(config, model, qmj.make_mesh(**sizes))
-    needed = [bytes_per_device(part) for part in (program.fixed, program.state.params, program.state.optimizer)]
-    weights, adapters, moments = (f"{size / 1e9:.1f} GB" for size in needed)
-    said = " ".join(file.read_text(encoding="utf-8").replace("\n#", "").split())
-    assert f"{weights} of weights, {adapters} of adapters, as much of gradients and {moments} of moments" in said
