@@ -6,7 +6,10 @@ is held against eight times what the plan says of one. Linux only.
 """
 
 import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `train` is not installed
 
 import jax
 import numpy as np

@@ -21,10 +21,13 @@ import os
 import platform
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `train` is not installed
 
 HUB_CONFIG = dict(
     model_type="qwen3_moe",
