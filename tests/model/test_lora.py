@@ -98,8 +98,11 @@ def test_adapters_are_float32_and_change_no_bit_before_they_are_trained(dtype):
     np.testing.assert_array_equal(model(TOKENS).logits, before)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "mesh"),
+    # On one device `dense` stands for all: what they are without adapters is held elsewhere.
+    [(method, mesh) for method in METHODS for mesh in MESHES if mesh != "one device" or method == "dense"],
+)
 def test_loss_and_gradients_are_those_of_the_merged_weights_under_every_dispatch_and_mesh(method, mesh, reference):
     model = adapted(mesh=qmj.make_mesh(**MESHES[mesh]), **METHODS[method], remat="dots")
     model.train()
