@@ -45,7 +45,7 @@ def test_a_run_trains_adapters_alone_and_says_how_many(runs):
     [start_of] = [record["start"] for record in metrics(folder) if "start" in record]
     per_layer = 2 * (32 + 32) + 4 * 3 * 2 * (32 + 16)  # q_proj, and three matrices of four experts
     assert start_of["trained_parameters"] == 2 * per_layer
-    assert f"parameters, {2 * per_layer:,} trained" in output
+    assert f"active per token, {2 * per_layer:,} trained; " in output
     assert start_of["gradient_bytes"] < start_of["weight_bytes"] / 4
 
 
