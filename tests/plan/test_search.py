@@ -117,7 +117,10 @@ def test_only_meshes_that_divide_are_drafted_and_the_others_say_why():
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_its_numbers():
-    few = lambda mesh: describe(mesh, rows=8, accumulation_steps=4)  # noqa: E731
+
+    def few(mesh):
+        return describe(mesh, rows=8, accumulation_steps=4)
+
     drafts, refused = draft_meshes(target(4), CHIP.networks, few)
     assert all(draft.mesh["tensor"] >= 2 for draft in drafts)
     assert any(
