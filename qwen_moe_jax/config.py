@@ -354,6 +354,8 @@ class ExecutionConfig:
             where nothing may be dropped.
         grouped_matmul: what multiplies ragged groups: "blocks" (any device), "megablox" (TPU), "triton" (NVIDIA).
         routing: "balanced" sends tokens to experts in turn, whatever the router says: for benchmarks.
+        attention_block: tokens of the longest block of queries and of keys whose scores are in memory at a time. None
+            takes 128 on CPUs and 512 elsewhere.
         remat: what the backward pass recomputes, per layer: "none" nothing, "full" the whole layer from its input,
             "exchange" all but what came over the `expert` axis, "dots" all but that and the matmuls with weights.
             Weights gathered over fsdp are gathered again in any case.
@@ -375,6 +377,7 @@ class ExecutionConfig:
     exchange: Exchange | None = None
     grouped_matmul: GroupedMatmul | None = None
     routing: Routing = "learned"
+    attention_block: int | None = None
     remat: Remat = "none"
     sharding: ShardingRules | str = ShardingRules()
 
@@ -409,7 +412,9 @@ class ExecutionConfig:
                 "a number of at least 1, or None for the worst case",
             )
         _require(self.min_capacity > 0, "min_capacity", self.min_capacity, "a positive integer")
-        _require(self.group_size is None or self.group_size > 0, "group_size", self.group_size, "a positive integer")
+        for name in ("group_size", "attention_block"):
+            found = getattr(self, name)
+            _require(found is None or found > 0, name, found, "a positive integer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Grouped-query self-attention over packed, padded, possibly sliding sequences."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import ShardingError
+from qwen_moe_jax.model.blockwise import Blocks, attend_in_blocks
 from qwen_moe_jax.model.cache import KeyValues, Past, attend_past, remember
 from qwen_moe_jax.model.rotary import RotaryTables, apply_rotary
 from qwen_moe_jax.nn.linear import Linear
@@ -51,10 +53,12 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(f"{name}.k_norm", head_dim, config.rms_norm_eps, make) if qk_norm else None
         self.head_dim = head_dim
 
-    def __call__(self, hidden_BTD: jax.Array, context: TokenContext, sliding_window: int | None) -> jax.Array:
+    def __call__(
+        self, hidden_BTD: jax.Array, context: TokenContext, sliding_window: int | None, longest_block: int
+    ) -> jax.Array:
         """[B, T, D] to [B, T, D]. `sliding_window` is the number of keys seen, None for all."""
         q_BTNH, k_BTKH, v_BTKH = self._projected(hidden_BTD, context)
-        return self._merged(attend(q_BTNH, k_BTKH, v_BTKH, context.segment_ids_BT, sliding_window))
+        return self._merged(attend(q_BTNH, k_BTKH, v_BTKH, context.segment_ids_BT, sliding_window, longest_block))
 
     def extend(
         self, hidden_BTD: jax.Array, context: TokenContext, sliding_window: int | None, past: Past
@@ -86,33 +90,20 @@ class Attention(nnx.Module):
 
 
 def attend(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array, sliding_window: int | None
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array,
+    sliding_window: int | None,
+    longest_block: int,
 ) -> jax.Array:
-    """Causal attention within segments; each device keeps to its own sequences and heads, so nothing is exchanged.
-
-    Scores and softmax are float32. A padding query's result is finite and means nothing.
-    """
-
-    def local(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-        dtype = q_BTNH.dtype
-        if dtype == jnp.float16:
-            # dot_product_attention asks for float32 sums of float16 products, which XLA has not on every platform.
-            q_BTNH, k_BSKH, v_BSKH = (x.astype(jnp.float32) for x in (q_BTNH, k_BSKH, v_BSKH))
-        same = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-        real = segment_ids_BT[:, None, :] != 0
-        mixed_BTNH = jax.nn.dot_product_attention(
-            q_BTNH,
-            k_BSKH,
-            v_BSKH,
-            mask=(same & real)[:, None],
-            is_causal=True,
-            # dot_product_attention counts the keys before the query; the Hub's window counts the query itself too.
-            local_window_size=None if sliding_window is None else (sliding_window - 1, 0),
-        )
-        return mixed_BTNH.astype(dtype)
-
+    """Causal attention within segments; each device keeps to its own sequences and heads, so nothing is exchanged."""
+    blocks = Blocks.of(q_BTNH.shape[1], longest_block, sliding_window)
     specs = (HEADS, HEADS, HEADS, P(BATCH, None))
-    return jax.shard_map(local, in_specs=specs, out_specs=HEADS)(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
+    local = functools.partial(attend_in_blocks, blocks=blocks)
+    return jax.shard_map(local, in_specs=specs, out_specs=HEADS, check_vma=False)(
+        q_BTNH, k_BTKH, v_BTKH, segment_ids_BT
+    )
 
 
 def _check_whole_heads(name: str, counts: dict[str, int], make: ParameterFactory) -> None:

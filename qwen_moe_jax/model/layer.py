@@ -39,7 +39,8 @@ class DecoderLayer(nnx.Module):
 
         With a `noise_key`, what enters a mixture of experts is jittered.
         """
-        attended_BTD = self.self_attn(self.input_layernorm(hidden_BTD), context, self.sliding_window)
+        normed_BTD = self.input_layernorm(hidden_BTD)
+        attended_BTD = self.self_attn(normed_BTD, context, self.sliding_window, execution.attention_block)
         return self._mixed(hidden_BTD + attended_BTD, context, execution, noise_key)
 
     def extend(

@@ -3,13 +3,16 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 from flax import nnx
 
 from qwen_moe_jax.config import ExecutionConfig, ModelConfig
 from qwen_moe_jax.model.attention import TokenContext
+from qwen_moe_jax.model.blockwise import ATTENDED
 from qwen_moe_jax.model.cache import Cache, KeyValues, Past
 from qwen_moe_jax.model.layer import DecoderLayer
 from qwen_moe_jax.model.segments import Segment, plan_segments
@@ -20,11 +23,20 @@ from qwen_moe_jax.nn.bits import rows_at
 from qwen_moe_jax.nn.matmul import WEIGHT_MATMUL
 from qwen_moe_jax.nn.parameters import ParameterFactory
 
+
+def _all_but_reshards(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> bool:
+    """Everything may be saved but what lies elsewhere already: a weight whose sharding is only spelt otherwise would be
+    copied into the residuals of every layer.
+    """
+    return primitive.name != "reshard"
+
+
 #: What jax.checkpoint may save, by the name ExecutionConfig.remat gives it.
 SAVEABLE = {
+    "none": _all_but_reshards,
     "full": jax.checkpoint_policies.nothing_saveable,
     "exchange": jax.checkpoint_policies.save_only_these_names(EXCHANGED),
-    "dots": jax.checkpoint_policies.save_only_these_names(EXCHANGED, WEIGHT_MATMUL),
+    "dots": jax.checkpoint_policies.save_only_these_names(EXCHANGED, WEIGHT_MATMUL, ATTENDED),
 }
 
 
@@ -78,12 +90,14 @@ class LayerStack(nnx.Module):
             keep_trace: also return what the routers said of every token.
             keep_inputs: also return what entered each layer.
         """
-        run_layer = functools.partial(_run_layer, execution=execution)
-        if execution.remat != "none":
-            # The compiler unrolls a scan of one step, and would then undo the recomputation without a barrier. In a
-            # longer one it cannot, and the barrier (prevent_cse) would only cost.
-            unrolled = any(segment.repeats == 1 for segment in self.plan)
-            run_layer = jax.checkpoint(run_layer, policy=SAVEABLE[execution.remat], prevent_cse=unrolled)
+        # The compiler unrolls a scan of one step, and would then undo the recomputation without a barrier. In a longer
+        # one it cannot, and the barrier (prevent_cse) would only cost.
+        unrolled = any(segment.repeats == 1 for segment in self.plan)
+        run_layer = jax.checkpoint(
+            functools.partial(_run_layer, execution=execution),
+            policy=SAVEABLE[execution.remat],
+            prevent_cse=unrolled and execution.remat != "none",
+        )
 
         def body(hidden_BTD: jax.Array, repeat: tuple[list[DecoderLayer], jax.Array | None]):
             kept = []

@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.model.embedding import TABLE
@@ -17,6 +18,7 @@ from qwen_moe_jax.sharding.rules import BATCH, gathered, spec_of
 #: How many logits (float32, 256 MiB) a device may hold at a time. The gradient of the table is added up once for every
 #: chunk: smaller ones would spend their time on that.
 MAX_LOGITS = 2**26
+LOGITS = "logits"
 
 
 def target_log_probs(
@@ -67,18 +69,26 @@ def _device_log_probs(
     known = vocab_size // jax.lax.axis_size("tensor")
     first = jax.lax.axis_index("tensor") * known
 
-    # The gathered table is not kept for the backward pass, as with every weight. It is widened again, so that its
-    # gradient is added up in float32.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
+    if chunk is None:
+        chunk = max(1, MAX_LOGITS // (batch * known))
+    chunks = math.ceil(length / chunk)
+    chunk = math.ceil(length / chunks)  # all of one size, the last one filled with as little as can be
+    # Of several chunks nothing is kept for the backward pass. The logits of a single one are: it begins with them.
+    kept = jax.checkpoint_policies.save_only_these_names(*([LOGITS] if chunks == 1 else []))
+    recomputed = functools.partial(jax.checkpoint, prevent_cse=False, policy=kept)
+
+    # Nor is the gathered table kept, as no weight is. It is widened again, so that its gradient is added up in float32.
+    @recomputed
     def all_chunks(table_VD: jax.Array, hidden_NBCD: jax.Array, targets_NBC: jax.Array):
         whole_VD = gathered(table_VD.astype(dtype), table_spec, TABLE).astype(jnp.float32)
         vocabulary_V = first + jnp.arange(known)
 
-        @functools.partial(jax.checkpoint, prevent_cse=False)
+        @recomputed
         def one_chunk(whole_VD: jax.Array, hidden_BCD: jax.Array, targets_BC: jax.Array):
             logits_BCV = jnp.einsum(
                 "BCD,VD->BCV", hidden_BCD, whole_VD.astype(dtype), preferred_element_type=jnp.float32
             )
+            logits_BCV = checkpoint_name(logits_BCV, LOGITS)
             target_BCV = targets_BC[..., None] == vocabulary_V
             target_BC = jnp.sum(jnp.where(target_BCV, logits_BCV, 0), axis=-1)
             return target_BC, jax.nn.logsumexp(logits_BCV, axis=-1)
@@ -87,11 +97,6 @@ def _device_log_probs(
             return None, one_chunk(whole_VD, *part)
 
         return jax.lax.scan(body, None, (hidden_NBCD, targets_NBC))[1]
-
-    if chunk is None:
-        chunk = max(1, MAX_LOGITS // (batch * known))
-    chunks = math.ceil(length / chunk)
-    chunk = math.ceil(length / chunks)  # all of one size, the last one filled with as little as can be
 
     def cut(x_BT: jax.Array) -> jax.Array:
         """[B, T, …] to [N, B, C, …]."""
