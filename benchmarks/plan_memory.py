@@ -39,7 +39,7 @@ MODEL = dict(
 STEPS, ROWS, LENGTH = 2, 8, 256
 WAYS = {
     "data=2 expert=4, capacity, remat dots": ["--mesh.data=2", "--mesh.expert=4", "--execution.remat=dots"],
-    "fsdp=2 expert=4, capacity, no remat": ["--mesh.fsdp=2", "--mesh.expert=4"],
+    "fsdp=2 expert=4, capacity, no remat": ["--mesh.fsdp=2", "--mesh.expert=4", "--execution.remat=none"],
     "fsdp=8, dropless, remat full": ["--mesh.fsdp=8", "--execution.dispatch=dropless", "--execution.remat=full"],
 }
 

@@ -357,8 +357,8 @@ class ExecutionConfig:
         attention_block: tokens of the longest block of queries and of keys whose scores are in memory at a time. None
             takes 128 on CPUs and 512 elsewhere.
         remat: what the backward pass recomputes, per layer: "none" nothing, "full" the whole layer from its input,
-            "exchange" all but what came over the `expert` axis, "dots" all but that and the matmuls with weights.
-            Weights gathered over fsdp are gathered again in any case.
+            "exchange" all but what came over the `expert` axis, "dots" all but that, attention and the matmuls with
+            weights. Weights gathered over fsdp are gathered again in any case.
         sharding: where weights lie at rest, a `ShardingRules` or the name of one (`SHARDING_RULES`).
     """
 

@@ -60,7 +60,11 @@ class ExecutionSettings:
     exchange: str | None = _key(None, "dropless: how tokens travel: gather, all_to_all or ragged_all_to_all")
     grouped_matmul: str | None = _key(None, "dropless: what multiplies: blocks, megablox (TPU) or triton (NVIDIA)")
     routing: str = _key("learned", "learned, or balanced: to experts in turn, which measures speed and teaches nothing")
-    remat: str = _key("none", "what the backward pass recomputes to save memory: none, exchange, dots or full")
+    remat: str = _key(
+        "dots",
+        "what the backward pass recomputes to save memory: none, dots (all but attention and products with weights), "
+        "exchange (all but what came over the expert axis) or full",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ def _memory(plan: Plan) -> Iterator[Remark]:
     memory = plan.memory
     if memory.fits is False and memory.spare is not None:
         text = f"It does not fit: {in_bytes(-memory.spare)} a device are missing."
-        if plan.work.purpose == "train" and plan.work.execution.get("remat") in (None, "none"):
+        if plan.work.purpose == "train" and plan.work.execution.get("remat") != "full":
             text += ' execution.remat = "full" keeps one layer\'s activations instead of all.'
         elif plan.work.purpose == "train" and plan.work.rows // plan.work.accumulation_steps > _batch_ways(plan):
             text += " run.accumulation_steps cuts the rows that are there at once."

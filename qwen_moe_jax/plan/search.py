@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import ConfigError, ShardingError
+from qwen_moe_jax.model.blockwise import longest_block
 from qwen_moe_jax.plan.chips import Network
 from qwen_moe_jax.plan.result import Group, PlacedArray, Plan, Target, Work
 from qwen_moe_jax.plan.roofline import network_of
@@ -287,7 +288,7 @@ def draft_of(outline: Outline, mesh: Mapping[str, int], target: Target, networks
         mesh=dict(mesh),
         tokens=work.tokens,
         arguments=sum(group.bytes for group in groups),
-        workspace=_workspace(outline, mesh),
+        workspace=_workspace(outline, mesh, target.platform),
         available=target.memory_bytes,
         traffic=traffic,
         seconds=seconds,
@@ -396,7 +397,7 @@ def _rows_per_token(outline: Outline) -> float:
     return outline.config.moe.num_experts_per_tok * (factor or 1)
 
 
-def _workspace(outline: Outline, mesh: Mapping[str, int]) -> int:
+def _workspace(outline: Outline, mesh: Mapping[str, int], platform: str) -> int:
     """Gradients, the activations that are kept, those of the layer at hand, and its gathered weights."""
     work, config, parameters = outline.work, outline.config, _parameters(outline)
     attention, tensor = config.attention, mesh["tensor"]
@@ -404,8 +405,11 @@ def _workspace(outline: Outline, mesh: Mapping[str, int]) -> int:
     rows = work.rows / work.accumulation_steps / _ways(BATCH, mesh)
     tokens = rows * work.tokens_per_row
     heads = attention.num_attention_heads * attention.head_dim / tensor
-    keys = work.context or work.tokens_per_row
-    scores = 2 * 4 * rows * attention.num_attention_heads / tensor * work.tokens_per_row * keys
+    # Scores in float32, and their exponentials: of a block of queries and one of keys, or of all that is in a cache.
+    block = work.execution.get("attention_block") or longest_block(platform)
+    block = min(block, work.tokens_per_row)
+    pairs = work.tokens_per_row * work.context if work.context else block * block
+    scores = 2 * 4 * rows * attention.num_attention_heads / tensor * pairs
     ffn = config.intermediate_size
     moved = 0.0
     if config.moe is not None:
@@ -415,9 +419,12 @@ def _workspace(outline: Outline, mesh: Mapping[str, int]) -> int:
     gathered = 2 * _used(outline, mesh) / len(config.layers)
     if work.purpose != "train":
         return round(layer + gathered)
-    kept = {"none": layer, "full": tokens * width * config.hidden_size}.get(
-        str(work.execution.get("remat")), tokens * width * (2 * config.hidden_size + moved)
-    )
+    kept = {
+        "none": layer - scores,
+        "full": tokens * width * config.hidden_size,
+        "exchange": tokens * width * (config.hidden_size + moved),
+        "dots": tokens * width * (2 * config.hidden_size + 3 * heads + 2 * ffn / tensor + moved),
+    }[work.execution.get("remat") or "none"]
     return round(parameters.bytes + len(config.layers) * kept + 2 * layer + gathered)
 
 
