@@ -6,9 +6,13 @@ Ours is the step that `python -m train` compiles. Theirs is a plain loop: the mo
 fastest counts. Both keep float32 weights and moments. In bfloat16 ours computes in it, as `execution.dtype` has it, and
 theirs in `torch.autocast`; pure bfloat16, weights and moments too, is shown for both beside that.
 
-Every engine lives in a process of its own, so that its peak memory is its own, and they take turns: one is asked for a
-step while the others wait. torch's threads spin for some milliseconds after a call: a pause precedes each step. The
-table shows medians of rounds. Dispatch is dropless on both sides: the same rows are multiplied.
+Every engine lives in a process of its own, so that its peak memory is its own, and they take turns: one is asked for
+some steps while the others wait. torch's threads spin for some milliseconds after a call: a pause precedes each turn.
+The first step of a turn is not counted: what an engine gives back to the system after a step it has to ask for again,
+and on a virtual machine that takes far longer once the machine has given it back too, as no run does between its steps.
+The table shows medians of all counted steps. Dispatch is dropless on both sides: the same rows are multiplied.
+
+Both have glibc ask for pages of 2 MB (`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`), unless the environment says otherwise.
 
 Needs torch and transformers (`pip install -e '.[test]'` on Python 3.11).
 """
@@ -46,7 +50,7 @@ HUB_CONFIG = dict(
     max_position_embeddings=4096,
     tie_word_embeddings=False,
 )
-ROWS, LENGTH, PAUSE = 4, 512, 0.05
+ROWS, LENGTH, PAUSE, TURN = 4, 512, 0.05, 3
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-4, 0.1, 1.0
 #: How weights are kept and how products are computed.
 PRECISIONS = {
@@ -135,15 +139,18 @@ def token_rows() -> list[list[int]]:
 
 
 def serve(connection: Connection, make: Callable[..., Step], words: tuple[str, ...]) -> None:
-    """Answers each request with the seconds of a step and the process's peak memory in bytes, until there are none."""
+    """Answers each request with the seconds of `TURN` steps and the process's peak memory in bytes."""
     step = make(*words)
     step()  # compiles
     connection.send("ready")
     while connection.recv():
         time.sleep(PAUSE)
-        began = time.perf_counter()
         step()
-        seconds = time.perf_counter() - began
+        seconds = []
+        for _ in range(TURN):
+            began = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - began)
         connection.send((seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
@@ -165,20 +172,29 @@ def measured(engines: dict[str, tuple[Callable[..., Step], tuple[str, ...]]], ro
         for name, (connection, _) in running.items():
             connection.send(True)
             taken, peaks[name] = connection.recv()
-            seconds[name].append(taken)
+            seconds[name] += taken
     for connection, process in running.values():
         connection.send(False)
         process.join()
     return {name: (statistics.median(times), peaks[name]) for name, times in seconds.items()}
 
 
-def lines(precisions: list[str], dispatches: list[str], rounds: int) -> list[str]:
+def processor() -> str:
+    """Its name, and which of the instructions it has that matrix products are made of."""
+    told = Path("/proc/cpuinfo")
+    text = told.read_text(encoding="utf-8") if told.exists() else ""
+    [name, *_] = [line.partition(": ")[2] for line in text.splitlines() if line.startswith("model name")] or [""]
+    kinds = [kind for kind in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if kind in text.split()]
+    return " ".join([name or platform.machine(), *(["with", ", ".join(kinds)] if kinds else [])])
+
+
+def lines(precisions: list[str], dispatches: list[str], experts: list[str], rounds: int) -> list[str]:
     """The report, line by line."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "torch", "transformers"))
     report = [
-        f"- {datetime.date.today()}, {platform.machine()}, {len(os.sched_getaffinity(0))} cores, "
+        f"- {datetime.date.today()}, {processor()}, {len(os.sched_getaffinity(0))} cores, "
         f"Python {platform.python_version()}, {versions}",
-        f"- {ROWS} rows of {LENGTH} tokens, medians of {rounds} rounds",
+        f"- {ROWS} rows of {LENGTH} tokens, medians of {rounds} rounds of {TURN} steps",
         "",
         "| precision | engine | tokens/s | peak memory, GB | ours / best of theirs |",
         "|---|---|---|---|---|",
@@ -186,7 +202,7 @@ def lines(precisions: list[str], dispatches: list[str], rounds: int) -> list[str
     for precision in precisions:
         kinds = PRECISIONS[precision]
         engines = {f"ours, {dispatch}": (our_step, (*kinds, dispatch)) for dispatch in dispatches}
-        engines |= {f"transformers, {experts}": (their_step, (*kinds, experts)) for experts in THEIRS}
+        engines |= {f"transformers, {kind}": (their_step, (*kinds, kind)) for kind in experts}
         found = measured(engines, rounds)
         theirs = [seconds for name, (seconds, _) in found.items() if name.startswith("transformers")]
         for name, (seconds, peak) in found.items():
@@ -210,9 +226,11 @@ def main() -> None:
         default=["dropless"],
         help="of ours; capacity drops some rows where the load is uneven, and does not compute them",
     )
+    parser.add_argument("--experts", nargs="+", choices=THEIRS, default=list(THEIRS), help="of transformers")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table there")
     arguments = parser.parse_args()
-    report = lines(arguments.precision, arguments.dispatch, arguments.rounds)
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # read where an engine's process starts
+    report = lines(arguments.precision, arguments.dispatch, arguments.experts, arguments.rounds)
     print("\n".join(report))
     if arguments.markdown:
         arguments.markdown.write_text("# A train step\n\n" + "\n".join(report) + "\n", encoding="utf-8")
