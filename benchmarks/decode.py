@@ -25,6 +25,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import mixture
 import numpy as np
 import torch
 import transformers
@@ -32,22 +33,8 @@ from flax import nnx
 
 import qwen_moe_jax as qmj
 
-HUB_CONFIG = dict(
-    model_type="qwen3_moe",
-    vocab_size=8192,
-    hidden_size=512,
-    intermediate_size=1024,
-    num_hidden_layers=8,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=64,
-    moe_intermediate_size=256,
-    num_experts=32,
-    num_experts_per_tok=4,
-    norm_topk_prob=True,
-    max_position_embeddings=4096,
-    initializer_range=0.05,  # routing is decided, and the most probable token is not a near tie
-)
+#: Routing is decided, and the most probable token is not a near tie.
+HUB_CONFIG = {**mixture.HUB_CONFIG, "initializer_range": 0.05}
 PROMPT, STEPS, PAUSE = 128, 64, 0.05
 EXPERTS, CACHES = ("grouped_mm", "eager", "batched_mm"), ("dynamic", "static")
 

@@ -31,25 +31,10 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from mixture import HUB_CONFIG
+
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `train` is not installed
 
-HUB_CONFIG = dict(
-    model_type="qwen3_moe",
-    vocab_size=8192,
-    hidden_size=512,
-    intermediate_size=1024,
-    num_hidden_layers=8,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=64,
-    moe_intermediate_size=256,
-    num_experts=32,
-    num_experts_per_tok=4,
-    norm_topk_prob=True,
-    router_aux_loss_coef=0.001,
-    max_position_embeddings=4096,
-    tie_word_embeddings=False,
-)
 ROWS, LENGTH, PAUSE, TURN = 4, 512, 0.05, 3
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-4, 0.1, 1.0
 #: How weights are kept and how products are computed.

@@ -4,6 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+import qwen_moe_jax as qmj
 
 
 @functools.partial(jax.jit, static_argnames=("output_router_logits", "output_hidden_states"))
@@ -30,3 +33,13 @@ def run(
 
 def is_sparse(config) -> bool:
     return any(kind.mlp == "sparse" for kind in config.layers)
+
+
+def on_mesh(model: qmj.CausalLM, mesh: Mesh, execution: qmj.ExecutionConfig | None = None) -> qmj.CausalLM:
+    """The same weights on another mesh, under another execution. To draw them there costs a program for each shape."""
+    described = qmj.CausalLM(model.config, rngs=None, mesh=mesh, execution=execution or model.execution)
+    if model.lora is not None:
+        qmj.add_lora(described, model.lora, rngs=None)
+    places = [leaf.sharding for leaf in jax.tree.leaves(described)]
+    weights = [jax.device_put(weight, place) for weight, place in zip(jax.tree.leaves(model), places, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(described), weights)

@@ -1,6 +1,7 @@
 """The house rule: arrows point down. A file imports from the rooms below its own, never from one above."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ ROOMS = [
 ]  # fmt: skip
 #: The two doors through which users find the Hub readers where they look for them: `ModelConfig.from_pretrained` and
 #: `CausalLM.from_pretrained`. Both import when called.
-DOORS = {("qwen_moe_jax/config.py", "huggingface"), ("qwen_moe_jax/model/causal_lm.py", "huggingface")}
+DOORS = {("qwen_moe_jax/config/model.py", "huggingface"), ("qwen_moe_jax/model/causal_lm.py", "huggingface")}
 
 SOURCES = sorted([*ROOT.glob("qwen_moe_jax/**/*.py"), *ROOT.glob("train/**/*.py")])
 
@@ -46,6 +47,16 @@ def test_arrows_point_down(path):
         there = room(module)
         if there in ROOMS and (name, there) not in DOORS:
             assert ROOMS.index(here) <= ROOMS.index(there), f"{name} ({here}) imports {module} ({there}), a room above"
+
+
+def test_configs_and_what_they_stand_on_need_nothing_but_python():
+    """Arguments are parsed, and configs checked, before anybody waits for JAX."""
+    low = ROOMS[ROOMS.index("config") :]
+    for path in SOURCES:
+        name = path.relative_to(ROOT).as_posix()
+        if room(name.removesuffix(".py").replace("/", ".")) in low:
+            roots = {module.split(".")[0] for module in imported_modules(path)}
+            assert roots <= {"qwen_moe_jax", *sys.stdlib_module_names}, f"{name} imports {roots}"
 
 
 def test_only_huggingface_knows_model_names():

@@ -13,10 +13,11 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.units import in_bytes
 from qwen_moe_jax.web_page import facts, html_page, write_whole
 from train.folder import RunFolder
 from train.show.metrics import ASIDES, Metrics, read_metrics
-from train.show.start import Start, in_bytes
+from train.show.start import Start
 
 if TYPE_CHECKING:
     from train.show.figures import Drawing

@@ -48,7 +48,7 @@ def saved(tmp_path_factory):
     config = qmj.ModelConfig.from_pretrained(
         {
             **{"model_type": "qwen2_moe", "vocab_size": 98, "hidden_size": 32, "intermediate_size": 48},
-            **{"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4},
+            **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4},
             **{"num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
             **{"initializer_range": 0.2, "mlp_only_layers": [1]},
         }

@@ -12,6 +12,7 @@ from qwen_moe_jax.model.cache import Cache, cache_bytes, describe_cache, empty_c
 from qwen_moe_jax.model.causal_lm import CausalLM
 from tests.cases import CASES
 from tests.distance import assert_near, relative_l2
+from tests.subject import on_mesh
 
 # The same float32 sums in another order: some 3e-7 a layer.
 TOLERANCE = 1e-5
@@ -87,21 +88,12 @@ def case(request) -> tuple[CausalLM, np.ndarray]:
     return model, np.asarray(model(TOKENS_BT).logits)
 
 
-def on_mesh(model: CausalLM) -> CausalLM:
-    """The same weights on eight devices."""
-    described = CausalLM(model.config, rngs=None, mesh=qmj.make_mesh(**MESH))
-    weights = jax.tree.map(
-        lambda weight, place: jax.device_put(weight, place.sharding), *map(jax.tree.leaves, (model, described))
-    )
-    return jax.tree.unflatten(jax.tree.structure(described), weights)
-
-
 @pytest.mark.parametrize("axes", [{}, MESH], ids=["one_device", "data2_expert2_tensor2"])
 def test_incremental_decoding_equals_the_full_forward_at_every_position(case, axes):
     """Row 0 at every position; rows that read other numbers of tokens, or none, in every company."""
     model, expected_BTV = case
     if axes:
-        model = on_mesh(model)
+        model = on_mesh(model, qmj.make_mesh(**MESH))
     logits, cache = read(model, COUNTS_SB, new_cache(model))
     assert {position for row, position in logits if row == 0} == set(range(LENGTH))
     assert (COUNTS_SB == 0).any(axis=0)[1:].all() and (COUNTS_SB.sum(axis=0) > 20).all(), "ragged, and past the rings"

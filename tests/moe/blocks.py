@@ -1,6 +1,7 @@
 """A sparse block on its own: built small, run under any execution on any mesh, returning plain NumPy."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -31,11 +32,16 @@ def block_config(**moe) -> ModelConfig:
     )
 
 
-def build_block(config: ModelConfig, mesh) -> SparseMoeBlock:
+@functools.cache
+def build_block(config: ModelConfig, mesh, router: float | None = None) -> SparseMoeBlock:
+    """The same block every time; `router` fills the router's weight with one value instead of a random draw."""
     make = ParameterFactory(
         mesh=mesh, dtype="float32", initializer_range=config.initializer_range, rngs=nnx.Rngs(0), stack=None
     )
-    return SparseMoeBlock("mlp", config, make)
+    block = SparseMoeBlock("mlp", config, make)
+    if router is not None:
+        block.gate.weight.set_value(jax.numpy.full_like(block.gate.weight.get_value(), router))
+    return block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,19 +75,28 @@ def forward(block, mesh, hidden_BTD, real_BT, execution: ExecutionConfig):
     return explicitly_sharded(run, mesh, specs)(block, hidden_BTD, real_BT)
 
 
-def run_block(config, mesh, hidden_BTD, real_BT, execution, seed_BTD=None, router=None) -> BlockResult:
-    """Runs a block; `router` fills the router's weight with one value instead of a random draw."""
-    block = build_block(config, mesh)
-    if router is not None:
-        block.gate.weight.set_value(jax.numpy.full_like(block.gate.weight.get_value(), router))
-    seed_BTD = np.ones_like(hidden_BTD) if seed_BTD is None else seed_BTD
+@functools.cache
+def _forward_and_gradients(mesh, execution: ExecutionConfig):
+    """Compiled once for each shape, whatever the values."""
 
-    def objective(block, hidden_BTD):
+    def objective(block, hidden_BTD, real_BT, seed_BTD):
         mixed_BTD, stats, trace = forward(block, mesh, hidden_BTD, real_BT, execution)
         return (mixed_BTD * seed_BTD * real_BT[..., None]).sum(), (mixed_BTD, stats, trace)
 
-    both = jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
-    (_, (mixed_BTD, stats, trace)), (of_block, of_input) = both(block, hidden_BTD)
+    return jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
+
+
+@functools.cache
+def _forward(mesh, execution: ExecutionConfig):
+    return jax.jit(lambda block, hidden_BTD, real_BT: forward(block, mesh, hidden_BTD, real_BT, execution))
+
+
+def run_block(config, mesh, hidden_BTD, real_BT, execution, seed_BTD=None, router=None) -> BlockResult:
+    """Runs a block, and its gradients."""
+    seed_BTD = np.ones_like(hidden_BTD) if seed_BTD is None else seed_BTD
+    both = _forward_and_gradients(mesh, execution)
+    block = build_block(config, mesh, router)
+    (_, (mixed_BTD, stats, trace)), (of_block, of_input) = both(block, hidden_BTD, real_BT, seed_BTD)
     return BlockResult(
         mixed_BTD=np.asarray(mixed_BTD),
         stats=jax.device_get(stats),
@@ -93,9 +108,7 @@ def run_block(config, mesh, hidden_BTD, real_BT, execution, seed_BTD=None, route
 
 def run_forward(config, mesh, hidden_BTD, real_BT, execution) -> tuple[np.ndarray, RouterStats, RouterTrace]:
     """The same without gradients, which compiles in a third of the time."""
-    block = build_block(config, mesh)
-    run = jax.jit(lambda block, hidden_BTD: forward(block, mesh, hidden_BTD, real_BT, execution))
-    return jax.device_get(run(block, hidden_BTD))
+    return jax.device_get(_forward(mesh, execution)(build_block(config, mesh), hidden_BTD, real_BT))
 
 
 def relative(found, wanted) -> float:

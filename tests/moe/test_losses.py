@@ -1,6 +1,7 @@
 """The router's losses: from scratch in NumPy, differentiated through a plain reference, on one device and on eight."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -54,16 +55,23 @@ def placed(logits_LBTE, axes):
     return jax.device_put(logits_LBTE, NamedSharding(qmj.make_mesh(**axes), P()))
 
 
-def losses_and_gradients(logits_LBTE, real_BT, axes):
+@functools.cache
+def compiled_losses(mesh: str):
+    """(logits, real) → all losses and their gradients, by the name of a mesh: compiled once for each shape."""
+
     @jax.jit
     def run(logits_LBTE, real_BT):
         def losses(logits_LBTE):
-            found = router_losses(stats_of(logits_LBTE, real_BT, axes))
+            found = router_losses(stats_of(logits_LBTE, real_BT, MESHES[mesh]))
             return jnp.stack([getattr(found, name) for name in NAMES])
 
         return losses(logits_LBTE), jax.jacrev(losses)(logits_LBTE)
 
-    values, gradients = jax.device_get(run(placed(logits_LBTE, axes), real_BT))
+    return run
+
+
+def losses_and_gradients(logits_LBTE, real_BT, mesh="one device"):
+    values, gradients = jax.device_get(compiled_losses(mesh)(placed(logits_LBTE, MESHES[mesh]), real_BT))
     return dict(zip(NAMES, values, strict=True)), dict(zip(NAMES, gradients, strict=True))
 
 
@@ -94,9 +102,21 @@ def reference(xp, logits_LBTE, real_BT) -> dict:
     }
 
 
-@pytest.fixture(scope="module", params=MESHES, ids=list(MESHES))
-def found(request):
-    return losses_and_gradients(*example(), MESHES[request.param])
+@pytest.fixture(scope="module", params=MESHES)
+def mesh(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def found(mesh):
+    return losses_and_gradients(*example(), mesh)
+
+
+@pytest.fixture(scope="module")
+def expected_gradients():
+    """Of the plain formulas, in float32."""
+    logits_LBTE, real_BT = example()
+    return jax.jacrev(lambda logits: reference(jnp, logits, real_BT))(jnp.asarray(logits_LBTE))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -108,19 +128,18 @@ def test_a_loss_is_its_formula(name, found):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_gradient_is_that_of_the_plain_formula(name, found):
-    logits_LBTE, real_BT = example()
-    expected_LBTE = jax.grad(lambda logits: reference(jnp, logits, real_BT)[name])(jnp.asarray(logits_LBTE))
+def test_its_gradient_is_that_of_the_plain_formula(name, found, expected_gradients):
+    _, real_BT = example()
+    expected_LBTE = expected_gradients[name]
     assert np.linalg.norm(expected_LBTE) > 1e-3
     assert np.linalg.norm(found[1][name] - expected_LBTE) < SAME * np.linalg.norm(expected_LBTE)
     assert not found[1][name][:, ~real_BT].any(), "padding pulls at nothing"
 
 
-@pytest.mark.parametrize("axes", MESHES.values(), ids=list(MESHES))
-def test_what_stands_in_the_padding_changes_nothing(axes, found):
+def test_what_stands_in_the_padding_changes_nothing(mesh, found):
     logits_LBTE, real_BT = example()
     logits_LBTE[:, ~real_BT] = 50.0 * np.arange(E)
-    values, gradients = losses_and_gradients(logits_LBTE, real_BT, axes)
+    values, gradients = losses_and_gradients(logits_LBTE, real_BT, mesh)
     for name in NAMES:
         np.testing.assert_allclose(values[name], found[0][name], rtol=SAME)
         np.testing.assert_allclose(gradients[name], found[1][name], rtol=1e-5, atol=1e-8)
@@ -128,7 +147,7 @@ def test_what_stands_in_the_padding_changes_nothing(axes, found):
 
 def test_a_batch_of_padding_has_losses_and_gradients_of_zero():
     logits_LBTE, real_BT = example()
-    values, gradients = losses_and_gradients(logits_LBTE, np.zeros_like(real_BT), {})
+    values, gradients = losses_and_gradients(logits_LBTE, np.zeros_like(real_BT))
     for name in NAMES:
         assert values[name] == 0 and not gradients[name].any()
 
@@ -138,7 +157,7 @@ def test_an_even_load_is_worth_what_the_documentation_says():
     logits_BTE = np.full((1, 3, E), 0.0, np.float32)
     for token in range(3):
         logits_BTE[0, token, [2 * token, 2 * token + 1]] = 1.0
-    values, _ = losses_and_gradients(np.stack([logits_BTE, logits_BTE]), np.ones((1, 3), bool), {})
+    values, _ = losses_and_gradients(np.stack([logits_BTE, logits_BTE]), np.ones((1, 3), bool))
     np.testing.assert_allclose([values[name] for name in NAMES[:3]], [A, A, 1], rtol=SAME)
 
 
@@ -146,14 +165,13 @@ def test_pooling_lets_layers_make_up_for_each_other_and_the_global_batch_loss_do
     logits_BTE = np.zeros((1, 4, E), np.float32)
     logits_BTE[..., :2] = 3.0
     opposite_BTE = np.roll(logits_BTE, 3, axis=-1)
-    values, _ = losses_and_gradients(np.stack([logits_BTE, opposite_BTE]), np.ones((1, 4), bool), {})
+    values, _ = losses_and_gradients(np.stack([logits_BTE, opposite_BTE]), np.ones((1, 4), bool))
     assert values["load_balancing"] < 0.6 * values["global_batch"]
 
 
-@pytest.mark.parametrize("axes", MESHES.values(), ids=list(MESHES))
-def test_global_batch_losses_of_micro_steps_sum_to_that_of_the_large_batch(axes):
+def test_global_batch_losses_of_micro_steps_sum_to_that_of_the_large_batch(mesh):
     """Values and gradients; the micro-steps have different numbers of real tokens."""
-    rows = 2 * B
+    axes, rows = MESHES[mesh], 2 * B
     (first_LBTE, first_BT), (second_LBTE, second_BT) = example(1), example(2)
     logits_LBTE = np.concatenate([first_LBTE, second_LBTE], axis=1)
     real_BT = np.concatenate([first_BT, second_BT])
@@ -175,7 +193,7 @@ def test_global_batch_losses_of_micro_steps_sum_to_that_of_the_large_batch(axes)
     (large, of_large), (summed, of_summed) = jax.device_get(run(placed(logits_LBTE, axes), real_BT))
     np.testing.assert_allclose(summed, large, rtol=SAME)
     assert np.linalg.norm(of_summed - of_large) < SAME * np.linalg.norm(of_large)
-    alone = [losses_and_gradients(logits_LBTE[:, rows], real_BT[rows], axes)[0] for rows in micro_steps]
+    alone = [losses_and_gradients(logits_LBTE[:, rows], real_BT[rows], mesh)[0] for rows in micro_steps]
     mean = np.mean([values["global_batch"] for values in alone])
     assert mean > large * 1.001, "the mean of the micro-steps' own losses is another thing"
 

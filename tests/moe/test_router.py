@@ -183,17 +183,21 @@ def test_balanced_routing_is_even_drops_nothing_and_still_trains_the_router(axes
 # Jitter
 
 
-def block_output(config, axes, hidden_BTD, noise_key):
-    mesh = qmj.make_mesh(**axes)
-    block = build_block(config, mesh)
-    execution = choose(FLOAT32, config.moe, mesh, training=True)
+@functools.cache
+def compiled_block(mesh):
+    """(block, hidden, real, key of the noise) → what the block returns."""
 
-    def run(block, hidden_BTD, real_BT, noise_key):
-        return block(hidden_BTD, real_BT, execution, noise_key)
+    def inside(block, hidden_BTD, real_BT, noise_key):
+        return block(hidden_BTD, real_BT, choose(FLOAT32, block.moe, mesh, training=True), noise_key)
 
     specs = [P(BATCH, None, None), P(BATCH, None), P()]
-    jitted = jax.jit(lambda *inputs: explicitly_sharded(run, mesh, specs)(*inputs))
-    mixed_BTD, _, trace = jitted(block, hidden_BTD, np.ones(hidden_BTD.shape[:2], bool), noise_key)
+    return jax.jit(lambda *inputs: explicitly_sharded(inside, mesh, specs)(*inputs))
+
+
+def block_output(config, axes, hidden_BTD, noise_key):
+    mesh = qmj.make_mesh(**axes)
+    real_BT = np.ones(hidden_BTD.shape[:2], bool)
+    mixed_BTD, _, trace = compiled_block(mesh)(build_block(config, mesh), hidden_BTD, real_BT, noise_key)
     return np.asarray(mixed_BTD), np.asarray(trace.logits)
 
 

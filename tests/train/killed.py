@@ -4,7 +4,6 @@ Each start is killed (SIGKILL: nothing can be saved) at a random number of steps
 of that step. What comes out in the end has to be, bit for bit, what an uninterrupted run gives.
 """
 
-import os
 import random
 import signal
 import subprocess
@@ -13,7 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.train.commands import after_steps, finish, said, start, steps_of
+
 STEPS = 40
 CONFIG = f"""
 [model]
@@ -53,65 +53,41 @@ warmup_steps = 2
 steps = {STEPS}
 eval_every = 20
 checkpoint_every = 3
+sample_every = 0
 sample_tokens = 2
 """
 
 
-def begin(config: Path, folder: Path, *words: str) -> subprocess.Popen:
-    """Starts `python -m train`. What was compiled once is kept beside the config, so that starting takes seconds."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(config.parent / "compiled")}
-    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
-    command = [sys.executable, "-m", "train", str(config), "--run.folder", str(folder), *words]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def training(config: Path, folder: Path, *words: str) -> list[str]:
+    """The command of a run."""
+    return ["train", str(config), "--run.folder", str(folder), *words]
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str]:
-    """Its exit code and what it printed."""
-    try:
-        told, _ = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    return process.returncode, told
+def kill_somewhere(process: subprocess.Popen, folder: Path, moments: random.Random, within: int) -> None:
+    """Kills a process at a random moment of one of the next steps of its run."""
+    after_steps(process, folder, moments.randint(0, within))
+    time.sleep(moments.random() * 0.05)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
 
 
-def steps_of(folder: Path) -> int:
-    """How far a run has reported."""
-    metrics = folder / "metrics.jsonl"
-    return metrics.read_bytes().count(b'"gradient_norm"') if metrics.exists() else 0
-
-
-def after_steps(process: subprocess.Popen, folder: Path, count: int) -> None:
-    """Waits until a run has made this many steps since now, or has ended."""
-    begin_at = steps_of(folder)
-    while process.poll() is None and not begin_at + count <= steps_of(folder):
-        time.sleep(0.002)
-
-
-def killed_and_whole(folder: Path, kills: int, seed: int = 0) -> tuple[Path, Path]:
-    """The folders of a run that was killed so often, and of one that was not, both finished."""
-    config = folder / "run.toml"
+def bit_equal(place: Path, kills: int) -> bool:
+    """Whether a run that is killed so often comes to the weights of one that is not, shown as it goes."""
+    config, folder, moments = place / "run.toml", place / "killed", random.Random()
     config.write_text(CONFIG)
-    code, told = finish(begin(config, folder / "whole"))
-    assert code == 0, told
-    moments = random.Random(seed)
+    finish(start(place, {"whole": training(config, place / "whole")}))
     for number in range(kills):
-        process = begin(config, folder / "killed")
-        after_steps(process, folder / "killed", moments.randint(0, 2 * STEPS // (kills + 1)))
-        time.sleep(moments.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
-        code, _ = finish(process)
-        print(f"kill {number + 1}: exit code {code}, {steps_of(folder / 'killed')} steps in metrics.jsonl", flush=True)
-    code, told = finish(begin(config, folder / "killed"))
-    assert code == 0, told
-    return folder / "killed", folder / "whole"
+        process = start(place, {f"kill {number}": training(config, folder)})
+        kill_somewhere(process, folder, moments, 2 * STEPS // (kills + 1))
+        print(f"kill {number + 1}: {steps_of(folder)} steps in metrics.jsonl", flush=True)
+    finish(start(place, {"last": training(config, folder)}))
+    assert (said(place, "whole").code, said(place, "last").code) == (0, 0), said(place, "last")
+    whole, killed = [path / "hub" / "model.safetensors" for path in (place / "whole", folder)]
+    return whole.read_bytes() == killed.read_bytes()
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
-        killed, whole = killed_and_whole(Path(temporary), int(sys.argv[1]) if sys.argv[1:] else 20)
-        name = "hub/model.safetensors"
-        equal = (killed / name).read_bytes() == (whole / name).read_bytes()
+        equal = bit_equal(Path(temporary), int(sys.argv[1]) if sys.argv[1:] else 20)
         print("bit-equal" if equal else "DIFFERENT")
         sys.exit(not equal)

@@ -16,6 +16,8 @@ from tests.train.test_run import CONFIG, metrics, start
 from train.config import build_config
 from train.parameters import paths
 
+pytestmark = pytest.mark.usefixtures("programs_compiled_once")
+
 ROOT = Path(__file__).parents[2]
 
 BASE = CONFIG.replace("data = 2\nexpert = 2", "expert = 2") + 'nonfinite = "stop"\n'

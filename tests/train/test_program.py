@@ -49,6 +49,7 @@ def first_step(frozen: list[str]):
     """A program's descriptions, and the parameters before, fixed and after, with the metrics, of one step."""
     program = assembled(
         data={**TABLES["data"], "batch_size": 8},
+        execution={"dispatch": "dense"},  # compiles in half the time, and has the same parameters
         optimizer={"frozen": frozen, "warmup_steps": 0},
         run={"accumulation_steps": 2},
     )

@@ -15,7 +15,6 @@ from train.config import build_config, to_toml
 from train.folder import RunFolder
 from train.show.figures import _thinned
 from train.show.metrics import read_metrics
-from train.show.start import in_bytes
 
 
 def write_run(path, records: list[dict], tail: str = "") -> RunFolder:
@@ -71,7 +70,7 @@ def test_a_page_shows_losses_speed_time_routers_and_what_ran(page):
     assert facts["time"] == "1.3 s: steps 54%, compiling 8%, evaluation 38%"
     assert facts["parameters"] == "1,000, 400 active per token"
     assert facts["mesh"] == "data 2 × expert 4" and facts["devices"] == "8 × TPU v4"
-    assert facts["each device holds"] == "2.0 MB of weights, 4.0 MB of moments, 2.0 MB of gradients"
+    assert facts["each device holds"] == "2.00 MB of weights, 4.00 MB of moments, 2.00 MB of gradients"
     assert facts["execution"] == "dispatch capacity" and facts["versions"] == "jax 0.10.2"
     assert "[optimizer]" in page and "Training run, not finished" in page
 
@@ -136,12 +135,3 @@ def test_a_folder_without_a_step_is_refused(tmp_path, capsys, records, complaint
         write_run(folder, records)
     assert report.main([str(folder)]) == 2
     assert complaint in capsys.readouterr().err
-
-
-def test_bytes_are_said_for_people():
-    assert [in_bytes(size) for size in (12, 1500, 2_000_000, 3_140_000_000)] == [
-        "12 bytes",
-        "1.5 kB",
-        "2.0 MB",
-        "3.1 GB",
-    ]

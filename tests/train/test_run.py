@@ -63,6 +63,8 @@ sample_tokens = 4
 
 ASIDE_KEYS = ("evaluation_seconds", "checkpoint_seconds")
 
+pytestmark = pytest.mark.usefixtures("programs_compiled_once")
+
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):

@@ -1,6 +1,7 @@
 """A step is the same step in one batch or in micro-batches, and on any mesh: losses, gradients and counts."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from qwen_moe_jax.moe.losses import (
     sequence_loss,
 )
 from qwen_moe_jax.moe.stats import sum_stats
+from tests.subject import on_mesh
 from tests.train.test_loss import STATS
 from tests.train.test_step import HUB_CONFIG
 from train.config import LossConfig
@@ -29,15 +31,20 @@ from train.step import initial_state, make_train_step, state_shardings
 SIZES = dict(num_attention_heads=8, num_key_value_heads=8, head_dim=8, num_experts=8)  # what eight devices can share
 
 
-def first_state_and_step(accumulation_steps: int, mesh):
-    """Plain descent, whose change of the weights is the gradient."""
+@functools.cache
+def model_on_one_device() -> qmj.CausalLM:
     config = qmj.ModelConfig.from_pretrained({**HUB_CONFIG, **SIZES, "num_hidden_layers": 1, "initializer_range": 0.3})
     execution = qmj.ExecutionConfig(dtype="float32", dispatch="dense")
-    model = qmj.CausalLM(config, rngs=nnx.Rngs(0), mesh=mesh, execution=execution)
+    return qmj.CausalLM(config, rngs=nnx.Rngs(0), execution=execution)
+
+
+def first_state_and_step(accumulation_steps: int, mesh):
+    """Plain descent, whose change of the weights is the gradient."""
+    model = on_mesh(model_on_one_device(), mesh)
     model.train()
     graph, params = nnx.split(model)
     optimizer = optax.sgd(0.1)
-    params = nnx.to_pure_dict(params)
+    params = jax.tree.map(jnp.copy, nnx.to_pure_dict(params))  # a step takes its state's memory
     shardings = state_shardings(params, optimizer, mesh)
     loss = LossConfig(balance="global_batch", balance_coef=0.5, router_z_coef=0.1, z_coef=0.01)
     step = make_train_step(graph, optimizer, loss, shardings, seed=0, accumulation_steps=accumulation_steps)

@@ -1,13 +1,10 @@
 """Two processes of four simulated devices each, as two hosts of a pod: one run, one voice, one end."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,72 +14,54 @@ import pytest
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.storage.safetensors_file import open_safetensors
-from tests.train.killed import CONFIG, ROOT, after_steps, steps_of
+from tests.train.commands import Said, after_steps, finish, said, start, steps_of
+from tests.train.killed import CONFIG
 from train.__main__ import main
 from train.checkpoint import Checkpoints
 from train.config import load_config
 from train.program import assemble
 
-STEPS = 30
+STEPS = 20
 SMALLER = {
     "num_hidden_layers = 2": "num_hidden_layers = 1",
     "num_experts = 4": "num_experts = 8",
     "data = 2": "data = 1",
     "expert = 2": "expert = 8",  # tokens travel between the processes
     "steps = 40": f"steps = {STEPS}",
-    "eval_every = 20": "eval_every = 15\nkeep_checkpoints = 99",
-    "checkpoint_every = 3": "checkpoint_every = 5",
+    "eval_every = 20": "eval_every = 10\nkeep_checkpoints = 99",
+    "checkpoint_every = 3": "checkpoint_every = 4",
+    "sample_every = 0": "sample_every = 10",
 }
 PROMPT = "def read(self"
 
-#: `python -m train`, and where that went well, `qwen-moe-jax generate` by the same processes.
-PROCESS = """
-import sys
-folder, prompt, *words = sys.argv[1:]  # without a prompt, training is all
-hosts = [word for word in words if word.startswith(("--coordinator", "--num-processes", "--process-id"))]
-from train.__main__ import main as train
-code = train(words)
-if code == 0 and prompt:
-    from qwen_moe_jax.cli.main import main as qwen_moe_jax
-    asked = ["--prompt", prompt, "--max-new-tokens", "6", "--json", "--mesh", "expert=8"]
-    code = qwen_moe_jax(["generate", folder + "/hub", *asked, *hosts])
-sys.exit(code)
-"""
 
+class Pair:
+    """Two processes that give the same commands: each pair that has to start, meet and compile costs seconds."""
 
-def start(
-    config: Path, folder: Path, *, prompt: str = "", of_the_second: tuple[str, ...] = ()
-) -> list[subprocess.Popen]:
-    """The two processes of a run; the second may have words of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(config.parent / "compiled")}
-    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
-    environment.pop("JAX_NUM_CPU_DEVICES")  # of the tests' own process
-    processes = []
-    for number, words in enumerate(((), of_the_second)):
-        command = [sys.executable, "-c", PROCESS, str(folder), prompt, str(config), "--run.folder", str(folder), *words]
-        command += [f"--coordinator={coordinator}", "--num-processes=2", f"--process-id={number}"]
-        # Into files: a pipe that nobody reads yet may fill.
-        with _output_of(folder, number, "out").open("w") as out, _output_of(folder, number, "err").open("w") as err:
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err))
-    return processes
+    def __init__(self, place: Path, commands: dict[str, list[str]], of_the_second: tuple[str, ...] = ()) -> None:
+        """Starts them; the last command of the second may have more words."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+        self._place = place
+        self.processes = []
+        for number, more in enumerate(((), of_the_second)):
+            hosts = [f"--coordinator={coordinator}", "--num-processes=2", f"--process-id={number}"]
+            mine = {f"{name}-{number}": [*words, *hosts] for name, words in commands.items()}
+            mine[list(mine)[-1]].extend(more)
+            self.processes.append(start(place, mine))
 
+    def finish(self) -> tuple[int, int]:
+        """Both exit codes."""
+        first, second = self.processes
+        try:
+            return finish(first), finish(second)
+        finally:
+            second.kill()
 
-def finish(processes: list[subprocess.Popen], folder: Path) -> list[tuple[int, str, str]]:
-    """The exit code of each process of a run, what it printed, and what it complained of."""
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    outputs = [[_output_of(folder, number, kind).read_text() for kind in ("out", "err")] for number in range(2)]
-    return [(code, *texts) for code, texts in zip(codes, outputs, strict=True)]
-
-
-def _output_of(folder: Path, number: int, kind: str) -> Path:
-    return folder.with_name(f"{folder.name}-{number}.{kind}")
+    def said(self, name: str) -> tuple[Said, Said]:
+        """What came of a command in the first and in the second process."""
+        return said(self._place, f"{name}-0"), said(self._place, f"{name}-1")
 
 
 def spoken(out: str) -> list[str]:
@@ -126,15 +105,58 @@ def by_one(config):
 
 
 @pytest.fixture(scope="module")
-def by_two(config):
-    """The same run by two processes, and what they said."""
+def stopped_early(config, by_one):
+    """The folder of `by_one` as it was at the checkpoint of step 8."""
+    folder = config.parent / "stopped"
+    shutil.copytree(by_one, folder)
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "hub")
+    for step in range(12, STEPS + 1, 4):
+        shutil.rmtree(folder / "checkpoints" / str(step))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(config, stopped_early):
+    """Two processes that train, write text, go on from what one process left until a signal, and train until one dies.
+
+    With them, how long the death of one took to end the other.
+    """
+    place = config.parent
+
+    def training(folder: str) -> list[str]:
+        return ["train", str(config), "--run.folder", str(place / folder)]
+
+    asked = ["--prompt", PROMPT, "--max-new-tokens", "6", "--json", "--mesh", "expert=8"]
+    commands = {"two": training("two"), "generate": ["qwen-moe-jax", "generate", str(place / "two" / "hub"), *asked]}
+    commands |= {"stopped": training("stopped"), "killed": training("killed")}
+    pair = Pair(place, commands)
+    first, second = pair.processes
+    while first.poll() is None and not 11 <= steps_of(stopped_early) < STEPS:  # those after 8 go away, to come again
+        time.sleep(0.002)
+    second.send_signal(signal.SIGTERM)
+    after_steps(first, place / "killed", 9)
+    second.send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    pair.finish()
+    return pair, time.monotonic() - killed
+
+
+@pytest.fixture(scope="module")
+def second_pair(config, pair):
+    """Two processes that go on where one of the first pair died, and then are given unlike words."""
+    place = config.parent
+    going_on = ["train", str(config), "--run.folder", str(place / "killed")]
+    unlike = ["train", str(config), "--run.folder", str(place / "unlike")]
+    pair = Pair(place, {"going on": going_on, "unlike": unlike}, of_the_second=("--run.steps=19",))
+    pair.finish()
+    return pair
+
+
+def test_two_processes_train_as_one_does_and_write_once(config, by_one, pair):
     folder = config.parent / "two"
-    return folder, finish(start(config, folder, prompt=PROMPT), folder)
-
-
-def test_two_processes_train_as_one_does_and_write_once(by_one, by_two):
-    folder, [(code, out, err), (other_code, other_out, other_err)] = by_two
-    assert (code, other_code) == (0, 0), err + other_err
+    first, second = pair[0].said("two")
+    assert (first.code, second.code) == (0, 0), first.err + second.err
     for (step, expected), (same_step, found) in zip(losses(by_one), losses(folder), strict=True):
         assert step == same_step and found == pytest.approx(expected, rel=1e-6), step
     found = weights(folder)
@@ -143,66 +165,60 @@ def test_two_processes_train_as_one_does_and_write_once(by_one, by_two):
 
     assert [record["step"] for record in records(folder) if "loss" in record] == list(range(1, STEPS + 1))
     assert sum("start" in record for record in records(folder)) == 1
-    assert out.count(f"step {STEPS}/{STEPS}") == 1 and "Hub folder in" in out
-    assert (spoken(other_out), other_err) == ([], "")
+    samples, expected = (
+        {record["step"]: record["sample"] for record in records(folder) if "sample" in record}
+        for folder in (folder, by_one)
+    )
+    assert samples == expected and list(samples) == [0, 10]
+    assert first.out.count(f"step {STEPS}/{STEPS}") == 1 and "Hub folder in" in first.out
+    assert (spoken(second.out), second.err) == ([], "")
     assert not list(folder.glob(".*"))
 
 
-def test_two_processes_generate_what_one_does_and_one_of_them_says_it(by_two):
-    folder, [(_, out, err), _] = by_two
-    answer = json.loads(spoken(out)[-1])
-    [expected] = qmj.complete(qmj.from_pretrained(folder / "hub"), [PROMPT], max_new_tokens=6, tokenizer=folder / "hub")
+def test_two_processes_generate_what_one_does_and_one_of_them_says_it(config, pair):
+    hub = config.parent / "two" / "hub"
+    first, second = pair[0].said("generate")
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    answer = json.loads(spoken(first.out)[-1])
+    [expected] = qmj.complete(qmj.from_pretrained(hub), [PROMPT], max_new_tokens=6, tokenizer=hub)
     assert (answer["token_ids"], answer["text"]) == (list(expected.token_ids), expected.text)
-    assert "6 tokens in" in err
+    assert "6 tokens in" in first.err
+    assert spoken(second.out) == []
 
 
-def test_a_killed_process_ends_the_other_at_once_and_a_new_start_ends_bit_equal(config, by_two, tmp_path):
-    whole, folder = by_two[0], tmp_path / "killed"
-    processes = start(config, folder)
-    after_steps(processes[0], folder, 12)
-    processes[1].send_signal(signal.SIGKILL)
-    killed = time.monotonic()
-    code, out, err = finish(processes, folder)[0]
-    assert time.monotonic() - killed < 30  # measured: 0.3 s
-    assert code == 75, err
-    assert err.startswith("process 0 on ") and "because process 1 on " in err and "has died" in err
-    assert "Start all processes again" in err and len(err.splitlines()) == 1
+def test_a_signal_to_one_stops_both_who_went_on_from_the_checkpoint_of_one(by_one, stopped_early, pair):
+    first, second = pair[0].said("stopped")
+    assert (first.code, second.code) == (143, 143), first.err + second.err
+    assert "going on from the checkpoint of step 8" in first.out
+    reached = [step for step, _ in losses(stopped_early)][-1]
+    assert first.err == f"Stopped after step {reached}, saved. The same command goes on from there.\n"
+    assert (spoken(second.out), second.err) == ([], "")
+    assert (stopped_early / "checkpoints" / str(reached)).exists() and 11 <= reached < STEPS
+    for (step, expected), (same_step, found) in zip(losses(by_one), losses(stopped_early), strict=False):
+        assert step == same_step and found == pytest.approx(expected, rel=1e-6), step
 
-    (code, out, err), (other_code, _, other_err) = finish(start(config, folder), folder)
-    assert (code, other_code) == (0, 0), err + other_err
-    assert "going on from the checkpoint of step " in out
+
+def test_a_killed_process_ends_the_other_at_once_and_a_new_start_ends_bit_equal(config, pair, second_pair):
+    whole, folder = config.parent / "two", config.parent / "killed"
+    pair, seconds = pair
+    first, _ = pair.said("killed")
+    assert seconds < 30  # measured: 0.3 s
+    assert pair.finish() == (75, -signal.SIGKILL), first.err
+    assert first.err.startswith("process 0 on ") and "because process 1 on " in first.err and "has died" in first.err
+    assert "Start all processes again" in first.err and len(first.err.splitlines()) == 1
+
+    first, second = second_pair.said("going on")
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert "going on from the checkpoint of step " in first.out
     assert losses(folder) == losses(whole)
     assert (folder / "hub" / "model.safetensors").read_bytes() == (whole / "hub" / "model.safetensors").read_bytes()
 
 
-def test_a_signal_to_one_stops_both_who_went_on_from_the_checkpoint_of_one(config, by_one, tmp_path):
-    folder = tmp_path / "stopped"
-    shutil.copytree(by_one, folder)
-    (folder / "result.json").unlink()
-    shutil.rmtree(folder / "hub")
-    for step in range(15, STEPS + 1, 5):
-        shutil.rmtree(folder / "checkpoints" / str(step))
-    processes = start(config, folder)
-    while processes[0].poll() is None and steps_of(folder) == STEPS:  # those after 10 go away, to come again
-        time.sleep(0.01)
-    after_steps(processes[0], folder, 3)
-    processes[1].send_signal(signal.SIGTERM)
-    (code, out, err), (other_code, other_out, other_err) = finish(processes, folder)
-    assert (code, other_code) == (143, 143), err + other_err
-    assert "going on from the checkpoint of step 10" in out
-    reached = [step for step, _ in losses(folder)][-1]
-    assert err == f"Stopped after step {reached}, saved. The same command goes on from there.\n"
-    assert (spoken(other_out), other_err) == ([], "")
-    assert (folder / "checkpoints" / str(reached)).exists() and 13 <= reached < STEPS
-    for (step, expected), (same_step, found) in zip(losses(by_one), losses(folder), strict=False):
-        assert step == same_step and found == pytest.approx(expected, rel=1e-6), step
-
-
-def test_one_process_reads_the_checkpoint_of_two(config, by_one, by_two):
+def test_one_process_reads_the_checkpoint_of_two(config, by_one, pair):
     mesh = qmj.make_mesh(expert=8)
     program = assemble(load_config(config), qmj.ModelConfig.from_pretrained(by_one / "hub"), mesh)
     states = []
-    for folder in (by_one, by_two[0]):
+    for folder in (by_one, config.parent / "two"):
         with Checkpoints(folder / "checkpoints", keep=99) as checkpoints:
             assert checkpoints.latest_step == STEPS
             states.append(checkpoints.restore_latest(like=program.state))
@@ -211,10 +227,9 @@ def test_one_process_reads_the_checkpoint_of_two(config, by_one, by_two):
         np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=1e-5)
 
 
-def test_processes_with_different_settings_refuse_each_other(config, tmp_path):
-    folder = tmp_path / "run"
-    processes = start(config, folder, of_the_second=("--run.steps=29",))
-    for code, out, err in finish(processes, folder):
-        assert code == 2 and spoken(out) == []
-        assert "ShardingError: the settings of the run: found another one in process 1 than in process 0" in err
-    assert not folder.exists()
+def test_processes_with_different_settings_refuse_each_other(config, second_pair):
+    assert second_pair.finish() == (2, 2)
+    for each in second_pair.said("unlike"):
+        assert spoken(each.out) == []
+        assert "ShardingError: the settings of the run: found another one in process 1 than in process 0" in each.err
+    assert not (config.parent / "unlike").exists()

@@ -50,12 +50,13 @@ def setting():
     before = jax.tree.map(lambda array: (np.array(array), array.sharding), state)
     documents = np.split(np.random.default_rng(0).integers(1, 64, 120), [33, 60])
     batch = batch_at(pack(documents, 16), step=0, batch_size=8, seed=0)
-    loss_before = heldout_loss(make_eval_step(eval_graph), params, [batch])
+    eval_step = make_eval_step(eval_graph)
+    loss_before = heldout_loss(eval_step, params, [batch])
     train_step = make_train_step(graph, optimizer, LossConfig(balance_coef=0.01), shardings, seed=0)
     old = state
     state, metrics = train_step(state, {}, batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old)), "the old state's memory should have been reused"
-    loss_after = heldout_loss(make_eval_step(eval_graph), state.params, [batch])
+    loss_after = heldout_loss(eval_step, state.params, [batch])
     beyond = dataclasses.replace(batch, tokens_BT=batch.tokens_BT + 64)  # tokens that the vocabulary does not have
     broken = train_step(jax.tree.map(jax.numpy.copy, state), {}, beyond)
     return before, state, metrics, batch, (loss_before, loss_after), broken
@@ -154,6 +155,7 @@ def test_a_step_moves_the_balancing_bias_by_its_rule_alone():
         np.testing.assert_array_equal(biases(after)[layer], 0.25 + 0.125 * np.sign(loads_E.mean() - loads_E))
 
 
+@pytest.mark.usefixtures("programs_compiled_once")
 def test_jitter_is_drawn_from_the_seed():
     settings = {key: value for key, value in HUB_CONFIG.items() if key not in ("num_experts", "norm_topk_prob")}
     settings |= {"model_type": "mixtral", "num_local_experts": 4, "router_jitter_noise": 0.1, "intermediate_size": 16}

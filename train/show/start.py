@@ -15,6 +15,7 @@ import qwen_moe_jax as qmj
 from qwen_moe_jax.config import SHARDING_RULES
 from qwen_moe_jax.plan.chips import peak_flops
 from qwen_moe_jax.plan.flops import training_flops_per_token
+from qwen_moe_jax.units import in_bytes
 from train.config import TrainConfig
 from train.optimizer import moves_by_itself
 from train.parameters import Params
@@ -137,11 +138,3 @@ def bytes_per_device(arrays: Any) -> int:
     return sum(
         math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in jax.tree.leaves(arrays)
     )
-
-
-def in_bytes(size: int) -> str:
-    """For people: 1.4 GB."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size} bytes"
