@@ -119,8 +119,8 @@ def choose_attention(execution: ExecutionConfig, platform: str) -> ExecutionConf
         ConfigError: the kernels of "splash" do not run there, or not so.
     """
     kernels = platform == "tpu" and execution.dtype in ("bfloat16", "float32")
-    attention = execution.attention or ("splash" if kernels else "blocks")
     block = execution.attention_block or longest_block(platform)
+    attention = execution.attention or ("splash" if kernels and block >= LANES else "blocks")
     if attention == "splash":
         if not kernels:
             raise ConfigError(

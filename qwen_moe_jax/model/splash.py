@@ -104,9 +104,11 @@ def _kernel(heads: int, blocks: Blocks, interpret: bool):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    whole, block = (blocks.count * blocks.length,) * 2, blocks.length
-    window = None if blocks.window is None else (blocks.window - 1, 0)  # what lies before a query, and after it
-    mask = masks.CausalMask(whole) if window is None else masks.LocalMask(whole, window, offset=0)
+    block, whole = blocks.length, (blocks.count * blocks.length,) * 2
+    if blocks.window is None:
+        mask = masks.CausalMask(whole)
+    else:
+        mask = masks.LocalMask(whole, (blocks.window - 1, 0), offset=0)  # so many before a query, and none after it
     return kernels.make_splash_mha_single_device(
         masks.MultiHeadMask([mask] * heads),
         block_sizes=kernels.BlockSizes(

@@ -122,8 +122,9 @@ def test_lowers_for_tpus(head_dim, dtype):
     """What XLA then makes of it needs its compiler."""
     q, k, v, gradient, ids = arrays(head_dim, dtype)
     attend = functools.partial(attend_by_splash, segment_ids_BT=ids, blocks=Blocks.of(T, LANES, 30, LANES))
-    traced = jax.jit(lambda *x: jax.vjp(attend, *x)[1](gradient)).trace(q, k, v)
-    assert traced.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") == 3
+    for kernels, program in (1, attend), (3, lambda *x: jax.vjp(attend, *x)[1](gradient)):
+        lowered = jax.jit(program).trace(q, k, v).lower(lowering_platforms=("tpu",))
+        assert lowered.as_text().count("tpu_custom_call") == kernels
 
 
 class TestChoice:
@@ -152,9 +153,11 @@ class TestChoice:
         with pytest.raises(qmj.ConfigError, match="platform 'cpu'.*use 'blocks'"):
             _ = model.execution_in_use
 
-    def test_refuses_blocks_shorter_than_a_register(self):
+    def test_the_kernels_do_not_know_blocks_shorter_than_a_register(self):
+        short = dataclasses.replace(self.execution, attention_block=64)
+        assert choose_attention(short, "tpu").attention == "blocks"
         with pytest.raises(qmj.ConfigError, match="attention_block=64.*at least 128"):
-            choose_attention(dataclasses.replace(self.execution, attention_block=64), "tpu")
+            choose_attention(dataclasses.replace(short, attention="splash"), "tpu")
 
 
 @pytest.mark.parametrize("tokens, longest, count, length", [(1, 512, 1, 128), (200, 128, 2, 128), (1030, 600, 3, 384)])
