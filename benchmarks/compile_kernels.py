@@ -1,12 +1,15 @@
-"""What a layer's experts compile to on accelerators that are not here: `python benchmarks/compile_kernels.py`.
+"""What a layer's kernels compile to on accelerators that are not here: `python benchmarks/compile_kernels.py`.
 
 Compiles one SwiGLU block of Qwen3-30B-A3B's experts for 8192 tokens, by `grouped_matmul` and by `jax.lax.ragged_dot`,
-and prints what XLA says of each program. Nothing runs, so there are no times. The extras `plan` and `plan-gpu` bring
-the compilers for TPUs and for NVIDIA GPUs; a target whose compiler is missing is named and left out.
+and its attention for one row of 4096 tokens, in blocks and by splash, and prints what XLA says of each program. Nothing
+runs, so there are no times. The extras `plan` and `plan-gpu` bring the compilers for TPUs and for NVIDIA GPUs; a target
+whose compiler is missing is named and left out. `python benchmarks/compile_kernels.py attention` compiles attention
+alone, `experts` the experts.
 """
 
 import math
 import re
+import sys
 from collections.abc import Callable
 
 import jax
@@ -15,13 +18,18 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.model.blockwise import Blocks, attend_in_blocks
+from qwen_moe_jax.model.splash import LANES, attend_by_splash
 from qwen_moe_jax.moe.grouped_matmul import buffer_rows, grouped_matmul
 from qwen_moe_jax.moe.kernels import nvidia, tpu
+from qwen_moe_jax.plan.hlo import Module
 from qwen_moe_jax.plan.targets import parse_target
 
 D, F, E, A, TOKENS = 2048, 768, 128, 8, 8192  # Qwen3-30B-A3B
 ROWS = TOKENS * A
 USEFUL = 3 * 2 * ROWS * D * F  # three matmuls forward; backward, each has two more
+T, N, K, H = 4096, 32, 4, 128  # attention
+USEFUL_ATTENTION = 2 * 2 * N * H * T * (T + 1) // 2  # two products forward, of the keys a query sees; backward, four
 
 Matmul = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -49,11 +57,7 @@ def forward_backward(matmul: Matmul, rows_RD, gate_EFD, up_EFD, down_EDF, sizes_
 
 def compile_for(device: jax.Device, platform: str, function: Callable, matmul: Matmul) -> jax.stages.Compiled:
     """The block's program for a device that is not here."""
-    mesh = jax.sharding.Mesh(np.array([device]), "x")
-
-    def array(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, P()))
-
+    mesh, array = alone(device)
     rows_RD, sizes_E = array(buffer_rows(ROWS), D), array(E, dtype=jnp.int32)
     arrays = [rows_RD, array(E, F, D), array(E, F, D), array(E, D, F), sizes_E]
     if function is forward_backward:
@@ -61,6 +65,30 @@ def compile_for(device: jax.Device, platform: str, function: Callable, matmul: M
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # from which Pallas learns the GPU's kind
         traced = jax.jit(function, static_argnums=0).trace(matmul, *arrays)
         return traced.lower(lowering_platforms=(platform,)).compile()
+
+
+def alone(device: jax.Device) -> tuple[jax.sharding.Mesh, Callable[..., jax.ShapeDtypeStruct]]:
+    """A mesh of one device, and what describes an array on it."""
+    mesh = jax.sharding.Mesh(np.array([device]), "x")
+
+    def array(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, P()))
+
+    return mesh, array
+
+
+def compile_attention(device: jax.Device, attend: Callable, blocks: Blocks, backward: bool) -> jax.stages.Compiled:
+    """One row's attention, and the gradients of queries, keys and values."""
+
+    def run(q, k, v, ids, gradient):
+        if not backward:
+            return attend(q, k, v, ids, blocks)
+        out, pull = jax.vjp(lambda *inputs: attend(*inputs, ids, blocks), q, k, v)
+        return out, pull(gradient)
+
+    _, array = alone(device)
+    q, k, ids = array(1, T, N, H), array(1, T, K, H), array(1, T, dtype=jnp.int32)
+    return jax.jit(run).lower(q, k, k, ids, q).compile()
 
 
 def flops(compiled: jax.stages.Compiled) -> tuple[float, bool]:
@@ -112,8 +140,36 @@ TARGETS = (
 )
 
 
-def main() -> None:
-    """Prints a table for each target."""
+def attention() -> None:
+    """Prints the table of attention. XLA counts a loop's body once; `plan.hlo` as often as it runs, kernels too."""
+    print(f"jax {jax.__version__}; bfloat16, {T} tokens, heads {N} / {K} of {H}, blocks of 512 at most")
+    try:
+        device = parse_target("tpu:v5p:2x2x1").devices()[0]
+    except ConfigError as error:
+        print(f"\nTPU v5p: left out; {error}")
+        return
+    print("\nTPU v5p\n")
+    print("| method | pass | kernels | FLOPs / useful | GB read and written | temporaries, MiB | XLA's FLOPs, GB |")
+    print("|---|---|---|---|---|---|---|")
+    methods = {
+        "attend_in_blocks": (attend_in_blocks, Blocks.of(T, 512, None)),
+        "attend_by_splash": (attend_by_splash, Blocks.of(T, 512, None, LANES)),
+    }
+    for method, (attend, blocks) in methods.items():
+        for name, backward, useful in (("forward", False, 1), ("forward + backward", True, 3)):
+            compiled = compile_attention(device, attend, blocks, backward)
+            module, told = Module(compiled.as_text()), compiled.cost_analysis()
+            ratio, gigabytes = module.matmul_flops() / (useful * USEFUL_ATTENTION), module.memory_bytes() / 1e9
+            temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
+            print(
+                f"| {method} | {name} | {kernels(compiled)} | {ratio:.2f} | {gigabytes:.2f} | {temporaries:.0f} | "
+                f"{told['flops']:.2g}, {told['bytes accessed'] / 1e9:.2f} |",
+                flush=True,
+            )
+
+
+def experts() -> None:
+    """Prints a table of the experts for each target."""
     print(f"jax {jax.__version__}; bfloat16, {ROWS} rows, D {D}, F {F}, E {E}")
     for title, platform, target, backend, tiles in TARGETS:
         try:
@@ -139,4 +195,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    for part in sys.argv[1:] or ("experts", "attention"):
+        {"experts": experts, "attention": attention}[part]()

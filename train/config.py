@@ -60,6 +60,9 @@ class ExecutionSettings:
     exchange: str | None = _key(None, "dropless: how tokens travel: gather, all_to_all or ragged_all_to_all")
     grouped_matmul: str | None = _key(None, "dropless: what multiplies: blocks, megablox (TPU) or triton (NVIDIA)")
     routing: str = _key("learned", "learned, or balanced: to experts in turn, which measures speed and teaches nothing")
+    attention: str | None = _key(
+        None, "what attends: blocks (any device) or splash (TPU), whose scores stay on the chip"
+    )
     remat: str = _key(
         "dots",
         "what the backward pass recomputes to save memory: none, dots (all but attention and products with weights), "

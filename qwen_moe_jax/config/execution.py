@@ -12,6 +12,7 @@ CapacityBy = Literal["einsum", "index"]
 Drop = Literal["position", "weight"]
 Exchange = Literal["gather", "all_to_all", "ragged_all_to_all"]
 GroupedMatmul = Literal["blocks", "megablox", "triton"]
+Attention = Literal["blocks", "splash"]
 Routing = Literal["learned", "balanced"]
 Remat = Literal["none", "full", "dots", "exchange"]
 
@@ -52,7 +53,10 @@ class ExecutionConfig:
             where nothing may be dropped.
         grouped_matmul: what multiplies ragged groups: "blocks" (any device), "megablox" (TPU), "triton" (NVIDIA).
         routing: "balanced" sends tokens to experts in turn, whatever the router says: for benchmarks.
-        attention_block: tokens of the longest block of queries and of keys whose scores are in memory at a time. None
+        attention: what attends, block by block: "blocks" (any device) by XLA's operations, "splash" (TPU, bfloat16 or
+            float32) by JAX's kernels, which keep the scores on the chip. None takes "splash" where it runs.
+        attention_block: tokens of the longest block of queries and of keys whose scores are there at a time, for
+            "splash" 128 at least (and 1024 at most on a v5p: scores of 2048 do not fit into its vector memory). None
             takes 128 on CPUs and 512 elsewhere.
         remat: what the backward pass recomputes, per layer: "none" nothing, "full" the whole layer from its input,
             "exchange" all but what came over the `expert` axis, "dots" all but that, attention and the matmuls with
@@ -75,6 +79,7 @@ class ExecutionConfig:
     exchange: Exchange | None = None
     grouped_matmul: GroupedMatmul | None = None
     routing: Routing = "learned"
+    attention: Attention | None = None
     attention_block: int | None = None
     remat: Remat = "none"
     sharding: ShardingRules | str = ShardingRules()
@@ -94,6 +99,7 @@ class ExecutionConfig:
             "exchange": Exchange,
             "grouped_matmul": GroupedMatmul,
             "routing": Routing,
+            "attention": Attention,
             "remat": Remat,
         }
         for name, allowed in choices.items():

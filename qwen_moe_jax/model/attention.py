@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from qwen_moe_jax.config import ModelConfig
-from qwen_moe_jax.errors import ShardingError
-from qwen_moe_jax.model.blockwise import Blocks, attend_in_blocks
+from qwen_moe_jax.config import ExecutionConfig, ModelConfig
+from qwen_moe_jax.errors import ConfigError, ShardingError
+from qwen_moe_jax.model.blockwise import Blocks, attend_in_blocks, longest_block
 from qwen_moe_jax.model.cache import KeyValues, Past, attend_past, remember
 from qwen_moe_jax.model.rotary import RotaryTables, apply_rotary
+from qwen_moe_jax.model.splash import LANES, attend_by_splash
 from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.norm import RMSNorm
 from qwen_moe_jax.nn.parameters import ParameterFactory
@@ -54,11 +55,11 @@ class Attention(nnx.Module):
         self.head_dim = head_dim
 
     def __call__(
-        self, hidden_BTD: jax.Array, context: TokenContext, sliding_window: int | None, longest_block: int
+        self, hidden_BTD: jax.Array, context: TokenContext, sliding_window: int | None, execution: ExecutionConfig
     ) -> jax.Array:
         """[B, T, D] to [B, T, D]. `sliding_window` is the number of keys seen, None for all."""
         q_BTNH, k_BTKH, v_BTKH = self._projected(hidden_BTD, context)
-        return self._merged(attend(q_BTNH, k_BTKH, v_BTKH, context.segment_ids_BT, sliding_window, longest_block))
+        return self._merged(attend(q_BTNH, k_BTKH, v_BTKH, context.segment_ids_BT, sliding_window, execution))
 
     def extend(
         self, hidden_BTD: jax.Array, context: TokenContext, sliding_window: int | None, past: Past
@@ -95,15 +96,43 @@ def attend(
     v_BTKH: jax.Array,
     segment_ids_BT: jax.Array,
     sliding_window: int | None,
-    longest_block: int,
+    execution: ExecutionConfig,
 ) -> jax.Array:
     """Causal attention within segments; each device keeps to its own sequences and heads, so nothing is exchanged."""
-    blocks = Blocks.of(q_BTNH.shape[1], longest_block, sliding_window)
+    method, multiple = {"blocks": (attend_in_blocks, 1), "splash": (attend_by_splash, LANES)}[execution.attention]
+    blocks = Blocks.of(q_BTNH.shape[1], execution.attention_block, sliding_window, multiple)
     specs = (HEADS, HEADS, HEADS, P(BATCH, None))
-    local = functools.partial(attend_in_blocks, blocks=blocks)
+    local = functools.partial(method, blocks=blocks)
     return jax.shard_map(local, in_specs=specs, out_specs=HEADS, check_vma=False)(
         q_BTNH, k_BTKH, v_BTKH, segment_ids_BT
     )
+
+
+def choose_attention(execution: ExecutionConfig, platform: str) -> ExecutionConfig:
+    """The same execution with nothing about attention left open.
+
+    Args:
+        execution: with its dtype.
+        platform: of the devices (`jax.Device.platform`).
+
+    Raises:
+        ConfigError: the kernels of "splash" do not run there, or not so.
+    """
+    kernels = platform == "tpu" and execution.dtype in ("bfloat16", "float32")
+    block = execution.attention_block or longest_block(platform)
+    attention = execution.attention or ("splash" if kernels and block >= LANES else "blocks")
+    if attention == "splash":
+        if not kernels:
+            raise ConfigError(
+                f"attention='splash' found devices of the platform {platform!r} and dtype={execution.dtype!r}, "
+                "expected TPUs, and bfloat16 or float32: use 'blocks', which computes the same, or leave it open."
+            )
+        if block < LANES:
+            raise ConfigError(
+                f"attention_block={block} found with attention='splash', expected at least {LANES}, of which its "
+                "blocks are multiples: leave it open, or use attention='blocks'."
+            )
+    return dataclasses.replace(execution, attention=attention, attention_block=block)
 
 
 def _check_whole_heads(name: str, counts: dict[str, int], make: ParameterFactory) -> None:

@@ -52,10 +52,14 @@ class Blocks:
     window: int | None
 
     @classmethod
-    def of(cls, tokens: int, longest: int, window: int | None) -> "Blocks":
-        """The fewest blocks that are not longer than `longest`, all of one length: the last one is filled up."""
-        count = math.ceil(tokens / longest)
-        return cls(count=count, length=math.ceil(tokens / count), window=window)
+    def of(cls, tokens: int, longest: int, window: int | None, multiple: int = 1) -> "Blocks":
+        """The fewest blocks that are not longer than `longest`, all of one length: the last one is filled up.
+
+        The length is a multiple of `multiple`, of which `longest` is at least one.
+        """
+        count = math.ceil(tokens / (longest - longest % multiple))
+        length = math.ceil(tokens / count)
+        return cls(count=count, length=length + -length % multiple, window=window)
 
     def pairs(self) -> np.ndarray:
         """(block of queries, block of keys) of all pairs where a query may see a key, int32 [pairs, 2]."""

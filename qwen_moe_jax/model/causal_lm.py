@@ -17,8 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, LoraConfig, ModelConfig
 from qwen_moe_jax.errors import ConfigError, RequestError
-from qwen_moe_jax.model.attention import TokenContext
-from qwen_moe_jax.model.blockwise import longest_block
+from qwen_moe_jax.model.attention import TokenContext, choose_attention
 from qwen_moe_jax.model.cache import STORED as CACHE
 from qwen_moe_jax.model.cache import Cache
 from qwen_moe_jax.model.embedding import TABLE, Embedding
@@ -211,8 +210,7 @@ class Model(nnx.Module):
     def execution_in_use(self) -> ExecutionConfig:
         """`execution` with everything that was left open chosen for the present mode (`train()` or `eval()`)."""
         platform = self.mesh.devices.flat[0].platform
-        attention_block = self.execution.attention_block or longest_block(platform)
-        execution = dataclasses.replace(self.execution, attention_block=attention_block)
+        execution = choose_attention(self.execution, platform)
         return choose(execution, self.config.moe, self.mesh, training=not self.deterministic)
 
     def _checked_noise_key(self, noise_key: jax.Array | None) -> jax.Array | None:

@@ -40,7 +40,7 @@ class DecoderLayer(nnx.Module):
         With a `noise_key`, what enters a mixture of experts is jittered.
         """
         normed_BTD = self.input_layernorm(hidden_BTD)
-        attended_BTD = self.self_attn(normed_BTD, context, self.sliding_window, execution.attention_block)
+        attended_BTD = self.self_attn(normed_BTD, context, self.sliding_window, execution)
         return self._mixed(hidden_BTD + attended_BTD, context, execution, noise_key)
 
     def extend(

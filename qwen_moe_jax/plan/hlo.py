@@ -9,6 +9,8 @@ import math
 import re
 from collections.abc import Iterator
 
+from qwen_moe_jax.model.splash import PRODUCT_FLOPS
+
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _BYTES = {"pred": 1, "c64": 8, "c128": 16}
@@ -23,6 +25,11 @@ _FREE = frozenset(
 
 #: Instructions that write a part of an array where it lies, and which of their operands that part is.
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+
+#: The products of a splash kernel, each of all pairs of blocks. Forward: scores, and values by their weights. Backward:
+#: scores and the gradient of weights, again in both kernels; by these the gradient of queries, or of keys and values.
+_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+_SPLASH = re.compile(rf"{PRODUCT_FLOPS}(\d+).*\bsplash_mha_({'|'.join(_SPLASH_PRODUCTS)})_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +123,7 @@ class Module:
         self._layer_repeats = layer_repeats
         self._open_loop_times = open_loop_times
         current: dict[str, Instruction] = {}
-        for line in text.splitlines():
+        for line in _whole_lines(text):
             if line.endswith("{") and not line.startswith(" ") and (head := _HEAD.match(line)):
                 current = self.computations[head[1]] = {}
                 if line.startswith("ENTRY"):
@@ -203,6 +210,8 @@ class Module:
         instruction = run.instruction
         if told := re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.attributes):
             return float(told[1])
+        if splash := _SPLASH.search(instruction.source):
+            return float(splash[1]) * _SPLASH_PRODUCTS[splash[2]]
         target = instruction.attribute("custom_call_target") or ""
         if "gemm" in target or "matmul" in target:
             left = run.computation[instruction.operands[0]].results[0]
@@ -217,8 +226,8 @@ class Module:
         """Bytes that a device's instructions read and write in a step, a fusion as one instruction.
 
         An operand that is only sliced counts as its slices, and a result that is written into one that exists as what
-        is written. Of the stack of all layers, a kernel in the loop over them reads one layer's part. A loop that does
-        not say how often it runs counts once.
+        is written. Of the stack of all layers, a kernel in the loop over them reads one layer's part; what it reads
+        several times counts once. A loop that does not say how often it runs counts once.
         """
         total = 0.0
         for run in self.runs:
@@ -256,6 +265,17 @@ class Module:
                 written = [fused[name] for name in one.operands] if one.opcode == "tuple" else [one]
                 moved += sum(_written_bytes(each, fused) for each in written)
         return moved
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """The lines of a program's text; an instruction whose kernel has metadata of its own stands on several."""
+    begun = ""
+    for line in text.splitlines():
+        if line.endswith("={") or (begun and not line.startswith("}")):
+            begun += line
+        else:
+            yield begun + line
+            begun = ""
 
 
 def _read(line: str) -> Instruction | None:

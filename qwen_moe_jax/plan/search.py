@@ -405,10 +405,11 @@ def _workspace(outline: Outline, mesh: Mapping[str, int], platform: str) -> int:
     rows = work.rows / work.accumulation_steps / _ways(BATCH, mesh)
     tokens = rows * work.tokens_per_row
     heads = attention.num_attention_heads * attention.head_dim / tensor
-    # Scores in float32, and their exponentials: of a block of queries and one of keys, or of all that is in a cache.
-    block = work.execution.get("attention_block") or longest_block(platform)
-    block = min(block, work.tokens_per_row)
-    pairs = work.tokens_per_row * work.context if work.context else block * block
+    # Scores in float32, and their exponentials: of all that is in a cache, or of a block of queries and one of keys,
+    # unless splash keeps these on the chip.
+    block = min(work.execution.get("attention_block") or longest_block(platform), work.tokens_per_row)
+    in_blocks = 0 if work.execution.get("attention") == "splash" else block * block
+    pairs = work.tokens_per_row * work.context if work.context else in_blocks
     scores = 2 * 4 * rows * attention.num_attention_heads / tensor * pairs
     ffn = config.intermediate_size
     moved = 0.0
