@@ -102,8 +102,7 @@ def _gathered(
     ways, here = jax.lax.axis_size("expert"), jax.lax.axis_index("expert")
     own = num_experts // ways
     tokens, chosen = experts_TA.shape
-    x_TD = checkpoint_name(_from_all(x_TD), EXCHANGED)
-    experts_TA, weights_TA = _from_all(experts_TA), _from_all(weights_TA)
+    x_TD, experts_TA, weights_TA = (checkpoint_name(_from_all(x), EXCHANGED) for x in (x_TD, experts_TA, weights_TA))
 
     room = device_rows(tokens * ways, chosen, num_experts, ways, execution.buffer_factor)
     fits_TA = _within(room, experts_TA // own, ways, worst=tokens * ways * min(chosen, own))
@@ -144,7 +143,7 @@ def _exchanged(
     device_TA = jnp.minimum(kept_TA // own, ways - 1)
     row_TA = device_TA * room + sorted_plan.row_TA - first_X[device_TA]
     outgoing = plan_rows(jnp.where(kept_TA < num_experts, row_TA, ways * room), ways * room)
-    arriving_XE = jax.lax.all_to_all(sizes_XE, "expert", 0, 0, tiled=True)
+    arriving_XE = checkpoint_name(jax.lax.all_to_all(sizes_XE, "expert", 0, 0, tiled=True), EXCHANGED)
     arriving_X = jnp.sum(arriving_XE, axis=1)
     rows_RD = checkpoint_name(send(to_rows(x_TD, outgoing), sent_X, arriving_X), EXCHANGED)
 
