@@ -2,15 +2,21 @@
 
 import gc
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 # Eight simulated devices on the CPU, for the sharding tests; everything else uses the first one. Nothing outside the
 # CPU is touched: float32 comparisons would otherwise depend on an accelerator's reduced-precision matmuls.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-# Half of XLA's compile time, most of a test's, goes into LLVM optimising code that runs once. The compiled program, its
-# collectives and its order of operations stay the same; only the machine code is plainer.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Most of a test's time goes into XLA making machine code that runs once: half of that into LLVM optimising it, half of
+# the rest into emitters of fusions by way of MLIR, where jaxlib 0.10 still has older and quicker ones. The program that
+# is compiled, its collectives and its order of operations stay the same; only the machine code is plainer.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
+)
 # One thread per process: pytest-xdist already uses the cores, and torch's thread barriers collapse on a shared box.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
