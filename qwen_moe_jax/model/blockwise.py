@@ -21,6 +21,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen_moe_jax.nn.bits import rows_at
+from qwen_moe_jax.nn.matmul import as_precise_as
 
 #: The name that remat policies know the result by, and the logarithms beside it.
 ATTENDED = "attended"
@@ -193,9 +194,9 @@ def _scores(
 
 
 def _product(letters: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    """An einsum with float32 sums. The backward pass is traced where no context says how precise it shall be."""
-    precision = "highest" if left.dtype == jnp.float32 else None
-    return jnp.einsum(letters, left, right, precision=precision, preferred_element_type=jnp.float32)
+    """An einsum with float32 sums."""
+    with as_precise_as(left):
+        return jnp.einsum(letters, left, right, preferred_element_type=jnp.float32)
 
 
 def _cut(blocks: Blocks, x_BTNH: jax.Array, kv_heads: int) -> jax.Array:

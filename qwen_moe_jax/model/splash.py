@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_moe_jax.model.blockwise import ATTENDED, Blocks
+from qwen_moe_jax.nn.matmul import as_precise_as
 
 #: Tokens of a block are a multiple of this, the width of a vector register.
 LANES = 128
@@ -51,7 +52,7 @@ def attend_by_splash(
     Returns:
         [B, T, N, H] in the dtype of the queries.
     """
-    with _precise(q_BTNH):
+    with as_precise_as(q_BTNH):
         return _attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, blocks, interpret)
 
 
@@ -59,21 +60,16 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, blocks: Blocks, interpret: 
     def attend(*inputs: jax.Array) -> jax.Array:
         return _attend(*inputs, segment_ids_BT, blocks, interpret)
 
-    with _precise(q_BTNH):
+    with as_precise_as(q_BTNH):
         return jax.vjp(attend, q_BTNH, k_BTKH, v_BTKH)
 
 
 def _backward(blocks: Blocks, interpret: bool, pull, gradient_BTNH):
-    with _precise(gradient_BTNH):
+    with as_precise_as(gradient_BTNH):
         return *pull(gradient_BTNH), None
 
 
 attend_by_splash.defvjp(_forward, _backward)
-
-
-def _precise(x: jax.Array):
-    """float32 means float32. The backward pass is traced where no context says so: hence the gradient of one's own."""
-    return jax.default_matmul_precision("highest" if x.dtype == jnp.float32 else None)
 
 
 def _attend(

@@ -8,6 +8,7 @@ import jax
 
 from qwen_moe_jax.config import GroupedMatmul
 from qwen_moe_jax.moe.kernels.blocks import tile_rows
+from qwen_moe_jax.nn.matmul import as_precise_as
 
 #: A backend is a module with `ragged` and `outer`; see `kernels/blocks.py` for what they promise.
 BACKENDS: dict[GroupedMatmul, str] = {
@@ -43,7 +44,8 @@ def grouped_matmul(rows_RI: jax.Array, weights_EOI: jax.Array, sizes_E: jax.Arra
     Returns:
         [R, O] in the dtype of the rows. Rows past the sum of the sizes mean nothing, and have no part in a gradient.
     """
-    return _module(backend).ragged(rows_RI, weights_EOI, sizes_E, transposed=True)
+    with as_precise_as(rows_RI):
+        return _module(backend).ragged(rows_RI, weights_EOI, sizes_E, transposed=True)
 
 
 def _forward(rows_RI: jax.Array, weights_EOI: jax.Array, sizes_E: jax.Array, backend: GroupedMatmul):
@@ -52,8 +54,9 @@ def _forward(rows_RI: jax.Array, weights_EOI: jax.Array, sizes_E: jax.Array, bac
 
 def _backward(backend: GroupedMatmul, saved: tuple[jax.Array, jax.Array, jax.Array], gradient_RO: jax.Array):
     rows_RI, weights_EOI, sizes_E = saved
-    of_rows_RI = _module(backend).ragged(gradient_RO, weights_EOI, sizes_E, transposed=False)
-    of_weights_EOI = _module(backend).outer(gradient_RO, rows_RI, sizes_E)
+    with as_precise_as(rows_RI):
+        of_rows_RI = _module(backend).ragged(gradient_RO, weights_EOI, sizes_E, transposed=False)
+        of_weights_EOI = _module(backend).outer(gradient_RO, rows_RI, sizes_E)
     return of_rows_RI.astype(rows_RI.dtype), of_weights_EOI.astype(weights_EOI.dtype), None
 
 

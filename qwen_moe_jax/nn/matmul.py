@@ -1,6 +1,7 @@
 """Multiplying activations with weights as they are stored."""
 
 import functools
+from contextlib import AbstractContextManager
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,14 @@ from qwen_moe_jax.sharding.rules import as_used
 
 #: The name that remat policies know these products by.
 WEIGHT_MATMUL = "weight_matmul"
+
+
+def as_precise_as(x: jax.Array) -> AbstractContextManager:
+    """Within it, products of float32 are float32's on every device, and not those of its units for fewer bits.
+
+    For gradients of one's own: a backward pass is traced where what the forward pass was traced in is forgotten.
+    """
+    return jax.default_matmul_precision("highest" if x.dtype == jnp.float32 else None)
 
 
 def weight_einsum(

@@ -10,6 +10,9 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 from jax.sharding import PartitionSpec as P
 
+from qwen_moe_jax.moe.grouped_matmul import grouped_matmul
+from qwen_moe_jax.nn.matmul import as_precise_as
+
 BACKENDS = ("tpu", "nvidia")
 
 #: Rows, the widths of a matrix, and the rows of each expert; rows past their sum are padding.
@@ -117,14 +120,25 @@ def test_lowers_for_its_platform(name, platform, custom_call, dtype, rows):
     weights_EFD, sizes_E = jax.ShapeDtypeStruct((E, F, D), dtype), jax.ShapeDtypeStruct((E,), np.int32)
 
     def all_three(inputs_RD, gradient_RF, weights_EFD, sizes_E):
-        return (
-            backend(name).ragged(inputs_RD, weights_EFD, sizes_E, transposed=True),
-            backend(name).ragged(gradient_RF, weights_EFD, sizes_E, transposed=False),
-            backend(name).outer(gradient_RF, inputs_RD, sizes_E),
-        )
+        with as_precise_as(inputs_RD):
+            return (
+                backend(name).ragged(inputs_RD, weights_EFD, sizes_E, transposed=True),
+                backend(name).ragged(gradient_RF, weights_EFD, sizes_E, transposed=False),
+                backend(name).outer(gradient_RF, inputs_RD, sizes_E),
+            )
 
     h200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
     mesh = AbstractMesh((), (), abstract_device=h200 if platform == "cuda" else None)
     with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.jit(all_three).trace(inputs_RD, gradient_RF, weights_EFD, sizes_E)
         assert traced.lower(lowering_platforms=(platform,)).as_text().count(custom_call) >= 3
+
+
+@pytest.mark.parametrize("dtype, precise", [("float32", True), ("bfloat16", False)])
+def test_float32_means_float32_in_the_backward_pass_too(dtype, precise):
+    """Otherwise accelerators would round its factors. No context says so here, as none does in a training step."""
+    rows, gradient, weights, sizes = draw("full tiles", dtype)
+    traced = jax.make_jaxpr(lambda *x: jax.vjp(lambda *y: grouped_matmul(*y, sizes, "blocks"), *x)[1](gradient))
+    program = str(traced(rows, weights))
+    assert program.count("dot_general[") == 3
+    assert program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == (3 if precise else 0)
