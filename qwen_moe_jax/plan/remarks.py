@@ -163,9 +163,11 @@ def _flops(plan: Plan) -> Iterator[Remark]:
             causes.append('dispatch = "dense" runs every expert on every token')
         if plan.work.execution.get("dispatch") == "capacity":
             causes.append("capacity_factor and one-hot einsums (group_size) cost their share")
+        if plan.work.execution.get("dispatch") == "dropless" and (plan.work.execution.get("buffer_factor") or 1) > 1:
+            causes.append("the experts' kernels count all the room for rows (buffer_factor), filled or not")
         if plan.work.purpose == "decode":
             causes.append("a single query meets the keys of all heads, so that the cache is read once")
-        else:
+        elif plan.work.purpose == "prefill":
             causes.append("masked-out scores are computed")
         yield Remark(
             about="flops",
