@@ -195,7 +195,7 @@ def _scores(
 
 def _product(letters: str, left: jax.Array, right: jax.Array) -> jax.Array:
     """An einsum with float32 sums."""
-    with as_precise_as(left):
+    with as_precise_as(left.dtype):
         return jnp.einsum(letters, left, right, preferred_element_type=jnp.float32)
 
 

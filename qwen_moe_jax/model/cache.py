@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import LayerKind, ModelConfig
+from qwen_moe_jax.model.blockwise import UNSEEN
 from qwen_moe_jax.model.segments import plan_segments
 from qwen_moe_jax.nn.bits import as_bits, from_bits
 from qwen_moe_jax.sharding.rules import BATCH
@@ -189,7 +190,7 @@ def _attend_together(q_BTNH: jax.Array, keys_BSKH: jax.Array, values_BSKH: jax.A
     kv_heads = keys_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, keys_BSKH, preferred_element_type=jnp.float32)
-    scores_BKGTS = jnp.where(seen_BTS[:, None, None], scores_BKGTS * head_dim**-0.5, -1e30)
+    scores_BKGTS = jnp.where(seen_BTS[:, None, None], scores_BKGTS * head_dim**-0.5, UNSEEN)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(q_BTNH.dtype)
     mixed_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, values_BSKH)
     return mixed_BTKGH.reshape(q_BTNH.shape)
@@ -207,7 +208,7 @@ def _attend_alone(q_BTNH: jax.Array, keys_BSKH: jax.Array, values_BSKH: jax.Arra
     own_KN = jnp.repeat(jnp.eye(kv_heads, dtype=q_BTNH.dtype), heads // kv_heads, axis=1)
     q_BIN = jnp.einsum("BNH,KN->BKHN", q_BTNH[:, 0], own_KN).reshape(batch, kv_heads * head_dim, heads)
     scores_BSN = jnp.einsum("BSI,BIN->BSN", keys_BSI, q_BIN, preferred_element_type=jnp.float32)
-    scores_BSN = jnp.where(seen_BTS[:, 0, :, None], scores_BSN * head_dim**-0.5, -1e30)
+    scores_BSN = jnp.where(seen_BTS[:, 0, :, None], scores_BSN * head_dim**-0.5, UNSEEN)
     weights_BSN = jax.nn.softmax(scores_BSN, axis=1).astype(q_BTNH.dtype)
     mixed_BNI = jnp.einsum("BSN,BSI->BNI", weights_BSN, values_BSI)
     mixed_BNKH = mixed_BNI.reshape(batch, heads, kv_heads, head_dim)

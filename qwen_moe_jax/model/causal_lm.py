@@ -28,7 +28,7 @@ from qwen_moe_jax.model.vocabulary import target_log_probs
 from qwen_moe_jax.moe.choices import choose
 from qwen_moe_jax.moe.losses import router_losses
 from qwen_moe_jax.nn.linear import Linear
-from qwen_moe_jax.nn.matmul import weight_einsum
+from qwen_moe_jax.nn.matmul import as_precise_as, weight_einsum
 from qwen_moe_jax.nn.norm import RMSNorm
 from qwen_moe_jax.nn.parameters import ParameterFactory
 from qwen_moe_jax.sharding.border import explicitly_sharded
@@ -290,7 +290,7 @@ def _forward(
         flags = dict(output_router_logits=output_router_logits, output_hidden_states=output_hidden_states)
         return model._explicit_forward(*inputs, **flags)
 
-    with jax.default_matmul_precision(_precision(model)):
+    with as_precise_as(model.execution.dtype):
         out = explicitly_sharded(run, model.mesh, specs)(model, *inputs)
     if not missing:
         return out
@@ -321,7 +321,7 @@ def _token_losses(
     def run(model: CausalLM, *inputs: jax.Array | None) -> TokenLosses:
         return model._explicit_token_losses(*inputs, chunk=chunk)
 
-    with jax.default_matmul_precision(_precision(model)):
+    with as_precise_as(model.execution.dtype):
         out = explicitly_sharded(run, model.mesh, specs)(model, *inputs)
     return dataclasses.replace(out, losses=out.losses[:batch], logsumexp=out.logsumexp[:batch]) if missing else out
 
@@ -335,11 +335,6 @@ def _padded_inputs(
     positions_BT = jnp.where(segment_ids_BT != 0, positions_BT, 0)  # padding must not lengthen a dynamic rope
     missing = -tokens_BT.shape[0] % math.prod(model.mesh.shape[axis] for axis in BATCH)
     return [jnp.pad(x, ((0, missing), (0, 0))) for x in (tokens_BT, segment_ids_BT, positions_BT)], missing
-
-
-def _precision(model: Model) -> str | None:
-    """float32 means float32: accelerators would otherwise multiply in bfloat16 or TF32."""
-    return "highest" if model.execution.dtype == "float32" else None
 
 
 def _router_output(out: StackOutput) -> RouterOutput | None:
@@ -460,7 +455,7 @@ class CausalLM(Model):
             last_B1D = token_at(hidden_BTD, counts_B - 1)[:, None]
             return model._head(last_B1D, tokens_BT, real_BT)[:, 0], cache
 
-        with jax.default_matmul_precision(_precision(self)):
+        with as_precise_as(self.execution.dtype):
             return explicitly_sharded(run, self.mesh, specs)(self, tokens_BT, counts_B, *leaves)
 
     def _add_head(self, make: ParameterFactory) -> None:

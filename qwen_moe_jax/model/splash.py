@@ -52,7 +52,7 @@ def attend_by_splash(
     Returns:
         [B, T, N, H] in the dtype of the queries.
     """
-    with as_precise_as(q_BTNH):
+    with as_precise_as(q_BTNH.dtype):
         return _attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, blocks, interpret)
 
 
@@ -60,12 +60,12 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, blocks: Blocks, interpret: 
     def attend(*inputs: jax.Array) -> jax.Array:
         return _attend(*inputs, segment_ids_BT, blocks, interpret)
 
-    with as_precise_as(q_BTNH):
+    with as_precise_as(q_BTNH.dtype):
         return jax.vjp(attend, q_BTNH, k_BTKH, v_BTKH)
 
 
 def _backward(blocks: Blocks, interpret: bool, pull, gradient_BTNH):
-    with as_precise_as(gradient_BTNH):
+    with as_precise_as(gradient_BTNH.dtype):
         return *pull(gradient_BTNH), None
 
 

@@ -18,6 +18,7 @@ from qwen_moe_jax.sharding.rules import BATCH, gathered, spec_of
 #: How many logits (float32, 256 MiB) a device may hold at a time. The gradient of the table is added up once for every
 #: chunk: smaller ones would spend their time on that.
 MAX_LOGITS = 2**26
+#: The name that they are kept for the backward pass by.
 LOGITS = "logits"
 
 

@@ -8,6 +8,7 @@ from qwen_moe_jax.moe import capacity, dense, dropless, stats
 from qwen_moe_jax.moe.experts import Experts
 from qwen_moe_jax.moe.router import jitter, route
 from qwen_moe_jax.nn.linear import Linear
+from qwen_moe_jax.nn.matmul import as_precise_as
 from qwen_moe_jax.nn.mlp import MLP
 from qwen_moe_jax.nn.parameters import ParameterFactory
 
@@ -84,7 +85,5 @@ class SparseMoeBlock(nnx.Module):
         """[B, T, E] in the router's dtype."""
         if execution.router_dtype is None:
             return self.gate(hidden_BTD)
-        # As in the whole of a float32 model: float32 must not fall back to bfloat16 or TF32 on accelerators.
-        precision = "highest" if execution.router_dtype == "float32" else None
-        with jax.default_matmul_precision(precision):
+        with as_precise_as(execution.router_dtype):
             return self.gate(hidden_BTD.astype(execution.router_dtype))

@@ -44,7 +44,7 @@ def grouped_matmul(rows_RI: jax.Array, weights_EOI: jax.Array, sizes_E: jax.Arra
     Returns:
         [R, O] in the dtype of the rows. Rows past the sum of the sizes mean nothing, and have no part in a gradient.
     """
-    with as_precise_as(rows_RI):
+    with as_precise_as(rows_RI.dtype):
         return _module(backend).ragged(rows_RI, weights_EOI, sizes_E, transposed=True)
 
 
@@ -54,7 +54,7 @@ def _forward(rows_RI: jax.Array, weights_EOI: jax.Array, sizes_E: jax.Array, bac
 
 def _backward(backend: GroupedMatmul, saved: tuple[jax.Array, jax.Array, jax.Array], gradient_RO: jax.Array):
     rows_RI, weights_EOI, sizes_E = saved
-    with as_precise_as(rows_RI):
+    with as_precise_as(rows_RI.dtype):
         of_rows_RI = _module(backend).ragged(gradient_RO, weights_EOI, sizes_E, transposed=False)
         of_weights_EOI = _module(backend).outer(gradient_RO, rows_RI, sizes_E)
     return of_rows_RI.astype(rows_RI.dtype), of_weights_EOI.astype(weights_EOI.dtype), None

@@ -14,12 +14,12 @@ from qwen_moe_jax.sharding.rules import as_used
 WEIGHT_MATMUL = "weight_matmul"
 
 
-def as_precise_as(x: jax.Array) -> AbstractContextManager:
-    """Within it, products of float32 are float32's on every device, and not those of its units for fewer bits.
+def as_precise_as(dtype: jax.typing.DTypeLike) -> AbstractContextManager:
+    """Within it, float32 means float32: accelerators would otherwise multiply in bfloat16 or TF32.
 
-    For gradients of one's own: a backward pass is traced where what the forward pass was traced in is forgotten.
+    A gradient of one's own needs it again: its backward pass is traced where what surrounded the forward is forgotten.
     """
-    return jax.default_matmul_precision("highest" if x.dtype == jnp.float32 else None)
+    return jax.default_matmul_precision("highest" if jnp.dtype(dtype) == jnp.float32 else None)
 
 
 def weight_einsum(

@@ -1,14 +1,17 @@
 """Layers are stacked by kind and scanned: the plan of it, and what it costs to compile."""
 
 import jax
+import jax.extend.core
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.config import LayerKind
 from qwen_moe_jax.model.segments import plan_segments
+from tests.cases import CASES
 
 KINDS = {
     "d": LayerKind(mlp="dense"),
@@ -80,3 +83,28 @@ def test_depth_does_not_grow_the_program():
         return len(step.lower(model, tokens).as_text().splitlines())
 
     assert instructions(32) == instructions(2)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
+def test_no_weight_is_copied_for_the_backward_pass(dispatch, remat):
+    """The scan forward hands activations on, layer by layer; a matrix among them would be all weights once more."""
+    config = qmj.ModelConfig.from_pretrained(CASES["qwen3_moe-plain"].config)
+    execution = qmj.ExecutionConfig(dispatch=dispatch, remat=remat)
+    model = qmj.CausalLM(config, rngs=nnx.Rngs(0), execution=execution)
+    model.train()
+    tokens = np.ones((1, 19), np.int32)  # so that no activation has the shape of a weight
+    traced = jax.make_jaxpr(jax.grad(lambda model: model.token_losses(tokens, tokens).losses.sum()))(model)
+    [forward, backward] = _scans_over(traced.jaxpr, config.num_hidden_layers)
+    matrices = {leaf.shape for leaf in jax.tree.leaves(model.model.layers) if leaf.ndim > 2}
+    assert matrices <= {output.aval.shape for output in backward.outvars}  # their gradients
+    assert not matrices & {output.aval.shape for output in forward.outvars}
+
+
+def _scans_over(jaxpr, length):
+    """All of that length in a program, the functions that it calls included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan" and equation.params["length"] == length:
+            yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from _scans_over(inner, length)

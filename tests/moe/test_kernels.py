@@ -120,7 +120,7 @@ def test_lowers_for_its_platform(name, platform, custom_call, dtype, rows):
     weights_EFD, sizes_E = jax.ShapeDtypeStruct((E, F, D), dtype), jax.ShapeDtypeStruct((E,), np.int32)
 
     def all_three(inputs_RD, gradient_RF, weights_EFD, sizes_E):
-        with as_precise_as(inputs_RD):
+        with as_precise_as(inputs_RD.dtype):
             return (
                 backend(name).ragged(inputs_RD, weights_EFD, sizes_E, transposed=True),
                 backend(name).ragged(gradient_RF, weights_EFD, sizes_E, transposed=False),
