@@ -16,12 +16,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import AttentionConfig, ExecutionConfig, LayerKind, ModelConfig, MoEConfig
+from qwen_moe_jax.config.resolve import resolve
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.moe.block import SparseMoeBlock
-from qwen_moe_jax.moe.choices import choose
 from qwen_moe_jax.nn.parameters import ParameterFactory
 from qwen_moe_jax.plan.targets import parse_target
-from qwen_moe_jax.sharding.border import explicitly_sharded
+from qwen_moe_jax.sharding.explicit import with_explicit_axes
 from qwen_moe_jax.sharding.mesh import AXES
 from qwen_moe_jax.sharding.rules import BATCH
 
@@ -43,7 +43,7 @@ CONFIG = ModelConfig(
 METHODS = {
     "capacity by einsum": dict(dispatch="capacity", capacity_by="einsum"),
     "capacity by index": dict(dispatch="capacity", capacity_by="index"),
-    "dropless, gather": dict(dispatch="dropless", exchange="gather", buffer_factor=BUFFER),
+    "dropless, gather": dict(dispatch="dropless", exchange="all_gather", buffer_factor=BUFFER),
     "dropless, all-to-all": dict(dispatch="dropless", exchange="all_to_all", buffer_factor=BUFFER),
     "dropless, ragged": dict(dispatch="dropless", exchange="ragged_all_to_all", buffer_factor=BUFFER),
 }
@@ -71,24 +71,30 @@ def report(target: str, devices: list[jax.Device]) -> None:
     block = SparseMoeBlock("mlp", CONFIG, make)
     spread = NamedSharding(mesh, P(BATCH))
     hidden_BTD = jax.ShapeDtypeStruct((WAYS, TOKENS, compile_kernels.D), jnp.bfloat16, sharding=spread)
-    real_BT = jax.ShapeDtypeStruct((WAYS, TOKENS), bool, sharding=spread)
+    token_mask_BT = jax.ShapeDtypeStruct((WAYS, TOKENS), bool, sharding=spread)
     print(f"\n{target}, jax {jax.__version__}: expert={WAYS}, {TOKENS} tokens a device, bfloat16")
     for name, settings in METHODS.items():
-        execution = choose(ExecutionConfig(dtype="bfloat16", **settings), CONFIG.moe, mesh, training=True)
+        execution = resolve(
+            ExecutionConfig(dtype="bfloat16", **settings),
+            CONFIG.moe,
+            expert_shards=mesh.shape["expert"],
+            platform=mesh.devices.flat[0].platform,
+            training=True,
+        )
 
-        def forward(block, hidden_BTD, real_BT, execution=execution):
-            run = explicitly_sharded(
+        def forward(block, hidden_BTD, token_mask_BT, execution=execution):
+            run = with_explicit_axes(
                 lambda *arguments: SparseMoeBlock.__call__(*arguments, execution)[0],
                 mesh,
                 [P(BATCH, None, None), P(BATCH, None)],
             )
-            return run(block, hidden_BTD, real_BT)
+            return run(block, hidden_BTD, token_mask_BT)
 
-        def loss(block, hidden_BTD, real_BT, forward=forward):
-            return (forward(block, hidden_BTD, real_BT).astype(jnp.float32) ** 2).sum()
+        def loss(block, hidden_BTD, token_mask_BT, forward=forward):
+            return (forward(block, hidden_BTD, token_mask_BT).astype(jnp.float32) ** 2).sum()
 
         for passes, program in (("forward", forward), ("forward + backward", jax.grad(loss, (0, 1)))):
-            compiled = jax.jit(program).lower(block, hidden_BTD, real_BT).compile()
+            compiled = jax.jit(program).lower(block, hidden_BTD, token_mask_BT).compile()
             sent = ", ".join(f"{count} {what}" for what, count in collectives(compiled.as_text()).items())
             temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
             print(f"  {name:22}{passes:20}{temporaries:6.0f} MiB temporaries; {sent}", flush=True)

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from qwen_moe_jax.attention_kernels.blockwise import Blocks, attend_in_blocks
+from qwen_moe_jax.attention_kernels.splash import LANES, attend_by_splash
 from qwen_moe_jax.errors import ConfigError
-from qwen_moe_jax.model.blockwise import Blocks, attend_in_blocks
-from qwen_moe_jax.model.splash import LANES, attend_by_splash
-from qwen_moe_jax.moe.grouped_matmul import buffer_rows, grouped_matmul
 from qwen_moe_jax.moe.kernels import nvidia, tpu
+from qwen_moe_jax.moe.kernels.grouped_matmul import buffer_rows, grouped_matmul
 from qwen_moe_jax.plan.hlo import Module
 from qwen_moe_jax.plan.targets import parse_target
 

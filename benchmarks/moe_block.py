@@ -46,10 +46,10 @@ from jax.sharding import PartitionSpec as P
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.config import ExecutionConfig, ModelConfig
+from qwen_moe_jax.config.resolve import resolve
 from qwen_moe_jax.moe.block import SparseMoeBlock
-from qwen_moe_jax.moe.choices import choose
 from qwen_moe_jax.nn.parameters import ParameterFactory
-from qwen_moe_jax.sharding.border import explicitly_sharded
+from qwen_moe_jax.sharding.explicit import with_explicit_axes
 from qwen_moe_jax.sharding.rules import BATCH
 
 PASSES = ("forward", "forward+backward")
@@ -218,7 +218,9 @@ def scaled_builders(subject: Subject) -> Builders:
 def our_builders(subject: Subject) -> Builders:
     """The ways this package has."""
     by_einsum = ExecutionConfig(dispatch="capacity", capacity_by="einsum")
-    choice = choose(by_einsum, ModelConfig.from_pretrained(subject.hub).moe, mesh(), training=True).group_size
+    choice = resolve(
+        by_einsum, ModelConfig.from_pretrained(subject.hub).moe, expert_shards=1, platform="cpu", training=True
+    ).group_size
     executions = {
         "dropless": ExecutionConfig(dispatch="dropless"),
         "capacity by index": ExecutionConfig(dispatch="capacity", capacity_by="index"),
@@ -252,19 +254,19 @@ def our_block(subject: Subject) -> SparseMoeBlock:
 def our_programs(subject: Subject, execution: ExecutionConfig) -> tuple[Callable, Callable]:
     """forward(block, hidden, real) and both(block, hidden, real, cotangent): weights are arguments, as in a model."""
 
-    def run(block, hidden_BTD, real_BT):
-        mixed_BTD, *counts = block(hidden_BTD, real_BT, execution)
+    def run(block, hidden_BTD, token_mask_BT):
+        mixed_BTD, *counts = block(hidden_BTD, token_mask_BT, execution)
         return mixed_BTD, counts
 
-    run = explicitly_sharded(run, mesh(), [P(BATCH, None, None), P(BATCH, None)])
+    run = with_explicit_axes(run, mesh(), [P(BATCH, None, None), P(BATCH, None)])
 
-    def forward(block, hidden_BTD, real_BT):
+    def forward(block, hidden_BTD, token_mask_BT):
         with exactly(subject):
-            return run(block, hidden_BTD, real_BT)
+            return run(block, hidden_BTD, token_mask_BT)
 
-    def both(block, hidden_BTD, real_BT, cotangent_BTD):
+    def both(block, hidden_BTD, token_mask_BT, cotangent_BTD):
         with exactly(subject):
-            mixed_BTD, pull, counts = jax.vjp(lambda *args: run(*args, real_BT), block, hidden_BTD, has_aux=True)
+            mixed_BTD, pull, counts = jax.vjp(lambda *args: run(*args, token_mask_BT), block, hidden_BTD, has_aux=True)
             return mixed_BTD, pull(cotangent_BTD), counts
 
     return jax.jit(forward), jax.jit(both)
@@ -273,14 +275,14 @@ def our_programs(subject: Subject, execution: ExecutionConfig) -> tuple[Callable
 def our_method(subject: Subject, execution: ExecutionConfig) -> Method:
     """Our block under an execution."""
     block, inputs = our_block(subject.any_routing), inputs_of(subject)
-    chosen = choose(execution, block.moe, mesh(), training=True)
+    chosen = resolve(execution, block.moe, expert_shards=1, platform="cpu", training=True)
     forward, both = our_programs(subject.any_routing, chosen)
     hidden_BTD = jnp.asarray(inputs.hidden_TD[None], subject.dtype)
     cotangent_BTD = jnp.asarray(inputs.cotangent_TD[None], subject.dtype)
-    real_BT = jnp.ones(hidden_BTD.shape[:2], bool)
+    token_mask_BT = jnp.ones(hidden_BTD.shape[:2], bool)
 
     def answer() -> Answer:
-        mixed_BTD, (of_block, of_hidden_BTD), _ = both(block, hidden_BTD, real_BT, cotangent_BTD)
+        mixed_BTD, (of_block, of_hidden_BTD), _ = both(block, hidden_BTD, token_mask_BT, cotangent_BTD)
         gate_up = [np.asarray(of_block.experts.gate_proj[...]), np.asarray(of_block.experts.up_proj[...])]
         return Answer(
             result_TD=np.asarray(mixed_BTD[0]),
@@ -290,12 +292,12 @@ def our_method(subject: Subject, execution: ExecutionConfig) -> Method:
             of_down=np.asarray(of_block.experts.down_proj[...]),
         )
 
-    _, (stats, trace) = forward(block, hidden_BTD, real_BT)
+    _, (stats, trace) = forward(block, hidden_BTD, token_mask_BT)
     inputs.check(np.asarray(trace.experts[0]), chosen.dispatch)
     return Method(
         run={
-            "forward": lambda: jax.block_until_ready(forward(block, hidden_BTD, real_BT)),
-            "forward+backward": lambda: jax.block_until_ready(both(block, hidden_BTD, real_BT, cotangent_BTD)),
+            "forward": lambda: jax.block_until_ready(forward(block, hidden_BTD, token_mask_BT)),
+            "forward+backward": lambda: jax.block_until_ready(both(block, hidden_BTD, token_mask_BT, cotangent_BTD)),
         },
         flops=subject.useful_flops,
         limit=JAX_LIMIT,

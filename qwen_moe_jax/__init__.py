@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qwen_moe_jax.inference.score import perplexity, score
     from qwen_moe_jax.model.causal_lm import CausalLM, SequenceClassifier, TokenClassifier
     from qwen_moe_jax.model.lora import add_lora, merge_lora
-    from qwen_moe_jax.sharding.hosts import initialize_distributed
+    from qwen_moe_jax.sharding.distributed import initialize_distributed
     from qwen_moe_jax.sharding.mesh import make_mesh
 
 __version__ = "0.1.0"

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 #: From the top of the house to its ground.
 ROOMS = [
-    "train", "__main__", "cli", "plan", "inference", "huggingface", "model", "moe", "nn", "storage", "sharding",
+    "train", "__main__", "cli", "plan", "inference", "huggingface", "model", "attention_kernels", "moe", "nn", "storage", "sharding",
     "config", "web_page", "units", "errors",
 ]  # fmt: skip
 #: The two doors through which users find the Hub readers where they look for them: `ModelConfig.from_pretrained` and

@@ -66,7 +66,7 @@ def main(words: list[str]) -> int:
                 show_plan(lambda: plan_training(config, target), target, **files)
             return 0
         if meet_hosts(arguments):
-            from train.together import open_run_folder_together
+            from train.processes import open_run_folder_together
 
             _simulate_devices(config)
             folder, finished, leads = open_run_folder_together(config, fresh=arguments.fresh)

@@ -51,13 +51,15 @@ class ExecutionSettings:
     capacity_factor: float = _key(1.25, "capacity: room per expert, as a multiple of a perfectly even load")
     min_capacity: int = _key(4, "capacity: room that every expert has at least, in tokens of a group")
     group_size: int | None = _key(None, "capacity: tokens that share the room; small groups drop more")
-    drop: str = _key("position", "capacity: who goes without room: position (the last tokens) or weight (the lightest)")
+    drop_policy: str = _key(
+        "position", "capacity: which tokens are dropped: position (the last ones) or probs (the least probable)"
+    )
     capacity_by: str | None = _key(None, "capacity: tokens move by einsum or by index; the same tokens either way")
     buffer_factor: float = _key(
         2.0,
         "dropless: room per device, as a multiple of a perfectly even load; inf for the worst case, no drops at all",
     )
-    exchange: str | None = _key(None, "dropless: how tokens travel: gather, all_to_all or ragged_all_to_all")
+    exchange: str | None = _key(None, "dropless: how tokens travel: all_gather, all_to_all or ragged_all_to_all")
     grouped_matmul: str | None = _key(None, "dropless: what multiplies: blocks, megablox (TPU) or triton (NVIDIA)")
     routing: str = _key("learned", "learned, or balanced: to experts in turn, which measures speed and teaches nothing")
     attention: str | None = _key(

@@ -12,7 +12,7 @@ import qwen_moe_jax as qmj
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.checkpoint import open_checkpoint
 from qwen_moe_jax.huggingface.hub import local_folder
-from qwen_moe_jax.sharding.hosts import leads, num_processes, wait_for_all
+from qwen_moe_jax.sharding.distributed import barrier, is_process_zero, num_processes
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, profile_steps
 from train.data.batches import Batch, Mixture, batch_at, describe_batch, heldout_batches, pack, rows_of_devices
@@ -20,16 +20,16 @@ from train.data.corpus import Corpus, copy_tokenizer, load_corpus
 from train.folder import HUB_FOLDER, RunFolder
 from train.nonfinite import NonFiniteGuard
 from train.optimizer import make_schedule
-from train.parameters import Params, only, together
+from train.parameters import Params, merge, select
+from train.processes import stopping_together
 from train.program import assemble, batch_sharding, lora_config
-from train.show.profile import Profiler
-from train.show.progress import NoReport, Report
-from train.show.samples import Sampler
-from train.show.start import describe_start, introduction
-from train.show.tensorboard import require_tensorboard
+from train.reporting.profile import Profiler
+from train.reporting.progress import NoReport, Report
+from train.reporting.samples import Sampler
+from train.reporting.start import describe_start, introduction
+from train.reporting.tensorboard import require_tensorboard
 from train.step import heldout_loss
 from train.stopping import Stopped, stop_requests
-from train.together import stopping_together
 
 
 def train(config: TrainConfig, folder: RunFolder) -> None:
@@ -65,15 +65,15 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
         if checkpoints.latest_step is not None:
             state = checkpoints.restore_latest(like=program.state)
             # What is not trained is in no checkpoint: it comes from where it came from at the first start.
-            fixed = only(_first_weights(config, program.model), like=program.fixed) if program.fixed else {}
+            fixed = select(_first_weights(config, program.model), like=program.fixed) if program.fixed else {}
         else:
             params = _first_weights(config, program.model)
-            state, fixed = program.begin(params), only(params, like=program.fixed)
+            state, fixed = program.begin(params), select(params, like=program.fixed)
             del params  # the first step takes over the memory of what is trained
         first_step, last_step = int(state.step), config.run.steps
         start = describe_start(config, program, mesh, state, fixed, text_tokens=rows.num_tokens)
         schedule = make_schedule(config.optimizer, last_step)
-        if leads():
+        if is_process_zero():
             report = Report(folder, config.run, start, first_step=first_step, schedule=schedule)
             profiler = Profiler(folder.profile, profile_steps(config.run.profile))
         else:  # what process 0 reports is of all
@@ -91,9 +91,9 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
                 report.say(f"going on from the checkpoint of step {first_step}")
             else:
                 with report.aside("evaluation"):
-                    loss = heldout_loss(program.eval_step, together(state.params, fixed), heldout)
+                    loss = heldout_loss(program.eval_step, merge(state.params, fixed), heldout)
                 report.heldout(0, loss)
-                sampler.sample(0, together(state.params, fixed), report)
+                sampler.sample(0, merge(state.params, fixed), report)
 
             for step in range(first_step, last_step):
                 done = step + 1
@@ -108,9 +108,9 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
                         profiler.stop()
                 if done % config.run.eval_every == 0 and done < last_step:
                     with report.aside("evaluation"):
-                        loss = heldout_loss(program.eval_step, together(state.params, fixed), heldout)
+                        loss = heldout_loss(program.eval_step, merge(state.params, fixed), heldout)
                     report.heldout(done, loss)
-                sampler.sample(done, together(state.params, fixed), report)
+                sampler.sample(done, merge(state.params, fixed), report)
                 stop = asked_to_stop()
                 if done % config.run.checkpoint_every == 0 or done == last_step or stop:
                     with report.aside("checkpoint"):
@@ -121,23 +121,23 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
                     raise Stopped(done, stop)
 
             with report.aside("evaluation"):
-                loss = heldout_loss(program.eval_step, together(state.params, fixed), heldout)
+                loss = heldout_loss(program.eval_step, merge(state.params, fixed), heldout)
             report.heldout(last_step, loss)
 
     # Export, and let the exported folder speak: what is shown is what others will load.
-    trained = nnx.merge(program.eval_graph, together(state.params, fixed))
+    trained = nnx.merge(program.eval_graph, merge(state.params, fixed))
     if config.lora.r:
         qmj.save_adapter(trained, folder.adapter, base=config.run.init_from)
     if config.run.export:
         if config.lora.r:
             qmj.merge_lora(trained)
-        if leads():
+        if is_process_zero():
             copy_tokenizer(folder.corpus / "tokenizer", folder.hub)
         qmj.save_pretrained(trained, folder.hub)
         trained = qmj.from_pretrained(folder.hub, mesh=mesh if num_processes() > 1 else None)
     prompt = config.run.sample_prompt
     [sample] = qmj.generate(trained, [prompt], max_new_tokens=config.run.sample_tokens, tokenizer=corpus.tokenizer)
-    if leads():
+    if is_process_zero():
         folder.finish(
             {
                 "steps": last_step,
@@ -161,9 +161,9 @@ def _check_init_from(source: str) -> None:
 
 def _load_corpus(folder: RunFolder, config: TrainConfig) -> Corpus:
     """The first process makes the corpus in the run folder, which all can see; the others open it."""
-    if leads():
+    if is_process_zero():
         load_corpus(folder.corpus, config.data)
-    wait_for_all("the corpus is made")
+    barrier("the corpus is made")
     return load_corpus(folder.corpus, config.data)
 
 

@@ -17,7 +17,7 @@ def paths(params: Params) -> list[str]:
     return [jax.tree_util.keystr(keys, simple=True, separator=".") for keys, _ in leaves]
 
 
-def apart(params: Params, fixed: Collection[str]) -> tuple[Params, Params]:
+def partition(params: Params, fixed: Collection[str]) -> tuple[Params, Params]:
     """Parameters as (those that are trained, those that are fixed), the same arrays.
 
     Args:
@@ -34,14 +34,14 @@ def apart(params: Params, fixed: Collection[str]) -> tuple[Params, Params]:
     return parts
 
 
-def together(trained: Params, fixed: Params) -> Params:
+def merge(trained: Params, fixed: Params) -> Params:
     """The inverse of `apart`: all parameters of the model, the same arrays."""
     whole = dict(trained)
     for key, part in fixed.items():
-        whole[key] = together(whole[key], part) if key in whole else part
+        whole[key] = merge(whole[key], part) if key in whole else part
     return whole
 
 
-def only(params: Params, like: Params) -> Params:
+def select(params: Params, like: Params) -> Params:
     """Those of the parameters that `like` has too."""
-    return {key: only(params[key], part) if isinstance(part, dict) else params[key] for key, part in like.items()}
+    return {key: select(params[key], part) if isinstance(part, dict) else params[key] for key, part in like.items()}

@@ -16,7 +16,7 @@ from qwen_moe_jax.plan.search import Search
 from qwen_moe_jax.plan.search_table import print_progress
 from qwen_moe_jax.plan.targets import parse_target
 from train.config import TrainConfig
-from train.parameters import together
+from train.parameters import merge
 from train.program import Program, assemble
 
 #: Configs that were published, by the lower-case names of their models.
@@ -66,7 +66,7 @@ def training_step(config: TrainConfig, program: Program, name: str) -> Step:
         function=program.train_step,
         arguments=(program.state, program.fixed, program.batch),
         groups={
-            "parameters": together(program.state.params, program.fixed),
+            "parameters": merge(program.state.params, program.fixed),
             "optimizer state": (program.state.optimizer, program.state.step),
             "batch": program.batch,
         },

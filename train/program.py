@@ -16,14 +16,14 @@ from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.model.lora import is_adapter
 from train.config import ExecutionSettings, LoraSettings, ShardingSettings, TrainConfig
 from train.data.batches import Batch
-from train.loss import resolve_loss
+from train.objectives.language_modelling import resolve_loss
 from train.optimizer import frozen_paths, make_optimizer
-from train.parameters import Params, apart, only, paths
+from train.parameters import Params, partition, paths, select
 from train.step import (
     EvalStep,
     TrainState,
     TrainStep,
-    describe_state,
+    abstract_state,
     initial_state,
     make_eval_step,
     make_train_step,
@@ -65,7 +65,7 @@ class Program:
     def begin(self, params: Params) -> TrainState:
         """Step 0 with these parameters of all that the model has, placed as `state` says."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        return initial_state(only(params, like=self.state.params), self.optimizer, shardings)
+        return initial_state(select(params, like=self.state.params), self.optimizer, shardings)
 
 
 def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> Program:
@@ -83,7 +83,7 @@ def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> 
     train_graph, shapes = nnx.split(model)
     shapes = nnx.to_pure_dict(shapes)
 
-    trained, fixed = apart(shapes, _fixed_paths(config, model))
+    trained, fixed = partition(shapes, _fixed_paths(config, model))
     if not trained:
         raise ConfigError(f"optimizer.frozen: {[*config.optimizer.frozen]} leaves no parameter to train.")
     optimizer = make_optimizer(config.optimizer, config.run.steps)
@@ -91,7 +91,7 @@ def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> 
     return Program(
         model=model,
         eval_graph=eval_graph,
-        state=describe_state(trained, optimizer, shardings),
+        state=abstract_state(trained, optimizer, shardings),
         fixed=fixed,
         batch=_describe_batch(config.data.batch_size, config.data.seq_len, batch_sharding(mesh)),
         train_step=make_train_step(

@@ -16,11 +16,11 @@ from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.units import in_bytes
 from qwen_moe_jax.web_page import facts, html_page, write_whole
 from train.folder import RunFolder
-from train.show.metrics import ASIDES, Metrics, read_metrics
-from train.show.start import Start
+from train.reporting.metrics import ASIDES, Metrics, read_metrics
+from train.reporting.start import Start
 
 if TYPE_CHECKING:
-    from train.show.figures import Drawing
+    from train.reporting.figures import Drawing
 
 
 _SAMPLES = 12  # on a page, at most
@@ -53,7 +53,7 @@ def report_page(metrics: Metrics, *, name: str, config: str, state: str) -> str:
         config: the text of its config.toml.
         state: whether it is over.
     """
-    from train.show.figures import curves, load_map, router_curves
+    from train.reporting.figures import curves, load_map, router_curves
 
     start = Start(**metrics.starts[-1]["start"])
     router = router_curves(metrics)
@@ -156,14 +156,14 @@ def _cards(drawings: list["Drawing"]) -> str:
 
 
 def _card(drawing: "Drawing") -> str:
-    from train.show.figures import to_svg
+    from train.reporting.figures import to_svg
 
     return f'<figure class="card">{_heading(drawing)}{to_svg(drawing)}</figure>\n'
 
 
 def _wide_card(drawing: "Drawing") -> str:
     """One that scrolls where the page is narrow, for its labels would become too small."""
-    from train.show.figures import to_svg
+    from train.reporting.figures import to_svg
 
     return f'<figure class="card wide">{_heading(drawing)}<div class="scroll">{to_svg(drawing)}</div></figure>\n'
 

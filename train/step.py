@@ -16,8 +16,8 @@ from qwen_moe_jax.model.output import TokenLosses
 from qwen_moe_jax.moe.stats import RouterStats, sum_stats
 from train.config import LossConfig
 from train.data.batches import Batch
-from train.loss import Loss, WholeBatch, sum_over_targets, training_loss, whole_batch
-from train.parameters import Params, only, together
+from train.objectives.language_modelling import Loss, WholeBatch, sum_over_targets, training_loss, whole_batch
+from train.parameters import Params, merge, select
 
 
 @jax.tree_util.register_dataclass
@@ -99,7 +99,7 @@ def state_shardings(params: Params, optimizer: optax.GradientTransformation, mes
     )
 
 
-def describe_state(params: Params, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+def abstract_state(params: Params, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
     """Shapes, dtypes and shardings of a state, for `Checkpoints.restore_latest`; nothing is allocated.
 
     Args:
@@ -132,7 +132,7 @@ def make_train_step(
 
     Args:
         graphdef: of the model in training mode, `nnx.split(model)[0]`.
-        loss_config: with nothing left open (`train.loss.resolve_loss`).
+        loss_config: with nothing left open (`train.objectives.language_modelling.resolve_loss`).
         shardings: as `state_shardings` gives them; the new state keeps them.
         seed: of the noise that the model draws, if it does; another one each step, the same after a restart.
         accumulation_steps: micro-batches that a batch is cut into, one after the other in memory.
@@ -141,7 +141,7 @@ def make_train_step(
     def loss_and_stats(
         trained: Params, fixed: Params, batch: Batch, whole: WholeBatch, noise_key: jax.Array
     ) -> tuple[jax.Array, tuple[Loss, RouterStats | None]]:
-        out = token_losses(together(trained, fixed), batch, noise_key)
+        out = token_losses(merge(trained, fixed), batch, noise_key)
         loss = training_loss(out, batch, whole, loss_config)
         return loss.total, (loss, None if out.router is None else out.router.stats)
 
@@ -162,7 +162,7 @@ def make_train_step(
         if loss_config.balance == "global_batch" and loss_config.balance_coef > 0:
             # How even the load of the whole batch is must be known before any part of it is differentiated. The layers
             # run once more for it; the head, whose result is not read, does not.
-            counts = jax.lax.map(lambda part: token_losses(together(trained, fixed), *part).router.stats, parts)
+            counts = jax.lax.map(lambda part: token_losses(merge(trained, fixed), *part).router.stats, parts)
             whole = dataclasses.replace(whole, router=_summed(counts))
 
         def add(total: Params, part: tuple[Batch, jax.Array]) -> tuple[Params, tuple[Loss, RouterStats | None]]:
@@ -200,9 +200,9 @@ def make_train_step(
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         if loss_config.balancing_bias_rate > 0:
-            model = nnx.merge(graphdef, together(params, fixed))
+            model = nnx.merge(graphdef, merge(params, fixed))
             model = update_balancing_biases(model, stats, loss_config.balancing_bias_rate)
-            params = only(nnx.to_pure_dict(nnx.state(model)), like=params)
+            params = select(nnx.to_pure_dict(nnx.state(model)), like=params)
         params, moments = jax.tree.map(
             lambda new, old: jnp.where(metrics.finite, new, old), (params, moments), (state.params, state.optimizer)
         )

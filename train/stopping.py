@@ -30,13 +30,13 @@ def stop_requests() -> Iterator[Callable[[], signal.Signals | None]]:
     """
     asked: signal.Signals | None = None
 
-    def remember(number: int, frame: object) -> None:
+    def update_cache(number: int, frame: object) -> None:
         nonlocal asked
         if asked is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked = signal.Signals(number)
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, update_cache) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: asked
     finally:

@@ -87,7 +87,7 @@ def meet_hosts(arguments: argparse.Namespace) -> bool:
     found = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     if not arguments.distributed and all(value is None for value in found):
         return False
-    from qwen_moe_jax.sharding.hosts import initialize_distributed
+    from qwen_moe_jax.sharding.distributed import initialize_distributed
 
     initialize_distributed(*found)
     return True
@@ -95,7 +95,7 @@ def meet_hosts(arguments: argparse.Namespace) -> bool:
 
 def end_other_hosts(code: int, reason: str) -> None:
     """Where there are others, ends them and this process with an exit code. They would wait for it, and go on to."""
-    hosts = sys.modules.get("qwen_moe_jax.sharding.hosts")  # not imported yet, there are none
+    hosts = sys.modules.get("qwen_moe_jax.sharding.distributed")  # not imported yet, there are none
     if hosts is not None:
         hosts.fail(code, reason)
 

@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     from qwen_moe_jax.inference.detokenize import TextStream
     from qwen_moe_jax.inference.engine import Chunk, stream
     from qwen_moe_jax.inference.tokenizer import encode_prompt, load_tokenizer
-    from qwen_moe_jax.sharding.hosts import leads, require_same
+    from qwen_moe_jax.sharding.distributed import is_process_zero, require_same
 
     # Weights take minutes to read: all that can be refused without them is refused first.
     folder = local_folder(arguments.folder)
@@ -87,10 +87,10 @@ def run(arguments: argparse.Namespace) -> None:
             requests[number] = encode_prompt(tokenizer, prompt, config.vocab_size)
         except RequestError as error:
             refusals[number] = str(error)
-            if leads():
+            if is_process_zero():
                 print(f"prompt {number}: {error}", file=sys.stderr)
     answers = {number: Answer(TextStream(tokenizer, generation.stop_strings)) for number in requests}
-    if not leads():
+    if not is_process_zero():
         page = _Nothing()
     elif arguments.json:
         page = _Lines(prompts, answers, refusals)
@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         for _ in stream(model, list(requests.values()), [generation] * len(requests), enough=ended):
             page.show()
-        if leads():
+        if is_process_zero():
             print(_speed(growing, time.perf_counter() - start), file=sys.stderr)
     page.show()
     if refusals:

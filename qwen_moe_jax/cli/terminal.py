@@ -30,13 +30,13 @@ def interruption() -> Iterator[Callable[[], bool]]:
     """
     seen = False
 
-    def remember(*_: object) -> None:
+    def update_cache(*_: object) -> None:
         nonlocal seen
         if seen:
             raise KeyboardInterrupt
         seen = True
 
-    before = signal.signal(signal.SIGINT, remember)
+    before = signal.signal(signal.SIGINT, update_cache)
     try:
         yield lambda: seen
     finally:

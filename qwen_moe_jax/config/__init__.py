@@ -7,11 +7,11 @@ asks which family it belongs to.
 from qwen_moe_jax.config.execution import (
     CapacityBy,
     Dispatch,
-    Drop,
+    DropPolicy,
     Exchange,
     ExecutionConfig,
     GroupedMatmul,
-    Routing,
+    RoutingMode,
 )
 from qwen_moe_jax.config.generation import GenerationConfig
 from qwen_moe_jax.config.lora import LoraConfig
@@ -32,7 +32,7 @@ __all__ = [
     "AttentionConfig",
     "CapacityBy",
     "Dispatch",
-    "Drop",
+    "DropPolicy",
     "Dtype",
     "Exchange",
     "ExecutionConfig",
@@ -43,6 +43,6 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "RopeConfig",
-    "Routing",
+    "RoutingMode",
     "ShardingRules",
 ]

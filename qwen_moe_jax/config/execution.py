@@ -9,11 +9,11 @@ from qwen_moe_jax.config.sharding import SHARDING_RULES, ShardingRules
 
 Dispatch = Literal["dropless", "capacity", "dense"]
 CapacityBy = Literal["einsum", "index"]
-Drop = Literal["position", "weight"]
-Exchange = Literal["gather", "all_to_all", "ragged_all_to_all"]
+DropPolicy = Literal["position", "probs"]
+Exchange = Literal["all_gather", "all_to_all", "ragged_all_to_all"]
 GroupedMatmul = Literal["blocks", "megablox", "triton"]
 Attention = Literal["blocks", "splash"]
-Routing = Literal["learned", "balanced"]
+RoutingMode = Literal["learned", "balanced"]
 Remat = Literal["none", "full", "dots", "exchange"]
 
 
@@ -39,7 +39,7 @@ class ExecutionConfig:
         group_size: tokens routed together under "capacity". The einsums that move them cost 2/3 * group_size /
             moe_intermediate_size of the experts' own matmuls; small groups drop more tokens. None takes the largest
             power of two that keeps the cost at a third, or all tokens of a device where they are moved by index.
-        drop: who goes without when an expert is full: "position" the last tokens of the group, "weight" those that
+        drop_policy: who goes without when an expert is full: "position" the last tokens of the group, "probs" those that
             weigh it least (batch-prioritised routing, arXiv 2106.05974).
         capacity_by: "einsum" moves tokens by one-hot matmuls (GShard), "index" by gathers: the same tokens to the same
             places. None takes "einsum" where it costs at most a third of the experts' matmuls.
@@ -47,9 +47,9 @@ class ExecutionConfig:
             multiple of a perfectly balanced load. What does not fit is dropped and counted. None makes room for the
             worst case: nothing is ever dropped.
         eval_buffer_factor: the same in eval mode.
-        exchange: under "dropless", how rows cross the `expert` axis. "gather" brings every token to every device of the
+        exchange: under "dropless", how rows cross the `expert` axis. "all_gather" brings every token to every device of the
             axis and sums what they return; "all_to_all" sends each row to its expert, in buffers of fixed size;
-            "ragged_all_to_all" sends only the rows there are (not on CPUs). None takes "gather" where it sends less or
+            "ragged_all_to_all" sends only the rows there are (not on CPUs). None takes "all_gather" where it sends less or
             where nothing may be dropped.
         grouped_matmul: what multiplies ragged groups: "blocks" (any device), "megablox" (TPU), "triton" (NVIDIA).
         routing: "balanced" sends tokens to experts in turn, whatever the router says: for benchmarks.
@@ -72,13 +72,13 @@ class ExecutionConfig:
     eval_capacity_factor: float = 2.0
     min_capacity: int = 4
     group_size: int | None = None
-    drop: Drop = "position"
+    drop_policy: DropPolicy = "position"
     capacity_by: CapacityBy | None = None
     buffer_factor: float | None = 2.0
     eval_buffer_factor: float | None = None
     exchange: Exchange | None = None
     grouped_matmul: GroupedMatmul | None = None
-    routing: Routing = "learned"
+    routing: RoutingMode = "learned"
     attention: Attention | None = None
     attention_block: int | None = None
     remat: Remat = "none"
@@ -94,11 +94,11 @@ class ExecutionConfig:
             "param_dtype": Dtype,
             "router_dtype": Dtype,
             "dispatch": Dispatch,
-            "drop": Drop,
+            "drop_policy": DropPolicy,
             "capacity_by": CapacityBy,
             "exchange": Exchange,
             "grouped_matmul": GroupedMatmul,
-            "routing": Routing,
+            "routing": RoutingMode,
             "attention": Attention,
             "remat": Remat,
         }

@@ -17,7 +17,7 @@ from qwen_moe_jax.huggingface.layouts import EMBEDDING, HEAD, in_hub_form, tied
 from qwen_moe_jax.huggingface.quantisation import fp8_block, widened
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_tensors
 from qwen_moe_jax.model.causal_lm import CausalLM, Model, SequenceClassifier, TokenClassifier
-from qwen_moe_jax.storage.ahead import ahead
+from qwen_moe_jax.storage.prefetch import ahead
 from qwen_moe_jax.storage.tensor import Index, Part, Stacked, Tensor, blocks
 
 #: Where a native folder keeps its Orbax checkpoint, beside config.json.

@@ -13,7 +13,7 @@ from qwen_moe_jax.huggingface.checkpoint import BALANCING_BIAS, ORBAX
 from qwen_moe_jax.huggingface.save import configs_to_hub, is_stale, write_configs
 from qwen_moe_jax.huggingface.tensors import hub_parameters
 from qwen_moe_jax.model.causal_lm import Model
-from qwen_moe_jax.sharding.hosts import leads
+from qwen_moe_jax.sharding.distributed import is_process_zero
 from qwen_moe_jax.storage.folder import replaced_folder
 
 
@@ -37,7 +37,7 @@ def save_orbax(model: Model, folder: str | PathLike[str]) -> None:
     configs = _configs(model)
     with replaced_folder(Path(folder), is_stale) as new:
         save_arrays(new / ORBAX, {parameter.path: parameter.leaf for parameter in hub_parameters(model)})
-        if leads():
+        if is_process_zero():
             write_configs(new, configs)
 
 

@@ -24,7 +24,7 @@ from qwen_moe_jax.huggingface.save import readable_tensors, write_configs
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_tensors
 from qwen_moe_jax.model.causal_lm import Model
 from qwen_moe_jax.model.lora import add_lora, is_adapter, matrices, remove_lora
-from qwen_moe_jax.sharding.hosts import leads
+from qwen_moe_jax.sharding.distributed import is_process_zero
 from qwen_moe_jax.storage.folder import replaced_folder
 from qwen_moe_jax.storage.placement import local_bytes, place
 from qwen_moe_jax.storage.progress import bytes_bar
@@ -72,7 +72,7 @@ def save_adapter(model: Model, folder: str | PathLike[str], *, base: str = "") -
     config, folder = _config_to_peft(model, base), Path(folder)
     with replaced_folder(folder, _is_stale) as new, readable_tensors(parameters, beside=new) as tensors:
         size = sum(tensor.nbytes for tensor in tensors.values())
-        if leads():
+        if is_process_zero():
             with bytes_bar(f"Writing {folder.name}", size) as advance:
                 write_configs(new, {CONFIG: config})
                 write_safetensors(new / TENSORS, {_PREFIX + name: tensors[name] for name in tensors}, advance)

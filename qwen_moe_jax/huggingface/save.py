@@ -18,7 +18,7 @@ from qwen_moe_jax.huggingface.files import INDEX, SINGLE, is_weights
 from qwen_moe_jax.huggingface.generation_config import generation_config_to_hub
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_tensors
 from qwen_moe_jax.model.causal_lm import Model
-from qwen_moe_jax.sharding.hosts import leads
+from qwen_moe_jax.sharding.distributed import is_process_zero
 from qwen_moe_jax.storage.folder import replaced_folder
 from qwen_moe_jax.storage.placement import Placed
 from qwen_moe_jax.storage.progress import bytes_bar
@@ -53,7 +53,7 @@ def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size
     configs = configs_to_hub(model)
     with replaced_folder(folder, is_stale) as new, readable_tensors(hub_parameters(model), beside=new) as tensors:
         size = sum(tensor.nbytes for tensor in tensors.values())
-        if leads():
+        if is_process_zero():
             with bytes_bar(f"Writing {folder.name}", size) as advance:
                 write_configs(new, configs)
                 write_shards(new, tensors, limit, advance)
@@ -69,7 +69,7 @@ def readable_tensors(parameters: list[HubParameter], beside: Path) -> Iterator[d
 
     parts = beside / ".parts"
     save_arrays(parts, {parameter.path: parameter.leaf for parameter in parameters})
-    if leads():
+    if is_process_zero():
         stored = stored_tensors(parts)
         yield {name: Part(stored[of.path], index) for name, of, index in hub_tensors(parameters)}
         shutil.rmtree(parts)

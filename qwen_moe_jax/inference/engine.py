@@ -33,17 +33,17 @@ from qwen_moe_jax.inference.sampling import (
     process_logits,
     sampling_settings,
 )
-from qwen_moe_jax.model.cache import Cache, describe_cache, empty_cache
+from qwen_moe_jax.model.cache import Cache, abstract_cache, empty_cache
 from qwen_moe_jax.model.causal_lm import CausalLM
-from qwen_moe_jax.sharding.hosts import from_first
+from qwen_moe_jax.sharding.distributed import broadcast
 from qwen_moe_jax.sharding.rules import BATCH
 
 #: Stretches of a prompt that are run at once: the shortest that holds what is left, or the longest.
-STRETCHES = (8, 32, 128, 512)
+PREFILL_BUCKETS = (8, 32, 128, 512)
 #: Tokens that are written before the host looks at them.
 DECODE = 32
 #: Room in a cache: powers of two from the first number to the second, from there on multiples of the second.
-ROOMS = (64, 4096)
+CACHE_BUCKETS = (64, 4096)
 
 Finish = Literal["stop", "length"]
 
@@ -142,7 +142,7 @@ class Described:
     room: int
 
 
-def describe_prefill(
+def abstract_prefill(
     model: CausalLM, *, rows: int, prompt: int, max_length: int, cache_dtype: str | None = None
 ) -> Described:
     """The program that reads a stretch of every prompt, the longest that prompts of this length need.
@@ -153,21 +153,21 @@ def describe_prefill(
         cache_dtype: as `Session`.
     """
     rows, room, cache = _described_cache(model, rows, max_length, cache_dtype)
-    length = next((stretch for stretch in STRETCHES if stretch >= prompt), STRETCHES[-1])
+    length = next((stretch for stretch in PREFILL_BUCKETS if stretch >= prompt), PREFILL_BUCKETS[-1])
     tokens_BT, count_B = jax.ShapeDtypeStruct((rows, length), np.int32), jax.ShapeDtypeStruct((rows,), np.int32)
     arguments = (model, cache, tokens_BT, count_B, None)
     return Described(program=_prefill, arguments=arguments, cache=cache, rows=rows, length=length, room=room)
 
 
-def describe_decode(model: CausalLM, *, rows: int, max_length: int, cache_dtype: str | None = None) -> Described:
+def abstract_decode(model: CausalLM, *, rows: int, max_length: int, cache_dtype: str | None = None) -> Described:
     """The program that writes up to `DECODE` tokens, the most probable ones; a round of its loop is one token a row.
 
-    Arguments as `describe_prefill`.
+    Arguments as `abstract_prefill`.
     """
     rows, room, cache = _described_cache(model, rows, max_length, cache_dtype)
     settings = sampling_settings([GenerationConfig()] * rows, model.config.vocab_size)
     numbers_B = np.zeros(rows, np.int32)
-    writing = Writing(token_B=numbers_B, left_B=numbers_B, sampling=initial_state(settings, [[]] * rows))
+    writing = DecodeState(token_B=numbers_B, left_B=numbers_B, sampling=initial_state(settings, [[]] * rows))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (writing, settings))
     return Described(program=_decode, arguments=(model, cache, *shapes), cache=cache, rows=rows, length=1, room=room)
 
@@ -177,7 +177,9 @@ def _described_cache(model: CausalLM, rows: int, max_length: int, cache_dtype: s
     ways = math.prod(model.mesh.shape[axis] for axis in BATCH)
     rows, room = -(-_power_of_two(rows) // ways) * ways, _room(max_length)
     dtype = cache_dtype or model.execution.dtype
-    cache = describe_cache(model.config, model.mesh, batch=rows, max_length=room, max_write=STRETCHES[-1], dtype=dtype)
+    cache = abstract_cache(
+        model.config, model.mesh, batch=rows, max_length=room, max_write=PREFILL_BUCKETS[-1], dtype=dtype
+    )
     return rows, room, cache
 
 
@@ -242,7 +244,7 @@ class Session:
         if self._spans_processes:
             configs = [_seeded_alike(config) for config in configs]
         settings = sampling_settings([*configs, *[GenerationConfig()] * absent], model.config.vocab_size)
-        writing = Writing(
+        writing = DecodeState(
             token_B=np.zeros(self._rows, np.int32),
             left_B=np.array([*budgets, *[0] * absent], np.int32),
             sampling=initial_state(settings, rows),
@@ -260,7 +262,7 @@ class Session:
                 written = self._on_host(written)
             yield from self._chunks(written, alive, enough)
 
-    def _on_host(self, written: "Written") -> "Written":
+    def _on_host(self, written: "DecodeOutput") -> "DecodeOutput":
         """What the device wrote, of all rows: those of other processes as well."""
         return (
             multihost_utils.process_allgather(written, tiled=True) if self._spans_processes else jax.device_get(written)
@@ -284,7 +286,7 @@ class Session:
         logits_BV = None
         while logits_BV is None or any(known < len(row) for known, row in zip(known_B, rows, strict=True)):
             left = max(len(row) - known for known, row in zip(known_B, rows, strict=True))
-            length = next((stretch for stretch in STRETCHES if stretch >= left), STRETCHES[-1])
+            length = next((stretch for stretch in PREFILL_BUCKETS if stretch >= left), PREFILL_BUCKETS[-1])
             tokens_BT = np.zeros((self._rows, length), np.int32)
             count_B = np.zeros(self._rows, np.int32)
             for index, (known, row) in enumerate(zip(known_B, rows, strict=True)):
@@ -304,9 +306,9 @@ class Session:
         same = min(same, max(len(row) - 1, 0))
         # A ring has overwritten what lies a whole round back: it can forget no more than a stretch.
         sliding = any(kind.attention == "sliding" for kind in self._model.config.layers)
-        return 0 if sliding and len(cached) - same >= STRETCHES[-1] else same
+        return 0 if sliding and len(cached) - same >= PREFILL_BUCKETS[-1] else same
 
-    def _chunks(self, written: "Written", alive: set[int], enough: Callable[[Chunk], bool]) -> Iterator[Chunk]:
+    def _chunks(self, written: "DecodeOutput", alive: set[int], enough: Callable[[Chunk], bool]) -> Iterator[Chunk]:
         """What the device wrote, now on the host, request by request; those that ended leave `alive`."""
         for index in sorted(alive):
             count = int(written.count_B[index])
@@ -326,7 +328,7 @@ class Session:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Writing:
+class DecodeState:
     """Where every row stands.
 
     Attributes:
@@ -342,7 +344,7 @@ class Writing:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Written:
+class DecodeOutput:
     """What a program hands to the host.
 
     Attributes:
@@ -369,7 +371,7 @@ def _prefill(
 
 
 @jax.jit
-def _first(logits_BV: jax.Array, writing: Writing, settings: SamplingSettings) -> tuple[Writing, Written]:
+def _first(logits_BV: jax.Array, writing: DecodeState, settings: SamplingSettings) -> tuple[DecodeState, DecodeOutput]:
     """Chooses the first tokens."""
     alive_B = writing.left_B > 0
     writing, log_prob_B = _choose(logits_BV, writing, settings)
@@ -379,8 +381,8 @@ def _first(logits_BV: jax.Array, writing: Writing, settings: SamplingSettings) -
 
 @jax.jit(donate_argnames=("cache", "writing"))
 def _decode(
-    model: CausalLM, cache: Cache, writing: Writing, settings: SamplingSettings
-) -> tuple[Cache, Writing, Written]:
+    model: CausalLM, cache: Cache, writing: DecodeState, settings: SamplingSettings
+) -> tuple[Cache, DecodeState, DecodeOutput]:
     """Reads the last token and chooses the next, up to `DECODE` times, as long as any row goes on."""
     rows = writing.token_B.shape[0]
 
@@ -409,7 +411,7 @@ def _decode(
     return cache, writing, _written(writing, settings, token_BC, log_prob_BC, count_B)
 
 
-def _choose(logits_BV: jax.Array, writing: Writing, settings: SamplingSettings) -> tuple[Writing, jax.Array]:
+def _choose(logits_BV: jax.Array, writing: DecodeState, settings: SamplingSettings) -> tuple[DecodeState, jax.Array]:
     """The next token of every row that goes on, and its log-probability [B]; rows that ended stay as they are."""
     alive_B = writing.left_B > 0
     token_B = choose(process_logits(logits_BV, settings, writing.sampling), settings, writing.sampling)
@@ -425,9 +427,9 @@ def _choose(logits_BV: jax.Array, writing: Writing, settings: SamplingSettings) 
 
 
 def _written(
-    writing: Writing, settings: SamplingSettings, token_BC: jax.Array, log_prob_BC: jax.Array, count_B: jax.Array
-) -> Written:
-    return Written(
+    writing: DecodeState, settings: SamplingSettings, token_BC: jax.Array, log_prob_BC: jax.Array, count_B: jax.Array
+) -> DecodeOutput:
+    return DecodeOutput(
         token_BC=token_BC,
         log_prob_BC=log_prob_BC,
         count_B=count_B,
@@ -440,11 +442,11 @@ def _seeded_alike(config: GenerationConfig) -> GenerationConfig:
     """A row that draws without a seed is given one by chance: the same in all processes."""
     if config.seed is not None or not config.do_sample:
         return config
-    return dataclasses.replace(config, seed=int(from_first(str(secrets.randbits(64)))))
+    return dataclasses.replace(config, seed=int(broadcast(str(secrets.randbits(64)))))
 
 
 def _room(length: int) -> int:
-    smallest, step = ROOMS
+    smallest, step = CACHE_BUCKETS
     return max(smallest, _power_of_two(length)) if length <= step else -(-length // step) * step
 
 

@@ -246,7 +246,7 @@ def _score(model: CausalLM, tasks: list[_Task], progress: Progress | None) -> li
 
 
 def _score_batch(model: CausalLM, tasks: list[_Task], length: int) -> list[Score]:
-    ways = _ways(model)
+    ways = _num_shards(model)
     rows = ways * _power_of_two_from(-(-len(tasks) // ways))
     inputs_BT, targets_BT = (np.zeros((rows, length), np.int32) for _ in range(2))
     lengths_B = np.zeros(rows, np.int32)
@@ -275,8 +275,8 @@ def _predicted(
     model: CausalLM, inputs_BT: jax.Array, targets_BT: jax.Array, lengths_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Of each target, its log-probability after its input, and whether no token is more probable."""
-    real_BT = jnp.arange(inputs_BT.shape[1]) < lengths_B[:, None]  # padding takes no expert's capacity
-    logits_BTV = model(inputs_BT, segment_ids=real_BT).logits
+    token_mask_BT = jnp.arange(inputs_BT.shape[1]) < lengths_B[:, None]  # padding takes no expert's capacity
+    logits_BTV = model(inputs_BT, segment_ids=token_mask_BT).logits
     # A masked sum, where a gather would collect a vocabulary that lies over `tensor`.
     target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
     target_BT = jnp.sum(jnp.where(target_BTV, logits_BTV, 0), axis=-1)
@@ -296,10 +296,10 @@ def full_batch(model: CausalLM, length: int) -> int:
     widest = max(config.vocab_size, config.attention.num_attention_heads * length)
     fitting = BUDGET * model.mesh.shape["tensor"] // (widest * length)
     rows = 1 << max(fitting.bit_length() - 1, 0)  # a power of two, as those of smaller batches
-    return _ways(model) * min(rows, MAX_ROWS)
+    return _num_shards(model) * min(rows, MAX_ROWS)
 
 
-def _ways(model: CausalLM) -> int:
+def _num_shards(model: CausalLM) -> int:
     """How many devices share the rows of a batch."""
     return math.prod(model.mesh.shape[axis] for axis in BATCH)
 

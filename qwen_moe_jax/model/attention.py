@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from qwen_moe_jax.attention_kernels.blockwise import Blocks, attend_in_blocks
+from qwen_moe_jax.attention_kernels.splash import LANES, attend_by_splash
 from qwen_moe_jax.config import ExecutionConfig, ModelConfig
-from qwen_moe_jax.errors import ConfigError, ShardingError
-from qwen_moe_jax.model.blockwise import Blocks, attend_in_blocks, longest_block
-from qwen_moe_jax.model.cache import KeyValues, Past, attend_past, remember
+from qwen_moe_jax.errors import ShardingError
+from qwen_moe_jax.model.cache import KeyValues, LayerCache, cached_attention, update_cache
 from qwen_moe_jax.model.rotary import RotaryTables, apply_rotary
-from qwen_moe_jax.model.splash import LANES, attend_by_splash
 from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.norm import RMSNorm
 from qwen_moe_jax.nn.parameters import ParameterFactory
@@ -62,14 +62,14 @@ class Attention(nnx.Module):
         return self._merged(attend(q_BTNH, k_BTKH, v_BTKH, context.segment_ids_BT, sliding_window, execution))
 
     def extend(
-        self, hidden_BTD: jax.Array, context: TokenContext, sliding_window: int | None, past: Past
+        self, hidden_BTD: jax.Array, context: TokenContext, sliding_window: int | None, past: LayerCache
     ) -> tuple[jax.Array, KeyValues]:
         """The same for tokens that follow those in the cache, one sequence a row; also the cache with them in it."""
         q_BTNH, k_BTKH, v_BTKH = self._projected(hidden_BTD, context)
-        real_BT = context.segment_ids_BT != 0
-        stored = remember(past, k_BTKH, v_BTKH, real_BT)
+        token_mask_BT = context.segment_ids_BT != 0
+        stored = update_cache(past, k_BTKH, v_BTKH, token_mask_BT)
         past = dataclasses.replace(past, stored=stored)
-        return self._merged(attend_past(q_BTNH, past, real_BT, sliding_window)), stored
+        return self._merged(cached_attention(q_BTNH, past, token_mask_BT, sliding_window)), stored
 
     def _projected(self, hidden_BTD: jax.Array, context: TokenContext) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, N, H], keys and values [B, T, K, H]; queries and keys normed and rotated."""
@@ -108,38 +108,11 @@ def attend(
     )
 
 
-def choose_attention(execution: ExecutionConfig, platform: str) -> ExecutionConfig:
-    """The same execution with nothing about attention left open.
-
-    Args:
-        execution: with its dtype.
-        platform: of the devices (`jax.Device.platform`).
-
-    Raises:
-        ConfigError: the kernels of "splash" do not run there, or not so.
-    """
-    kernels = platform == "tpu" and execution.dtype in ("bfloat16", "float32")
-    block = execution.attention_block or longest_block(platform)
-    attention = execution.attention or ("splash" if kernels and block >= LANES else "blocks")
-    if attention == "splash":
-        if not kernels:
-            raise ConfigError(
-                f"attention='splash' found devices of the platform {platform!r} and dtype={execution.dtype!r}, "
-                "expected TPUs, and bfloat16 or float32: use 'blocks', which computes the same, or leave it open."
-            )
-        if block < LANES:
-            raise ConfigError(
-                f"attention_block={block} found with attention='splash', expected at least {LANES}, of which its "
-                "blocks are multiples: leave it open, or use attention='blocks'."
-            )
-    return dataclasses.replace(execution, attention=attention, attention_block=block)
-
-
 def _check_whole_heads(name: str, counts: dict[str, int], make: ParameterFactory) -> None:
-    ways = make.mesh.shape["tensor"]
+    num_shards = make.mesh.shape["tensor"]
     for field, count in counts.items():
-        if count % ways:
+        if count % num_shards:
             raise ShardingError(
-                f"{name}: {field}={count} does not divide over the mesh axis tensor={ways}: a head stays whole on one "
+                f"{name}: {field}={count} does not divide over the mesh axis tensor={num_shards}: a head stays whole on one "
                 f"device. Choose a tensor size that divides {count}."
             )

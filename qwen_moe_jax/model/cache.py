@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from qwen_moe_jax.attention_kernels.blockwise import UNSEEN
 from qwen_moe_jax.config import LayerKind, ModelConfig
-from qwen_moe_jax.model.blockwise import UNSEEN
 from qwen_moe_jax.model.segments import plan_segments
 from qwen_moe_jax.nn.bits import as_bits, from_bits
 from qwen_moe_jax.sharding.rules import BATCH
@@ -27,7 +27,7 @@ STORED = P(None, BATCH, None, "tensor", None)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyValues:
-    """What the layers at one place of a segment's period remember, stacked as their weights are.
+    """What the layers at one place of a segment's period update_cache, stacked as their weights are.
 
     Attributes:
         keys_LBSKH: rotated keys; bfloat16 as its bits, uint16 (see `nn.bits`).
@@ -62,7 +62,7 @@ def slots(config: ModelConfig, kind: LayerKind, max_length: int, max_write: int)
     return min(max_length, config.attention.sliding_window + max_write - 1)
 
 
-def describe_cache(
+def abstract_cache(
     config: ModelConfig, mesh: Mesh, *, batch: int, max_length: int, max_write: int, dtype: str
 ) -> Cache:
     """Shapes, dtypes and shardings of a cache, without allocating it.
@@ -94,7 +94,7 @@ def describe_cache(
 
 
 def empty_cache(described: Cache) -> Cache:
-    """The cache that `describe_cache` told of, in place on its devices, with nothing in it."""
+    """The cache that `abstract_cache` told of, in place on its devices, with nothing in it."""
     return _zeros(described)()
 
 
@@ -116,7 +116,7 @@ def cache_bytes(config: ModelConfig, *, batch: int, max_length: int, max_write: 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Past:
+class LayerCache:
     """One layer's share of the cache, as attention meets it.
 
     Attributes:
@@ -130,14 +130,14 @@ class Past:
     lengths_B: jax.Array
 
 
-def remember(past: Past, k_BTKH: jax.Array, v_BTKH: jax.Array, real_BT: jax.Array) -> KeyValues:
+def update_cache(past: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, token_mask_BT: jax.Array) -> KeyValues:
     """Writes the keys and values of the present tokens behind those of their rows; padding is not written."""
 
-    def local(stored: KeyValues, layer, lengths_B, k_BTKH, v_BTKH, real_BT) -> KeyValues:
-        batch, length = real_BT.shape
+    def local(stored: KeyValues, layer, lengths_B, k_BTKH, v_BTKH, token_mask_BT) -> KeyValues:
+        batch, length = token_mask_BT.shape
         room = stored.keys_LBSKH.shape[2]
         slot_BT = (lengths_B[:, None] + jnp.arange(length)) % room
-        slot_BT = jnp.where(real_BT, slot_BT, room)  # outside: dropped
+        slot_BT = jnp.where(token_mask_BT, slot_BT, room)  # outside: dropped
         row_B1 = jnp.arange(batch)[:, None]
 
         def write(store_LBSKH: jax.Array, x_BTKH: jax.Array) -> jax.Array:
@@ -149,25 +149,27 @@ def remember(past: Past, k_BTKH: jax.Array, v_BTKH: jax.Array, real_BT: jax.Arra
     heads, spec = P(BATCH, None, "tensor", None), KeyValues(keys_LBSKH=STORED, values_LBSKH=STORED)
     in_specs = (spec, P(), P(BATCH), heads, heads, P(BATCH, None))
     return jax.shard_map(local, in_specs=in_specs, out_specs=spec, check_vma=False)(
-        past.stored, past.layer, past.lengths_B, k_BTKH, v_BTKH, real_BT
+        past.stored, past.layer, past.lengths_B, k_BTKH, v_BTKH, token_mask_BT
     )
 
 
-def attend_past(q_BTNH: jax.Array, past: Past, real_BT: jax.Array, sliding_window: int | None) -> jax.Array:
+def cached_attention(
+    q_BTNH: jax.Array, past: LayerCache, token_mask_BT: jax.Array, sliding_window: int | None
+) -> jax.Array:
     """Attention of the present tokens over all of their row so far, themselves included.
 
     The present tokens' keys and values are stored already. Scores and softmax are float32. A padding query's result is
     finite and means nothing.
     """
 
-    def local(q_BTNH, stored: KeyValues, layer, lengths_B, real_BT) -> jax.Array:
+    def local(q_BTNH, stored: KeyValues, layer, lengths_B, token_mask_BT) -> jax.Array:
         keys_BSKH, values_BSKH = (
             from_bits(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)).astype(q_BTNH.dtype)
             for x in (stored.keys_LBSKH, stored.values_LBSKH)
         )
         room, length = keys_BSKH.shape[1], q_BTNH.shape[1]
         # Slot s holds the last position that is s modulo the room; negative where nothing was written yet.
-        last_B1 = lengths_B[:, None] + jnp.sum(real_BT, axis=1, keepdims=True) - 1
+        last_B1 = lengths_B[:, None] + jnp.sum(token_mask_BT, axis=1, keepdims=True) - 1
         position_BS = last_B1 - (last_B1 - jnp.arange(room)) % room
         query_BT = lengths_B[:, None] + jnp.arange(length)
         distance_BTS = query_BT[:, :, None] - position_BS[:, None, :]
@@ -180,7 +182,7 @@ def attend_past(q_BTNH: jax.Array, past: Past, real_BT: jax.Array, sliding_windo
     heads, spec = P(BATCH, None, "tensor", None), KeyValues(keys_LBSKH=STORED, values_LBSKH=STORED)
     in_specs = (heads, spec, P(), P(BATCH), P(BATCH, None))
     return jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=False)(
-        q_BTNH, past.stored, past.layer, past.lengths_B, real_BT
+        q_BTNH, past.stored, past.layer, past.lengths_B, token_mask_BT
     )
 
 

@@ -16,22 +16,22 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, LoraConfig, ModelConfig
+from qwen_moe_jax.config.resolve import resolve
 from qwen_moe_jax.errors import ConfigError, RequestError
-from qwen_moe_jax.model.attention import TokenContext, choose_attention
+from qwen_moe_jax.model.attention import TokenContext
 from qwen_moe_jax.model.cache import STORED as CACHE
 from qwen_moe_jax.model.cache import Cache
-from qwen_moe_jax.model.embedding import TABLE, Embedding
+from qwen_moe_jax.model.cross_entropy import target_log_probs
 from qwen_moe_jax.model.output import ModelOutput, RouterOutput, TokenLosses
 from qwen_moe_jax.model.rotary import rotary_tables
 from qwen_moe_jax.model.stack import LayerStack, StackOutput
-from qwen_moe_jax.model.vocabulary import target_log_probs
-from qwen_moe_jax.moe.choices import choose
 from qwen_moe_jax.moe.losses import router_losses
+from qwen_moe_jax.nn.embedding import TABLE, Embedding
 from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.matmul import as_precise_as, weight_einsum
 from qwen_moe_jax.nn.norm import RMSNorm
 from qwen_moe_jax.nn.parameters import ParameterFactory
-from qwen_moe_jax.sharding.border import explicitly_sharded
+from qwen_moe_jax.sharding.explicit import with_explicit_axes
 from qwen_moe_jax.sharding.mesh import checked_mesh
 from qwen_moe_jax.sharding.rules import BATCH, partition_spec
 
@@ -75,16 +75,16 @@ class Decoder(nnx.Module):
         return dataclasses.replace(out, hidden_BTD=self.norm(out.hidden_BTD))
 
     def extend(
-        self, tokens_BT: jax.Array, real_BT: jax.Array, cache: Cache, execution: ExecutionConfig
+        self, tokens_BT: jax.Array, token_mask_BT: jax.Array, cache: Cache, execution: ExecutionConfig
     ) -> tuple[jax.Array, Cache]:
         """Hidden states of tokens that follow those in the cache, and the cache with them in it."""
         config, dtype = self.config, jnp.dtype(execution.dtype)
-        positions_BT = jnp.where(real_BT, cache.lengths_B[:, None] + jnp.arange(tokens_BT.shape[1]), 0)
+        positions_BT = jnp.where(token_mask_BT, cache.lengths_B[:, None] + jnp.arange(tokens_BT.shape[1]), 0)
         rotary = rotary_tables(
             config.rope, config.attention.head_dim, config.max_position_embeddings, positions_BT, dtype
         )
-        context = TokenContext(segment_ids_BT=real_BT.astype(jnp.int32), rotary=rotary)
-        hidden_BTD = self.embed_tokens(jnp.where(real_BT, tokens_BT, 0), dtype)
+        context = TokenContext(segment_ids_BT=token_mask_BT.astype(jnp.int32), rotary=rotary)
+        hidden_BTD = self.embed_tokens(jnp.where(token_mask_BT, tokens_BT, 0), dtype)
         hidden_BTD, cache = self.layers.extend(hidden_BTD, context, execution, cache)
         return self.norm(hidden_BTD), cache
 
@@ -209,9 +209,13 @@ class Model(nnx.Module):
     @property
     def execution_in_use(self) -> ExecutionConfig:
         """`execution` with everything that was left open chosen for the present mode (`train()` or `eval()`)."""
-        platform = self.mesh.devices.flat[0].platform
-        execution = choose_attention(self.execution, platform)
-        return choose(execution, self.config.moe, self.mesh, training=not self.deterministic)
+        return resolve(
+            self.execution,
+            self.config.moe,
+            expert_shards=self.mesh.shape["expert"],
+            platform=self.mesh.devices.flat[0].platform,
+            training=not self.deterministic,
+        )
 
     def _checked_noise_key(self, noise_key: jax.Array | None) -> jax.Array | None:
         """The key, where the present mode has a use for it."""
@@ -291,7 +295,7 @@ def _forward(
         return model._explicit_forward(*inputs, **flags)
 
     with as_precise_as(model.execution.dtype):
-        out = explicitly_sharded(run, model.mesh, specs)(model, *inputs)
+        out = with_explicit_axes(run, model.mesh, specs)(model, *inputs)
     if not missing:
         return out
     router, hidden = out.router, out.hidden_states
@@ -322,7 +326,7 @@ def _token_losses(
         return model._explicit_token_losses(*inputs, chunk=chunk)
 
     with as_precise_as(model.execution.dtype):
-        out = explicitly_sharded(run, model.mesh, specs)(model, *inputs)
+        out = with_explicit_axes(run, model.mesh, specs)(model, *inputs)
     return dataclasses.replace(out, losses=out.losses[:batch], logsumexp=out.logsumexp[:batch]) if missing else out
 
 
@@ -449,14 +453,14 @@ class CausalLM(Model):
         specs += [CACHE if leaf.ndim == 5 else P(BATCH) for leaf in leaves]
 
         def run(model: Self, tokens_BT: jax.Array, counts_B: jax.Array, *leaves: jax.Array):
-            real_BT = jnp.arange(tokens_BT.shape[1]) < counts_B[:, None]
+            token_mask_BT = jnp.arange(tokens_BT.shape[1]) < counts_B[:, None]
             cache = jax.tree.unflatten(treedef, leaves)
-            hidden_BTD, cache = model.model.extend(tokens_BT, real_BT, cache, model.execution_in_use)
+            hidden_BTD, cache = model.model.extend(tokens_BT, token_mask_BT, cache, model.execution_in_use)
             last_B1D = token_at(hidden_BTD, counts_B - 1)[:, None]
-            return model._head(last_B1D, tokens_BT, real_BT)[:, 0], cache
+            return model._head(last_B1D, tokens_BT, token_mask_BT)[:, 0], cache
 
         with as_precise_as(self.execution.dtype):
-            return explicitly_sharded(run, self.mesh, specs)(self, tokens_BT, counts_B, *leaves)
+            return with_explicit_axes(run, self.mesh, specs)(self, tokens_BT, counts_B, *leaves)
 
     def _add_head(self, make: ParameterFactory) -> None:
         sizes = (self.config.vocab_size, self.config.hidden_size)
@@ -519,6 +523,6 @@ class SequenceClassifier(Model):
 
     def _head(self, hidden_BTD: jax.Array, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
         pad = self.config.pad_token_id
-        real_BT = segment_ids_BT != 0 if pad is None else tokens_BT != pad
-        last_B = jnp.max(jnp.where(real_BT, jnp.arange(real_BT.shape[1]), 0), axis=1)
+        token_mask_BT = segment_ids_BT != 0 if pad is None else tokens_BT != pad
+        last_B = jnp.max(jnp.where(token_mask_BT, jnp.arange(token_mask_BT.shape[1]), 0), axis=1)
         return self.score(token_at(hidden_BTD, last_B)[:, None])[:, 0].astype(jnp.float32)

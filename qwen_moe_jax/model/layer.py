@@ -5,7 +5,7 @@ from flax import nnx
 
 from qwen_moe_jax.config import ExecutionConfig, LayerKind, ModelConfig
 from qwen_moe_jax.model.attention import Attention, TokenContext
-from qwen_moe_jax.model.cache import KeyValues, Past
+from qwen_moe_jax.model.cache import KeyValues, LayerCache
 from qwen_moe_jax.moe.block import SparseMoeBlock
 from qwen_moe_jax.moe.stats import RouterStats, RouterTrace
 from qwen_moe_jax.nn.mlp import MLP
@@ -44,7 +44,7 @@ class DecoderLayer(nnx.Module):
         return self._mixed(hidden_BTD + attended_BTD, context, execution, noise_key)
 
     def extend(
-        self, hidden_BTD: jax.Array, context: TokenContext, execution: ExecutionConfig, past: Past
+        self, hidden_BTD: jax.Array, context: TokenContext, execution: ExecutionConfig, past: LayerCache
     ) -> tuple[jax.Array, KeyValues]:
         """The same for tokens that follow those in the cache; also what the layer remembers then."""
         normed_BTD = self.input_layernorm(hidden_BTD)

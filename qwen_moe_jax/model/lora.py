@@ -13,7 +13,7 @@ from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.model.causal_lm import Model
 from qwen_moe_jax.moe.experts import MATRICES, Experts
 from qwen_moe_jax.nn.linear import Linear
-from qwen_moe_jax.nn.low_rank import LowRank
+from qwen_moe_jax.nn.lora import LoraAdapter
 
 #: What "all-linear" leaves out: the router, and the gate of the shared expert.
 _GATES = ("gate", "shared_expert_gate")
@@ -65,11 +65,11 @@ class Matrix:
         return MATRICES[self.name] if isinstance(self.owner, Experts) else self.owner.axes
 
     @property
-    def lora(self) -> LowRank | None:
+    def lora(self) -> LoraAdapter | None:
         """Its adapter."""
         return self.owner.lora.get(self.name) if isinstance(self.owner, Experts) else self.owner.lora
 
-    def attach(self, lora: LowRank | None) -> None:
+    def attach(self, lora: LoraAdapter | None) -> None:
         """Gives it this adapter, or none."""
         if not isinstance(self.owner, Experts):
             self.owner.lora = lora
@@ -104,7 +104,7 @@ def add_lora(model: Model, config: LoraConfig, *, rngs: nnx.Rngs | None) -> None
             segment = model.model.layers.plan[matrix.segment]
             name = f"model.layers.{segment.start + matrix.position}.{matrix.path}"
             sizes = matrix.weight.shape[1:]
-            matrix.attach(LowRank(name, matrix.axes, sizes, config, make.stacked(segment.repeats)))
+            matrix.attach(LoraAdapter(name, matrix.axes, sizes, config, make.stacked(segment.repeats)))
     model.lora = config
 
 
@@ -150,7 +150,7 @@ def is_adapter(path: str) -> bool:
     return path.rpartition(".")[2] in ("lora_A", "lora_B")
 
 
-def _merged(weight: jax.Array, lora: LowRank) -> jax.Array:
+def _merged(weight: jax.Array, lora: LoraAdapter) -> jax.Array:
     return (weight.astype(jnp.float32) + lora.product()).astype(weight.dtype)
 
 

@@ -10,10 +10,10 @@ import jax.extend.core
 import jax.numpy as jnp
 from flax import nnx
 
+from qwen_moe_jax.attention_kernels.blockwise import ATTENDED
 from qwen_moe_jax.config import ExecutionConfig, ModelConfig
 from qwen_moe_jax.model.attention import TokenContext
-from qwen_moe_jax.model.blockwise import ATTENDED
-from qwen_moe_jax.model.cache import Cache, KeyValues, Past
+from qwen_moe_jax.model.cache import Cache, KeyValues, LayerCache
 from qwen_moe_jax.model.layer import DecoderLayer
 from qwen_moe_jax.model.segments import Segment, plan_segments
 from qwen_moe_jax.moe.block import SparseMoeBlock
@@ -85,7 +85,7 @@ class LayerStack(nnx.Module):
         Args:
             hidden_BTD: embeddings.
             context: where every token stands.
-            execution: how, with nothing left open (`moe.choices.choose`).
+            execution: how, with nothing left open (`config.resolve.resolve`).
             noise_key: of the jitter before the experts; every layer draws its own. None adds none.
             keep_trace: also return what the routers said of every token.
             keep_inputs: also return what entered each layer.
@@ -128,7 +128,7 @@ class LayerStack(nnx.Module):
         Args:
             hidden_BTD: embeddings.
             context: where the tokens stand.
-            execution: how, with nothing left open (`moe.choices.choose`).
+            execution: how, with nothing left open (`config.resolve.resolve`).
             cache: of the tokens before.
 
         Returns:
@@ -144,7 +144,7 @@ class LayerStack(nnx.Module):
                 layer = jax.tree.map(lambda x: rows_at(x, index, 1)[0], whole)
                 if layer.kind.mlp == "sparse":  # a few tokens need a few experts: they are not cut out of the stack
                     layer.mlp.experts = LayerOfExperts(stacked=whole.mlp.experts, layer=index)
-                past = Past(stored=own, layer=index, lengths_B=cache.lengths_B)
+                past = LayerCache(stored=own, layer=index, lengths_B=cache.lengths_B)
                 hidden_BTD, own = layer.extend(hidden_BTD, context, execution, past)
                 written.append(own)
             return (hidden_BTD, tuple(written)), None

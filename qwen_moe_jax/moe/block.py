@@ -4,7 +4,8 @@ import jax
 from flax import nnx
 
 from qwen_moe_jax.config import ExecutionConfig, ModelConfig
-from qwen_moe_jax.moe import capacity, dense, dropless, stats
+from qwen_moe_jax.moe import stats
+from qwen_moe_jax.moe.dispatch import capacity, dense, dropless
 from qwen_moe_jax.moe.experts import Experts
 from qwen_moe_jax.moe.router import jitter, route
 from qwen_moe_jax.nn.linear import Linear
@@ -41,7 +42,7 @@ class SparseMoeBlock(nnx.Module):
     def __call__(
         self,
         hidden_BTD: jax.Array,
-        real_BT: jax.Array,
+        token_mask_BT: jax.Array,
         execution: ExecutionConfig,
         noise_key: jax.Array | None = None,
     ) -> tuple[jax.Array, stats.RouterStats, stats.RouterTrace]:
@@ -49,8 +50,8 @@ class SparseMoeBlock(nnx.Module):
 
         Args:
             hidden_BTD: normalised hidden states.
-            real_BT: False for padding, which is routed nowhere.
-            execution: with nothing left open (`moe.choices.choose`).
+            token_mask_BT: False for padding, which is routed nowhere.
+            execution: with nothing left open (`config.resolve.resolve`).
             noise_key: of the jitter (`config.moe.router_jitter_noise`); None adds none.
 
         Returns:
@@ -62,7 +63,7 @@ class SparseMoeBlock(nnx.Module):
         bias = self.e_score_correction_bias
         routing = route(
             logits_BTE,
-            real_BT,
+            token_mask_BT,
             self.moe,
             bias_E=None if bias is None else bias[...],
             routing=execution.routing,

@@ -11,12 +11,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import Activation, GroupedMatmul, MoEConfig
-from qwen_moe_jax.moe.grouped_matmul import grouped_matmul
+from qwen_moe_jax.moe.kernels.grouped_matmul import grouped_matmul
 from qwen_moe_jax.nn.bits import rows_at
 from qwen_moe_jax.nn.matmul import WEIGHT_MATMUL, weight_einsum
 from qwen_moe_jax.nn.mlp import ACTIVATIONS
 from qwen_moe_jax.nn.parameters import ParameterFactory
-from qwen_moe_jax.sharding.rules import gathered, is_gathered, spec_of
+from qwen_moe_jax.sharding.rules import all_gather_weight, needs_gather, spec_of
 
 #: The three matrices of an expert, with their logical axes.
 MATRICES = {
@@ -26,8 +26,8 @@ MATRICES = {
 }
 
 #: Places [E, G, C, D] lie with their experts; [E, G, C, F] between the matmuls.
-PLACES = P("expert", ("data", "fsdp"), None, None)
-WIDE_PLACES = P("expert", ("data", "fsdp"), None, "tensor")
+SLOTS = P("expert", ("data", "fsdp"), None, None)
+WIDE_SLOTS = P("expert", ("data", "fsdp"), None, "tensor")
 
 #: Tokens [B, T, D] gathered over `expert`, for methods that bring every token to every expert.
 GATHERED_TOKENS = P(("data", "fsdp"), None, None)
@@ -61,11 +61,11 @@ class Stacked:
     @property
     def cut(self) -> bool:
         """Whether a device has to gather it, inside a shard_map."""
-        return is_gathered(self.spec[-3:], self.axes)
+        return needs_gather(self.spec[-3:], self.axes)
 
     def used(self, value: jax.Array) -> jax.Array:
         """One layer's part of it, gathered for use, inside a shard_map."""
-        return gathered(value, self.spec[-3:], self.axes)
+        return all_gather_weight(value, self.spec[-3:], self.axes)
 
 
 @jax.tree_util.register_dataclass
@@ -207,11 +207,11 @@ class Experts(nnx.Module):
 
     def per_expert(self, x_EGCD: jax.Array) -> jax.Array:
         """Each expert on its own places: [E, G, C, D] to the same, E over `expert` and G over data and fsdp."""
-        between = "EGCr", PLACES
-        gated_EGCF = self._times("gate_proj", "EGCD,EFD->EGCF", x_EGCD, *between, WIDE_PLACES)
-        raised_EGCF = self._times("up_proj", "EGCD,EFD->EGCF", x_EGCD, *between, WIDE_PLACES)
+        between = "EGCr", SLOTS
+        gated_EGCF = self._times("gate_proj", "EGCD,EFD->EGCF", x_EGCD, *between, WIDE_SLOTS)
+        raised_EGCF = self._times("up_proj", "EGCD,EFD->EGCF", x_EGCD, *between, WIDE_SLOTS)
         hidden_EGCF = ACTIVATIONS[self.act](gated_EGCF) * raised_EGCF
-        return self._times("down_proj", "EGCF,EDF->EGCD", hidden_EGCF, *between, PLACES)
+        return self._times("down_proj", "EGCF,EDF->EGCD", hidden_EGCF, *between, SLOTS)
 
     def every_expert(self, x_BTD: jax.Array, weights_BTE: jax.Array) -> jax.Array:
         """All experts on all tokens, weighted and summed: [B, T, D] to the same, B over data and fsdp."""

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from qwen_moe_jax.config import MoEConfig
-from qwen_moe_jax.config import Routing as RoutingChoice
+from qwen_moe_jax.config import MoEConfig, RoutingMode
 from qwen_moe_jax.sharding.rules import BATCH
 
 
@@ -20,22 +19,22 @@ class Routing:
         experts_BTA: int32 expert of each assignment.
         weights_BTA: what its result counts, in the dtype the combination is done in; 0 for padding.
         probs_BTE: float32 softmax over all experts; 0 for padding.
-        real_BT: bool, False for padding, which is routed nowhere.
+        token_mask_BT: bool, False for padding, which is routed nowhere.
     """
 
     experts_BTA: jax.Array
     weights_BTA: jax.Array
     probs_BTE: jax.Array
-    real_BT: jax.Array
+    token_mask_BT: jax.Array
 
 
 def route(
     logits_BTE: jax.Array,
-    real_BT: jax.Array,
+    token_mask_BT: jax.Array,
     moe: MoEConfig,
     *,
     bias_E: jax.Array | None = None,
-    routing: RoutingChoice = "learned",
+    routing: RoutingMode = "learned",
     dtype: jax.typing.DTypeLike | None = None,
 ) -> Routing:
     """Softmax over all experts in float32, then the top `num_experts_per_tok`.
@@ -48,7 +47,7 @@ def route(
 
     Args:
         logits_BTE: of the router, in any dtype.
-        real_BT: False for padding.
+        token_mask_BT: False for padding.
         moe: how many are chosen, and what they count.
         bias_E: float32, added to the probabilities for the choice alone; weights and gradients know nothing of it.
         routing: see `ExecutionConfig`. Under "balanced", the order of a token's experts means nothing, and the bias is
@@ -58,7 +57,7 @@ def route(
     dtype = logits_BTE.dtype if dtype is None else dtype
     choose = CHOICES[routing]
 
-    def local(logits_BTE: jax.Array, real_BT: jax.Array, bias_E: jax.Array | None) -> Routing:
+    def local(logits_BTE: jax.Array, token_mask_BT: jax.Array, bias_E: jax.Array | None) -> Routing:
         probs_BTE = jax.nn.softmax(logits_BTE.astype(jnp.float32), axis=-1)
         experts_BTA = choose(jax.lax.stop_gradient(probs_BTE), bias_E, moe.num_experts_per_tok)
         weights_BTA = jnp.take_along_axis(probs_BTE, experts_BTA, axis=-1)
@@ -68,15 +67,15 @@ def route(
             weights_BTA = weights_BTA.astype(dtype)
         return Routing(
             experts_BTA=experts_BTA,
-            weights_BTA=jnp.where(real_BT[..., None], weights_BTA, 0),
-            probs_BTE=jnp.where(real_BT[..., None], probs_BTE, 0),
-            real_BT=real_BT,
+            weights_BTA=jnp.where(token_mask_BT[..., None], weights_BTA, 0),
+            probs_BTE=jnp.where(token_mask_BT[..., None], probs_BTE, 0),
+            token_mask_BT=token_mask_BT,
         )
 
     # Every device routes its own tokens: partitioning top_k over tokens would gather the scores instead.
     tokens, choices = P(BATCH, None), P(BATCH, None, None)
-    out = Routing(experts_BTA=choices, weights_BTA=choices, probs_BTE=choices, real_BT=tokens)
-    return jax.shard_map(local, in_specs=(choices, tokens, P()), out_specs=out)(logits_BTE, real_BT, bias_E)
+    out = Routing(experts_BTA=choices, weights_BTA=choices, probs_BTE=choices, token_mask_BT=tokens)
+    return jax.shard_map(local, in_specs=(choices, tokens, P()), out_specs=out)(logits_BTE, token_mask_BT, bias_E)
 
 
 def _strongest(probs_BTE: jax.Array, bias_E: jax.Array | None, chosen: int) -> jax.Array:

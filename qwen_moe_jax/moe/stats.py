@@ -86,13 +86,13 @@ def count(logits_BTE: jax.Array, routing: Routing, drops: Drops) -> RouterStats:
         chosen_BTAE = routing.experts_BTA[..., None] == jnp.arange(num_experts)
         return jnp.sum(chosen_BTAE & counted_BTA[..., None], axis=(1, 2), dtype=jnp.int32)
 
-    real_BT1 = routing.real_BT[..., None]
-    tokens_B = jnp.sum(routing.real_BT, axis=1, dtype=jnp.int32)
+    token_mask_BT1 = routing.token_mask_BT[..., None]
+    tokens_B = jnp.sum(routing.token_mask_BT, axis=1, dtype=jnp.int32)
     tokens = jnp.sum(tokens_B)
-    assigned_BE = per_row(jnp.broadcast_to(real_BT1, routing.experts_BTA.shape))
+    assigned_BE = per_row(jnp.broadcast_to(token_mask_BT1, routing.experts_BTA.shape))
     probs_BE = jnp.sum(routing.probs_BTE, axis=1)
-    logits_BTE = jnp.where(real_BT1, logits_BTE.astype(jnp.float32), 0)
-    squared_BT = jnp.where(routing.real_BT, jax.nn.logsumexp(logits_BTE, axis=-1) ** 2, 0)
+    logits_BTE = jnp.where(token_mask_BT1, logits_BTE.astype(jnp.float32), 0)
+    squared_BT = jnp.where(routing.token_mask_BT, jax.nn.logsumexp(logits_BTE, axis=-1) ** 2, 0)
     per_token_B = 1 / jnp.maximum(tokens_B, 1).astype(jnp.float32)
     balance_B = num_experts / chosen * per_token_B**2 * jnp.sum(assigned_BE * probs_BE, axis=-1)
     entropy_BT = -jnp.sum(jax.scipy.special.xlogy(routing.probs_BTE, routing.probs_BTE), axis=-1)
@@ -106,7 +106,7 @@ def count(logits_BTE: jax.Array, routing: Routing, drops: Drops) -> RouterStats:
         sequences=jnp.sum(tokens_B > 0, dtype=jnp.int32),
         sequence_balance=jnp.sum(balance_B),
         entropy=jax.lax.stop_gradient(jnp.sum(entropy_BT) / jnp.maximum(tokens, 1)),
-        max_logit=jax.lax.stop_gradient(jnp.max(jnp.where(real_BT1, logits_BTE, -jnp.inf))),
+        max_logit=jax.lax.stop_gradient(jnp.max(jnp.where(token_mask_BT1, logits_BTE, -jnp.inf))),
     )
 
 

@@ -4,10 +4,10 @@ import jax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from qwen_moe_jax.nn.low_rank import LowRank
+from qwen_moe_jax.nn.lora import LoraAdapter
 from qwen_moe_jax.nn.matmul import weight_einsum
 from qwen_moe_jax.nn.parameters import ParameterFactory
-from qwen_moe_jax.sharding.rules import BATCH, as_used, partition_spec
+from qwen_moe_jax.sharding.rules import BATCH, gather_for_compute, partition_spec
 
 
 class Linear(nnx.Module):
@@ -27,7 +27,7 @@ class Linear(nnx.Module):
     ):
         self.weight = make.normal(f"{name}.weight", sizes, axes)
         self.bias = make.zeros(f"{name}.bias", sizes[:1], axes[:1]) if bias else None
-        self.lora: LowRank | None = nnx.data(None)  # a place for one (`model.lora.add_lora`)
+        self.lora: LoraAdapter | None = nnx.data(None)  # a place for one (`model.lora.add_lora`)
         self.axes = axes
 
     def __call__(self, x_BTI: jax.Array) -> jax.Array:
@@ -37,5 +37,5 @@ class Linear(nnx.Module):
         if self.lora is not None:
             y_BTO = y_BTO + self.lora(x_BTI, "BTI,OI->BTO", "BTr", P(BATCH, None, None), out)
         if self.bias is not None:
-            y_BTO = y_BTO + as_used(self.bias[...].astype(x_BTI.dtype), self.axes[0])
+            y_BTO = y_BTO + gather_for_compute(self.bias[...].astype(x_BTI.dtype), self.axes[0])
         return y_BTO

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from qwen_moe_jax.sharding.rules import as_used
+from qwen_moe_jax.sharding.rules import gather_for_compute
 
 #: The name that remat policies know these products by.
 WEIGHT_MATMUL = "weight_matmul"
@@ -46,7 +46,7 @@ def weight_einsum(
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def multiply(x: jax.Array, weight: jax.Array) -> jax.Array:
-        used = as_used(weight.astype(x.dtype), *axes)
+        used = gather_for_compute(weight.astype(x.dtype), *axes)
         return jnp.einsum(letters, x, used, out_sharding=out, preferred_element_type=preferred_element_type)
 
     return checkpoint_name(multiply(x, weight), WEIGHT_MATMUL)

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from qwen_moe_jax.model.splash import PRODUCT_FLOPS
+from qwen_moe_jax.attention_kernels.splash import PRODUCT_FLOPS
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")

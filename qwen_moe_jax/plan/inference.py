@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import ExecutionConfig, ModelConfig
-from qwen_moe_jax.inference.engine import Described, describe_decode, describe_prefill
+from qwen_moe_jax.inference.engine import Described, abstract_decode, abstract_prefill
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.plan.compile import Step
 from qwen_moe_jax.plan.flops import extend_flops_per_token
@@ -24,10 +24,10 @@ def prefill_step(config: ModelConfig, name: str, mesh: Mesh, execution: Executio
         name: of it, for people.
         mesh: of the target.
         execution: how it is run.
-        sizes: rows, prompt and max_length, as `describe_prefill`.
+        sizes: rows, prompt and max_length, as `abstract_prefill`.
     """
     model = CausalLM(config, rngs=None, mesh=mesh, execution=execution)
-    described = describe_prefill(model, **sizes)
+    described = abstract_prefill(model, **sizes)
     before = max(sizes["prompt"] - described.length, 0)
     tokens, head = described.rows * described.length, 2 * config.vocab_size * config.hidden_size
     flops = tokens * (extend_flops_per_token(config, before, described.length) - head)
@@ -37,7 +37,7 @@ def prefill_step(config: ModelConfig, name: str, mesh: Mesh, execution: Executio
 def decode_step(config: ModelConfig, name: str, mesh: Mesh, execution: ExecutionConfig, **sizes: int) -> Step:
     """One token for every row, with the cache full. Arguments as `prefill_step`, without prompt."""
     model = CausalLM(config, rngs=None, mesh=mesh, execution=execution)
-    described = describe_decode(model, **sizes)
+    described = abstract_decode(model, **sizes)
     flops = described.rows * extend_flops_per_token(config, described.room - 1, 1)
     step = _engine_step(model, name, "decode", described, flops)
     return dataclasses.replace(step, open_loop_times=1)  # the loop over tokens

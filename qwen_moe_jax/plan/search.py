@@ -26,8 +26,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax.numpy as jnp
 
 from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.config.resolve import attention_block
 from qwen_moe_jax.errors import ConfigError, ShardingError
-from qwen_moe_jax.model.blockwise import longest_block
 from qwen_moe_jax.plan.chips import Network
 from qwen_moe_jax.plan.result import Group, PlacedArray, Plan, Target, Work
 from qwen_moe_jax.plan.roofline import network_of
@@ -331,7 +331,7 @@ def _gathered_over(array: PlacedArray, mesh: Mapping[str, int]) -> tuple[str, ..
     return tuple(axis for axis in gathered if axis in cut)
 
 
-def _ways(axes: Sequence[str], mesh: Mapping[str, int]) -> int:
+def _num_shards(axes: Sequence[str], mesh: Mapping[str, int]) -> int:
     return math.prod(mesh[axis] for axis in axes)
 
 
@@ -353,14 +353,14 @@ def _traffic(outline: Outline, mesh: Mapping[str, int]) -> dict[tuple[str, ...],
         axes = _gathered_over(array, mesh)
         # Gathered forward and again backward, and the gradient scattered, in each micro-batch.
         times = 3 * work.accumulation_steps if training else 1
-        send(axes, times * _used_bytes(array, work) * (_ways(axes, mesh) - 1))
+        send(axes, times * _used_bytes(array, work) * (_num_shards(axes, mesh) - 1))
         if training:
             cut = {axis for axes in array.spec for axis in axes}
             copies = tuple(axis for axis in BATCH if axis not in cut and mesh[axis] > 1)
-            ways = _ways(copies, mesh)
+            ways = _num_shards(copies, mesh)
             send(copies, work.accumulation_steps * 2 * _used_bytes(array, work) * (ways - 1) / ways)
 
-    tokens = work.tokens / _ways(BATCH, mesh)
+    tokens = work.tokens / _num_shards(BATCH, mesh)
     hidden = tokens * config.hidden_size * _width(work.dtype)
     layers, sparse = len(config.layers), sum(kind.mlp == "sparse" for kind in config.layers)
     if mesh["expert"] > 1 and sparse:
@@ -380,7 +380,7 @@ def _exchanged(outline: Outline, ways: int) -> float:
     execution, training = outline.work.execution, outline.work.purpose == "train"
     gathered = ways - 1
     dispatch = execution.get("dispatch") or ("capacity" if training else "dropless")
-    if dispatch == "dense" or (dispatch == "dropless" and execution.get("exchange") == "gather"):
+    if dispatch == "dense" or (dispatch == "dropless" and execution.get("exchange") == "all_gather"):
         return gathered
     return _rows_per_token(outline) * (ways - 1) / ways
 
@@ -402,12 +402,12 @@ def _workspace(outline: Outline, mesh: Mapping[str, int], platform: str) -> int:
     work, config, parameters = outline.work, outline.config, _parameters(outline)
     attention, tensor = config.attention, mesh["tensor"]
     width = _width(work.dtype)
-    rows = work.rows / work.accumulation_steps / _ways(BATCH, mesh)
+    rows = work.rows / work.accumulation_steps / _num_shards(BATCH, mesh)
     tokens = rows * work.tokens_per_row
     heads = attention.num_attention_heads * attention.head_dim / tensor
     # Scores in float32, and their exponentials: of all that is in a cache, or of a block of queries and one of keys,
     # unless splash keeps these on the chip.
-    block = min(work.execution.get("attention_block") or longest_block(platform), work.tokens_per_row)
+    block = min(work.execution.get("attention_block") or attention_block(platform), work.tokens_per_row)
     in_blocks = 0 if work.execution.get("attention") == "splash" else block * block
     pairs = work.tokens_per_row * work.context if work.context else in_blocks
     scores = 2 * 4 * rows * attention.num_attention_heads / tensor * pairs
@@ -439,7 +439,7 @@ def _read(outline: Outline, mesh: Mapping[str, int]) -> float:
 def _used(outline: Outline, mesh: Mapping[str, int]) -> float:
     """Bytes of all weights as a device multiplies with them: gathered."""
     arrays = _parameters(outline).arrays
-    return sum(_used_bytes(array, outline.work) * _ways(_gathered_over(array, mesh), mesh) for array in arrays)
+    return sum(_used_bytes(array, outline.work) * _num_shards(_gathered_over(array, mesh), mesh) for array in arrays)
 
 
 def _used_bytes(array: PlacedArray, work: Work) -> float:

@@ -8,7 +8,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from qwen_moe_jax.errors import ShardingError
-from qwen_moe_jax.sharding.hosts import num_processes
+from qwen_moe_jax.sharding.distributed import num_processes
 
 AXES = ("data", "fsdp", "expert", "tensor")
 

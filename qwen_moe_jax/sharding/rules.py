@@ -1,7 +1,7 @@
 """From logical axes to mesh axes.
 
 Every parameter names its axes ("expert", "embed", "ffn", …). `ShardingRules` (a choice of execution) say where they lie
-at rest, `USED` where they lie during the layer that multiplies with them. What the rules cut beyond `USED` is gathered
+at rest, `COMPUTE_AXES` where they lie during the layer that multiplies with them. What the rules cut beyond `COMPUTE_AXES` is gathered
 for the layer; the `expert` cut of routed experts and the `tensor` cut never are.
 """
 
@@ -20,7 +20,7 @@ from qwen_moe_jax.errors import ShardingError
 BATCH = ("data", "fsdp", "expert")
 
 #: The mesh axes of each logical axis during a layer; the layers' own arithmetic is written for this.
-USED: Mapping[str, tuple[str, ...]] = {
+COMPUTE_AXES: Mapping[str, tuple[str, ...]] = {
     "layers": (),
     "vocab": ("tensor",),
     "heads": ("tensor",),  # rows of q, k, v: heads times head size
@@ -37,10 +37,10 @@ USED: Mapping[str, tuple[str, ...]] = {
 
 def stored(rules: ShardingRules) -> Mapping[str, tuple[str, ...]]:
     """The mesh axes of each logical axis at rest."""
-    return {**USED, **dataclasses.asdict(rules)}
+    return {**COMPUTE_AXES, **dataclasses.asdict(rules)}
 
 
-def partition_spec(axes: Sequence[str], table: Mapping[str, tuple[str, ...]] = USED) -> P:
+def partition_spec(axes: Sequence[str], table: Mapping[str, tuple[str, ...]] = COMPUTE_AXES) -> P:
     """The partition of an array with these logical axes.
 
     Raises:
@@ -101,7 +101,7 @@ def mesh_axes(place: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (place,) if isinstance(place, str) else tuple(place or ())
 
 
-def over_all_single_axes(spec: P) -> P:
+def with_single_axes(spec: P) -> P:
     """The same partition, with the mesh axes of size 1 named as well.
 
     A `jax.shard_map` that is not checked sums the gradient of an input over the axes its spec does not name. Over a
@@ -115,7 +115,7 @@ def over_all_single_axes(spec: P) -> P:
     return P((*mesh_axes(spec[0]), *single), *spec[1:])
 
 
-def is_gathered(spec: P, axes: Sequence[str]) -> bool:
+def needs_gather(spec: P, axes: Sequence[str]) -> bool:
     """Whether a weight that lies like this is cut over devices that each need it whole, inside a `jax.shard_map`.
 
     Over one device there is nothing to gather, though XLA would copy it.
@@ -123,8 +123,8 @@ def is_gathered(spec: P, axes: Sequence[str]) -> bool:
     return any(_to_gather(place, axis) for place, axis in zip(spec, axes, strict=True))
 
 
-def gathered(weight: jax.Array, spec: P, axes: Sequence[str]) -> jax.Array:
-    """`as_used` for the inside of a `jax.shard_map`, where the weight is one device's part.
+def all_gather_weight(weight: jax.Array, spec: P, axes: Sequence[str]) -> jax.Array:
+    """`gather_for_compute` for the inside of a `jax.shard_map`, where the weight is one device's part.
 
     Args:
         weight: that part.
@@ -137,14 +137,14 @@ def gathered(weight: jax.Array, spec: P, axes: Sequence[str]) -> jax.Array:
     return weight
 
 
-def as_used(weight: jax.Array, *axes: str) -> jax.Array:
+def gather_for_compute(weight: jax.Array, *axes: str) -> jax.Array:
     """Gathers a stored weight for the layer that multiplies with it (the all-gather of fully sharded training)."""
     return jax.sharding.reshard(weight, partition_spec(axes))
 
 
 def _to_gather(place: str | tuple[str, ...] | None, axis: str) -> tuple[str, ...]:
     """The mesh axes that cut an axis beyond its use, those of one device left out."""
-    return tuple(name for name in mesh_axes(place) if name not in USED[axis] and jax.lax.axis_size(name) > 1)
+    return tuple(name for name in mesh_axes(place) if name not in COMPUTE_AXES[axis] and jax.lax.axis_size(name) > 1)
 
 
 def _entry(place: tuple[str, ...]) -> str | tuple[str, ...] | None:

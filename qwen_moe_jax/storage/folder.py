@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qwen_moe_jax.errors import CheckpointError
-from qwen_moe_jax.sharding.hosts import from_first, leads, wait_for_all
+from qwen_moe_jax.sharding.distributed import barrier, broadcast, is_process_zero
 
 
 @contextlib.contextmanager
@@ -32,22 +32,22 @@ def replaced_folder(folder: Path, stale: Callable[[str], bool]) -> Iterator[Path
         raise CheckpointError(f"{folder} is a file, expected a folder to write or none yet.")
     if folder.is_mount() or folder == Path.cwd():
         raise CheckpointError(f"{folder} cannot be replaced as a whole (it is in use): give a folder inside it.")
-    staging = folder.parent / f".{folder.name}.{from_first(secrets.token_hex(4))}.partial"
+    staging = folder.parent / f".{folder.name}.{broadcast(secrets.token_hex(4))}.partial"
     try:
-        if leads():
+        if is_process_zero():
             staging.mkdir(parents=True)
-        wait_for_all(f"made {staging}")
+        barrier(f"made {staging}")
         yield staging
-        wait_for_all(f"wrote {staging}")
-        if leads():
+        barrier(f"wrote {staging}")
+        if is_process_zero():
             if folder.exists():
                 _keep_other_files(folder, staging, stale)
                 _swap(staging, folder)
             else:
                 staging.rename(folder)
-        wait_for_all(f"renamed {staging}")
+        barrier(f"renamed {staging}")
     finally:
-        if leads():
+        if is_process_zero():
             shutil.rmtree(staging, ignore_errors=True)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from qwen_moe_jax.storage.ahead import ahead
+from qwen_moe_jax.storage.prefetch import ahead
 from qwen_moe_jax.storage.tensor import Index, Tensor, blocks, size_of
 
 #: Bytes of one block, of all parts that this process holds together.

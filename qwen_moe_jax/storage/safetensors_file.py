@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from qwen_moe_jax.errors import CheckpointError
-from qwen_moe_jax.storage.ahead import ahead
+from qwen_moe_jax.storage.prefetch import ahead
 from qwen_moe_jax.storage.tensor import Index, Tensor, blocks, size_of
 
 #: safetensors' names of element types, and NumPy's.

@@ -31,7 +31,7 @@ number, port, folder, native = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.a
 qmj.initialize_distributed(f"127.0.0.1:{port}", num_processes=2, process_id=number)
 qmj.initialize_distributed()  # nothing happens twice
 from jax.experimental import multihost_utils
-from qwen_moe_jax.sharding.hosts import from_first
+from qwen_moe_jax.sharding.distributed import broadcast
 from qwen_moe_jax.storage import safetensors_file
 from tests.huggingface.test_two_processes import SIZES, TOKENS
 
@@ -59,7 +59,7 @@ except qmj.ShardingError as error:
 if number == 0:
     np.save(native + "-logits.npy", logits)
 print(json.dumps({"read": sum(read), "devices": len(jax.local_devices()), "refused": refused,
-                  "first": from_first(f"of {number}")}))
+                  "first": broadcast(f"of {number}")}))
 """
 
 

@@ -9,7 +9,7 @@ import pytest
 import qwen_moe_jax as qmj
 from qwen_moe_jax.inference import engine
 from qwen_moe_jax.inference.sampling import initial_state, sampling_settings
-from qwen_moe_jax.model.cache import describe_cache
+from qwen_moe_jax.model.cache import abstract_cache
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.moe import experts
 from tests.cases import CASES
@@ -24,8 +24,8 @@ def compiled_step(batch: int, dtype: str):
     sizes = dict(num_hidden_layers=L, num_experts=E, num_experts_per_tok=2, moe_intermediate_size=F, hidden_size=D)
     config = qmj.ModelConfig.from_pretrained({**CASES["qwen3_moe-plain"].config, **sizes})
     model = CausalLM(config, rngs=None, execution=qmj.ExecutionConfig(dtype=dtype))
-    cache = describe_cache(config, model.mesh, batch=batch, max_length=64, max_write=8, dtype=dtype)
-    writing = engine.Writing(
+    cache = abstract_cache(config, model.mesh, batch=batch, max_length=64, max_write=8, dtype=dtype)
+    writing = engine.DecodeState(
         token_B=np.zeros(batch, np.int32),
         left_B=np.ones(batch, np.int32),
         sampling=initial_state(settings(batch), [[]] * batch),

@@ -42,14 +42,14 @@ def make_prompts(lengths: Sequence[int], seed: int = 0, vocab_size: int = VOCABU
     return [numbers.integers(1, vocab_size, length).tolist() for length in lengths]
 
 
-STRETCHES = engine.STRETCHES  # for users; the tests have others
+PREFILL_BUCKETS = engine.PREFILL_BUCKETS  # for users; the tests have others
 
 
 @pytest.fixture(scope="module", autouse=True)
 def short_stretches():
     """Prompts are read in stretches of 4 and 8 tokens, and rings are as much shorter."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "STRETCHES", (4, 8))
+        patch.setattr(engine, "PREFILL_BUCKETS", (4, 8))
         yield
 
 
@@ -477,7 +477,7 @@ def compiled() -> list[float]:
 
 def test_100_requests_of_random_lengths_share_a_few_compilations(small, compiled, monkeypatch):
     """As many as there are shapes, and none for a request whose shapes were there before."""
-    monkeypatch.setattr(engine, "STRETCHES", STRETCHES)
+    monkeypatch.setattr(engine, "PREFILL_BUCKETS", PREFILL_BUCKETS)
     numbers = np.random.default_rng(6)
     requests = []
     for _ in range(100):
@@ -492,7 +492,7 @@ def test_100_requests_of_random_lengths_share_a_few_compilations(small, compiled
     assert {len(prompts) for prompts, _ in requests} == rows
     assert max(max(map(len, prompts)) + count for prompts, count in requests) <= max(rooms)
     # No prompt needs a second stretch: none is longer than 128, the longest but one.
-    stretches = [stretch for stretch in STRETCHES if stretch <= max(rooms)]
+    stretches = [stretch for stretch in PREFILL_BUCKETS if stretch <= max(rooms)]
     prefills, firsts, decodes = len(rows) * len(rooms) * len(stretches), len(rows), len(rows) * len(rooms)
     assert found <= prefills + firsts + decodes
     # The engine does not count what makes an empty cache, for every number of rows and room, nor what lies between its

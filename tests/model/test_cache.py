@@ -8,7 +8,7 @@ from flax import nnx
 import qwen_moe_jax as qmj
 from qwen_moe_jax.inference import engine
 from qwen_moe_jax.inference.sampling import initial_state, sampling_settings
-from qwen_moe_jax.model.cache import Cache, cache_bytes, describe_cache, empty_cache, slots
+from qwen_moe_jax.model.cache import Cache, abstract_cache, cache_bytes, empty_cache, slots
 from qwen_moe_jax.model.causal_lm import CausalLM
 from tests.cases import CASES
 from tests.distance import assert_near, relative_l2
@@ -51,7 +51,7 @@ def config_of(name: str, **settings) -> qmj.ModelConfig:
 
 def new_cache(model: CausalLM, max_length: int = LENGTH + 2, dtype: str = "float32") -> Cache:
     sizes = dict(batch=len(TOKENS_BT), max_length=max_length, max_write=WRITE, dtype=dtype)
-    return empty_cache(describe_cache(model.config, model.mesh, **sizes))
+    return empty_cache(abstract_cache(model.config, model.mesh, **sizes))
 
 
 @jax.jit(donate_argnames="cache")
@@ -145,7 +145,7 @@ def test_keys_and_values_in_bfloat16_stay_near():
 def test_memory_is_what_the_formula_says(name, dtype):
     config = config_of(name)
     sizes = dict(batch=4, max_length=64, max_write=16, dtype=dtype)
-    cache = empty_cache(describe_cache(config, qmj.make_mesh(), **sizes))
+    cache = empty_cache(abstract_cache(config, qmj.make_mesh(), **sizes))
     found = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.segments))
     assert found == cache_bytes(config, **sizes)
     itemsize, attention = jax.numpy.dtype(dtype).itemsize, config.attention
@@ -164,7 +164,7 @@ def test_every_device_holds_its_rows_and_heads_and_no_more():
     config = config_of("mixed")
     sizes = dict(batch=8, max_length=64, max_write=16, dtype="float32")
     for axes in (MESH, dict(data=2, fsdp=2, expert=2)):
-        cache = empty_cache(describe_cache(config, qmj.make_mesh(**axes), **sizes))
+        cache = empty_cache(abstract_cache(config, qmj.make_mesh(**axes), **sizes))
         tensor = axes.get("tensor", 1)
         rows, heads = 8 // (8 // tensor), config.attention.num_key_value_heads // tensor
         for leaf in jax.tree.leaves(cache.segments):
@@ -187,10 +187,10 @@ def test_decoding_writes_the_cache_where_it_lies(axes):
     model = CausalLM(config, rngs=None, mesh=qmj.make_mesh(**axes))
     sizes = dict(batch=8, max_length=4096, max_write=512, dtype="float32")
     settings = sampling_settings([qmj.GenerationConfig()] * 8, config.vocab_size)
-    writing = engine.Writing(
+    writing = engine.DecodeState(
         token_B=np.zeros(8, np.int32), left_B=np.ones(8, np.int32), sampling=initial_state(settings, [[]] * 8)
     )
-    cache = describe_cache(config, model.mesh, **sizes)
+    cache = abstract_cache(config, model.mesh, **sizes)
     memory = engine._decode.lower(model, cache, writing, settings).compile().memory_analysis()
     held = cache_bytes(config, **sizes) / model.mesh.size
     assert memory.alias_size_in_bytes >= held, "the cache that comes out is the one that went in"
@@ -198,7 +198,7 @@ def test_decoding_writes_the_cache_where_it_lies(axes):
 
 
 def test_a_described_cache_allocates_nothing_and_an_empty_one_fits_its_description():
-    described = describe_cache(
+    described = abstract_cache(
         config_of("mixed"), qmj.make_mesh(**MESH), batch=4, max_length=64, max_write=16, dtype="float32"
     )
     cache = empty_cache(described)

@@ -9,11 +9,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import AttentionConfig, ExecutionConfig, LayerKind, ModelConfig, MoEConfig
+from qwen_moe_jax.config.resolve import resolve
 from qwen_moe_jax.moe.block import SparseMoeBlock
-from qwen_moe_jax.moe.choices import choose
 from qwen_moe_jax.moe.stats import RouterStats, RouterTrace
 from qwen_moe_jax.nn.parameters import ParameterFactory
-from qwen_moe_jax.sharding.border import explicitly_sharded
+from qwen_moe_jax.sharding.explicit import with_explicit_axes
 from qwen_moe_jax.sharding.rules import BATCH
 
 
@@ -63,40 +63,40 @@ class BlockResult:
         return self.stats.dropped_per_expert
 
 
-def forward(block, mesh, hidden_BTD, real_BT, execution: ExecutionConfig):
+def forward(block, mesh, hidden_BTD, token_mask_BT, execution: ExecutionConfig):
     """The jitted forward pass (block, hidden, real) → (mixed, stats, trace), to be called or compiled."""
 
-    chosen = choose(execution, block.moe, mesh, training=True)
+    chosen = resolve(execution, block.moe, expert_shards=mesh.shape["expert"], platform="cpu", training=True)
 
-    def run(block, hidden_BTD, real_BT):
-        return block(hidden_BTD, real_BT, chosen)
+    def run(block, hidden_BTD, token_mask_BT):
+        return block(hidden_BTD, token_mask_BT, chosen)
 
     specs = [P(BATCH, None, None), P(BATCH, None)]
-    return explicitly_sharded(run, mesh, specs)(block, hidden_BTD, real_BT)
+    return with_explicit_axes(run, mesh, specs)(block, hidden_BTD, token_mask_BT)
 
 
 @functools.cache
 def _forward_and_gradients(mesh, execution: ExecutionConfig):
     """Compiled once for each shape, whatever the values."""
 
-    def objective(block, hidden_BTD, real_BT, seed_BTD):
-        mixed_BTD, stats, trace = forward(block, mesh, hidden_BTD, real_BT, execution)
-        return (mixed_BTD * seed_BTD * real_BT[..., None]).sum(), (mixed_BTD, stats, trace)
+    def objective(block, hidden_BTD, token_mask_BT, seed_BTD):
+        mixed_BTD, stats, trace = forward(block, mesh, hidden_BTD, token_mask_BT, execution)
+        return (mixed_BTD * seed_BTD * token_mask_BT[..., None]).sum(), (mixed_BTD, stats, trace)
 
     return jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
 
 
 @functools.cache
 def _forward(mesh, execution: ExecutionConfig):
-    return jax.jit(lambda block, hidden_BTD, real_BT: forward(block, mesh, hidden_BTD, real_BT, execution))
+    return jax.jit(lambda block, hidden_BTD, token_mask_BT: forward(block, mesh, hidden_BTD, token_mask_BT, execution))
 
 
-def run_block(config, mesh, hidden_BTD, real_BT, execution, seed_BTD=None, router=None) -> BlockResult:
+def run_block(config, mesh, hidden_BTD, token_mask_BT, execution, seed_BTD=None, router=None) -> BlockResult:
     """Runs a block, and its gradients."""
     seed_BTD = np.ones_like(hidden_BTD) if seed_BTD is None else seed_BTD
     both = _forward_and_gradients(mesh, execution)
     block = build_block(config, mesh, router)
-    (_, (mixed_BTD, stats, trace)), (of_block, of_input) = both(block, hidden_BTD, real_BT, seed_BTD)
+    (_, (mixed_BTD, stats, trace)), (of_block, of_input) = both(block, hidden_BTD, token_mask_BT, seed_BTD)
     return BlockResult(
         mixed_BTD=np.asarray(mixed_BTD),
         stats=jax.device_get(stats),
@@ -106,9 +106,9 @@ def run_block(config, mesh, hidden_BTD, real_BT, execution, seed_BTD=None, route
     )
 
 
-def run_forward(config, mesh, hidden_BTD, real_BT, execution) -> tuple[np.ndarray, RouterStats, RouterTrace]:
+def run_forward(config, mesh, hidden_BTD, token_mask_BT, execution) -> tuple[np.ndarray, RouterStats, RouterTrace]:
     """The same without gradients, which compiles in a third of the time."""
-    return jax.device_get(_forward(mesh, execution)(build_block(config, mesh), hidden_BTD, real_BT))
+    return jax.device_get(_forward(mesh, execution)(build_block(config, mesh), hidden_BTD, token_mask_BT))
 
 
 def relative(found, wanted) -> float:

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from qwen_moe_jax.moe.grouped_matmul import grouped_matmul
+from qwen_moe_jax.moe.kernels.grouped_matmul import grouped_matmul
 from qwen_moe_jax.nn.matmul import as_precise_as
 
 BACKENDS = ("tpu", "nvidia")

@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.config import MoEConfig
-from qwen_moe_jax.moe.choices import choose
+from qwen_moe_jax.config.resolve import resolve
 from qwen_moe_jax.moe.router import route, update_balancing_bias
 from qwen_moe_jax.moe.stats import count, no_drops
-from qwen_moe_jax.sharding.border import explicitly_sharded
+from qwen_moe_jax.sharding.explicit import with_explicit_axes
 from qwen_moe_jax.sharding.rules import BATCH
 from tests.moe.blocks import block_config, build_block, relative, run_block
 
@@ -30,22 +30,22 @@ def compiled_router(moe: MoEConfig, routing, dtype):
     """`route` and `count`, compiled once per config: (logits, real, bias) → (Routing, RouterStats)."""
     mesh = qmj.make_mesh()
 
-    def inside(logits_BTE, real_BT, bias_E):
-        routed = route(logits_BTE, real_BT, moe, bias_E=bias_E, routing=routing, dtype=dtype)
+    def inside(logits_BTE, token_mask_BT, bias_E):
+        routed = route(logits_BTE, token_mask_BT, moe, bias_E=bias_E, routing=routing, dtype=dtype)
         return routed, count(logits_BTE, routed, no_drops(routed))
 
-    def run(logits_BTE, real_BT, bias_E):
+    def run(logits_BTE, token_mask_BT, bias_E):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             specs = (P(BATCH, None, None), P(BATCH, None), P())
-            return jax.sharding.explicit_axes(inside, in_sharding=specs)(logits_BTE, real_BT, bias_E)
+            return jax.sharding.explicit_axes(inside, in_sharding=specs)(logits_BTE, token_mask_BT, bias_E)
 
     return jax.jit(run)
 
 
-def routed(logits_BTE, real_BT, bias_E=None, routing="learned", dtype=None, **moe):
+def routed(logits_BTE, token_mask_BT, bias_E=None, routing="learned", dtype=None, **moe):
     moe = MoEConfig(**(dict(num_experts=E, num_experts_per_tok=A, moe_intermediate_size=4, norm_topk_prob=True) | moe))
     placed = jax.device_put(logits_BTE, jax.sharding.NamedSharding(qmj.make_mesh(), P()))
-    return compiled_router(moe, routing, dtype)(placed, real_BT, bias_E)
+    return compiled_router(moe, routing, dtype)(placed, token_mask_BT, bias_E)
 
 
 def softmax(x):
@@ -58,32 +58,32 @@ def softmax(x):
 def test_routing_is_softmax_then_top_k(seed, scale, renormalise):
     rng = np.random.default_rng(seed)
     logits_BTE = (scale * rng.normal(size=(2, 5, E))).astype(np.float32)
-    real_BT = rng.random((2, 5)) < 0.7
-    routing, stats = routed(logits_BTE, real_BT, norm_topk_prob=renormalise)
+    token_mask_BT = rng.random((2, 5)) < 0.7
+    routing, stats = routed(logits_BTE, token_mask_BT, norm_topk_prob=renormalise)
     probs_BTE = softmax(logits_BTE.astype(np.float64))
     experts_BTA = np.argsort(-probs_BTE, axis=-1, kind="stable")[..., :A]
     weights_BTA = np.take_along_axis(probs_BTE, experts_BTA, -1)
     if renormalise:
         weights_BTA = weights_BTA / weights_BTA.sum(-1, keepdims=True)
     np.testing.assert_array_equal(routing.experts_BTA, experts_BTA)
-    np.testing.assert_allclose(routing.weights_BTA, weights_BTA * real_BT[..., None], rtol=2e-6, atol=1e-7)
+    np.testing.assert_allclose(routing.weights_BTA, weights_BTA * token_mask_BT[..., None], rtol=2e-6, atol=1e-7)
 
-    chosen_E = np.bincount(experts_BTA[real_BT].ravel(), minlength=E)
+    chosen_E = np.bincount(experts_BTA[token_mask_BT].ravel(), minlength=E)
     np.testing.assert_array_equal(stats.tokens_per_expert, chosen_E)
-    assert int(stats.tokens) == real_BT.sum()
-    assert int(stats.sequences) == real_BT.any(1).sum()
-    if real_BT.any():
-        real = probs_BTE[real_BT]
+    assert int(stats.tokens) == token_mask_BT.sum()
+    assert int(stats.sequences) == token_mask_BT.any(1).sum()
+    if token_mask_BT.any():
+        real = probs_BTE[token_mask_BT]
         assert float(stats.entropy) == pytest.approx(-(real * np.log(real)).sum(-1).mean(), rel=1e-4)
-        assert float(stats.max_logit) == logits_BTE[real_BT].max()
+        assert float(stats.max_logit) == logits_BTE[token_mask_BT].max()
 
 
 def test_weights_have_the_dtype_asked_for_or_the_logits_unless_the_config_keeps_float32():
     logits_BTE = np.random.default_rng(0).normal(size=(1, 4, E)).astype(jnp.bfloat16)
-    real_BT = np.ones((1, 4), bool)
-    assert routed(logits_BTE, real_BT)[0].weights_BTA.dtype == jnp.bfloat16
-    assert routed(logits_BTE.astype(np.float32), real_BT, dtype="bfloat16")[0].weights_BTA.dtype == jnp.bfloat16
-    assert routed(logits_BTE, real_BT, float32_weights=True)[0].weights_BTA.dtype == np.float32
+    token_mask_BT = np.ones((1, 4), bool)
+    assert routed(logits_BTE, token_mask_BT)[0].weights_BTA.dtype == jnp.bfloat16
+    assert routed(logits_BTE.astype(np.float32), token_mask_BT, dtype="bfloat16")[0].weights_BTA.dtype == jnp.bfloat16
+    assert routed(logits_BTE, token_mask_BT, float32_weights=True)[0].weights_BTA.dtype == np.float32
 
 
 def test_among_equal_scores_the_lower_expert_wins():
@@ -96,9 +96,9 @@ def test_among_equal_scores_the_lower_expert_wins():
 
 def test_the_bias_decides_who_is_chosen_and_not_what_they_count():
     rng = np.random.default_rng(0)
-    logits_BTE, real_BT = rng.normal(size=(2, 8, E)).astype(np.float32), np.ones((2, 8), bool)
+    logits_BTE, token_mask_BT = rng.normal(size=(2, 8, E)).astype(np.float32), np.ones((2, 8), bool)
     bias_E = rng.normal(size=E).astype(np.float32) / 10
-    routing, _ = routed(logits_BTE, real_BT, bias_E, norm_topk_prob=False)
+    routing, _ = routed(logits_BTE, token_mask_BT, bias_E, norm_topk_prob=False)
     probs_BTE = softmax(logits_BTE.astype(np.float64))
     experts_BTA = np.argsort(-(probs_BTE + bias_E), axis=-1)[..., :A]
     assert (experts_BTA != np.argsort(-probs_BTE, axis=-1)[..., :A]).any(), "the case is meant to change a choice"
@@ -187,17 +187,22 @@ def test_balanced_routing_is_even_drops_nothing_and_still_trains_the_router(axes
 def compiled_block(mesh):
     """(block, hidden, real, key of the noise) → what the block returns."""
 
-    def inside(block, hidden_BTD, real_BT, noise_key):
-        return block(hidden_BTD, real_BT, choose(FLOAT32, block.moe, mesh, training=True), noise_key)
+    def inside(block, hidden_BTD, token_mask_BT, noise_key):
+        return block(
+            hidden_BTD,
+            token_mask_BT,
+            resolve(FLOAT32, block.moe, expert_shards=mesh.shape["expert"], platform="cpu", training=True),
+            noise_key,
+        )
 
     specs = [P(BATCH, None, None), P(BATCH, None), P()]
-    return jax.jit(lambda *inputs: explicitly_sharded(inside, mesh, specs)(*inputs))
+    return jax.jit(lambda *inputs: with_explicit_axes(inside, mesh, specs)(*inputs))
 
 
 def block_output(config, axes, hidden_BTD, noise_key):
     mesh = qmj.make_mesh(**axes)
-    real_BT = np.ones(hidden_BTD.shape[:2], bool)
-    mixed_BTD, _, trace = compiled_block(mesh)(build_block(config, mesh), hidden_BTD, real_BT, noise_key)
+    token_mask_BT = np.ones(hidden_BTD.shape[:2], bool)
+    mixed_BTD, _, trace = compiled_block(mesh)(build_block(config, mesh), hidden_BTD, token_mask_BT, noise_key)
     return np.asarray(mixed_BTD), np.asarray(trace.logits)
 
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_moe_jax.moe.grouped_matmul import BACKENDS, backend_for, buffer_rows, grouped_matmul
-from qwen_moe_jax.moe.rows import from_rows, plan_rows, ranks, sort_rows, to_rows
+from qwen_moe_jax.config.resolve import backend_for
+from qwen_moe_jax.moe.dispatch.rows import from_rows, plan_rows, ranks, sort_rows, to_rows
+from qwen_moe_jax.moe.kernels.grouped_matmul import BACKENDS, buffer_rows, grouped_matmul
 
 K, T, A, D = 5, 7, 3, 4
 any_keys = st.lists(st.integers(0, K), min_size=T * A, max_size=T * A)

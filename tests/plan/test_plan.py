@@ -10,7 +10,7 @@ import qwen_moe_jax as qmj
 from qwen_moe_jax.config import ExecutionConfig, ModelConfig
 from qwen_moe_jax.errors import ConfigError, ShardingError
 from qwen_moe_jax.huggingface.hub import config_file
-from qwen_moe_jax.moe.capacity import expert_capacity
+from qwen_moe_jax.moe.dispatch.capacity import expert_capacity
 from qwen_moe_jax.plan.compile import describe_group, plan_step, refused_bytes, target_mesh
 from qwen_moe_jax.plan.inference import decode_step, prefill_step
 from qwen_moe_jax.plan.remarks import remarks_on

@@ -8,8 +8,8 @@ import pytest
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.model.stack import SAVEABLE
-from qwen_moe_jax.moe.capacity import expert_capacity
-from qwen_moe_jax.moe.dropless import device_rows
+from qwen_moe_jax.moe.dispatch.capacity import expert_capacity
+from qwen_moe_jax.moe.dispatch.dropless import device_rows
 from tests.moe.blocks import block_config, build_block, forward
 
 B, T, E, A, GROUP, FACTOR = 16, 8, 8, 2, 8, 1.25
@@ -20,7 +20,7 @@ METHODS = {
     "einsum": dict(dispatch="capacity", capacity_by="einsum"),
     "index": dict(dispatch="capacity", capacity_by="index"),
     "all-to-all": dict(dispatch="dropless", exchange="all_to_all"),
-    "gather": dict(dispatch="dropless", exchange="gather"),
+    "gather": dict(dispatch="dropless", exchange="all_gather"),
 }
 
 
@@ -46,7 +46,7 @@ def programs():
     mesh, config, known = qmj.make_mesh(**MESH), block_config(), {}
     block = build_block(config, mesh)
     hidden_BTD = jax.ShapeDtypeStruct((B, T, config.hidden_size), np.float32)
-    real_BT = np.ones((B, T), bool)
+    token_mask_BT = np.ones((B, T), bool)
 
     def get(method: str, passes: str, remat: str = "none") -> list[tuple[str, int]]:
         key = method, passes, remat
@@ -61,7 +61,7 @@ def programs():
             )
 
             def run(block, hidden_BTD):
-                return forward(block, mesh, hidden_BTD, real_BT, execution)[0]
+                return forward(block, mesh, hidden_BTD, token_mask_BT, execution)[0]
 
             if remat != "none":
                 run = jax.checkpoint(run, policy=SAVEABLE[remat])

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.sharding.rules import USED, partition_spec
+from qwen_moe_jax.sharding.rules import COMPUTE_AXES, partition_spec
 
 MOE = dict(
     model_type="qwen2_moe",
@@ -156,5 +156,5 @@ def test_two_axes_of_one_array_on_one_mesh_axis_are_refused():
 
 
 def test_using_a_weight_never_gathers_it_over_expert_or_tensor():
-    assert USED["expert"] == ("expert",)
-    assert {axis for axis, place in USED.items() if place == ("tensor",)} == {"vocab", "heads", "ffn"}
+    assert COMPUTE_AXES["expert"] == ("expert",)
+    assert {axis for axis, place in COMPUTE_AXES.items() if place == ("tensor",)} == {"vocab", "heads", "ffn"}

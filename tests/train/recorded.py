@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from train.show.start import Start
+from train.reporting.start import Start
 
 START = Start(
     time="2026-01-02 03:04:05",

@@ -11,7 +11,7 @@ from tests.distance import relative_l2
 from tests.referee import build, hub_tensors, torch
 from train.config import LossConfig, OptimizerConfig
 from train.data.batches import batch_at, pack
-from train.loss import resolve_loss
+from train.objectives.language_modelling import resolve_loss
 from train.optimizer import make_optimizer, make_schedule
 from train.step import initial_state, make_train_step, state_shardings
 

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 import qwen_moe_jax as qmj
 from train.config import TrainConfig, build_config
 from train.data.batches import Batch
-from train.parameters import apart, only, paths, together
+from train.parameters import merge, partition, paths, select
 from train.program import Program, assemble
 
 TABLES = {
@@ -58,7 +58,7 @@ def first_step(frozen: list[str]):
     )
     params = nnx.to_pure_dict(nnx.state(model))
     before = jax.device_get(params)
-    fixed = only(params, like=program.fixed)
+    fixed = select(params, like=program.fixed)
     tokens_BT = np.random.default_rng(0).integers(1, 300, (8, 8), dtype=np.int32)
     ones_BT = np.ones((8, 8), np.int32)
     batch = Batch(
@@ -81,8 +81,8 @@ def test_fixed_parameters_are_no_part_of_what_a_step_changes_keeps_or_measures()
         assert paths(fixed) == paths(program.fixed) and bool(frozen) == bool(paths(fixed))
         adam = state.optimizer[1][0]
         assert paths(adam.mu) == paths(adam.nu) == paths(state.params)
-        jax.tree.map(np.testing.assert_array_equal, fixed, only(before, like=fixed))  # and its memory was not taken
-        changed = jax.tree.map(lambda new, old: (new != old).any(), state.params, only(before, like=state.params))
+        jax.tree.map(np.testing.assert_array_equal, fixed, select(before, like=fixed))  # and its memory was not taken
+        changed = jax.tree.map(lambda new, old: (new != old).any(), state.params, select(before, like=state.params))
         assert all(jax.tree.leaves(changed))
     whole, *parts = norms  # what the second and the third train is all of the model, between them
     assert whole > max(parts)
@@ -91,10 +91,10 @@ def test_fixed_parameters_are_no_part_of_what_a_step_changes_keeps_or_measures()
 
 def test_parts_of_the_parameters_are_put_together_again():
     whole = {"a": {0: {"x": 1, "y": 2}, 1: {"x": 3}}, "b": 4}
-    trained, fixed = apart(whole, {"a.0.y", "b"})
+    trained, fixed = partition(whole, {"a.0.y", "b"})
     assert trained == {"a": {0: {"x": 1}, 1: {"x": 3}}} and fixed == {"a": {0: {"y": 2}}, "b": 4}
-    assert together(trained, fixed) == whole
-    assert only(whole, like=fixed) == fixed
+    assert merge(trained, fixed) == whole
+    assert select(whole, like=fixed) == fixed
 
 
 def test_a_run_with_nothing_to_train_is_refused():

@@ -13,10 +13,10 @@ from tests.train.recorded import START
 from train.config import RunConfig, build_config, profile_steps
 from train.folder import RunFolder
 from train.loop import train
-from train.show.metrics import read_metrics
-from train.show.profile import Profiler
-from train.show.progress import Report, layers_every
-from train.show.tensorboard import scalars
+from train.reporting.metrics import read_metrics
+from train.reporting.profile import Profiler
+from train.reporting.progress import Report, layers_every
+from train.reporting.tensorboard import scalars
 from train.step import StepMetrics
 
 LAYERS, EXPERTS = 2, 4

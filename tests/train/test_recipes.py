@@ -21,7 +21,7 @@ import json, sys
 import qwen_moe_jax as qmj
 from train.config import load_config
 from train.program import assemble
-from train.show.start import bytes_per_device
+from train.reporting.start import bytes_per_device
 
 for recipe, source in json.loads(sys.argv[1]):
     config = load_config(recipe)

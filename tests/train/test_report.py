@@ -13,8 +13,8 @@ from tests.train.recorded import step_records
 from train import report
 from train.config import build_config, to_toml
 from train.folder import RunFolder
-from train.show.figures import _thinned
-from train.show.metrics import read_metrics
+from train.reporting.figures import _thinned
+from train.reporting.metrics import read_metrics
 
 
 def write_run(path, records: list[dict], tail: str = "") -> RunFolder:

@@ -21,11 +21,11 @@ from qwen_moe_jax.moe.losses import (
 )
 from qwen_moe_jax.moe.stats import sum_stats
 from tests.subject import on_mesh
-from tests.train.test_loss import STATS
+from tests.train.test_language_modelling import STATS
 from tests.train.test_step import HUB_CONFIG
 from train.config import LossConfig
 from train.data.batches import Mixture, batch_at, heldout_batches, pack
-from train.loss import training_loss, whole_batch
+from train.objectives.language_modelling import training_loss, whole_batch
 from train.step import initial_state, make_train_step, state_shardings
 
 SIZES = dict(num_attention_heads=8, num_key_value_heads=8, head_dim=8, num_experts=8)  # what eight devices can share

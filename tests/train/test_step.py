@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.model import vocabulary
+from qwen_moe_jax.model import cross_entropy
 from tests.model.test_balancing import biases
 from train.config import LossConfig, OptimizerConfig
 from train.data.batches import batch_at, pack
@@ -112,7 +112,7 @@ def test_a_step_whose_loss_is_not_finite_changes_nothing_but_the_count_of_steps(
 
 def test_a_step_does_not_hold_the_logits_of_all_its_tokens(monkeypatch):
     """512 tokens of a vocabulary of 4096 are 8 MiB of logits, and their gradient as much again; a chunk has 256 KiB."""
-    monkeypatch.setattr(vocabulary, "MAX_LOGITS", 2**16)
+    monkeypatch.setattr(cross_entropy, "MAX_LOGITS", 2**16)
     settings = {key: value for key, value in HUB_CONFIG.items() if "expert" not in key and key != "norm_topk_prob"}
     settings |= {"model_type": "qwen3", "vocab_size": 4096, "hidden_size": 8, "intermediate_size": 16}
     mesh = qmj.make_mesh()

@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from qwen_moe_jax.model.blockwise import ATTENDED, Blocks
+from qwen_moe_jax.attention_kernels.blockwise import ATTENDED, Blocks
 from qwen_moe_jax.nn.matmul import as_precise_as
 
 #: Tokens of a block are a multiple of this, the width of a vector register.

@@ -88,24 +88,24 @@ def num_processes() -> int:
     return distributed.global_state.num_processes
 
 
-def leads() -> bool:
+def is_process_zero() -> bool:
     """Whether this process is the one that writes and speaks for all."""
     return distributed.global_state.process_id == 0
 
 
-def wait_for_all(what: str) -> None:
+def barrier(what: str) -> None:
     """Returns when all processes have come here."""
     if num_processes() > 1:
         multihost_utils.sync_global_devices(what)
 
 
-def from_first(text: str) -> str:
+def broadcast(text: str) -> str:
     """The text that process 0 brings here. All processes call it together."""
     if num_processes() == 1:
         return text
     mine = np.frombuffer(text.encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(mine.size)))
-    sent = mine if leads() else np.zeros(length, np.uint8)
+    sent = mine if is_process_zero() else np.zeros(length, np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8).tobytes().decode()
 
 

@@ -5,8 +5,8 @@ places. Over the `expert` axis the exchange is one all-to-all there and one back
 full are dropped (the token's other experts still count), and are counted. Groups never span devices, and padding takes
 no place.
 
-Who is dropped (`drop`): places go to the tokens of a group in order, so that its last tokens go without ("position"),
-or to those whose weight for the expert is largest ("weight"; Riquelme et al., 2021, arXiv 2106.05974).
+Who is dropped (`drop_policy`): places go to the tokens of a group in order, so that its last tokens go without ("position"),
+or to those whose weight for the expert is largest ("probs"; Riquelme et al., 2021, arXiv 2106.05974).
 
 How tokens move (`capacity_by`): by einsums with one-hot masks, which every device multiplies at full speed and which
 cost 2/3 * group_size / F of the experts' own matmuls; or by index, as gathers, at no FLOPs. Same places, same result.
@@ -20,15 +20,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from qwen_moe_jax.config import Drop, ExecutionConfig
-from qwen_moe_jax.moe.experts import EXCHANGED, PLACES, Experts
+from qwen_moe_jax.config import DropPolicy, ExecutionConfig
+from qwen_moe_jax.moe.dispatch.rows import RowPlan, from_rows, plan_rows, ranks, to_rows
+from qwen_moe_jax.moe.experts import EXCHANGED, SLOTS, Experts
 from qwen_moe_jax.moe.router import Routing
-from qwen_moe_jax.moe.rows import RowPlan, from_rows, plan_rows, ranks, to_rows
 from qwen_moe_jax.moe.stats import Drops, no_drops
 from qwen_moe_jax.sharding.rules import BATCH
 
 #: Places [E, G, C, D] as the devices of the tokens fill them.
-FILLED = P(None, BATCH, None, None)
+TOKEN_SLOTS = P(None, BATCH, None, None)
 
 
 def expert_capacity(
@@ -48,7 +48,7 @@ def run(
         hidden_BTD: tokens, B over `BATCH`.
         routing: their experts and weights.
         experts: the layer's experts.
-        execution: `capacity_factor`, `min_capacity`, `group_size`, `drop` and `capacity_by` are read. Fewer tokens on
+        execution: `capacity_factor`, `min_capacity`, `group_size`, `drop_policy` and `capacity_by` are read. Fewer tokens on
             a device than `group_size` are one group.
 
     Returns:
@@ -56,47 +56,47 @@ def run(
     """
     batch, length, _ = hidden_BTD.shape
     num_experts, chosen = routing.probs_BTE.shape[-1], routing.experts_BTA.shape[-1]
-    local_tokens = batch * length // _ways(hidden_BTD)
+    local_tokens = batch * length // _num_shards(hidden_BTD)
     group_size = min(execution.group_size, local_tokens)
     capacity = expert_capacity(group_size, chosen, num_experts, execution.capacity_factor, execution.min_capacity)
-    place_GgA = _assign(
+    slot_GgA = _assign(
         _into_groups(routing.experts_BTA, group_size),
         _into_groups(routing.weights_BTA, group_size),
-        _into_groups(routing.real_BT, group_size),
+        _into_groups(routing.token_mask_BT, group_size),
         num_experts,
-        execution.drop,
+        execution.drop_policy,
     )
-    place_BTA = _out_of_groups(place_GgA, batch, length)
+    slot_BTA = _out_of_groups(slot_GgA, batch, length)
     carry = _by_einsum if execution.capacity_by == "einsum" else _by_index
-    combined_BTD = carry(hidden_BTD, routing, place_GgA, experts, capacity=capacity)
-    full_BTA = routing.real_BT[..., None] & (place_BTA >= capacity)
+    combined_BTD = carry(hidden_BTD, routing, slot_GgA, experts, capacity=capacity)
+    full_BTA = routing.token_mask_BT[..., None] & (slot_BTA >= capacity)
     return combined_BTD, dataclasses.replace(no_drops(routing), by_capacity_BTA=full_BTA)
 
 
 def _assign(
-    experts_GgA: jax.Array, weights_GgA: jax.Array, real_Gg: jax.Array, num_experts: int, drop: Drop
+    experts_GgA: jax.Array, weights_GgA: jax.Array, token_mask_Gg: jax.Array, num_experts: int, drop_policy: DropPolicy
 ) -> jax.Array:
     """The place of every assignment within its expert, int32 [G, g, A]: how many assignments go before it.
 
     Whether it is one of the expert's `capacity` places is for the caller to see.
     """
 
-    def of_group(experts_gA: jax.Array, weights_gA: jax.Array, real_g: jax.Array) -> jax.Array:
-        keys_gA = jnp.where(real_g[:, None], experts_gA, num_experts)
-        first_gA = None if drop == "position" else -weights_gA.astype(jnp.float32).reshape(-1)
+    def of_group(experts_gA: jax.Array, weights_gA: jax.Array, token_mask_g: jax.Array) -> jax.Array:
+        keys_gA = jnp.where(token_mask_g[:, None], experts_gA, num_experts)
+        first_gA = None if drop_policy == "position" else -weights_gA.astype(jnp.float32).reshape(-1)
         return ranks(keys_gA.reshape(-1), num_experts, first_gA).reshape(experts_gA.shape)
 
     tokens, choices = P(BATCH, None), P(BATCH, None, None)
     local = jax.shard_map(jax.vmap(of_group), in_specs=(choices, choices, tokens), out_specs=choices, check_vma=False)
-    return local(experts_GgA, jax.lax.stop_gradient(weights_GgA), real_Gg)
+    return local(experts_GgA, jax.lax.stop_gradient(weights_GgA), token_mask_Gg)
 
 
 def _by_einsum(
-    hidden_BTD: jax.Array, routing: Routing, place_GgA: jax.Array, experts: Experts, *, capacity: int
+    hidden_BTD: jax.Array, routing: Routing, slot_GgA: jax.Array, experts: Experts, *, capacity: int
 ) -> jax.Array:
     """Dispatch and combine as products with masks [G, g, E, C]."""
     batch, length, _ = hidden_BTD.shape
-    groups, group_size, _ = place_GgA.shape
+    groups, group_size, _ = slot_GgA.shape
     dtype, num_experts = hidden_BTD.dtype, routing.probs_BTE.shape[-1]
 
     def group(x: jax.Array) -> jax.Array:
@@ -105,37 +105,37 @@ def _by_einsum(
     # A one-hot row of zeros is an assignment without a place. Two small masks make the large one in a single matmul:
     # an integer mask [tokens, experts, capacity + 1], as the textbook has it, is many times larger.
     expert_GgAE = jax.nn.one_hot(group(routing.experts_BTA), num_experts, dtype=dtype)
-    expert_GgAE = expert_GgAE * group(routing.real_BT)[..., None, None]
-    place_GgAC = jax.nn.one_hot(place_GgA, capacity, dtype=dtype)
+    expert_GgAE = expert_GgAE * group(routing.token_mask_BT)[..., None, None]
+    slot_GgAC = jax.nn.one_hot(slot_GgA, capacity, dtype=dtype)
 
     # The dispatch einsum multiplies every token with zeros: a NaN or infinity would reach its whole group. The token's
     # own result is NaN all the same, through the router's weights.
     sound_BT1 = jnp.isfinite(hidden_BTD).all(axis=-1, keepdims=True)
     x_GgD = group(jnp.where(sound_BT1, hidden_BTD, 0))
-    mask_GgEC = jnp.einsum("GgAE,GgAC->GgEC", expert_GgAE, place_GgAC)
+    mask_GgEC = jnp.einsum("GgAE,GgAC->GgEC", expert_GgAE, slot_GgAC)
     y_EGCD = _through_experts(jnp.einsum("GgEC,GgD->EGCD", mask_GgEC, x_GgD), experts)
 
     weights_GgA = group(routing.weights_BTA)
     weighted_GgAE = expert_GgAE.astype(weights_GgA.dtype) * weights_GgA[..., None]
-    mask_GgEC = jnp.einsum("GgAE,GgAC->GgEC", weighted_GgAE, place_GgAC.astype(weights_GgA.dtype))
+    mask_GgEC = jnp.einsum("GgAE,GgAC->GgEC", weighted_GgAE, slot_GgAC.astype(weights_GgA.dtype))
     combined_GgD = jnp.einsum("GgEC,EGCD->GgD", mask_GgEC, y_EGCD)
     return _out_of_groups(combined_GgD, batch, length)
 
 
 def _by_index(
-    hidden_BTD: jax.Array, routing: Routing, place_GgA: jax.Array, experts: Experts, *, capacity: int
+    hidden_BTD: jax.Array, routing: Routing, slot_GgA: jax.Array, experts: Experts, *, capacity: int
 ) -> jax.Array:
     """Dispatch and combine as gathers: the same places, as rows [E * G * C] of each device."""
     batch, length, width = hidden_BTD.shape
     num_experts, chosen = routing.probs_BTE.shape[-1], routing.experts_BTA.shape[-1]
-    groups_here = place_GgA.shape[0] // _ways(hidden_BTD)
+    groups_here = slot_GgA.shape[0] // _num_shards(hidden_BTD)
     rows = num_experts * groups_here * capacity
 
-    def fill(hidden_BTD, experts_BTA, real_BT, place_GgA):
-        place_TA = place_GgA.reshape(-1, chosen)[: real_BT.size]
-        group_T1 = (jnp.arange(real_BT.size) // place_GgA.shape[1])[:, None]
-        row_TA = (experts_BTA.reshape(-1, chosen) * groups_here + group_T1) * capacity + place_TA
-        has_place_TA = real_BT.reshape(-1, 1) & (place_TA < capacity)
+    def fill(hidden_BTD, experts_BTA, token_mask_BT, slot_GgA):
+        slot_TA = slot_GgA.reshape(-1, chosen)[: token_mask_BT.size]
+        group_T1 = (jnp.arange(token_mask_BT.size) // slot_GgA.shape[1])[:, None]
+        row_TA = (experts_BTA.reshape(-1, chosen) * groups_here + group_T1) * capacity + slot_TA
+        has_place_TA = token_mask_BT.reshape(-1, 1) & (slot_TA < capacity)
         plan = plan_rows(jnp.where(has_place_TA, row_TA, rows), rows)
         x_RD = to_rows(hidden_BTD.reshape(-1, width), plan)
         return x_RD.reshape(num_experts, groups_here, capacity, width), plan
@@ -147,22 +147,22 @@ def _by_index(
     tokens = P(BATCH, None, None)
     plan_spec = RowPlan(assignment_R=P(BATCH), row_TA=P(BATCH, None))
     x_EGCD, plan = jax.shard_map(
-        fill, in_specs=(tokens, tokens, P(BATCH, None), tokens), out_specs=(FILLED, plan_spec)
-    )(hidden_BTD, routing.experts_BTA, routing.real_BT, place_GgA)
+        fill, in_specs=(tokens, tokens, P(BATCH, None), tokens), out_specs=(TOKEN_SLOTS, plan_spec)
+    )(hidden_BTD, routing.experts_BTA, routing.token_mask_BT, slot_GgA)
     y_EGCD = _through_experts(x_EGCD, experts)
-    return jax.shard_map(empty, in_specs=(FILLED, tokens, plan_spec), out_specs=tokens)(
+    return jax.shard_map(empty, in_specs=(TOKEN_SLOTS, tokens, plan_spec), out_specs=tokens)(
         y_EGCD, routing.weights_BTA, plan
     )
 
 
 def _through_experts(x_EGCD: jax.Array, experts: Experts) -> jax.Array:
     """The places to the devices of their experts (an all-to-all), through them, and back (another)."""
-    x_EGCD = checkpoint_name(jax.sharding.reshard(x_EGCD, PLACES), EXCHANGED)
+    x_EGCD = checkpoint_name(jax.sharding.reshard(x_EGCD, SLOTS), EXCHANGED)
     y_EGCD = experts.per_expert(x_EGCD)
-    return checkpoint_name(jax.sharding.reshard(y_EGCD, FILLED), EXCHANGED)
+    return checkpoint_name(jax.sharding.reshard(y_EGCD, TOKEN_SLOTS), EXCHANGED)
 
 
-def _ways(x: jax.Array) -> int:
+def _num_shards(x: jax.Array) -> int:
     """Over how many devices the tokens are split."""
     shape = jax.typeof(x).sharding.mesh.shape
     return math.prod(shape[axis] for axis in BATCH)
@@ -183,7 +183,7 @@ def _into_groups(x: jax.Array, group_size: int) -> jax.Array:
 
 def _out_of_groups(x_GgD: jax.Array, batch: int, length: int) -> jax.Array:
     """The inverse of `_into_groups`."""
-    local_batch = batch // _ways(x_GgD)
+    local_batch = batch // _num_shards(x_GgD)
 
     def local(x_GgD: jax.Array) -> jax.Array:
         rows = x_GgD.reshape(-1, x_GgD.shape[-1])

@@ -29,15 +29,6 @@ ATTENDED = "attended"
 UNSEEN = -1e30
 
 
-def longest_block(platform: str) -> int:
-    """Tokens of a block where nothing else is asked for.
-
-    On a CPU the scores of a block should stay in its cache: of 64 to 512, 64 and 128 were the fastest (rows of 512,
-    8 heads of 64). Other devices are better used by larger products; their number is a guess.
-    """
-    return 128 if platform == "cpu" else 512
-
-
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """How rows are cut.

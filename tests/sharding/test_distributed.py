@@ -7,7 +7,7 @@ import jax
 import pytest
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.sharding import hosts
+from qwen_moe_jax.sharding import distributed
 
 
 def test_it_is_too_late_once_jax_has_looked_for_its_devices():
@@ -45,10 +45,12 @@ def test_processes_that_do_not_meet_end_with_a_message():
 
 
 def test_one_process_leads_and_agrees_with_itself():
-    assert hosts.num_processes() == 1 and hosts.leads() and hosts.from_first("mine") == "mine"
-    hosts.require_same("anything", "mine")
-    hosts.wait_for_all("nobody")
-    hosts.fail(1, "there is nobody to end, and this process goes on")
+    assert (
+        distributed.num_processes() == 1 and distributed.is_process_zero() and distributed.broadcast("mine") == "mine"
+    )
+    distributed.require_same("anything", "mine")
+    distributed.barrier("nobody")
+    distributed.fail(1, "there is nobody to end, and this process goes on")
 
 
 WATCHED = """

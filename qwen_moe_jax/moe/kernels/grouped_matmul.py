@@ -7,20 +7,15 @@ import importlib.util
 import jax
 
 from qwen_moe_jax.config import GroupedMatmul
-from qwen_moe_jax.moe.kernels.blocks import tile_rows
+from qwen_moe_jax.moe.kernels.cpu import tile_rows
 from qwen_moe_jax.nn.matmul import as_precise_as
 
 #: A backend is a module with `ragged` and `outer`; see `kernels/blocks.py` for what they promise.
 BACKENDS: dict[GroupedMatmul, str] = {
-    "blocks": "qwen_moe_jax.moe.kernels.blocks",
+    "blocks": "qwen_moe_jax.moe.kernels.cpu",
     "megablox": "qwen_moe_jax.moe.kernels.tpu",
     "triton": "qwen_moe_jax.moe.kernels.nvidia",
 }
-
-
-def backend_for(platform: str) -> GroupedMatmul:
-    """What multiplies fastest on devices of this platform (`jax.Device.platform`)."""
-    return {"tpu": "megablox", "gpu": "triton", "cuda": "triton"}.get(platform, "blocks")
 
 
 def buffer_rows(rows: int) -> int:

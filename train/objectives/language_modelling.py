@@ -59,11 +59,11 @@ class WholeBatch:
 
 def whole_batch(batch: Batch, micro_batches: int) -> WholeBatch:
     """The counts that a batch tells before any model has seen it."""
-    real_BT = batch.segment_ids_BT > 0
+    token_mask_BT = batch.segment_ids_BT > 0
     return WholeBatch(
         targets=jnp.sum(batch.target_mask_BT, dtype=jnp.int32),
-        tokens=jnp.sum(real_BT, dtype=jnp.int32),
-        sequences=jnp.sum(jnp.any(real_BT, axis=1), dtype=jnp.int32),
+        tokens=jnp.sum(token_mask_BT, dtype=jnp.int32),
+        sequences=jnp.sum(jnp.any(token_mask_BT, axis=1), dtype=jnp.int32),
         micro_batches=jnp.int32(micro_batches),
     )
 

@@ -10,10 +10,11 @@ import pytest
 from flax import nnx
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.model import attention, causal_lm
-from qwen_moe_jax.model.attention import choose_attention
-from qwen_moe_jax.model.blockwise import Blocks, attend_in_blocks
-from qwen_moe_jax.model.splash import LANES, attend_by_splash
+from qwen_moe_jax.attention_kernels.blockwise import Blocks, attend_in_blocks
+from qwen_moe_jax.attention_kernels.splash import LANES, attend_by_splash
+from qwen_moe_jax.config import resolve
+from qwen_moe_jax.config.resolve import resolve_attention
+from qwen_moe_jax.model import attention
 from qwen_moe_jax.model.stack import SAVEABLE
 from tests.cases import CASES
 from tests.distance import relative_l2
@@ -72,7 +73,7 @@ def test_bfloat16_costs_about_a_rounding():
 
 def test_a_model_learns_the_same(monkeypatch):
     """Packed rows, a layer without a window and one with: the losses and the gradient of every parameter."""
-    monkeypatch.setattr(causal_lm, "choose_attention", lambda execution, _: choose_attention(execution, "tpu"))
+    monkeypatch.setattr(resolve, "resolve_attention", lambda execution, _: resolve_attention(execution, "tpu"))
     monkeypatch.setattr(attention, "attend_by_splash", functools.partial(attend_by_splash, interpret=True))
     sliding = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "num_hidden_layers": 2}
     config = qmj.ModelConfig.from_pretrained({**CASES["qwen2-plain"].config, **sliding, "initializer_range": 0.25})
@@ -132,17 +133,17 @@ class TestChoice:
 
     @pytest.mark.parametrize("platform, method", [("tpu", "splash"), ("gpu", "blocks"), ("cpu", "blocks")])
     def test_takes_the_kernels_where_they_run(self, platform, method):
-        assert choose_attention(self.execution, platform).attention == method
+        assert resolve_attention(self.execution, platform).attention == method
 
     def test_what_is_asked_for_is_taken(self):
         asked = dataclasses.replace(self.execution, attention="blocks", attention_block=100)
-        assert choose_attention(asked, "tpu") == asked
+        assert resolve_attention(asked, "tpu") == asked
 
     def test_the_kernels_do_not_know_float16(self):
         half = dataclasses.replace(self.execution, dtype="float16")
-        assert choose_attention(half, "tpu").attention == "blocks"
+        assert resolve_attention(half, "tpu").attention == "blocks"
         with pytest.raises(qmj.ConfigError, match="dtype='float16'"):
-            choose_attention(dataclasses.replace(half, attention="splash"), "tpu")
+            resolve_attention(dataclasses.replace(half, attention="splash"), "tpu")
 
     def test_refuses_other_platforms(self):
         model = qmj.CausalLM(
@@ -155,9 +156,9 @@ class TestChoice:
 
     def test_the_kernels_do_not_know_blocks_shorter_than_a_register(self):
         short = dataclasses.replace(self.execution, attention_block=64)
-        assert choose_attention(short, "tpu").attention == "blocks"
+        assert resolve_attention(short, "tpu").attention == "blocks"
         with pytest.raises(qmj.ConfigError, match="attention_block=64.*at least 128"):
-            choose_attention(dataclasses.replace(short, attention="splash"), "tpu")
+            resolve_attention(dataclasses.replace(short, attention="splash"), "tpu")
 
 
 @pytest.mark.parametrize("tokens, longest, count, length", [(1, 512, 1, 128), (200, 128, 2, 128), (1030, 600, 3, 384)])

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 
-def explicitly_sharded(function: Callable[..., Any], mesh: Mesh, inputs: Sequence[P]) -> Callable[..., Any]:
+def with_explicit_axes(function: Callable[..., Any], mesh: Mesh, inputs: Sequence[P]) -> Callable[..., Any]:
     """Wraps `function(module, *arrays)` so that its body sees explicitly sharded arrays. Call it while tracing.
 
     The module's parameters come in as stored (`param.spec`), the arrays as `inputs` say.

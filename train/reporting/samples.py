@@ -6,7 +6,7 @@ from tokenizers import Tokenizer
 import qwen_moe_jax as qmj
 from train.config import RunConfig
 from train.parameters import Params
-from train.show.progress import NoReport, Report
+from train.reporting.progress import NoReport, Report
 
 
 class Sampler:

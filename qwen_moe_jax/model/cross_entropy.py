@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from qwen_moe_jax.model.embedding import TABLE
-from qwen_moe_jax.sharding.rules import BATCH, gathered, spec_of
+from qwen_moe_jax.nn.embedding import TABLE
+from qwen_moe_jax.sharding.rules import BATCH, all_gather_weight, spec_of
 
 #: How many logits (float32, 256 MiB) a device may hold at a time. The gradient of the table is added up once for every
 #: chunk: smaller ones would spend their time on that.
@@ -81,7 +81,7 @@ def _device_log_probs(
     # Nor is the gathered table kept, as no weight is. It is widened again, so that its gradient is added up in float32.
     @recomputed
     def all_chunks(table_VD: jax.Array, hidden_NBCD: jax.Array, targets_NBC: jax.Array):
-        whole_VD = gathered(table_VD.astype(dtype), table_spec, TABLE).astype(jnp.float32)
+        whole_VD = all_gather_weight(table_VD.astype(dtype), table_spec, TABLE).astype(jnp.float32)
         vocabulary_V = first + jnp.arange(known)
 
         @recomputed

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_moe_jax.errors import ConfigError
-from qwen_moe_jax.sharding.hosts import from_first, leads, num_processes, require_same, wait_for_all
+from qwen_moe_jax.sharding.distributed import barrier, broadcast, is_process_zero, num_processes, require_same
 from train.config import TrainConfig, to_toml
 from train.data.batches import Batch
 from train.folder import RunFolder, open_run_folder
@@ -34,11 +34,11 @@ def open_run_folder_together(config: TrainConfig, *, fresh: bool) -> tuple[RunFo
         ShardingError: the processes were given different settings.
     """
     require_same("the settings of the run", f"{to_toml(config)} --fresh={fresh}")
-    folder = RunFolder(open_run_folder(config, fresh=fresh).path if leads() else config.run.folder)
-    mark = folder.path / f".seen-{from_first(secrets.token_hex(8))}"
-    if leads():
+    folder = RunFolder(open_run_folder(config, fresh=fresh).path if is_process_zero() else config.run.folder)
+    mark = folder.path / f".seen-{broadcast(secrets.token_hex(8))}"
+    if is_process_zero():
         mark.touch()
-    wait_for_all(str(mark))
+    barrier(str(mark))
     until = time.monotonic() + _SECONDS_TO_APPEAR
     while not mark.exists():
         if time.monotonic() > until:
@@ -48,10 +48,10 @@ def open_run_folder_together(config: TrainConfig, *, fresh: bool) -> tuple[RunFo
                 "mounted bucket): --run.folder FOLDER."
             )
         time.sleep(0.2)
-    wait_for_all(f"{mark} was seen")
-    if leads():
+    barrier(f"{mark} was seen")
+    if is_process_zero():
         mark.unlink()
-    return folder, from_first(str(folder.finished)) == "True", leads()
+    return folder, broadcast(str(folder.finished)) == "True", is_process_zero()
 
 
 def stopping_together(train_step: TrainStep, asked: Asked, mesh: Mesh) -> tuple[TrainStep, Asked]:

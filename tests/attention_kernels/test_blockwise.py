@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_moe_jax.model.blockwise import Blocks, attend_in_blocks
+from qwen_moe_jax.attention_kernels.blockwise import Blocks, attend_in_blocks
 
 B, T, N, K, H = 2, 23, 4, 2, 8
 

@@ -15,7 +15,7 @@ from matplotlib.colors import BoundaryNorm, ListedColormap, Normalize
 from matplotlib.figure import Figure  # a figure without a window: nothing to close, no display needed
 from matplotlib.ticker import MaxNLocator
 
-from train.show.metrics import Metrics
+from train.reporting.metrics import Metrics
 
 # Stand-ins that no one would draw in: `to_svg` makes them the page's own colours, light or dark.
 _INK, _DIM, _LINE = "#010203", "#040506", "#070809"

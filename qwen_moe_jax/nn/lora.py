@@ -11,7 +11,7 @@ from qwen_moe_jax.nn.matmul import weight_einsum
 from qwen_moe_jax.nn.parameters import ParameterFactory
 
 
-class LowRank(nnx.Module):
+class LoraAdapter(nnx.Module):
     """`scaling · B (A x)` beside a matrix [out, in], or beside each of several, [E, out, in] (LoRA, arXiv 2106.09685).
 
     A is drawn as PEFT draws it, evenly up to 1 / sqrt(in), and B is zero: it begins without effect. Each lies as the

@@ -17,9 +17,9 @@ from qwen_moe_jax.cli.terminal import visible
 from qwen_moe_jax.moe.stats import RouterStats
 from train.config import RunConfig
 from train.folder import RunFolder
-from train.show.metrics import read_records
-from train.show.start import Start
-from train.show.tensorboard import Events
+from train.reporting.metrics import read_records
+from train.reporting.start import Start
+from train.reporting.tensorboard import Events
 from train.step import StepMetrics
 
 _LAYER_RECORDS = 200  # at most so many: with 48 layers of 128 experts, one is 30 kB

@@ -10,7 +10,7 @@ from qwen_moe_jax.moe.losses import router_losses
 from qwen_moe_jax.moe.stats import RouterStats
 from train.config import LossConfig
 from train.data.batches import batch_at, pack
-from train.loss import resolve_loss, training_loss, whole_batch
+from train.objectives.language_modelling import resolve_loss, training_loss, whole_batch
 
 STATS = RouterStats(
     tokens=jnp.array([12, 12]),
