@@ -23,6 +23,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import jax
 import pytest
 
+from tests.marks import mark
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        mark(item)
+
 
 @pytest.fixture(scope="session")
 def references(tmp_path_factory):
