@@ -32,18 +32,18 @@ def write_checkpoint(folder: Path, layers: int) -> None:
     import qwen_moe_jax as qmj
     from qwen_moe_jax.huggingface.save import write_configs, write_shards
     from qwen_moe_jax.huggingface.tensors import hub_parameters, hub_tensors
-    from qwen_moe_jax.storage.tensor import Index, Tensor, size_of
+    from qwen_moe_jax.storage.tensor import Index, StoredTensor, index_shape
 
     noise = np.random.default_rng(0).normal(size=1 << 24).astype("bfloat16")
 
-    class Noise(Tensor):
-        where, dtype = "nowhere", "bfloat16"
+    class Noise(StoredTensor):
+        source, dtype = "nowhere", "bfloat16"
 
         def __init__(self, shape: tuple[int, ...], begin: int):
             self.shape, self.begin = shape, begin
 
         def read_into(self, index: Index, out: np.ndarray) -> None:
-            out[...] = np.resize(noise[self.begin :], size_of(index))
+            out[...] = np.resize(noise[self.begin :], index_shape(index))
 
     content = json.loads(CONFIG.read_text()) | {"num_hidden_layers": layers}
     described = qmj.CausalLM(qmj.ModelConfig.from_pretrained(content), rngs=None)

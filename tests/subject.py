@@ -1,12 +1,15 @@
 """Our side of a comparison: running the package's models on a batch, compiled."""
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 import qwen_moe_jax as qmj
+from qwen_moe_jax.huggingface.tensors import hub_parameters, hub_tensors
 
 
 @functools.partial(jax.jit, static_argnames=("output_router_logits", "output_hidden_states"))
@@ -29,6 +32,14 @@ def run(
         output_router_logits=output_router_logits,
         output_hidden_states=output_hidden_states,
     )
+
+
+def hub_arrays(model: qmj.CausalLM) -> Iterator[tuple[str, np.ndarray]]:
+    """(Hub name, array) of every tensor of a model, or of gradients with its structure, layer by layer."""
+    parameters = hub_parameters(model)
+    arrays = {parameter.path: np.asarray(parameter.leaf) for parameter in parameters}
+    for name, parameter, index in hub_tensors(parameters):
+        yield name, arrays[parameter.path][index]
 
 
 def is_sparse(config) -> bool:

@@ -14,11 +14,11 @@ from qwen_moe_jax.huggingface.config import config_from_hub
 from qwen_moe_jax.huggingface.fields import read_json
 from qwen_moe_jax.huggingface.files import Files, open_files
 from qwen_moe_jax.huggingface.layouts import EMBEDDING, HEAD, in_hub_form, tied
-from qwen_moe_jax.huggingface.quantisation import fp8_block, widened
+from qwen_moe_jax.huggingface.quantisation import dequantized, fp8_block
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_tensors
 from qwen_moe_jax.model.causal_lm import CausalLM, Model, SequenceClassifier, TokenClassifier
-from qwen_moe_jax.storage.prefetch import ahead
-from qwen_moe_jax.storage.tensor import Index, Part, Stacked, Tensor, blocks
+from qwen_moe_jax.storage.prefetch import prefetch
+from qwen_moe_jax.storage.tensor import Index, StackedTensor, StoredTensor, TensorSlice, blocks
 
 #: Where a native folder keeps its Orbax checkpoint, beside config.json.
 ORBAX = "orbax"
@@ -60,7 +60,7 @@ class Checkpoint:
     folder: Path
     config: ModelConfig
     head: type[Model]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, StoredTensor]
     ignored: tuple[str, ...]
     problems: tuple[str, ...]
     whole: bool
@@ -85,7 +85,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     files = open_files(folder)
     config = dataclasses.replace(config, dtype=config.dtype or _stored_dtype(files.tensors.values()))
     block = fp8_block(hub, str(path))
-    tensors, wrong = (files.tensors, []) if block is None else widened(files.tensors, block)
+    tensors, wrong = (files.tensors, []) if block is None else dequantized(files.tensors, block)
     tensors, twice = in_hub_form(tensors, config)
     ignored = tuple(name for name in tensors if HARMLESS.search(name))
     tensors = {name: tensor for name, tensor in tensors.items() if name not in ignored}
@@ -101,7 +101,7 @@ def _open_native(folder: Path, config: ModelConfig, head: type[Model]) -> Checkp
 
     stored = stored_tensors(folder / ORBAX)
     described = head(config, rngs=None)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     problems: list[str] = []
     for parameter in hub_parameters(described):
         if parameter.path not in stored:
@@ -110,7 +110,7 @@ def _open_native(folder: Path, config: ModelConfig, head: type[Model]) -> Checkp
         if found.shape != parameter.leaf.shape:
             expected = list(parameter.leaf.shape)
             problems.append(f"shape: {parameter.path} is {list(found.shape)} in {ORBAX}, expected {expected}")
-        tensors |= {name: Part(found, index) for index, name in np.ndenumerate(parameter.names)}
+        tensors |= {name: TensorSlice(found, index) for index, name in np.ndenumerate(parameter.names)}
     # What is left is of no parameter: under its own name it will be unexpected.
     return Checkpoint(folder, config, head, tensors | stored, (), tuple(problems), whole=True, native=True)
 
@@ -129,7 +129,7 @@ def head_of(hub: Mapping[str, object]) -> type[Model]:
     return CausalLM
 
 
-def _stored_dtype(tensors: Iterable[Tensor]) -> str | None:
+def _stored_dtype(tensors: Iterable[StoredTensor]) -> str | None:
     """What a config without a dtype means: that of the first floating-point tensor, as in transformers."""
     return next((tensor.dtype for tensor in tensors if tensor.dtype in FLOATS), None)
 
@@ -151,15 +151,15 @@ def problems_of(checkpoint: Checkpoint, parameters: list[HubParameter], spare: I
         if name in spare:
             continue
         if name not in wanted:
-            problems.append(f"unexpected: {name} {list(tensor.shape)} in {tensor.where}")
+            problems.append(f"unexpected: {name} {list(tensor.shape)} in {tensor.source}")
         elif tensor.shape != wanted[name]:
-            problems.append(f"shape: {name} is {list(tensor.shape)} in {tensor.where}, expected {list(wanted[name])}")
+            problems.append(f"shape: {name} is {list(tensor.shape)} in {tensor.source}, expected {list(wanted[name])}")
         elif tensor.dtype not in FLOATS:
-            problems.append(f"dtype: {name} is {tensor.dtype} in {tensor.where}, expected one of {', '.join(FLOATS)}")
+            problems.append(f"dtype: {name} is {tensor.dtype} in {tensor.source}, expected one of {', '.join(FLOATS)}")
     return problems
 
 
-def non_finite(tensors: Mapping[str, Tensor], advance: Callable[[int], None]) -> list[str]:
+def non_finite(tensors: Mapping[str, StoredTensor], advance: Callable[[int], None]) -> list[str]:
     """Reads every tensor once, block by block, and tells which hold infinities or NaN, a line each."""
     parts = (
         (name, tensor, block)
@@ -167,17 +167,17 @@ def non_finite(tensors: Mapping[str, Tensor], advance: Callable[[int], None]) ->
         for block in blocks(tensor.shape, np.dtype(tensor.dtype).itemsize, _BLOCK)
     )
 
-    def count(part: tuple[str, Tensor, Index]) -> tuple[str, int, int]:
+    def count(part: tuple[str, StoredTensor, Index]) -> tuple[str, int, int]:
         name, tensor, block = part
         values = tensor.read(block)
         return name, int(values.size - np.isfinite(values).sum()), values.nbytes
 
     found: Counter[str] = Counter()
-    for name, number, size in ahead(count, parts):
+    for name, number, size in prefetch(count, parts):
         found[name] += number
         advance(size)
     return [
-        f"not finite: {name} in {tensors[name].where} has {number} values that are infinite or NaN"
+        f"not finite: {name} in {tensors[name].source} has {number} values that are infinite or NaN"
         for name, number in found.items()
         if number
     ]
@@ -196,9 +196,9 @@ def require_sound(folder: Path, problems: list[str]) -> None:
     )
 
 
-def assembled(parameter: HubParameter, tensors: Mapping[str, Tensor]) -> Stacked:
+def assembled(parameter: HubParameter, tensors: Mapping[str, StoredTensor]) -> StackedTensor:
     """A parameter, put together from its Hub tensors when it is read."""
     grid = np.empty(parameter.names.shape, object)
     for index, name in np.ndenumerate(parameter.names):
         grid[index] = tensors[name]
-    return Stacked(grid, str(parameter.leaf.dtype))
+    return StackedTensor(grid, str(parameter.leaf.dtype))

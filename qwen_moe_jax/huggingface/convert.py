@@ -25,7 +25,7 @@ from qwen_moe_jax.huggingface.tensors import hub_parameters, hub_tensors
 from qwen_moe_jax.model.causal_lm import Model
 from qwen_moe_jax.storage.folder import replaced_folder
 from qwen_moe_jax.storage.progress import bytes_bar
-from qwen_moe_jax.storage.tensor import Cast
+from qwen_moe_jax.storage.tensor import CastTensor
 
 Form = Literal["hub", "orbax"]
 
@@ -101,7 +101,8 @@ def convert(
             stream_tensors(new / ORBAX, stacked, advance=advance)
         else:
             rounded = {
-                name: Cast(tensors[name], str(parameter.leaf.dtype)) for name, parameter, _ in hub_tensors(parameters)
+                name: CastTensor(tensors[name], str(parameter.leaf.dtype))
+                for name, parameter, _ in hub_tensors(parameters)
             }
             write_shards(new, rounded, limit, advance)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qwen_moe_jax.errors import CheckpointError
 from qwen_moe_jax.storage.safetensors_file import open_safetensors
-from qwen_moe_jax.storage.tensor import Tensor
+from qwen_moe_jax.storage.tensor import StoredTensor
 from qwen_moe_jax.storage.torch_file import open_torch_file
 
 SINGLE = "model.safetensors"
@@ -33,7 +33,7 @@ class Files:
         unreadable: names of tensors that an index puts into files that could not be opened.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, StoredTensor]
     problems: list[str]
     unreadable: frozenset[str] = frozenset()
 
@@ -64,12 +64,12 @@ def _content(folder: Path) -> str:
     return ", ".join(names[:_LISTED] + ["…"] * (len(names) > _LISTED))
 
 
-def _open_indexed(path: Path, opener: Callable[[Path], tuple[dict[str, Tensor], list[str]]]) -> Files:
+def _open_indexed(path: Path, opener: Callable[[Path], tuple[dict[str, StoredTensor], list[str]]]) -> Files:
     try:
         weight_map = _weight_map(path)
     except (OSError, ValueError, RecursionError) as error:
         return Files({}, [f"damaged: {path.name} is not an index of tensors ({error})"])
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     problems: list[str] = []
     unread: set[str] = set()
     for name in sorted(set(weight_map.values())):
@@ -82,7 +82,7 @@ def _open_indexed(path: Path, opener: Callable[[Path], tuple[dict[str, Tensor], 
         if not found:
             unread.add(name)
         for tensor in sorted(tensors.keys() & found.keys()):
-            problems.append(f"duplicated: {tensor} stands in {tensors[tensor].where} and in {name}")
+            problems.append(f"duplicated: {tensor} stands in {tensors[tensor].source} and in {name}")
         tensors |= found
     for tensor, name in weight_map.items():
         if tensor not in tensors and name not in unread:

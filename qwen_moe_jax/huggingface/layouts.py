@@ -6,7 +6,7 @@ import numpy as np
 
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.huggingface.tensors import renamer
-from qwen_moe_jax.storage.tensor import Part, Tensor, blocks
+from qwen_moe_jax.storage.tensor import StoredTensor, TensorSlice, blocks
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 #: How the names of a decoder saved by itself begin (AutoModel's, without `model.`).
@@ -16,10 +16,10 @@ _COMPARED = 64 << 20
 _FUSED = re.compile(r"(.+\.mlp\.experts)\.(gate_up|down)_proj")
 
 
-def in_hub_form(tensors: dict[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tensor], list[str]]:
+def in_hub_form(tensors: dict[str, StoredTensor], config: ModelConfig) -> tuple[dict[str, StoredTensor], list[str]]:
     """A folder's tensors under the names that the family's published checkpoints have; and what is wrong with them."""
     rename = renamer(config.model_type)
-    found: dict[str, Tensor] = {}
+    found: dict[str, StoredTensor] = {}
     problems: list[str] = []
     for name, tensor in tensors.items():
         prefixed = f"model.{name}" if name.startswith(_BARE) else name
@@ -29,14 +29,14 @@ def in_hub_form(tensors: dict[str, Tensor], config: ModelConfig) -> tuple[dict[s
             expected = _fused_shape(config, fused[2])
             if tensor.shape != expected:
                 problems.append(
-                    f"shape: {prefixed} is {list(tensor.shape)} in {tensor.where}, expected {list(expected)}"
+                    f"shape: {prefixed} is {list(tensor.shape)} in {tensor.source}, expected {list(expected)}"
                 )
                 continue
             each = _unfused(fused[1], fused[2], tensor)
         for own, part in each:
             own = rename(own)
             if own in found:
-                problems.append(f"duplicated: {own} stands in {found[own].where} and, as {name}, in {tensor.where}")
+                problems.append(f"duplicated: {own} stands in {found[own].source} and, as {name}, in {tensor.source}")
             found[own] = part
     return found, problems
 
@@ -47,19 +47,22 @@ def _fused_shape(config: ModelConfig, kind: str) -> tuple[int, ...]:
     return (experts, width, inner) if kind == "down" else (experts, 2 * inner, width)
 
 
-def _unfused(experts: str, kind: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+def _unfused(experts: str, kind: str, tensor: StoredTensor) -> list[tuple[str, StoredTensor]]:
     """One tensor an expert, where the experts of a layer stand fused: transformers 5 writes them so when told to."""
     count, rows, _ = tensor.shape
     kinds = ("down",) if kind == "down" else ("gate", "up")
     each = rows // len(kinds)
     return [
-        (f"{experts}.{expert}.{own}_proj.weight", Part(tensor, (expert, slice(number * each, (number + 1) * each))))
+        (
+            f"{experts}.{expert}.{own}_proj.weight",
+            TensorSlice(tensor, (expert, slice(number * each, (number + 1) * each))),
+        )
         for expert in range(count)
         for number, own in enumerate(kinds)
     ]
 
 
-def tied(tensors: dict[str, Tensor], *, readable: bool) -> tuple[dict[str, Tensor], bool]:
+def tied(tensors: dict[str, StoredTensor], *, readable: bool) -> tuple[dict[str, StoredTensor], bool]:
     """The tensors of a checkpoint whose config ties the head to the embedding; and whether they really are tied.
 
     As in transformers 5.23: where only one of the two is there, it is both; where both are and differ, the file is
@@ -77,7 +80,7 @@ def tied(tensors: dict[str, Tensor], *, readable: bool) -> tuple[dict[str, Tenso
     return one, True
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     parts = blocks(one.shape, np.dtype(one.dtype).itemsize, _COMPARED)

@@ -29,7 +29,7 @@ from qwen_moe_jax.storage.folder import replaced_folder
 from qwen_moe_jax.storage.placement import local_bytes, place
 from qwen_moe_jax.storage.progress import bytes_bar
 from qwen_moe_jax.storage.safetensors_file import open_safetensors, write_safetensors
-from qwen_moe_jax.storage.tensor import Index, Tensor
+from qwen_moe_jax.storage.tensor import Index, StoredTensor
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -128,7 +128,7 @@ class Adapter:
 
     folder: Path
     config: LoraConfig
-    tensors: dict[str, Tensor]
+    tensors: dict[str, StoredTensor]
 
     @property
     def bases(self) -> set[str]:
@@ -163,7 +163,7 @@ def open_adapter(folder: str | PathLike[str]) -> Adapter:
     return Adapter(folder, config, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()})
 
 
-def merged(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
+def merged(tensors: Mapping[str, StoredTensor], adapter: Adapter) -> dict[str, StoredTensor]:
     """A checkpoint's tensors with the adapters added to those they stand beside, computed when they are read.
 
     Raises:
@@ -185,12 +185,12 @@ def merged(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sum(Tensor):
+class _Sum(StoredTensor):
     """`weight + scaling · b a` in float32, to be rounded once by whoever reads it."""
 
-    weight: Tensor
-    a: Tensor
-    b: Tensor
+    weight: StoredTensor
+    a: StoredTensor
+    b: StoredTensor
     scaling: float
 
     dtype = "float32"
@@ -200,8 +200,8 @@ class _Sum(Tensor):
         return self.weight.shape
 
     @property
-    def where(self) -> str:
-        return self.weight.where
+    def source(self) -> str:
+        return self.weight.source
 
     def read_into(self, index: Index, out: np.ndarray) -> None:
         rows, columns = index

@@ -8,7 +8,7 @@ import numpy as np
 
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.fields import shown
-from qwen_moe_jax.storage.tensor import Cast, Index, Tensor
+from qwen_moe_jax.storage.tensor import CastTensor, Index, StoredTensor
 
 SCALE = "_scale_inv"
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
@@ -47,7 +47,7 @@ def fp8_block(hub: Mapping[str, Any], where: str) -> tuple[int, int] | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Widened(Tensor):
+class DequantizedTensor(StoredTensor):
     """A matrix stored as float8 with one scale a block, as the float32 numbers that it stands for.
 
     Transformers' Fp8Dequantize: the product in float32, then rounded to the parameter's dtype, once.
@@ -58,8 +58,8 @@ class Widened(Tensor):
         block: rows and columns.
     """
 
-    weight: Tensor
-    scale: Tensor
+    weight: StoredTensor
+    scale: StoredTensor
     block: tuple[int, int]
 
     @property
@@ -71,8 +71,8 @@ class Widened(Tensor):
         return "float32"
 
     @property
-    def where(self) -> str:
-        return self.weight.where
+    def source(self) -> str:
+        return self.weight.source
 
     def read_into(self, index: Index, out: np.ndarray) -> None:
         bits = self.weight.read(index).view(np.uint8)
@@ -87,9 +87,9 @@ class Widened(Tensor):
         out[...] = values[bits] * scale
 
 
-def widened(tensors: dict[str, Tensor], block: tuple[int, int]) -> tuple[dict[str, Tensor], list[str]]:
+def dequantized(tensors: dict[str, StoredTensor], block: tuple[int, int]) -> tuple[dict[str, StoredTensor], list[str]]:
     """A folder's tensors with every float8 matrix widened, without the scales; and what is wrong with them."""
-    found: dict[str, Tensor] = {}
+    found: dict[str, StoredTensor] = {}
     problems: list[str] = []
     for name, tensor in tensors.items():
         scaled = tensors.get(name.removesuffix(SCALE))
@@ -100,17 +100,19 @@ def widened(tensors: dict[str, Tensor], block: tuple[int, int]) -> tuple[dict[st
             continue
         scale = tensors.get(name + SCALE)
         grid = [-(-size // part) for size, part in zip(tensor.shape, block, strict=False)]
-        found[name] = Cast(tensor, "float32")  # where something is wrong: then it is reported once, and never read
+        found[name] = CastTensor(
+            tensor, "float32"
+        )  # where something is wrong: then it is reported once, and never read
         if len(tensor.shape) != 2 or scale is None or list(scale.shape) != grid:
             has = "no" if scale is None else f"{list(scale.shape)} for its"
             problems.append(
-                f"fp8: {name} {list(tensor.shape)} in {tensor.where} has {has} {name + SCALE}, expected {grid}: one "
+                f"fp8: {name} {list(tensor.shape)} in {tensor.source} has {has} {name + SCALE}, expected {grid}: one "
                 f"scale for {block[0]} × {block[1]} values"
             )
         elif scale.dtype not in _SCALES:
             problems.append(
-                f"fp8: {name + SCALE} in {scale.where} is {scale.dtype}, expected one of {', '.join(_SCALES)}"
+                f"fp8: {name + SCALE} in {scale.source} is {scale.dtype}, expected one of {', '.join(_SCALES)}"
             )
         else:
-            found[name] = Widened(tensor, scale, block)
+            found[name] = DequantizedTensor(tensor, scale, block)
     return found, problems

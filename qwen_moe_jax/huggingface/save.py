@@ -20,10 +20,10 @@ from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_t
 from qwen_moe_jax.model.causal_lm import Model
 from qwen_moe_jax.sharding.distributed import is_process_zero
 from qwen_moe_jax.storage.folder import replaced_folder
-from qwen_moe_jax.storage.placement import Placed
+from qwen_moe_jax.storage.placement import DeviceTensor
 from qwen_moe_jax.storage.progress import bytes_bar
 from qwen_moe_jax.storage.safetensors_file import write_safetensors
-from qwen_moe_jax.storage.tensor import Part, Tensor
+from qwen_moe_jax.storage.tensor import StoredTensor, TensorSlice
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -60,10 +60,10 @@ def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size
 
 
 @contextlib.contextmanager
-def readable_tensors(parameters: list[HubParameter], beside: Path) -> Iterator[dict[str, Tensor]]:
+def readable_tensors(parameters: list[HubParameter], beside: Path) -> Iterator[dict[str, StoredTensor]]:
     """The Hub tensors of parameters, for process 0 to read; what it cannot reach on the devices is brought to disk."""
     if all(parameter.leaf.is_fully_addressable for parameter in parameters):
-        yield {name: Part(Placed(of.leaf), index) for name, of, index in hub_tensors(parameters)}
+        yield {name: TensorSlice(DeviceTensor(of.leaf), index) for name, of, index in hub_tensors(parameters)}
         return
     from qwen_moe_jax.storage.orbax import save_arrays, stored_tensors
 
@@ -71,7 +71,7 @@ def readable_tensors(parameters: list[HubParameter], beside: Path) -> Iterator[d
     save_arrays(parts, {parameter.path: parameter.leaf for parameter in parameters})
     if is_process_zero():
         stored = stored_tensors(parts)
-        yield {name: Part(stored[of.path], index) for name, of, index in hub_tensors(parameters)}
+        yield {name: TensorSlice(stored[of.path], index) for name, of, index in hub_tensors(parameters)}
         shutil.rmtree(parts)
     else:
         yield {}
@@ -102,24 +102,13 @@ def configs_to_hub(model: Model) -> dict[str, dict[str, Any]]:
     }
 
 
-def placed_tensors(model: Model) -> dict[str, Tensor]:
-    """Every Hub tensor of a model, or of its gradients, layer by layer; each is fetched when it is read."""
-    return {name: Part(Placed(of.leaf), index) for name, of, index in hub_tensors(hub_parameters(model))}
-
-
-def export_tensors(model: Model) -> Iterator[tuple[str, np.ndarray]]:
-    """Every (Hub name, array) of a model, or of its gradients, layer by layer."""
-    for name, tensor in placed_tensors(model).items():
-        yield name, tensor.read()
-
-
 def write_configs(folder: Path, configs: Mapping[str, dict[str, Any]]) -> None:
     """Writes JSON files by name into a folder that is there."""
     for name, content in configs.items():
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_shards(folder: Path, tensors: Mapping[str, Tensor], limit: int, advance: Callable[[int], None]) -> None:
+def write_shards(folder: Path, tensors: Mapping[str, StoredTensor], limit: int, advance: Callable[[int], None]) -> None:
     """Writes safetensors and, where there are several, their index into a folder that is there.
 
     Args:
@@ -135,7 +124,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], limit: int, advanc
         write_configs(folder, {INDEX: _index(tensors, shards)})
 
 
-def _plan_shards(tensors: Mapping[str, Tensor], limit: int) -> dict[str, list[str]]:
+def _plan_shards(tensors: Mapping[str, StoredTensor], limit: int) -> dict[str, list[str]]:
     """File names, and the tensors of each in order."""
     shards: list[list[str]] = [[]]
     filled = 0
@@ -151,7 +140,7 @@ def _plan_shards(tensors: Mapping[str, Tensor], limit: int) -> dict[str, list[st
     return {f"model-{number:05d}-of-{count:05d}.safetensors": names for number, names in enumerate(shards, start=1)}
 
 
-def _index(tensors: Mapping[str, Tensor], shards: dict[str, list[str]]) -> dict[str, Any]:
+def _index(tensors: Mapping[str, StoredTensor], shards: dict[str, list[str]]) -> dict[str, Any]:
     sizes = [(tensor.nbytes, tensor.nbytes // np.dtype(tensor.dtype).itemsize) for tensor in tensors.values()]
     size, total = (sum(column) for column in zip(*sizes, strict=True))
     return {

@@ -14,11 +14,11 @@ from qwen_moe_jax.huggingface.checkpoint import Checkpoint, head_of, non_finite,
 from qwen_moe_jax.huggingface.config import read_config
 from qwen_moe_jax.huggingface.fields import read_json
 from qwen_moe_jax.huggingface.hub import local_folder
-from qwen_moe_jax.huggingface.quantisation import Widened
+from qwen_moe_jax.huggingface.quantisation import DequantizedTensor
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, natural_order
 from qwen_moe_jax.model.causal_lm import Model
 from qwen_moe_jax.storage.progress import bytes_bar
-from qwen_moe_jax.storage.tensor import Tensor, nbytes
+from qwen_moe_jax.storage.tensor import StoredTensor, nbytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,9 +153,9 @@ def _row(parameter: HubParameter, checkpoint: Checkpoint | None) -> Row:
     )
 
 
-def _stored(tensor: Tensor) -> Tensor:
+def _stored(tensor: StoredTensor) -> StoredTensor:
     """As it lies in the file: float8 counts as such."""
-    return tensor.weight if isinstance(tensor, Widened) else tensor
+    return tensor.weight if isinstance(tensor, DequantizedTensor) else tensor
 
 
 def _pattern(names: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""Tensor names of the Hub ↔ parameters of the model.
+"""StoredTensor names of the Hub ↔ parameters of the model.
 
 Modules carry the Hub's names, so most names are the parameter's path with the layer number put in. What is left is
 stacking: a parameter of the scanned layers [L, …] is one Hub tensor per layer, the experts [L, E, …] one per layer and

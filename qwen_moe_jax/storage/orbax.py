@@ -17,7 +17,7 @@ import tensorstore as ts
 from orbax.checkpoint.experimental import v1 as ocp
 
 from qwen_moe_jax.errors import CheckpointError
-from qwen_moe_jax.storage.tensor import Index, Tensor
+from qwen_moe_jax.storage.tensor import Index, StoredTensor
 
 #: Bytes that lie in one piece on disk.
 BLOCK = 16 << 20
@@ -54,7 +54,7 @@ def save_arrays(folder: Path, arrays: Mapping[str, jax.Array]) -> None:
         ocp.save(folder.absolute(), dict(arrays), checkpointable_name=ITEM)
 
 
-def stored_tensors(folder: Path) -> dict[str, Tensor]:
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """All arrays of a folder by name, from its metadata alone; values are read when asked for.
 
     Reading a part reads the chunks that it touches: pieces of a MB of what `stream_tensors` wrote, up to 16 MB of what
@@ -69,13 +69,13 @@ def stored_tensors(folder: Path) -> dict[str, Tensor]:
     context = ts.Context({"cache_pool#nodes": {"total_bytes_limit": 32 << 20}, "file_io_concurrency": {"limit": 4}})
     try:
         opening = {name: ts.open(_read_spec(folder, name), open=True, read=True, context=context) for name in names}
-        return {name: _StoredTensor(folder, name, store.result()) for name, store in opening.items()}
+        return {name: OrbaxTensor(folder, name, store.result()) for name, store in opening.items()}
     except (ValueError, OSError) as error:
         raise _damaged(folder, error) from error
 
 
 @dataclasses.dataclass(frozen=True)
-class _StoredTensor(Tensor):
+class OrbaxTensor(StoredTensor):
     """One array of a folder.
 
     Attributes:
@@ -97,7 +97,7 @@ class _StoredTensor(Tensor):
         return self.store.dtype.numpy_dtype.name
 
     @property
-    def where(self) -> str:
+    def source(self) -> str:
         return str(self.folder)
 
     def read_into(self, index: Index, out: np.ndarray) -> None:

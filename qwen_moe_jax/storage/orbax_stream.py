@@ -27,7 +27,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from qwen_moe_jax.errors import ShardingError
 from qwen_moe_jax.storage.orbax import BLOCK, ITEM, PIECE, axes_of_rows, refuse_unstorable
-from qwen_moe_jax.storage.tensor import Index, Tensor, size_of
+from qwen_moe_jax.storage.tensor import Index, StoredTensor, index_shape
 
 #: How many blocks are in memory, read or being written. TensorStore holds a copy of each; without waiting for writes it
 #: would hold the whole model.
@@ -38,7 +38,7 @@ _COLUMNS = 8
 
 def stream_tensors(
     folder: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, StoredTensor],
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Writes the folder that `save_arrays` would write, from tensors that are read block by block.
@@ -89,7 +89,7 @@ class _Leaf:
         tensor: to be read.
     """
 
-    tensor: Tensor
+    tensor: StoredTensor
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -176,7 +176,7 @@ class _StreamingHandler(type_handlers.NumpyHandler):
         return []
 
     async def _write_block(self, store: ts.TensorStore, leaf: _Leaf, index: Index) -> None:
-        values = np.empty(size_of(index), leaf.dtype)
+        values = np.empty(index_shape(index), leaf.dtype)
         await asyncio.to_thread(leaf.tensor.read_into, index, values)
         # Returns when the block is on disk, and TensorStore has let go of it.
         await store[index].write(values, can_reference_source_data_indefinitely=True)

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from qwen_moe_jax.storage.prefetch import ahead
-from qwen_moe_jax.storage.tensor import Index, Tensor, blocks, size_of
+from qwen_moe_jax.storage.prefetch import prefetch
+from qwen_moe_jax.storage.tensor import Index, StoredTensor, blocks, index_shape
 
 #: Bytes of one block, of all parts that this process holds together.
 BLOCK = 64 << 20
@@ -36,17 +36,17 @@ class _Block:
     """
 
     number: int
-    tensor: Tensor
+    tensor: StoredTensor
     array: jax.ShapeDtypeStruct
     window: Index
 
     @property
     def is_whole_part(self) -> bool:
-        return size_of(self.window) == self.array.sharding.shard_shape(self.array.shape)
+        return index_shape(self.window) == self.array.sharding.shard_shape(self.array.shape)
 
 
 def place(
-    tensors: Sequence[Tensor], described: Sequence[jax.ShapeDtypeStruct], advance: Callable[[int], None]
+    tensors: Sequence[StoredTensor], described: Sequence[jax.ShapeDtypeStruct], advance: Callable[[int], None]
 ) -> list[jax.Array]:
     """Reads tensors into arrays.
 
@@ -64,10 +64,10 @@ def place(
         None if first.is_whole_part else _empty(array)()
         for (first, *_), array in zip(blocks_of, described, strict=True)
     ]
-    for block, parts in ahead(lambda block: (block, _read(block)), itertools.chain.from_iterable(blocks_of)):
+    for block, parts in prefetch(lambda block: (block, _read(block)), itertools.chain.from_iterable(blocks_of)):
         sharding = block.array.sharding
         placed = [jax.device_put(values, device) for values, devices in parts for device in devices]
-        shape = _global_shape(size_of(block.window), block.array)
+        shape = _global_shape(index_shape(block.window), block.array)
         array = jax.make_array_from_single_device_arrays(shape, sharding, placed)
         if not block.is_whole_part:
             begin = tuple(part.start for part in block.window)
@@ -85,7 +85,7 @@ def local_bytes(described: Iterable[jax.ShapeDtypeStruct]) -> int:
     )
 
 
-def _blocks(number: int, tensor: Tensor, array: jax.ShapeDtypeStruct) -> list[_Block]:
+def _blocks(number: int, tensor: StoredTensor, array: jax.ShapeDtypeStruct) -> list[_Block]:
     part_shape, parts = array.sharding.shard_shape(array.shape), len(_owners(array))
     windows = blocks(part_shape, array.dtype.itemsize, BLOCK // parts)
     return [_Block(number, tensor, array, window) for window in windows]
@@ -104,7 +104,7 @@ def _read(block: _Block) -> list[tuple[np.ndarray, list[jax.Device]]]:
     """The block's window of every part, read, and the devices it goes to."""
     read = []
     for part, devices in _owners(block.array):
-        values = _aligned_empty(size_of(block.window), block.array.dtype)
+        values = _aligned_empty(index_shape(block.window), block.array.dtype)
         block.tensor.read_into(_within(part, block.window), values)
         read.append((values, devices))
     return read
@@ -153,7 +153,7 @@ def _overwrite(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, tuple
 
 
 @dataclasses.dataclass(frozen=True)
-class Placed(Tensor):
+class DeviceTensor(StoredTensor):
     """An array on devices, as a tensor to be read.
 
     Attributes:
@@ -171,7 +171,7 @@ class Placed(Tensor):
         return str(self.array.dtype)
 
     @property
-    def where(self) -> str:
+    def source(self) -> str:
         return "the model"
 
     def read_into(self, index: Index, out: np.ndarray) -> None:

@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 THREADS = 4
 
 
-def ahead(make: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def prefetch(make: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """`map(make, items)`, a few items ahead of whoever takes the results; in order.
 
     An exception of `make` is raised where its result would have come, and nothing after it is begun.

@@ -21,8 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from qwen_moe_jax.errors import CheckpointError
-from qwen_moe_jax.storage.prefetch import ahead
-from qwen_moe_jax.storage.tensor import Index, Tensor, blocks, size_of
+from qwen_moe_jax.storage.prefetch import prefetch
+from qwen_moe_jax.storage.tensor import Index, StoredTensor, blocks, index_shape
 
 #: safetensors' names of element types, and NumPy's.
 DTYPES = {
@@ -76,7 +76,7 @@ class OpenFile:
 
 
 @dataclasses.dataclass(frozen=True)
-class FileTensor(Tensor):
+class SafetensorsTensor(StoredTensor):
     """One tensor of an open safetensors file.
 
     Attributes:
@@ -91,11 +91,11 @@ class FileTensor(Tensor):
     offset: int
 
     @property
-    def where(self) -> str:
+    def source(self) -> str:
         return self.file.path.name
 
     def read_into(self, index: Index, out: np.ndarray) -> None:
-        if math.prod(size_of(index)) == 0:
+        if math.prod(index_shape(index)) == 0:
             return
         run = _run(self.shape, index)
         if run is None:
@@ -103,7 +103,7 @@ class FileTensor(Tensor):
             return
         start, count = run
         direct = out.flags.c_contiguous and out.dtype == self.dtype
-        values = out if direct else np.empty(size_of(index), self.dtype)
+        values = out if direct else np.empty(index_shape(index), self.dtype)
         self.file.fill(values.reshape(count).view(np.uint8), self.offset + start * values.itemsize)
         if not direct:
             out[...] = values.reshape(out.shape)
@@ -119,7 +119,7 @@ class FileTensor(Tensor):
 
 def _run(shape: tuple[int, ...], index: Index) -> tuple[int, int] | None:
     """First element and length of a part that lies in one piece; None where it does not."""
-    sizes = size_of(index)
+    sizes = index_shape(index)
     first = next((axis for axis, size in enumerate(sizes) if size != 1), len(shape))
     if any(size != full for size, full in zip(sizes[first + 1 :], shape[first + 1 :], strict=True)):
         return None
@@ -127,7 +127,7 @@ def _run(shape: tuple[int, ...], index: Index) -> tuple[int, int] | None:
     return sum(part.start * stride for part, stride in zip(index, strides, strict=True)), math.prod(sizes)
 
 
-def open_safetensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     """The tensors of a file by name, from its header alone, and all that is wrong with it.
 
     Tensors whose entry cannot be believed are left out; each is a line of the second result.
@@ -137,7 +137,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         begin, entries = _header(file)
     except (OSError, ValueError, RecursionError) as error:
         return {}, [f"damaged: {path.name} is not a safetensors file ({error})"]
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     problems: list[str] = []
     ends: list[tuple[int, int, str]] = []
     for name, entry in entries:
@@ -154,7 +154,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         if name in tensors:
             problems.append(f"duplicated: {name} stands twice in the header of {path.name}")
         ends.append((start, end, name))
-        tensors[name] = FileTensor(shape, dtype, file, begin + start)
+        tensors[name] = SafetensorsTensor(shape, dtype, file, begin + start)
     if not tensors and not problems:
         return {}, [f"damaged: {path.name} holds no tensors"]
     if not problems:
@@ -219,7 +219,7 @@ def _layout_problems(path: Path, ends: list[tuple[int, int, str]], size: int) ->
     return []
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], advance: Callable[[int], None]) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], advance: Callable[[int], None]) -> None:
     """Writes a file from tensors that are read block by block: in memory are a few blocks.
 
     Args:
@@ -244,7 +244,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], advance: Callab
     )
     with open(path, "wb", buffering=0) as file:
         _write(file, len(text).to_bytes(8, "little") + text)
-        for values in ahead(lambda part: part[0].read(part[1]), parts):
+        for values in prefetch(lambda part: part[0].read(part[1]), parts):
             _write(file, values.reshape(-1).view(np.uint8))
             advance(values.nbytes)
 

@@ -1,6 +1,6 @@
 """What a tensor that stands somewhere else is to whoever reads it; and how tensors are cut and put together unread.
 
-A file, a stack of the files' tensors, an array on devices: all are a `Tensor`, read in parts. So whoever writes or
+A file, a stack of the files' tensors, an array on devices: all are a `StoredTensor`, read in parts. So whoever writes or
 places one never asks where it comes from, and never holds more of it than a block.
 """
 
@@ -17,18 +17,18 @@ import numpy as np
 Index = tuple[slice, ...]
 
 
-class Tensor(abc.ABC):
+class StoredTensor(abc.ABC):
     """An array that stands somewhere else and is read in parts.
 
     Attributes:
         shape: of the array.
         dtype: NumPy's name of its element type ("bfloat16", "float32", "float8_e4m3fn", …).
-        where: what holds it, for messages: a file's name.
+        source: name of the file (or device array) that holds it, for messages.
     """
 
     shape: tuple[int, ...]
     dtype: str
-    where: str
+    source: str
 
     @abc.abstractmethod
     def read_into(self, index: Index, out: np.ndarray) -> None:
@@ -40,8 +40,8 @@ class Tensor(abc.ABC):
 
     def read(self, index: Index | None = None) -> np.ndarray:
         """Reads a part, or everything, into a new array."""
-        index = whole(self.shape) if index is None else index
-        out = np.empty(size_of(index), self.dtype)
+        index = full_index(self.shape) if index is None else index
+        out = np.empty(index_shape(index), self.dtype)
         self.read_into(index, out)
         return out
 
@@ -52,7 +52,7 @@ class Tensor(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class Part(Tensor):
+class TensorSlice(StoredTensor):
     """A window into another tensor, without the axes of which one row is taken.
 
     Attributes:
@@ -60,7 +60,7 @@ class Part(Tensor):
         window: a row number or a slice for each leading axis; the axes after them are taken whole.
     """
 
-    tensor: Tensor
+    tensor: StoredTensor
     window: tuple[int | slice, ...]
 
     @property
@@ -73,8 +73,8 @@ class Part(Tensor):
         return self.tensor.dtype
 
     @property
-    def where(self) -> str:
-        return self.tensor.where
+    def source(self) -> str:
+        return self.tensor.source
 
     def read_into(self, index: Index, out: np.ndarray) -> None:
         asked = iter(index)
@@ -86,11 +86,11 @@ class Part(Tensor):
             else:
                 inner.append(slice(part, part + 1))
         inner += asked
-        self.tensor.read_into(tuple(inner), out.reshape(size_of(tuple(inner))))
+        self.tensor.read_into(tuple(inner), out.reshape(index_shape(tuple(inner))))
 
 
 @dataclasses.dataclass(frozen=True)
-class Stacked(Tensor):
+class StackedTensor(StoredTensor):
     """Tensors of one shape, side by side on new leading axes.
 
     Attributes:
@@ -106,8 +106,8 @@ class Stacked(Tensor):
         return (*self.tensors.shape, *self.tensors.flat[0].shape)
 
     @property
-    def where(self) -> str:
-        return self.tensors.flat[0].where
+    def source(self) -> str:
+        return self.tensors.flat[0].source
 
     def read_into(self, index: Index, out: np.ndarray) -> None:
         axes = self.tensors.ndim
@@ -116,7 +116,7 @@ class Stacked(Tensor):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cast(Tensor):
+class CastTensor(StoredTensor):
     """A tensor in another dtype.
 
     Attributes:
@@ -124,7 +124,7 @@ class Cast(Tensor):
         dtype: which its values are rounded to.
     """
 
-    tensor: Tensor
+    tensor: StoredTensor
     dtype: str
 
     @property
@@ -132,8 +132,8 @@ class Cast(Tensor):
         return self.tensor.shape
 
     @property
-    def where(self) -> str:
-        return self.tensor.where
+    def source(self) -> str:
+        return self.tensor.source
 
     def read_into(self, index: Index, out: np.ndarray) -> None:
         if out.dtype == self.dtype:
@@ -142,7 +142,7 @@ class Cast(Tensor):
             out[...] = self.read(index)
 
 
-def whole(shape: Sequence[int]) -> Index:
+def full_index(shape: Sequence[int]) -> Index:
     """The index of all of an array."""
     return tuple(slice(0, size) for size in shape)
 
@@ -152,7 +152,7 @@ def nbytes(shape: Sequence[int], dtype: str) -> int:
     return math.prod(shape) * np.dtype(dtype).itemsize
 
 
-def size_of(index: Index) -> tuple[int, ...]:
+def index_shape(index: Index) -> tuple[int, ...]:
     """The shape of a part."""
     return tuple(part.stop - part.start for part in index)
 
@@ -174,11 +174,11 @@ def blocks(shape: Sequence[int], itemsize: int, limit: int) -> Iterator[Index]:
         inner //= max(shape[axis], 1)
         axis += 1
     if axis == 0:
-        yield whole(shape)
+        yield full_index(shape)
         return
     cut = shape[axis - 1]
     count = -(-cut // max(limit // max(inner, 1), 1))
     runs = [slice(cut * part // count, cut * (part + 1) // count) for part in range(count)]
     for leading in itertools.product(*(range(size) for size in shape[: axis - 1])):
         for run in runs:
-            yield (*(slice(at, at + 1) for at in leading), run, *whole(shape[axis:]))
+            yield (*(slice(at, at + 1) for at in leading), run, *full_index(shape[axis:]))

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qwen_moe_jax.errors import CheckpointError
-from qwen_moe_jax.storage.tensor import Index, Tensor
+from qwen_moe_jax.storage.tensor import Index, StoredTensor
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclasses.dataclass(frozen=True)
-class TorchTensor(Tensor):
+class TorchTensor(StoredTensor):
     """A tensor as torch holds it: mapped from the file, where the file allows it, and not read yet."""
 
     tensor: "torch.Tensor"
@@ -30,7 +30,7 @@ class TorchTensor(Tensor):
         return str(self.tensor.dtype).removeprefix("torch.")
 
     @property
-    def where(self) -> str:
+    def source(self) -> str:
         return self.path.name
 
     def read_into(self, index: Index, out: np.ndarray) -> None:
@@ -41,7 +41,7 @@ class TorchTensor(Tensor):
         out[...] = part.view(torch.uint8).numpy().view(self.dtype).reshape(out.shape)
 
 
-def open_torch_file(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def open_torch_file(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     """The tensors of a file by name, and what is wrong with it, as `open_safetensors`.
 
     Raises:

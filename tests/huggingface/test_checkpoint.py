@@ -10,11 +10,10 @@ import pytest
 from safetensors import safe_open
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.huggingface.save import export_tensors
 from tests.cases import CASES, FAMILIES, SPARSE_FAMILIES
 from tests.distance import assert_near
 from tests.referee import load_file, logits_of, save_file, torch, transformers
-from tests.subject import run
+from tests.subject import hub_arrays, run
 
 INDEX = "model.safetensors.index.json"
 
@@ -96,7 +95,7 @@ def test_shards_of_limited_size_with_an_index_are_written_and_read(references, n
     assert_bit_equal(read_tensors(tmp_path / "saved"), expected)
 
     again = qmj.from_pretrained(tmp_path / "saved")
-    for tensor, value in export_tensors(again):
+    for tensor, value in hub_arrays(again):
         np.testing.assert_array_equal(value, expected[tensor].numpy(), tensor)
     assert not any(
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)[1].values()
@@ -107,7 +106,7 @@ def test_shards_written_by_transformers_are_read(references, tmp_path):
     reference = references["qwen3_moe-plain"]
     reference.model.save_pretrained(tmp_path, max_shard_size="40KB")
     assert (tmp_path / INDEX).exists()
-    for tensor, value in export_tensors(qmj.from_pretrained(tmp_path)):
+    for tensor, value in hub_arrays(qmj.from_pretrained(tmp_path)):
         np.testing.assert_array_equal(value, read_tensors(reference.folder)[tensor].numpy(), tensor)
 
 
@@ -117,7 +116,7 @@ def test_fused_expert_tensors_of_transformers_5_are_read_as_well(references, fam
     reference.model.save_pretrained(tmp_path, save_original_format=False)
     assert any(name.endswith("experts.gate_up_proj") for name in read_tensors(tmp_path))
     expected = read_tensors(reference.folder)
-    found = dict(export_tensors(qmj.from_pretrained(tmp_path)))
+    found = dict(hub_arrays(qmj.from_pretrained(tmp_path)))
     assert found.keys() == expected.keys()
     for tensor, value in found.items():
         np.testing.assert_array_equal(value, expected[tensor].numpy(), tensor)
@@ -127,7 +126,7 @@ def test_dtypes_asked_for_are_kept_apart(references):
     folder = references["qwen3_moe-plain"].folder
     model = qmj.from_pretrained(folder, dtype="bfloat16", param_dtype="float32")
     assert model.lm_head.weight.dtype == "float32"
-    assert {str(value.dtype) for _, value in export_tensors(model)} == {"float32"}
+    assert {str(value.dtype) for _, value in hub_arrays(model)} == {"float32"}
     assert str(qmj.from_pretrained(folder, dtype="bfloat16").lm_head.weight.dtype) == "bfloat16"
 
 
@@ -141,7 +140,7 @@ def test_a_config_without_dtype_leaves_it_to_the_weights(references, tmp_path):
     del config["dtype"]
     path.write_text(json.dumps(config))
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
-    assert {str(value.dtype) for _, value in export_tensors(qmj.from_pretrained(tmp_path))} == {"bfloat16"}
+    assert {str(value.dtype) for _, value in hub_arrays(qmj.from_pretrained(tmp_path))} == {"bfloat16"}
 
 
 def test_saving_over_a_folder_leaves_no_file_of_the_old_model(references, tmp_path):

@@ -7,9 +7,8 @@ import pytest
 from flax import nnx
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.huggingface.save import export_tensors
 from tests.cases import CASES
-from tests.subject import run
+from tests.subject import hub_arrays, run
 
 NAMES = ["qwen2-tied", "qwen2_moe-mlp_only_layers", "qwen3-attention_bias", "qwen3_moe-plain", "mixtral-plain"]
 
@@ -25,7 +24,7 @@ def test_a_saved_model_is_loaded_bit_equal(name, dtype, tmp_path):
     model = fresh(name, dtype)
     qmj.save_pretrained(model, tmp_path, max_shard_size=60_000)
     again = qmj.from_pretrained(tmp_path)
-    expected, found = dict(export_tensors(model)), dict(export_tensors(again))
+    expected, found = dict(hub_arrays(model)), dict(hub_arrays(again))
     assert found.keys() == expected.keys()
     for tensor, value in expected.items():
         assert value.dtype == found[tensor].dtype == dtype
@@ -33,7 +32,7 @@ def test_a_saved_model_is_loaded_bit_equal(name, dtype, tmp_path):
 
 
 def test_every_tensor_has_its_name_and_shape_on_the_hub():
-    shapes = {name: value.shape for name, value in export_tensors(fresh("qwen2_moe-mlp_only_layers"))}
+    shapes = {name: value.shape for name, value in hub_arrays(fresh("qwen2_moe-mlp_only_layers"))}
     layers = {int(name.split(".")[2]) for name in shapes if name.startswith("model.layers.")}
     assert layers == {0, 1, 2, 3}
     assert shapes["model.embed_tokens.weight"] == shapes["lm_head.weight"] == (97, 32)
@@ -46,7 +45,7 @@ def test_every_tensor_has_its_name_and_shape_on_the_hub():
     assert shapes["model.layers.2.self_attn.k_proj.weight"] == (16, 32)
     assert shapes["model.layers.2.self_attn.k_proj.bias"] == (16,)
     assert "model.layers.2.self_attn.o_proj.bias" not in shapes
-    mixtral = {name for name, _ in export_tensors(fresh("mixtral-plain"))}
+    mixtral = {name for name, _ in hub_arrays(fresh("mixtral-plain"))}
     assert {f"model.layers.2.block_sparse_moe.experts.5.{word}.weight" for word in ("w1", "w2", "w3")} <= mixtral
     assert "model.layers.2.block_sparse_moe.gate.weight" in mixtral
 

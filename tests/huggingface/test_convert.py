@@ -15,11 +15,12 @@ import qwen_moe_jax as qmj
 from qwen_moe_jax.cli.main import main
 from qwen_moe_jax.huggingface.checkpoint import open_checkpoint
 from qwen_moe_jax.huggingface.convert import convert
-from qwen_moe_jax.huggingface.save import configs_to_hub, export_tensors, write_configs, write_shards
+from qwen_moe_jax.huggingface.save import configs_to_hub, write_configs, write_shards
 from qwen_moe_jax.huggingface.tensors import hub_parameters, hub_tensors
 from qwen_moe_jax.storage import placement
-from qwen_moe_jax.storage.tensor import Tensor
+from qwen_moe_jax.storage.tensor import StoredTensor
 from tests.cases import CASES
+from tests.subject import hub_arrays
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["qwen2-tied", "qwen2_moe-mlp_only_layers", "qwen3-plain", "qwen3_moe-plain", "mixtral-plain"]
@@ -48,7 +49,7 @@ def test_from_the_hub_to_eight_devices_to_orbax_to_four_and_back_not_a_bit_chang
     again = qmj.from_pretrained(tmp_path / "native", mesh=four)
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(again)} == {four}
     qmj.save_pretrained(again, tmp_path / "back", max_shard_size=60_000)
-    expected = bits(export_tensors(source))
+    expected = bits(hub_arrays(source))
     assert stored_bits(tmp_path / "native") == stored_bits(tmp_path / "back") == expected
     assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads(
         (tmp_path / "hub/config.json").read_text()
@@ -62,7 +63,7 @@ def test_converting_gives_what_loading_and_saving_gives(name, tmp_path):
     qmj.save_orbax(source, tmp_path / "saved")
     convert(tmp_path / "hub", tmp_path / "native", to="orbax")
     convert(tmp_path / "native", tmp_path / "back")
-    assert stored_bits(tmp_path / "native") == stored_bits(tmp_path / "saved") == bits(export_tensors(source))
+    assert stored_bits(tmp_path / "native") == stored_bits(tmp_path / "saved") == bits(hub_arrays(source))
     files = ("config.json", "generation_config.json", "model.safetensors")
     for file in files:
         assert (tmp_path / "back" / file).read_bytes() == (tmp_path / "hub" / file).read_bytes(), file
@@ -72,7 +73,7 @@ def test_another_dtype_is_rounded_once_and_named_in_the_config(tmp_path):
     source = fresh("qwen3_moe-plain", "float32")
     qmj.save_pretrained(source, tmp_path / "hub")
     convert(tmp_path / "hub", tmp_path / "narrow", dtype="bfloat16", max_shard_size="60KB")
-    expected = bits((name, array.astype("bfloat16")) for name, array in export_tensors(source))
+    expected = bits((name, array.astype("bfloat16")) for name, array in hub_arrays(source))
     assert stored_bits(tmp_path / "narrow") == expected
     assert json.loads((tmp_path / "narrow/config.json").read_text())["torch_dtype"] == "bfloat16"
     assert len(list((tmp_path / "narrow").glob("*.safetensors"))) > 1
@@ -96,7 +97,7 @@ def test_a_classifier_keeps_its_head_through_every_form(tmp_path):
     qmj.save_pretrained(source, tmp_path / "hub")
     convert(tmp_path / "hub", tmp_path / "native", to="orbax")
     again = qmj.TokenClassifier.from_pretrained(tmp_path / "native")
-    assert bits(export_tensors(again)) == bits(export_tensors(source))
+    assert bits(hub_arrays(again)) == bits(hub_arrays(source))
 
 
 def test_a_native_folder_with_the_config_of_another_model_is_refused_parameter_by_parameter(tmp_path):
@@ -123,7 +124,7 @@ def test_a_balancing_bias_is_kept_by_the_native_form_alone(tmp_path):
     qmj.save_orbax(source, tmp_path / "native")
     again = qmj.from_pretrained(tmp_path / "native")
     assert again.config.moe == config.moe
-    assert bits(export_tensors(again)) == bits(export_tensors(source))
+    assert bits(hub_arrays(again)) == bits(hub_arrays(source))
     with pytest.raises(qmj.ConfigError, match="balancing_bias=True cannot be written"):
         convert(tmp_path / "native", tmp_path / "hub")
 
@@ -183,7 +184,7 @@ def test_arrays_grown_block_by_block_are_those_placed_whole(form, limit, tmp_pat
     monkeypatch.setattr(placement, "BLOCK", limit)
     mesh = qmj.make_mesh(data=2, expert=2, tensor=2)
     grown = qmj.from_pretrained(tmp_path / form, mesh=mesh)
-    assert bits(export_tensors(grown)) == bits(export_tensors(source))
+    assert bits(hub_arrays(grown)) == bits(hub_arrays(source))
     described = qmj.CausalLM(source.config, rngs=None, mesh=mesh)
     for leaf, expected in zip(jax.tree.leaves(grown), jax.tree.leaves(described), strict=True):
         assert leaf.sharding == expected.sharding
@@ -224,10 +225,10 @@ print(*figures, arrays)
 """
 
 
-class Rows(Tensor):
+class Rows(StoredTensor):
     """A tensor that takes no memory: every row is 0, 1, 2, …"""
 
-    dtype, where = "bfloat16", "nowhere"
+    dtype, source = "bfloat16", "nowhere"
 
     def __init__(self, shape: tuple[int, ...]):
         self.shape = shape

@@ -12,11 +12,10 @@ from flax import nnx
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.huggingface.checkpoint import open_checkpoint
-from qwen_moe_jax.huggingface.save import export_tensors
 from tests.cases import CASES, FAMILIES, SPARSE_FAMILIES, Case
 from tests.distance import assert_near
 from tests.referee import Reference, load_file, logits_of, save_file, torch, transformers
-from tests.subject import run
+from tests.subject import hub_arrays, run
 
 SINGLE, CONFIG = "model.safetensors", "config.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -25,7 +24,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 def assert_holds(model, expected: dict) -> None:
     """Every parameter of the model is, bit for bit, the tensor of its Hub name."""
-    found = dict(export_tensors(model))
+    found = dict(hub_arrays(model))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         bits = value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
@@ -280,7 +279,7 @@ def test_every_value_of_float8_is_widened(references, tmp_path):
     stored[name] = torch.arange(64 * 32).to(torch.uint8).view(torch.float8_e4m3fn).reshape(64, 32)
     stored[name + "_scale_inv"] = torch.tensor([[0.37]])
     model = qmj.from_pretrained(fp8_folder(source, tmp_path / "fp8", stored, LARGE), dtype="float32")
-    found = dict(export_tensors(model))[name]
+    found = dict(hub_arrays(model))[name]
     bits = np.arange(64 * 32).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
     expected = bits.astype(np.float32).reshape(64, 32) * np.float32(0.37)
     assert np.isnan(expected).sum() == 16
@@ -349,7 +348,7 @@ def test_a_classifier_is_made_of_a_language_model(references, name, head, tmp_pa
     folder = references[name].folder
     tensors = {tensor: value for tensor, value in load_file(folder / SINGLE).items() if tensor != HEAD}
     model = head.from_pretrained(folder, rngs=nnx.Rngs(0))
-    scores = {tensor: value for tensor, value in export_tensors(model) if tensor.startswith("score.")}
+    scores = {tensor: value for tensor, value in hub_arrays(model) if tensor.startswith("score.")}
     assert scores["score.weight"].shape == (model.config.num_labels, 32)
     assert 0.005 < scores["score.weight"].std() < 0.05
     drawn = {tensor: torch.tensor(value) for tensor, value in scores.items()}

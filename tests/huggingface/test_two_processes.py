@@ -14,10 +14,10 @@ import pytest
 from flax import nnx
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.huggingface.save import export_tensors
 from qwen_moe_jax.huggingface.tensors import hub_parameters
 from tests.cases import CASES
 from tests.distance import assert_near
+from tests.subject import hub_arrays
 
 ROOT = Path(__file__).parents[2]
 SIZES = dict(expert=4, tensor=2)  # the first host has the first two of four groups of experts
@@ -36,11 +36,11 @@ from qwen_moe_jax.storage import safetensors_file
 from tests.huggingface.test_two_processes import SIZES, TOKENS
 
 read = []
-read_into = safetensors_file.FileTensor.read_into
+read_into = safetensors_file.SafetensorsTensor.read_into
 def counting(self, index, out):
     read.append(out.nbytes)
     read_into(self, index, out)
-safetensors_file.FileTensor.read_into = counting
+safetensors_file.SafetensorsTensor.read_into = counting
 
 mesh = qmj.make_mesh(**SIZES)
 model = qmj.from_pretrained(folder, mesh=mesh)
@@ -127,5 +127,5 @@ def test_each_host_reads_its_part_and_the_logits_are_those_of_one(source, tmp_pa
     assert_near(np.load(f"{native}-logits.npy"), expected, 1e-5, "logits")
     one = qmj.from_pretrained(native)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["native", "native-hub", "native-logits.npy"]
-    for (name, found), (_, original) in zip(export_tensors(one), export_tensors(model), strict=True):
+    for (name, found), (_, original) in zip(hub_arrays(one), hub_arrays(model), strict=True):
         assert found.tobytes() == original.tobytes(), name

@@ -8,10 +8,9 @@ import pytest
 from flax import nnx
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.huggingface.save import export_tensors
 from qwen_moe_jax.model.balancing import update_balancing_biases
 from tests.cases import CASES
-from tests.subject import run
+from tests.subject import hub_arrays, run
 
 TOKENS = np.random.default_rng(0).integers(1, 97, (8, 8)).astype(np.int32)
 #: dense, sparse, dense, sparse, …: two scanned layers a period; and a dense layer before sparse ones: two segments.
@@ -32,7 +31,7 @@ def make_model(*, balancing_bias=True, param_dtype="float32", axes=None, **setti
 def biases(model) -> dict[int, np.ndarray]:
     """The bias of every sparse layer, by the number of the layer."""
     name = ".mlp.e_score_correction_bias"
-    tensors = {key: values for key, values in export_tensors(model) if key.endswith(name)}
+    tensors = {key: values for key, values in hub_arrays(model) if key.endswith(name)}
     return {int(key.removesuffix(name).rpartition(".")[2]): values for key, values in tensors.items()}
 
 
@@ -55,7 +54,7 @@ def test_every_layers_bias_moves_by_its_own_load(stack, axes):
     for loads_E, layer in zip(loads_LE, sparse, strict=True):
         np.testing.assert_array_equal(biases(moved)[layer], 0.5 * np.sign(loads_E.mean() - loads_E))
         assert not biases(model)[layer].any(), "the model that was given stays as it was"
-    others = [[values for name, values in export_tensors(each) if "correction" not in name] for each in (model, moved)]
+    others = [[values for name, values in hub_arrays(each) if "correction" not in name] for each in (model, moved)]
     for before, after in zip(*others, strict=True):
         np.testing.assert_array_equal(after, before)
     assert (np.asarray(run(moved, TOKENS).router.stats.tokens_per_expert) != loads_LE).any()

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.huggingface.save import export_tensors
 from tests.cases import PLAIN, VOCABULARY, Case
 from tests.distance import relative_l2
 from tests.referee import LENGTH, Batch, Reference, ask, torch
+from tests.subject import hub_arrays
 
 # Gradients pass the network twice and add up over some 50 tokens, some of them cancelling: ten times the logits' 1e-5.
 GRADIENT_TOLERANCE = 1e-4
@@ -41,7 +41,7 @@ def training_loss(model, batch: Batch, labels):
 
 def loss_and_gradients(model, batch: Batch):
     loss, gradients = jax.jit(jax.value_and_grad(lambda model: training_loss(model, batch, batch.labels)))(model)
-    return float(loss), dict(export_tensors(gradients))
+    return float(loss), dict(hub_arrays(gradients))
 
 
 def assert_same_gradients(found: dict, expected: dict):

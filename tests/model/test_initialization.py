@@ -5,13 +5,13 @@ import pytest
 from flax import nnx
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.huggingface.save import export_tensors
 from tests.cases import CASES
+from tests.subject import hub_arrays
 
 
 def fresh(name: str, seed: int = 0, **settings) -> dict[str, np.ndarray]:
     config = qmj.ModelConfig.from_pretrained({**CASES[name].config, **settings})
-    return dict(export_tensors(qmj.CausalLM(config, rngs=nnx.Rngs(seed))))
+    return dict(hub_arrays(qmj.CausalLM(config, rngs=nnx.Rngs(seed))))
 
 
 @pytest.mark.parametrize(

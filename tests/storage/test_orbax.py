@@ -23,7 +23,7 @@ from qwen_moe_jax.storage import orbax, orbax_stream
 from qwen_moe_jax.storage.orbax import save_arrays, stored_tensors
 from qwen_moe_jax.storage.orbax_stream import stream_tensors
 from qwen_moe_jax.storage.placement import place
-from qwen_moe_jax.storage.tensor import Tensor, size_of
+from qwen_moe_jax.storage.tensor import StoredTensor, index_shape
 
 ROOT = Path(__file__).parents[2]
 DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8", "int32", "bool"]
@@ -31,14 +31,14 @@ SHAPES = {"scalar": (), "w[0][1].gate": (3, 5, 7), "path/like": (2, 700, 401)}
 
 
 @dataclasses.dataclass(frozen=True)
-class InMemory(Tensor):
+class InMemory(StoredTensor):
     """An array that is read as if it stood on disk."""
 
     array: np.ndarray
 
     shape = property(lambda self: self.array.shape)
     dtype = property(lambda self: self.array.dtype.name)
-    where = "memory"
+    source = "memory"
 
     def read_into(self, index, out):
         out[...] = self.array[index]
@@ -116,7 +116,7 @@ def test_parts_are_read_alone_and_cast(both):
     for folder in folders:
         tensor = stored_tensors(folder)["float32.path/like"]
         assert tensor.read(index).tobytes() == array[index].tobytes()
-        out = np.zeros((4, *size_of(index)[1:]), "float64")
+        out = np.zeros((4, *index_shape(index)[1:]), "float64")
         with np.errstate(invalid="ignore"):
             tensor.read_into(index, out[2:3])
             np.testing.assert_array_equal(out[2:3], array[index].astype("float64"))
@@ -197,7 +197,7 @@ def test_blocks_are_few_and_pieces_small(shape, itemsize):
     assert math.prod(piece) * itemsize <= orbax.PIECE
     assert math.prod(block) * itemsize <= 1.1 * orbax.BLOCK
     grid = list(orbax_stream._grid(shape, block))
-    assert sum(math.prod(size_of(index)) for index in grid) == math.prod(shape)
+    assert sum(math.prod(index_shape(index)) for index in grid) == math.prod(shape)
     assert len(grid) <= 2 * math.prod(shape) * itemsize / orbax.BLOCK + math.prod(shape[:2]) + 1
 
 
@@ -300,15 +300,15 @@ from pathlib import Path
 import numpy as np
 from qwen_moe_jax.storage.orbax import stored_tensors
 from qwen_moe_jax.storage.orbax_stream import stream_tensors
-from qwen_moe_jax.storage.tensor import Tensor, blocks
+from qwen_moe_jax.storage.tensor import StoredTensor, blocks
 
 
 @dataclasses.dataclass(frozen=True)
-class Made(Tensor):
+class Made(StoredTensor):
     shape: tuple
     interrupts: bool = False
     dtype = "bfloat16"
-    where = "made"
+    source = "made"
 
     def read_into(self, index, out):
         if self.interrupts and index[0].start == 1:

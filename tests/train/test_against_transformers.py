@@ -6,9 +6,9 @@ import pytest
 from flax import nnx
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.huggingface.save import export_tensors
 from tests.distance import relative_l2
 from tests.referee import build, hub_tensors, torch
+from tests.subject import hub_arrays
 from train.config import LossConfig, OptimizerConfig
 from train.data.batches import batch_at, pack
 from train.objectives.language_modelling import resolve_loss
@@ -44,7 +44,7 @@ def trained_here(folder):
     for batch in batches(model.config.vocab_size):
         state, metrics = step(state, {}, batch)
         seen.append(jax.device_get(metrics))
-    return seen, dict(export_tensors(nnx.merge(graph, state.params)))
+    return seen, dict(hub_arrays(nnx.merge(graph, state.params)))
 
 
 def trained_there(reference):

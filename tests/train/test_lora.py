@@ -9,8 +9,8 @@ import pytest
 from orbax.checkpoint.experimental import v1 as ocp
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.huggingface.save import export_tensors
 from tests.distance import assert_near
+from tests.subject import hub_arrays
 from tests.train.test_program import assembled
 from tests.train.test_run import CONFIG, metrics, start
 from train.config import build_config
@@ -67,8 +67,8 @@ def test_the_adapter_beside_its_base_is_the_exported_model_whose_other_weights_a
     beside = qmj.from_pretrained(base, adapter=folder / "adapter")
     merged = qmj.from_pretrained(folder / "hub")
     assert_near(merged(tokens).logits, beside(tokens).logits, 1e-5, "logits")
-    before = dict(export_tensors(qmj.from_pretrained(base)))
-    for name, tensor in export_tensors(merged):
+    before = dict(hub_arrays(qmj.from_pretrained(base)))
+    for name, tensor in hub_arrays(merged):
         same = bool((tensor == before[name]).all())
         assert same != (".q_proj." in name or ".experts." in name), name
 
