@@ -24,6 +24,7 @@ from qwen_moe_jax.moe.kernels import nvidia, tpu
 from qwen_moe_jax.moe.kernels.grouped_matmul import buffer_rows, grouped_matmul
 from qwen_moe_jax.plan.hlo import Module
 from qwen_moe_jax.plan.targets import parse_target
+from qwen_moe_jax.rounding import ceil_div
 
 D, F, E, A, TOKENS = 2048, 768, 128, 8, 8192  # Qwen3-30B-A3B
 ROWS = TOKENS * A
@@ -129,7 +130,7 @@ def tile_rows(row_tile: int, from_own_start: bool) -> float:
     ends_E = np.cumsum(sizes_E)
     starts_E = np.zeros(E, int) if from_own_start else ends_E - sizes_E
     stops_E = sizes_E if from_own_start else ends_E
-    tiles = -(-stops_E // row_tile) - starts_E // row_tile
+    tiles = ceil_div(stops_E, row_tile) - starts_E // row_tile
     return tiles.sum() * row_tile / ROWS
 
 

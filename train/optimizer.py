@@ -1,6 +1,5 @@
 """AdamW: clipped gradients, warm-up and descent, weight decay on matrices only; and which parameters stay fixed."""
 
-import difflib
 import re
 from collections.abc import Callable, Collection
 from typing import Any
@@ -11,6 +10,7 @@ import optax
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.tensors import hub_parameters
 from qwen_moe_jax.model.causal_lm import CausalLM
+from qwen_moe_jax.suggest import similar
 from train.config import OptimizerConfig
 
 
@@ -86,7 +86,7 @@ def frozen_paths(patterns: Collection[str], model: CausalLM) -> frozenset[str]:
                 found = True
                 frozen.add(parameter.path)
         if not found:
-            near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3)
+            near = similar(pattern, known, cutoff=0.3)
             raise ConfigError(
                 f"optimizer.frozen: {pattern!r} matches no parameter. Near it are {', '.join(near or known[:3])}."
             )

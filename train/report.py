@@ -13,7 +13,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from qwen_moe_jax.errors import ConfigError
-from qwen_moe_jax.units import in_bytes
+from qwen_moe_jax.text import format_mesh
+from qwen_moe_jax.units import format_bytes, format_seconds
 from qwen_moe_jax.web_page import facts, html_page, write_whole
 from train.folder import RunFolder
 from train.reporting.metrics import ASIDES, Metrics, read_metrics
@@ -123,19 +124,20 @@ def _time_split(metrics: Metrics) -> str:
     }
     whole = sum(spent.values())
     parts = [f"{name} {seconds / whole:.0%}" for name, seconds in spent.items() if seconds]
-    return f"{_duration(whole)}: {', '.join(parts)}"
+    return f"{format_seconds(whole)}: {', '.join(parts)}"
 
 
 def _settings(start: Start) -> dict[str, str]:
-    mesh = " × ".join(f"{axis} {size}" for axis, size in start.mesh.items() if size > 1) or "one device"
+    mesh = format_mesh(start.mesh)
     execution = ", ".join(f"{key} {value}" for key, value in start.execution.items() if value is not None)
     settings = {
         "started": start.time,
         "parameters": start.parameters_in_words,
         "devices": f"{start.devices} × {start.device_kind}",
         "mesh": mesh,
-        "each device holds": f"{in_bytes(start.weight_bytes)} of weights, {in_bytes(start.moment_bytes)} of moments, "
-        f"{in_bytes(start.gradient_bytes)} of gradients",
+        "each device holds": f"{format_bytes(start.weight_bytes)} of weights, "
+        f"{format_bytes(start.moment_bytes)} of moments, "
+        f"{format_bytes(start.gradient_bytes)} of gradients",
         "model FLOPs per token": f"{start.flops_per_token / 1e6:,.1f} M, forward and backward",
         "tokens per step": f"{start.tokens_per_step:,}",
         "tokens of text": f"{start.text_tokens:,}",
@@ -188,12 +190,6 @@ def _samples(samples: list[dict[str, Any]]) -> str:
 def _mean(values: Iterable[float]) -> float:
     values = list(values)
     return math.fsum(values) / len(values)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
 _STYLE = """

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import get_args
 
 from qwen_moe_jax.config import Dtype
-from qwen_moe_jax.units import in_bytes
+from qwen_moe_jax.units import format_bytes
 
 SUMMARY = (
     "write a checkpoint in another form: the Hub's safetensors, or an Orbax folder; memory holds a few blocks of it"
@@ -59,4 +59,4 @@ def run(arguments: argparse.Namespace) -> None:
         adapter=arguments.adapter,
     )
     size = sum(path.stat().st_size for path in arguments.target.rglob("*") if path.is_file())
-    print(f"Wrote {arguments.target}, {in_bytes(size)}.")
+    print(f"Wrote {arguments.target}, {format_bytes(size)}.")

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from qwen_moe_jax.errors import CheckpointError
-from qwen_moe_jax.units import count, in_bytes
+from qwen_moe_jax.units import format_bytes, format_count
 
 if TYPE_CHECKING:
     from qwen_moe_jax.huggingface.summary import Summary
@@ -63,9 +63,10 @@ def print_summary(summary: "Summary") -> None:
     console.print(summary.where, style="bold", soft_wrap=True, markup=False)
     console.print(f"{summary.form} · {summary.model_type}, {summary.head}")
     dtypes = {row.dtype for row in summary.rows}
-    active = f", {count(summary.active_parameters)} active" if summary.active_parameters < summary.parameters else ""
+    is_sparse = summary.active_parameters < summary.parameters
+    active = f", {format_count(summary.active_parameters)} active" if is_sparse else ""
     dtype = f" in {min(dtypes)}" if len(dtypes) == 1 else ""
-    console.print(f"{count(summary.parameters)} parameters{active} · {in_bytes(summary.nbytes)}{dtype}")
+    console.print(f"{format_count(summary.parameters)} parameters{active} · {format_bytes(summary.nbytes)}{dtype}")
     console.print(summary.layers)
     console.print()
     # A column that says the same of every row costs names the width they need.
@@ -81,7 +82,7 @@ def print_summary(summary: "Summary") -> None:
             table.add_row(prefix, style="dim")
         layers = prefix
         shape, times = " × ".join(map(str, row.shape)), f"{row.count:,}" if row.count > 1 else ""
-        cells = (f"  {name}" if prefix else name, shape, times, in_bytes(row.nbytes), row.dtype or "absent")
+        cells = (f"  {name}" if prefix else name, shape, times, format_bytes(row.nbytes), row.dtype or "absent")
         table.add_row(*cells[: 1 + len(headings)])
     console.print(table)
     if summary.ignored:

@@ -1,6 +1,7 @@
 """`qwen-moe-jax plan`: whether a model fits hardware that is not here, what it sends, and what bounds it."""
 
 import argparse
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, get_args
 from qwen_moe_jax.cli.arguments import add_sharding_argument, mesh_sizes
 from qwen_moe_jax.config import Dispatch, Dtype
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.text import format_mesh
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -123,7 +125,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _mesh_argument(sizes: Mapping[str, int]) -> str:
     """What `mesh_sizes` reads."""
-    return "--mesh " + (",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1")
+    words = format_mesh(sizes, separator=",") if math.prod(sizes.values()) > 1 else "data=1"
+    return f"--mesh {words}"
 
 
 def _positive(text: str) -> int:

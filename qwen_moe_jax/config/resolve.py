@@ -4,6 +4,7 @@ import dataclasses
 
 from qwen_moe_jax.config import CapacityBy, Exchange, ExecutionConfig, GroupedMatmul, MoEConfig
 from qwen_moe_jax.errors import ConfigError, ShardingError
+from qwen_moe_jax.rounding import previous_power_of_two
 
 #: Splash kernels take blocks in multiples of a TPU's vector register.
 SPLASH_MULTIPLE = 128
@@ -70,7 +71,7 @@ def _groups(execution: ExecutionConfig, width: int) -> tuple[int, CapacityBy]:
     group_size = execution.group_size
     if group_size is None and execution.capacity_by != "index":
         affordable = max(1, int(EINSUM_SHARE * 3 * width / 2))
-        group_size = min(1 << (affordable.bit_length() - 1), LARGEST_GROUP)
+        group_size = min(previous_power_of_two(affordable), LARGEST_GROUP)
         if execution.capacity_by == "einsum":
             group_size = max(group_size, SMALLEST_GROUP)
         elif group_size < SMALLEST_GROUP:

@@ -20,7 +20,7 @@ from qwen_moe_jax.huggingface.checkpoint import (
 from qwen_moe_jax.huggingface.generation_config import read_generation_config
 from qwen_moe_jax.huggingface.hub import local_folder
 from qwen_moe_jax.huggingface.peft import merged, open_adapter
-from qwen_moe_jax.huggingface.save import configs_to_hub, is_stale, size_in_bytes, write_configs, write_shards
+from qwen_moe_jax.huggingface.save import configs_to_hub, is_stale, shard_limit, write_configs, write_shards
 from qwen_moe_jax.huggingface.tensors import hub_parameters, hub_tensors
 from qwen_moe_jax.model.causal_lm import Model
 from qwen_moe_jax.storage.folder import replaced_folder
@@ -77,7 +77,7 @@ def convert(
     for value, known in ((to, get_args(Form)), (dtype or "float32", get_args(Dtype))):
         if value not in known:
             raise ConfigError(f"{value!r} is not known, expected one of {', '.join(known)}.")
-    limit = size_in_bytes(max_shard_size)
+    limit = shard_limit(max_shard_size)
     checkpoint = open_checkpoint(local_folder(source))
     target = Path(target).absolute()
     if target.resolve() == checkpoint.folder.resolve():

@@ -8,6 +8,7 @@ import numpy as np
 
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.fields import shown
+from qwen_moe_jax.rounding import ceil_div
 from qwen_moe_jax.storage.tensor import CastTensor, Index, StoredTensor
 
 SCALE = "_scale_inv"
@@ -77,7 +78,7 @@ class DequantizedTensor(StoredTensor):
     def read_into(self, index: Index, out: np.ndarray) -> None:
         bits = self.weight.read(index).view(np.uint8)
         first = [part.start // size for part, size in zip(index, self.block, strict=True)]
-        last = [-(-part.stop // size) for part, size in zip(index, self.block, strict=True)]
+        last = [ceil_div(part.stop, size) for part, size in zip(index, self.block, strict=True)]
         scale = self.scale.read(tuple(map(slice, first, last))).astype(np.float32)
         for axis, (part, size) in enumerate(zip(index, self.block, strict=True)):
             places = np.arange(part.start, part.stop) // size - first[axis]
@@ -99,10 +100,9 @@ def dequantized(tensors: dict[str, StoredTensor], block: tuple[int, int]) -> tup
             found[name] = tensor
             continue
         scale = tensors.get(name + SCALE)
-        grid = [-(-size // part) for size, part in zip(tensor.shape, block, strict=False)]
-        found[name] = CastTensor(
-            tensor, "float32"
-        )  # where something is wrong: then it is reported once, and never read
+        grid = [ceil_div(size, part) for size, part in zip(tensor.shape, block, strict=False)]
+        # Where something is wrong, it is reported once below, and this tensor is never read.
+        found[name] = CastTensor(tensor, "float32")
         if len(tensor.shape) != 2 or scale is None or list(scale.shape) != grid:
             has = "no" if scale is None else f"{list(scale.shape)} for its"
             problems.append(

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
@@ -24,8 +23,7 @@ from qwen_moe_jax.storage.placement import DeviceTensor
 from qwen_moe_jax.storage.progress import bytes_bar
 from qwen_moe_jax.storage.safetensors_file import write_safetensors
 from qwen_moe_jax.storage.tensor import StoredTensor, TensorSlice
-
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+from qwen_moe_jax.units import parse_bytes
 
 
 def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
@@ -48,7 +46,7 @@ def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size
         ConfigError: the family cannot express the config, or max_shard_size is not a size.
         CheckpointError: `folder` is a file or a mount point.
     """
-    folder, limit = Path(folder), size_in_bytes(max_shard_size)
+    folder, limit = Path(folder), shard_limit(max_shard_size)
     model.require_weights()
     configs = configs_to_hub(model)
     with replaced_folder(folder, is_stale) as new, readable_tensors(hub_parameters(model), beside=new) as tensors:
@@ -149,15 +147,13 @@ def _index(tensors: Mapping[str, StoredTensor], shards: dict[str, list[str]]) ->
     }
 
 
-def size_in_bytes(size: int | str) -> int:
-    """5_000_000_000 of "5GB"; a number of bytes is itself.
+def shard_limit(max_shard_size: int | str) -> int:
+    """Bytes of a shard at most: 5_000_000_000 of "5GB".
 
     Raises:
         ConfigError: it is not a size.
     """
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
-    parsed = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]B)?", str(size))
-    if parsed is None or float(parsed[1]) * UNITS[parsed[2] or ""] < 1:
-        raise ConfigError(f"max_shard_size={size!r} is not a size: expected bytes, or for example '500MB' or '5GB'.")
-    return int(float(parsed[1]) * UNITS[parsed[2] or ""])
+    try:
+        return parse_bytes(max_shard_size)
+    except ValueError as error:
+        raise ConfigError(f"max_shard_size: {error}.") from None

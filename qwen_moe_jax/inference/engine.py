@@ -35,6 +35,7 @@ from qwen_moe_jax.inference.sampling import (
 )
 from qwen_moe_jax.model.cache import Cache, abstract_cache, empty_cache
 from qwen_moe_jax.model.causal_lm import CausalLM
+from qwen_moe_jax.rounding import next_power_of_two, round_up
 from qwen_moe_jax.sharding.distributed import broadcast
 from qwen_moe_jax.sharding.rules import BATCH
 
@@ -175,7 +176,7 @@ def abstract_decode(model: CausalLM, *, rows: int, max_length: int, cache_dtype:
 def _described_cache(model: CausalLM, rows: int, max_length: int, cache_dtype: str | None) -> tuple[int, int, Cache]:
     """Rows and room as they are rounded up, and the cache for them."""
     ways = math.prod(model.mesh.shape[axis] for axis in BATCH)
-    rows, room = -(-_power_of_two(rows) // ways) * ways, _room(max_length)
+    rows, room = round_up(next_power_of_two(rows), ways), _room(max_length)
     dtype = cache_dtype or model.execution.dtype
     cache = abstract_cache(
         model.config, model.mesh, batch=rows, max_length=room, max_write=PREFILL_BUCKETS[-1], dtype=dtype
@@ -447,8 +448,4 @@ def _seeded_alike(config: GenerationConfig) -> GenerationConfig:
 
 def _room(length: int) -> int:
     smallest, step = CACHE_BUCKETS
-    return max(smallest, _power_of_two(length)) if length <= step else -(-length // step) * step
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()
+    return max(smallest, next_power_of_two(length)) if length <= step else round_up(length, step)

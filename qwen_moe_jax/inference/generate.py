@@ -1,7 +1,6 @@
 """Prompts in, texts out: what most users need of inference."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -12,6 +11,7 @@ from qwen_moe_jax.inference.detokenize import TextStream
 from qwen_moe_jax.inference.engine import Chunk, Finish, check_request, stream
 from qwen_moe_jax.inference.tokenizer import Tokenizer, encode, load_tokenizer
 from qwen_moe_jax.model.causal_lm import CausalLM
+from qwen_moe_jax.suggest import did_you_mean
 
 #: New tokens where neither the call nor generation_config.json says how many.
 MAX_NEW_TOKENS = 64
@@ -173,9 +173,10 @@ def request_configs(
     known = [field.name for field in dataclasses.fields(GenerationConfig)]
     for name in settings:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            meant = f" Did you mean {near[0]!r}?" if near else f" Expected some of {', '.join(known)}."
-            raise RequestError(f"{name}={settings[name]!r}: there is no such setting of generation.{meant}")
+            raise RequestError(
+                f"{name}={settings[name]!r}: there is no such setting of generation; {did_you_mean(name, known)}"
+                f"expected one of {', '.join(known)}."
+            )
     if config is None or isinstance(config, GenerationConfig):
         configs = [config or model.generation_config] * count
     else:

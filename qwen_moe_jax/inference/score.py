@@ -16,6 +16,7 @@ from flax import nnx
 
 from qwen_moe_jax.errors import RequestError, ShardingError
 from qwen_moe_jax.model.causal_lm import CausalLM
+from qwen_moe_jax.rounding import ceil_div, next_power_of_two, previous_power_of_two
 from qwen_moe_jax.sharding.rules import BATCH
 
 #: How many float32 numbers (1 GiB) the largest array of a batch may have on one device: its logits, B * T * V, or the
@@ -247,7 +248,7 @@ def _score(model: CausalLM, tasks: list[_Task], progress: Progress | None) -> li
 
 def _score_batch(model: CausalLM, tasks: list[_Task], length: int) -> list[Score]:
     ways = _num_shards(model)
-    rows = ways * _power_of_two_from(-(-len(tasks) // ways))
+    rows = ways * next_power_of_two(ceil_div(len(tasks), ways))
     inputs_BT, targets_BT = (np.zeros((rows, length), np.int32) for _ in range(2))
     lengths_B = np.zeros(rows, np.int32)
     for row, task in enumerate(tasks):
@@ -286,7 +287,7 @@ def _predicted(
 
 def padded_length(length: int) -> int:
     """The next of 64, 96, 128, 192, 256, 384, …: at most a third of a longer batch's rows is padding."""
-    power = _power_of_two_from(length)
+    power = next_power_of_two(length)
     return max(SHORTEST, power * 3 // 4 if length <= power * 3 // 4 else power)
 
 
@@ -295,14 +296,10 @@ def full_batch(model: CausalLM, length: int) -> int:
     config = model.config
     widest = max(config.vocab_size, config.attention.num_attention_heads * length)
     fitting = BUDGET * model.mesh.shape["tensor"] // (widest * length)
-    rows = 1 << max(fitting.bit_length() - 1, 0)  # a power of two, as those of smaller batches
+    rows = previous_power_of_two(fitting)  # as those of smaller batches
     return _num_shards(model) * min(rows, MAX_ROWS)
 
 
 def _num_shards(model: CausalLM) -> int:
     """How many devices share the rows of a batch."""
     return math.prod(model.mesh.shape[axis] for axis in BATCH)
-
-
-def _power_of_two_from(number: int) -> int:
-    return 1 << (number - 1).bit_length()

@@ -1,7 +1,6 @@
 """Low-rank adapters beside the matrices of a model: added, told apart from the weights they stand beside, merged."""
 
 import dataclasses
-import difflib
 from collections.abc import Iterator
 
 import jax
@@ -14,6 +13,7 @@ from qwen_moe_jax.model.causal_lm import Model
 from qwen_moe_jax.moe.experts import MATRICES, Experts
 from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.lora import LoraAdapter
+from qwen_moe_jax.suggest import did_you_mean
 
 #: What "all-linear" leaves out: the router, and the gate of the shared expert.
 _GATES = ("gate", "shared_expert_gate")
@@ -164,9 +164,7 @@ def _check_targets(targets: tuple[str, ...], paths: list[str]) -> None:
     for target in targets:
         if not any(_is_meant(target, path) for path in paths):
             names = sorted({word for path in paths for word in path.split(".")[1:]})
-            near = difflib.get_close_matches(target, names, n=1)
             raise ConfigError(
                 f"target_modules: found {target!r}, which is in no matrix of this model; "
-                + (f"did you mean {near[0]!r}? " if near else "")
-                + f"expected some of {', '.join(names)}, a path as {paths[0]!r}, or 'all-linear'."
+                f"{did_you_mean(target, names)}expected some of {', '.join(names)}, a path as {paths[0]!r}, or 'all-linear'."
             )

@@ -39,6 +39,7 @@ from qwen_moe_jax.plan.roofline import roofline_of
 from qwen_moe_jax.plan.targets import TargetRequest
 from qwen_moe_jax.sharding.mesh import AXES, make_mesh
 from qwen_moe_jax.sharding.rules import mesh_axes
+from qwen_moe_jax.text import format_mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ def target_mesh(request: TargetRequest, sizes: Mapping[str, int]) -> Mesh:
     devices = request.devices()
     needed = math.prod(sizes.values())
     if needed != len(devices):
-        asked = " * ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
+        asked = format_mesh(sizes)
         proposals = _proposals(sizes, len(devices))
         raise ShardingError(
             f"the mesh {asked} needs {needed} devices, and the target {request.name} has {len(devices)}. "
@@ -102,7 +103,7 @@ def _proposals(sizes: Mapping[str, int], devices: int) -> list[str]:
         others = math.prod(size for name, size in sizes.items() if name != axis)
         if devices % others == 0:
             changed = {**{name: sizes.get(name, 1) for name in AXES}, axis: devices // others}
-            found.append(",".join(f"{name}={size}" for name, size in changed.items() if size > 1) or "data=1")
+            found.append(format_mesh(changed, separator=",") if devices > 1 else "data=1")
     return list(dict.fromkeys(found))
 
 

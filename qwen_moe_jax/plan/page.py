@@ -11,7 +11,8 @@ from pathlib import Path
 from qwen_moe_jax.plan.mesh_drawing import mesh_svg
 from qwen_moe_jax.plan.result import AxisTraffic, Collective, Group, PlacedArray, Plan, Roofline
 from qwen_moe_jax.plan.roofline import traffic_of
-from qwen_moe_jax.units import count, in_bytes, in_flops, in_seconds, in_words, three_digits
+from qwen_moe_jax.text import format_mesh, join_words
+from qwen_moe_jax.units import format_bytes, format_count, format_flops, format_seconds, three_digits
 from qwen_moe_jax.web_page import facts, html_page, write_whole
 
 #: Stands near the start of every page, so that a command can tell its own files.
@@ -73,16 +74,16 @@ def _verdict(plan: Plan) -> tuple[str, str, str, str]:
     memory, chip = plan.memory, plan.target.chip
     if memory.fits is None:
         text = f"How much a {chip} may hold is not known, so neither is whether it fits."
-        return "?", "open", f"Takes {in_bytes(memory.total)} a device", text
+        return "?", "open", f"Takes {format_bytes(memory.total)} a device", text
     if memory.fits:
-        text = f"{in_bytes(memory.total)} of the {in_bytes(memory.available)} that a {chip} has for programs"
-        return "✓", "fits", "Fits", f"{text}; {in_bytes(memory.spare)} are left."
+        text = f"{format_bytes(memory.total)} of the {format_bytes(memory.available)} that a {chip} has for programs"
+        return "✓", "fits", "Fits", f"{text}; {format_bytes(memory.spare)} are left."
     if memory.total is None:
         return "✗", "over", "The compiler refused it", "It did not say how much memory it would take."
     if memory.spare is None or memory.spare >= 0:
-        return "✗", "over", "The compiler refused it", f"It counted {in_bytes(memory.total)} a device."
-    text = f"It takes {in_bytes(memory.total)} a device: {in_bytes(-memory.spare)} more than the "
-    text += f"{in_bytes(memory.available)} that a {chip} has for programs."
+        return "✗", "over", "The compiler refused it", f"It counted {format_bytes(memory.total)} a device."
+    text = f"It takes {format_bytes(memory.total)} a device: {format_bytes(-memory.spare)} more than the "
+    text += f"{format_bytes(memory.available)} that a {chip} has for programs."
     return "✗", "over", "Does not fit", text
 
 
@@ -91,8 +92,8 @@ def _speed(plan: Plan) -> str:
     if roofline is None:
         return ""
     return (
-        f"<p>Bound by {escape(_bound(roofline))}. <b>Estimate</b>, at best: {in_seconds(roofline.seconds)} a step "
-        f"where all overlaps, {in_seconds(roofline.seconds_without_overlap)} where nothing does; up to "
+        f"<p>Bound by {escape(_bound(roofline))}. <b>Estimate</b>, at best: {format_seconds(roofline.seconds)} a step "
+        f"where all overlaps, {format_seconds(roofline.seconds_without_overlap)} where nothing does; up to "
         f"{roofline.tokens_per_second:,.0f} tokens/s. Nothing was run.</p>"
     )
 
@@ -101,15 +102,15 @@ def _bound(roofline: Roofline) -> str:
     if roofline.bound != "network" or not roofline.traffic:
         return {"compute": "arithmetic", "memory": "memory bandwidth", "network": "the network"}[roofline.bound]
     most = max(roofline.traffic, key=lambda traffic: traffic.seconds or 0)
-    return f"the network, most of it over {in_words(most.axes) or 'no axis of the mesh'}"
+    return f"the network, most of it over {join_words(most.axes) or 'no axis of the mesh'}"
 
 
 def _asked(plan: Plan) -> dict[str, str]:
     model, work = plan.model, plan.work
-    mesh = " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+    mesh = format_mesh(plan.mesh)
     asked = {"target": plan.target.name, "mesh": mesh}
-    active = f", {count(model.active_parameters)} active" if model.active_parameters != model.parameters else ""
-    asked["parameters"] = count(model.parameters) + active
+    active = f", {format_count(model.active_parameters)} active" if model.active_parameters != model.parameters else ""
+    asked["parameters"] = format_count(model.parameters) + active
     sparse = "all" if model.sparse_layers == model.layers else f"{model.sparse_layers} of them"
     asked["layers"] = f"{model.layers}, {sparse} sparse" if model.sparse_layers else str(model.layers)
     if model.experts:
@@ -161,7 +162,7 @@ def _memory(plan: Plan) -> str:
     )
     total = "at the fullest moment" if memory.total is not None else "known of it"
     rows += (
-        f'<tr class="sum"><td></td><th scope="row">{total}</th><td class="n">{in_bytes(held)}</td>'
+        f'<tr class="sum"><td></td><th scope="row">{total}</th><td class="n">{format_bytes(held)}</td>'
         f'<td class="n">{_share(held, of)}</td></tr>'
     )
     table = (
@@ -193,11 +194,11 @@ def _limit(plan: Plan) -> str:
     memory = plan.memory
     if memory.available is None:
         return "no limit is known"
-    told = f"{plan.target.chip}: {in_bytes(memory.available)}"
+    told = f"{plan.target.chip}: {format_bytes(memory.available)}"
     if memory.spare is not None and memory.spare < 0:
-        told += f", exceeded by {in_bytes(-memory.spare)}"
+        told += f", exceeded by {format_bytes(-memory.spare)}"
     elif memory.spare is not None:
-        told += f", {in_bytes(memory.spare)} free"
+        told += f", {format_bytes(memory.spare)} free"
     return told
 
 
@@ -219,11 +220,11 @@ def _mesh(plan: Plan) -> str:
         )
     notes = []
     if idle and plan.refusal is None:
-        notes.append(f"Nothing is sent over {in_words(idle)}.")
+        notes.append(f"Nothing is sent over {join_words(idle)}.")
     if idle and plan.refusal is not None:
         notes.append("What is sent is not known: the program was refused.")
     if whole and len(whole) < len(plan.mesh):
-        notes.append(f"Of size 1: {in_words(whole)}.")
+        notes.append(f"Of size 1: {join_words(whole)}.")
     said = f'<p class="note">{escape(" ".join(notes))}</p>' if notes else ""
     peers = (
         "One device; there is nothing to split."
@@ -240,7 +241,7 @@ def _mesh(plan: Plan) -> str:
 
 def _way(way: AxisTraffic, traffic: Sequence[AxisTraffic], plan: Plan, places: dict[str, int]) -> str:
     most = max(other.bytes for other in traffic) or 1
-    seconds = "" if way.seconds is None else in_seconds(way.seconds)
+    seconds = "" if way.seconds is None else format_seconds(way.seconds)
     over = _tags(way.axes, places) or "no axis of the mesh"
     sizes = " × ".join(str(plan.mesh[axis]) for axis in way.axes)
     color = f"axis{places[way.axes[0]]}" if len(way.axes) == 1 else "several"
@@ -251,7 +252,7 @@ def _way(way: AxisTraffic, traffic: Sequence[AxisTraffic], plan: Plan, places: d
     unknown = any(item.count is None for item in plan.collectives if item.axes == way.axes)
     least = "at least " if unknown else ""
     return (
-        f'<tr><th scope="row">{over}<small>{sizes}</small></th><td class="n">{least}{in_bytes(way.bytes)}'
+        f'<tr><th scope="row">{over}<small>{sizes}</small></th><td class="n">{least}{format_bytes(way.bytes)}'
         f'<i class="meter {color}" style="width:{way.bytes / most:.2%}"></i></td>'
         f'<td class="n">{seconds}</td><td>{by}</td></tr>\n'
     )
@@ -290,7 +291,7 @@ def _collective_table(items: Iterable[Collective], places: dict[str, int]) -> st
 
 def _collective(item: Collective, places: dict[str, int]) -> str:
     times = "not told" if item.count is None else f"{item.count:,}"
-    in_all = "not told" if item.bytes_per_step is None else in_bytes(item.bytes_per_step)
+    in_all = "not told" if item.bytes_per_step is None else format_bytes(item.bytes_per_step)
     widened = f" ({item.widened_from})" if item.widened_from else ""
     array = f"{item.dtype}{widened} [{', '.join(map(str, item.shape))}]"
     over = (_tags(item.axes, places) or "no axis of the mesh") + f"<small>{item.devices} devices</small>"
@@ -298,7 +299,7 @@ def _collective(item: Collective, places: dict[str, int]) -> str:
         f'<tr><th scope="row" class="line">{escape(item.kind)}</th><td class="line">{over}</td>'
         f'<td class="code line">{escape(array)}</td>'
         f'<td class="line">{"in the layers" if item.in_layers else "outside"}</td><td class="n">{times}</td>'
-        f'<td class="n">{in_bytes(item.bytes)}</td><td class="n">{in_all}</td>'
+        f'<td class="n">{format_bytes(item.bytes)}</td><td class="n">{in_all}</td>'
         f'<td class="code source">{escape(item.source)}</td></tr>\n'
     )
 
@@ -308,9 +309,12 @@ def _collective(item: Collective, places: dict[str, int]) -> str:
 
 def _bounds(plan: Plan) -> str:
     flops, roofline = plan.flops, plan.roofline
-    told = {"the model asks for": in_flops(flops.model), "a token": in_flops(flops.model / max(plan.work.tokens, 1))}
+    told = {
+        "the model asks for": format_flops(flops.model),
+        "a token": format_flops(flops.model / max(plan.work.tokens, 1)),
+    }
     if flops.program is not None:
-        told["the program computes"] = in_flops(flops.program)
+        told["the program computes"] = format_flops(flops.program)
         told["ratio"] = f"{flops.ratio:.2f}"
     beyond = "recomputation, one-hot einsums, masked-out scores, padding and second copies"
     note = (
@@ -328,8 +332,8 @@ def _bounds(plan: Plan) -> str:
         return f'<div class="card">{counted}<p class="note">No estimate of the time: {escape(why)}.</p></div>\n'
     bars = "".join(_time_bar(*bar, roofline) for bar in _times(plan, roofline))
     summary = {
-        "where all overlaps": in_seconds(roofline.seconds),
-        "where nothing does": in_seconds(roofline.seconds_without_overlap),
+        "where all overlaps": format_seconds(roofline.seconds),
+        "where nothing does": format_seconds(roofline.seconds_without_overlap),
         "tokens/s, at best": f"{roofline.tokens_per_second:,.0f}",
         "model FLOPs utilisation, at best": f"{roofline.utilisation:.0%}",
     }
@@ -346,7 +350,7 @@ def _times(plan: Plan, roofline: Roofline) -> Iterator[tuple[str, str, float, bo
     places = {axis: number for number, axis in enumerate(plan.mesh)}
     peak, bandwidth = plan.target.peak_flops, plan.target.memory_bandwidth
     of_peak = "" if peak is None else f"<small>{peak / 1e12:,.0f} TFLOP/s</small>"
-    of_memory = f"<small>{in_bytes(roofline.memory_bytes)}" + ("" if bandwidth is None else f", {_rate(bandwidth)}")
+    of_memory = f"<small>{format_bytes(roofline.memory_bytes)}" + ("" if bandwidth is None else f", {_rate(bandwidth)}")
     yield f"arithmetic{of_peak}", "plain", roofline.compute, roofline.bound == "compute"
     yield f"memory{of_memory}</small>", "plain", roofline.memory, roofline.bound == "memory"
     ways = [way for way in _traffic(plan) if way.seconds is not None]
@@ -356,7 +360,7 @@ def _times(plan: Plan, roofline: Roofline) -> Iterator[tuple[str, str, float, bo
         color = f"axis{places[way.axes[0]]}" if len(way.axes) == 1 else "several"
         over = _tags(way.axes, places) or "no axis of the mesh"
         lone = len(ways) == 1 and roofline.bound == "network"
-        yield f"{over}<small>{escape(way.network)}, {in_bytes(way.bytes)}</small>", color, way.seconds, lone
+        yield f"{over}<small>{escape(way.network)}, {format_bytes(way.bytes)}</small>", color, way.seconds, lone
 
 
 def _time_bar(name: str, color: str, seconds: float, bounds: bool, roofline: Roofline) -> str:
@@ -365,7 +369,7 @@ def _time_bar(name: str, color: str, seconds: float, bounds: bool, roofline: Roo
     return (
         f'<div class="time"><div class="name">{name}</div>'
         f'<div class="lane"><i class="{color}" style="width:{share:.2%}"></i></div>'
-        f'<div class="n">{in_seconds(seconds)}{mark}</div></div>\n'
+        f'<div class="n">{format_seconds(seconds)}{mark}</div></div>\n'
     )
 
 
@@ -380,7 +384,7 @@ def _placed(group: Group, plan: Plan) -> str:
     opened = " open" if group.name == "parameters" else ""
     return (
         f'<details class="card next"{opened}><summary>{escape(group.name)}<small>{arrays}, '
-        f"{in_bytes(group.bytes)} a device</small></summary>"
+        f"{format_bytes(group.bytes)} a device</small></summary>"
         '<div class="scroll"><table><thead><tr><th scope="col">name</th><th scope="col">shape, and what cuts it</th>'
         f'<th scope="col">dtype</th><th scope="col" class="n">a device</th></tr></thead><tbody>{rows}</tbody></table>'
         "</div></details>\n"
@@ -393,7 +397,7 @@ def _array(array: PlacedArray, places: dict[str, int]) -> str:
     whole = "" if any(cuts) or not places else '<em class="whole">on every device</em>'
     return (
         f'<tr><th scope="row" class="code">{escape(array.name)}</th><td class="shape">{" × ".join(sizes) or "scalar"}'
-        f'{whole}</td><td>{escape(array.dtype)}</td><td class="n">{in_bytes(array.bytes)}</td></tr>\n'
+        f'{whole}</td><td>{escape(array.dtype)}</td><td class="n">{format_bytes(array.bytes)}</td></tr>\n'
     )
 
 
@@ -407,9 +411,9 @@ def _planning(plan: Plan) -> dict[str, str]:
     execution = ", ".join(f"{key} {value}" for key, value in plan.work.execution.items() if value is not None)
     return {
         "execution": execution,
-        "traced in": in_seconds(cost.trace_seconds),
-        "compiled in" if plan.refusal is None else "refused after": in_seconds(cost.compile_seconds),
-        "memory of the planner": in_bytes(cost.peak_host_bytes),
+        "traced in": format_seconds(cost.trace_seconds),
+        "compiled in" if plan.refusal is None else "refused after": format_seconds(cost.compile_seconds),
+        "memory of the planner": format_bytes(cost.peak_host_bytes),
         "versions": ", ".join(f"{name} {version}" for name, version in plan.versions.items()),
     }
 
@@ -419,7 +423,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def _bytes(size: int) -> str:
-    return in_bytes(size) if size >= 0 else f"−{in_bytes(-size)}"
+    return format_bytes(size) if size >= 0 else f"−{format_bytes(-size)}"
 
 
 def _rate(bandwidth: float) -> str:

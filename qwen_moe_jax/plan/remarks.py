@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from qwen_moe_jax.plan.result import Collective, PlacedArray, Plan, Remark
-from qwen_moe_jax.units import in_bytes
+from qwen_moe_jax.units import format_bytes
 
 #: An array is worth a word from this share of what a device holds, or of what it sends.
 SHARE = 0.02
@@ -21,7 +21,7 @@ def remarks_on(plan: Plan) -> tuple[Remark, ...]:
 def _memory(plan: Plan) -> Iterator[Remark]:
     memory = plan.memory
     if memory.fits is False and memory.spare is not None:
-        text = f"It does not fit: {in_bytes(-memory.spare)} a device are missing."
+        text = f"It does not fit: {format_bytes(-memory.spare)} a device are missing."
         if plan.work.purpose == "train" and plan.work.execution.get("remat") != "full":
             text += ' execution.remat = "full" keeps one layer\'s activations instead of all.'
         elif plan.work.purpose == "train" and plan.work.rows // plan.work.accumulation_steps > _batch_ways(plan):
@@ -30,8 +30,8 @@ def _memory(plan: Plan) -> Iterator[Remark]:
     elif memory.spare is not None and memory.spare < 0.05 * memory.available:
         yield Remark(
             about="memory",
-            text=f"It fits with {in_bytes(memory.spare)} a device to spare, less than a twentieth: another version of "
-            "the compiler may think otherwise.",
+            text=f"It fits with {format_bytes(memory.spare)} a device to spare, less than a twentieth: another "
+            "version of the compiler may need more.",
         )
     if plan.target.platform == "gpu" and memory.fits and memory.total > 0.75 * memory.available:
         yield Remark(
@@ -54,7 +54,7 @@ def _replicated(plan: Plan) -> Iterator[Remark]:
                 yield Remark(
                     about="replicated",
                     text=f"{group.name}: {array.name} {list(array.shape)} lies whole on every device, "
-                    f"{in_bytes(array.bytes)} each.",
+                    f"{format_bytes(array.bytes)} each.",
                 )
     copies = plan.mesh["data"]
     state = [group for group in plan.memory.groups if group.name in ("parameters", "optimizer state")]
@@ -62,8 +62,8 @@ def _replicated(plan: Plan) -> Iterator[Remark]:
     if copies > 1 and plan.memory.available and size > 0.25 * plan.memory.available:
         yield Remark(
             about="replicated",
-            text=f"data={copies} keeps {copies} copies of parameters and optimizer state, {in_bytes(size)} a device; "
-            "fsdp in its place splits them.",
+            text=f"data={copies} keeps {copies} copies of parameters and optimizer state, {format_bytes(size)} a "
+            "device; fsdp in its place splits them.",
         )
 
 
@@ -79,7 +79,7 @@ def _gathered_experts(plan: Plan) -> Iterator[Remark]:
             yield Remark(
                 about="gathered experts",
                 text=f"Weights of all experts {list(one.shape)} are gathered over {'×'.join(one.axes)}, "
-                f"{in_bytes(one.bytes)} each time: tokens should travel instead.",
+                f"{format_bytes(one.bytes)} each time: tokens should travel instead.",
             )
 
 
@@ -93,8 +93,8 @@ def _whole_sums(plan: Plan) -> Iterator[Remark]:
         yield Remark(
             about="collectives",
             text=f"All-reduces of weights or gradients that lie cut, as {list(largest.shape)} over "
-            f"{'×'.join(largest.axes)}, send {in_bytes(found)} a step and device, {found / total:.0%} of all: up to "
-            "twice what gathering or scattering their parts would.",
+            f"{'×'.join(largest.axes)}, send {format_bytes(found)} a step and device, {found / total:.0%} of all: "
+            "up to twice what gathering or scattering their parts would.",
         )
 
 
@@ -109,7 +109,7 @@ def _gathered_for_a_token(plan: Plan) -> Iterator[Remark]:
         largest = max(weights, key=_per_step)
         yield Remark(
             about="collectives",
-            text=f"{in_bytes(found)} of weights are gathered over {'×'.join(largest.axes)} for every token. With "
+            text=f"{format_bytes(found)} of weights are gathered over {'×'.join(largest.axes)} for every token. With "
             "--sharding expert+tensor none are: dense weights lie whole then, or cut over tensor.",
         )
 
@@ -181,6 +181,6 @@ def _padding(plan: Plan) -> Iterator[Remark]:
     if memory.padding is not None and memory.padding > SHARE * memory.arguments:
         yield Remark(
             about="padding",
-            text=f"The tiles of the target's layouts add {in_bytes(memory.padding)} to the arguments, "
+            text=f"The tiles of the target's layouts add {format_bytes(memory.padding)} to the arguments, "
             f"{memory.padding / memory.arguments:.0%}: axes that are cut to less than a tile's 8 × 128.",
         )

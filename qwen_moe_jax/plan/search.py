@@ -33,6 +33,7 @@ from qwen_moe_jax.plan.result import Group, PlacedArray, Plan, Target, Work
 from qwen_moe_jax.plan.roofline import network_of
 from qwen_moe_jax.sharding.mesh import AXES
 from qwen_moe_jax.sharding.rules import BATCH
+from qwen_moe_jax.text import format_mesh
 
 Describe = Callable[[dict[str, int]], "Outline"]
 CompilePlan = Callable[[dict[str, int]], Plan]
@@ -300,7 +301,7 @@ def _check_batch(work: Work, mesh: Mapping[str, int]) -> None:
     if work.rows % ways:
         micro = f" and {work.accumulation_steps} micro-batches" if work.accumulation_steps > 1 else ""
         raise ShardingError(
-            f"a batch of {work.rows} rows does not divide over data={mesh['data']} * fsdp={mesh['fsdp']} * "
+            f"a batch of {work.rows} rows does not divide over data={mesh['data']}, fsdp={mesh['fsdp']}, "
             f"expert={mesh['expert']}{micro}: expected a multiple of {ways}."
         )
 
@@ -308,7 +309,7 @@ def _check_batch(work: Work, mesh: Mapping[str, int]) -> None:
 def _nothing_divides(target: Target, refused: Sequence[tuple[dict[str, int], str]]) -> ShardingError:
     # The mesh that splits the batch least says most about the model.
     mesh, reason = min(refused, key=lambda item: math.prod(item[0][axis] for axis in BATCH))
-    shape = " * ".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "one device"
+    shape = format_mesh(mesh)
     return ShardingError(
         f"no mesh of {target.devices} devices divides the model and the batch. {shape}, for example: {reason} Choose "
         "another number of devices, or more rows."

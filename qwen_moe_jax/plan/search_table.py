@@ -8,7 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from qwen_moe_jax.plan.search import Candidate, Progress, Search
-from qwen_moe_jax.units import in_bytes, in_seconds
+from qwen_moe_jax.text import format_mesh
+from qwen_moe_jax.units import format_bytes, format_seconds
 
 #: Of those that were not compiled, how many are listed.
 SHOWN_DRAFTS = 12
@@ -42,9 +43,9 @@ def _outcome(search: Search, set_mesh: Callable[[Mapping[str, int]], str]) -> st
         return f"Best: [bold]{escape(set_mesh(search.best.mesh))}[/]"
     nearest = search.candidates[0]
     missing = nearest.plan.memory.spare
-    lacks = "" if missing is None or missing >= 0 else f"; {in_bytes(-missing)} a device are missing"
+    lacks = "" if missing is None or missing >= 0 else f"; {format_bytes(-missing)} a device are missing"
     return (
-        f"None that was compiled fits. The nearest is {escape(mesh_words(nearest.mesh))}{lacks}. More devices, fewer "
+        f"None that was compiled fits. The nearest is {escape(format_mesh(nearest.mesh))}{lacks}. More devices, fewer "
         "rows, or remat make room."
     )
 
@@ -77,9 +78,9 @@ def _timed(search: Search) -> bool:
 
 
 def progress_line(progress: Progress) -> str:
-    """`compiling 2 of 6: fsdp 32 × expert 8, about 5 min 10 s left`."""
-    left = "" if progress.seconds_left is None else f", about {in_seconds(progress.seconds_left)} left"
-    return f"compiling {progress.number} of {progress.of}: {mesh_words(progress.mesh)}{left}"
+    """`compiling 2 of 6: fsdp=32, expert=8, about 5 min 10 s left`."""
+    left = "" if progress.seconds_left is None else f", about {format_seconds(progress.seconds_left)} left"
+    return f"compiling {progress.number} of {progress.of}: {format_mesh(progress.mesh)}{left}"
 
 
 def print_progress(progress: Progress) -> None:
@@ -87,41 +88,36 @@ def print_progress(progress: Progress) -> None:
     print(progress_line(progress), file=sys.stderr, flush=True)
 
 
-def mesh_words(mesh: Mapping[str, int]) -> str:
-    """{"data": 1, "fsdp": 32, "expert": 8} as `fsdp 32 × expert 8`."""
-    return " × ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
-
-
 def _cells_of_plan(candidate: Candidate, timed: bool) -> tuple[str, ...]:
     plan, memory, roofline = candidate.plan, candidate.plan.memory, candidate.plan.roofline
     held = (
         {True: "yes", False: "no", None: "?"}[memory.fits],
-        "not told" if memory.total is None else in_bytes(memory.total),
+        "not told" if memory.total is None else format_bytes(memory.total),
         _spare(memory.spare),
     )
     if not timed:
-        return *held, in_bytes(sum(item.bytes_per_step or 0 for item in plan.collectives))
+        return *held, format_bytes(sum(item.bytes_per_step or 0 for item in plan.collectives))
     if roofline is None:  # refused
         return *held, "", "", ""
     seconds = roofline.seconds_without_overlap
-    return *held, in_seconds(seconds), f"{plan.work.tokens / seconds:,.0f}", roofline.bound
+    return *held, format_seconds(seconds), f"{plan.work.tokens / seconds:,.0f}", roofline.bound
 
 
 def _cells_of_draft(candidate: Candidate, timed: bool) -> tuple[str, ...]:
     draft = candidate.draft
     held = (
         {True: "~yes", False: "~no", None: "?"}[draft.fits],
-        f"~{in_bytes(draft.total)}",
+        f"~{format_bytes(draft.total)}",
         "" if draft.available is None else f"~{_spare(draft.available - draft.total)}",
     )
     if not timed:
-        return *held, f"~{in_bytes(draft.sent)}"
+        return *held, f"~{format_bytes(draft.sent)}"
     if draft.seconds is None:
         return *held, "", "", ""
-    return *held, f"~{in_seconds(draft.seconds)}", f"~{draft.tokens / draft.seconds:,.0f}", ""
+    return *held, f"~{format_seconds(draft.seconds)}", f"~{draft.tokens / draft.seconds:,.0f}", ""
 
 
 def _spare(spare: int | None) -> str:
     if spare is None:
         return ""
-    return f"-{in_bytes(-spare)}" if spare < 0 else in_bytes(spare)
+    return f"-{format_bytes(-spare)}" if spare < 0 else format_bytes(spare)

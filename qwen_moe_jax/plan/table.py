@@ -5,7 +5,8 @@ from rich.table import Table
 from rich.text import Text
 
 from qwen_moe_jax.plan.result import Collective, Memory, Plan
-from qwen_moe_jax.units import count, in_bytes
+from qwen_moe_jax.text import format_mesh
+from qwen_moe_jax.units import format_bytes, format_count
 
 #: Collectives that send less than this share of a step's bytes are summed up in a line.
 SMALL = 0.005
@@ -22,9 +23,9 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Prints what was asked, whether it fits, what is held, computed and sent, and what a reviewer would say."""
     console = console or Console(highlight=False)
     work, model = plan.work, plan.model
-    active = f", {count(model.active_parameters)} active" if model.experts else ""
-    console.print(f"{model.name}: {count(model.parameters)} parameters{active}", style="bold", markup=False)
-    mesh = " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+    active = f", {format_count(model.active_parameters)} active" if model.experts else ""
+    console.print(f"{model.name}: {format_count(model.parameters)} parameters{active}", style="bold", markup=False)
+    mesh = format_mesh(plan.mesh)
     console.print(f"{plan.target.devices} × {plan.target.chip} ({plan.target.name}): {mesh}", markup=False)
     context = f" in a cache for {work.context:,}" if work.context else ""
     parts = f" in {work.accumulation_steps} micro-batches" if work.accumulation_steps > 1 else ""
@@ -49,7 +50,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         console.print(Text(f"! {remark.text}"), soft_wrap=True)
     console.print(
         f"Traced in {plan.cost.trace_seconds:.0f} s, compiled in {plan.cost.compile_seconds:.0f} s, "
-        f"{in_bytes(plan.cost.peak_host_bytes)} of this machine's memory; "
+        f"{format_bytes(plan.cost.peak_host_bytes)} of this machine's memory; "
         + ", ".join(f"{name} {number}" for name, number in plan.versions.items()),
         style="dim",
         markup=False,
@@ -69,13 +70,13 @@ def _execution(plan: Plan) -> str:
 def _verdict(plan: Plan) -> Text:
     memory = plan.memory
     if memory.fits is None:
-        return Text(f"A device holds {in_bytes(memory.total)}; a simulated one has no limit.")
+        return Text(f"A device holds {format_bytes(memory.total)}; a simulated one has no limit.")
     if memory.total is None:
         return Text("It does not fit.", style="red")
-    of = f"{in_bytes(memory.total)} of {in_bytes(memory.available)} a device"
+    of = f"{format_bytes(memory.total)} of {format_bytes(memory.available)} a device"
     if memory.fits:
-        return Text(f"It fits: {of}, {in_bytes(memory.spare)} to spare.", style="green")
-    return Text(f"It does not fit: {of}, {in_bytes(-memory.spare)} too much.", style="red")
+        return Text(f"It fits: {of}, {format_bytes(memory.spare)} to spare.", style="green")
+    return Text(f"It does not fit: {of}, {format_bytes(-memory.spare)} too much.", style="red")
 
 
 def _memory_table(memory: Memory) -> Table:
@@ -83,20 +84,20 @@ def _memory_table(memory: Memory) -> Table:
     table.add_column("on the fullest device")
     table.add_column("bytes", justify="right", no_wrap=True)
     for group in memory.groups:
-        table.add_row(group.name, in_bytes(group.bytes))
+        table.add_row(group.name, format_bytes(group.bytes))
     if memory.temporaries is not None:
         if memory.padding > 0:
-            table.add_row("padding of the layouts", in_bytes(memory.padding))
-        table.add_row("temporaries", in_bytes(memory.temporaries))
+            table.add_row("padding of the layouts", format_bytes(memory.padding))
+        table.add_row("temporaries", format_bytes(memory.temporaries))
     if memory.gradients:
-        table.add_row("  gradients among them", in_bytes(memory.gradients), style="dim")
+        table.add_row("  gradients among them", format_bytes(memory.gradients), style="dim")
     if memory.temporaries is not None:
         if memory.outputs > 0:
-            table.add_row("results", in_bytes(memory.outputs))
+            table.add_row("results", format_bytes(memory.outputs))
         if memory.code:
-            table.add_row("the program", in_bytes(memory.code))
+            table.add_row("the program", format_bytes(memory.code))
     if memory.total is not None:
-        table.add_row("in all", in_bytes(memory.total), style="bold")
+        table.add_row("in all", format_bytes(memory.total), style="bold")
     return table
 
 
@@ -132,13 +133,13 @@ def _collective_table(plan: Plan) -> Table:
             "×".join(one.axes) or "other groups",
             f"{one.widened_from} as {one.dtype}" if one.widened_from else one.dtype,
             " × ".join(str(size) for size in one.shape if size > 1) or "1",
-            in_bytes(one.bytes),
+            format_bytes(one.bytes),
             times + (" in layers" if one.in_layers else ""),
-            in_bytes(size),
+            format_bytes(size),
         )
     if kinds:
-        table.add_row("smaller ones", "", "", "", "", "", in_bytes(small), style="dim")
-    table.add_row("in all", "", "", "", "", "", in_bytes(total), style="bold")
+        table.add_row("smaller ones", "", "", "", "", "", format_bytes(small), style="dim")
+    table.add_row("in all", "", "", "", "", "", format_bytes(total), style="bold")
     return table
 
 

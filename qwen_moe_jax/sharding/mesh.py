@@ -9,6 +9,7 @@ from jax.sharding import AxisType, Mesh
 
 from qwen_moe_jax.errors import ShardingError
 from qwen_moe_jax.sharding.distributed import num_processes
+from qwen_moe_jax.text import format_mesh
 
 AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -40,7 +41,7 @@ def make_mesh(
         devices = jax.devices()
     if len(devices) < needed:
         found = devices[0].platform if devices else "none"
-        shape = " * ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
+        shape = format_mesh(sizes)
         raise ShardingError(
             f"make_mesh: {shape} needs {needed} devices, found {len(devices)} ({found}). "
             f"To simulate them on the CPU, call make_mesh before anything else uses JAX, or start Python with "

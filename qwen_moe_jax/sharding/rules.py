@@ -83,7 +83,7 @@ def parameter_sharding(
         raise ShardingError(f"{name}: {error}") from None
     for size, axis in zip(shape, axes, strict=True):
         if size % math.prod(mesh.shape[mesh_axis] for mesh_axis in table[axis]):
-            over = " * ".join(f"{mesh_axis}={mesh.shape[mesh_axis]}" for mesh_axis in table[axis])
+            over = ", ".join(f"{mesh_axis}={mesh.shape[mesh_axis]}" for mesh_axis in table[axis])
             raise ShardingError(
                 f"{name}: its {axis!r} axis of size {size} (shape {tuple(shape)}) does not divide over the mesh axes "
                 f"{over}. Choose mesh sizes that divide {size}, or another sharding rule for {axis!r}."

@@ -26,6 +26,7 @@ from orbax.checkpoint import type_handlers
 from orbax.checkpoint.experimental import v1 as ocp
 
 from qwen_moe_jax.errors import ShardingError
+from qwen_moe_jax.rounding import ceil_div, round_up
 from qwen_moe_jax.storage.orbax import BLOCK, ITEM, PIECE, axes_of_rows, refuse_unstorable
 from qwen_moe_jax.storage.tensor import Index, StoredTensor, index_shape
 
@@ -197,9 +198,9 @@ def _layout(shape: Sequence[int], itemsize: int) -> tuple[list[int], list[int]]:
     piece = list(row)
     while math.prod(piece) * itemsize > PIECE:
         cuts[-1 if cuts[-1] < min(cuts[0], _COLUMNS) else 0] *= 2
-        piece = [-(-size // cut) for size, cut in zip(row, cuts, strict=True)]
+        piece = [ceil_div(size, cut) for size, cut in zip(row, cuts, strict=True)]
     # The last piece of an axis may reach beyond it.
-    covering = [-(-size // part) * part for size, part in zip(row, piece, strict=True)]
+    covering = [round_up(size, part) for size, part in zip(row, piece, strict=True)]
     covering_bytes = math.prod(covering) * itemsize
     if leading and covering_bytes <= BLOCK:
         rows = _even_run(shape[leading - 1], BLOCK // covering_bytes)
@@ -211,7 +212,7 @@ def _layout(shape: Sequence[int], itemsize: int) -> tuple[list[int], list[int]]:
 
 def _even_run(count: int, limit: int) -> int:
     """Length of the runs that divide `count` things most evenly into as few runs as `limit` allows."""
-    return -(-count // -(-count // limit))
+    return ceil_div(count, ceil_div(count, limit))
 
 
 def _zarr_metadata(shape: Sequence[int], block: Sequence[int], piece: Sequence[int]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 import ml_dtypes  # noqa: F401  registers bfloat16 and the float8 types with NumPy
 import numpy as np
 
+from qwen_moe_jax.rounding import ceil_div
+
 #: A part of an array: a slice with start and stop, and no step, for every axis.
 Index = tuple[slice, ...]
 
@@ -177,7 +179,7 @@ def blocks(shape: Sequence[int], itemsize: int, limit: int) -> Iterator[Index]:
         yield full_index(shape)
         return
     cut = shape[axis - 1]
-    count = -(-cut // max(limit // max(inner, 1), 1))
+    count = ceil_div(cut, max(limit // max(inner, 1), 1))
     runs = [slice(cut * part // count, cut * (part + 1) // count) for part in range(count)]
     for leading in itertools.product(*(range(size) for size in shape[: axis - 1])):
         for run in runs:

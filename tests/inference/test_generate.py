@@ -211,8 +211,8 @@ def test_generate_names_every_prompt_that_it_refuses_and_runs_none(small, never_
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(max_tokens=5), "max_tokens=5: there is no such setting of generation. Did you mean 'max_new_tokens'?"),
-        (dict(temprature=0.5), "Did you mean 'temperature'?"),
+        (dict(max_tokens=5), "max_tokens=5: there is no such setting of generation; did you mean 'max_new_tokens'?"),
+        (dict(temprature=0.5), "did you mean 'temperature'?"),
         (dict(zzz=1), "Expected some of eos_token_id, stop_strings, max_new_tokens"),
     ],
 )

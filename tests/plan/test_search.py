@@ -12,7 +12,8 @@ from qwen_moe_jax.errors import ConfigError, ShardingError
 from qwen_moe_jax.plan.chips import CHIPS
 from qwen_moe_jax.plan.result import Group, PlacedArray, Work
 from qwen_moe_jax.plan.search import Outline, draft_meshes, draft_of, in_turns, meshes_of, search_meshes
-from qwen_moe_jax.plan.search_table import mesh_words, print_search, progress_line
+from qwen_moe_jax.plan.search_table import print_search, progress_line
+from qwen_moe_jax.text import format_mesh
 from tests.plan.samples import GB, collective, memory, plan, roofline
 from tests.plan.samples import refused as refused_plan
 
@@ -76,7 +77,7 @@ def planned(**by_mesh):
     """A compiler: by the words of a mesh, seconds, or a plan; 9 seconds for any other."""
 
     def compile_plan(mesh):
-        found = by_mesh.get(mesh_words(mesh).replace(" × ", "_").replace(" ", ""), 9.0)
+        found = by_mesh.get(format_mesh(mesh).replace(", ", "_").replace("=", ""), 9.0)
         if isinstance(found, Exception):
             raise found
         return found if not isinstance(found, float) else plan(roofline=roofline(seconds_without_overlap=found))
@@ -89,7 +90,7 @@ def search(compile_plan, *, devices=4, keep=99, **changes):
 
 
 def order(found):
-    return [mesh_words(candidate.mesh) for candidate in found.compiled]
+    return [format_mesh(candidate.mesh) for candidate in found.compiled]
 
 
 @pytest.mark.parametrize("devices", [1, 6, 8])
@@ -171,24 +172,24 @@ def test_one_device_sends_nothing():
 
 def test_plans_are_in_the_order_of_their_seconds_whatever_the_drafts_said():
     found = search(planned(fsdp4=2.0, expert4=1.0, data2_fsdp2=3.0))
-    assert order(found)[:3] == ["expert 4", "fsdp 4", "data 2 × fsdp 2"]
-    assert mesh_words(found.best.mesh) == "expert 4"
+    assert order(found)[:3] == ["expert=4", "fsdp=4", "data=2, fsdp=2"]
+    assert format_mesh(found.best.mesh) == "expert=4"
 
 
 def test_what_fits_comes_first_however_slow_and_the_rest_by_what_is_missing():
     too_large = plan(roofline=roofline(seconds_without_overlap=0.1), memory=memory(temporaries=120 * GB))
     silent = plan(memory=memory(temporaries=None, padding=None, outputs=None, code=None), roofline=None, refusal="no")
     found = search(planned(fsdp4=too_large, expert4=refused_plan(), data4=silent))
-    assert order(found)[-3:] == ["fsdp 4", "expert 4", "data 4"]
+    assert order(found)[-3:] == ["fsdp=4", "expert=4", "data=4"]
     assert found.best.plan.memory.fits
 
 
 def test_of_equals_the_one_with_more_room_comes_first():
     roomy = plan(roofline=roofline(seconds_without_overlap=1.0), memory=memory(temporaries=3 * GB))
     found = search(planned(fsdp4=1.0, expert4=roomy, data4=1.0))
-    assert order(found)[0] == "expert 4"
-    drafted = [mesh_words(draft.mesh) for draft in in_turns(draft_meshes(target(4), CHIP.networks, describe)[0])]
-    ties = [mesh for mesh in drafted if mesh in ("fsdp 4", "data 4")]
+    assert order(found)[0] == "expert=4"
+    drafted = [format_mesh(draft.mesh) for draft in in_turns(draft_meshes(target(4), CHIP.networks, describe)[0])]
+    ties = [mesh for mesh in drafted if mesh in ("fsdp=4", "data=4")]
     assert order(found)[1:3] == ties, "and then the more promising draft"
 
 
@@ -201,7 +202,7 @@ def test_without_a_chip_s_numbers_fewer_bytes_sent_are_better():
     found = search_meshes(
         target(4, **unknown), (), describe, lambda mesh: less if mesh["expert"] == 4 else more, keep=99
     )
-    assert order(found)[0] == "expert 4"
+    assert order(found)[0] == "expert=4"
     assert "no chip to estimate" in shown(found) and "sends" in shown(found)
 
 
@@ -231,8 +232,8 @@ def test_what_may_not_fit_waits_for_all_that_may():
 
 
 def test_a_mesh_that_the_program_refuses_gives_its_place_to_the_next():
-    first = mesh_words(in_turns(draft_meshes(target(4), CHIP.networks, describe)[0])[0].mesh)
-    found = search(planned(**{first.replace(" × ", "_").replace(" ", ""): ShardingError("no")}), keep=2)
+    first = format_mesh(in_turns(draft_meshes(target(4), CHIP.networks, describe)[0])[0].mesh)
+    found = search(planned(**{first.replace(", ", "_").replace("=", ""): ShardingError("no")}), keep=2)
     assert first not in order(found) and len(found.compiled) == 2
     assert "no" in [reason for _, reason in found.refused]
 
@@ -245,7 +246,7 @@ def shown(found):
 
 def test_the_table_marks_drafts_and_ends_with_the_words_that_set_the_best():
     first = in_turns(draft_meshes(target(4), CHIP.networks, describe)[0])[0]
-    text = shown(search(planned(**{mesh_words(first.mesh).replace(" × ", "_").replace(" ", ""): 1.0}), keep=3))
+    text = shown(search(planned(**{format_mesh(first.mesh).replace(", ", "_").replace("=", ""): 1.0}), keep=3))
     lines = text.splitlines()
     assert "3 compiled" in text and "estimates" in text
     assert lines[-1] == f"Best: --mesh.expert {first.mesh['expert']}"

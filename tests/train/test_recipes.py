@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_moe_jax.units import in_bytes
+from qwen_moe_jax.units import format_bytes
 from train.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -68,4 +68,4 @@ def test_a_recipe_is_put_together_on_its_mesh_and_tells_the_memory_it_needs(held
     if load_config(recipe).mesh.simulated:
         return  # nobody plans memory for those
     assert said, "it should say what a device holds: weights …, moments …, gradients …"
-    assert list(said.groups()) == [in_bytes(size) for size in held[recipe.name]]
+    assert list(said.groups()) == [format_bytes(size) for size in held[recipe.name]]

@@ -67,9 +67,9 @@ def test_a_page_shows_losses_speed_time_routers_and_what_ran(page):
     assert facts["held-out loss"] == "4.250" and facts["training loss"] == "4.550"
     assert facts["tokens/s"] == "640" and facts["per device"] == "80" and facts["MFU"] == "31.4%"
     assert facts["dropped"] == "5.0%" and facts["largest load"] == "1.5 × the mean"
-    assert facts["time"] == "1.3 s: steps 54%, compiling 8%, evaluation 38%"
+    assert facts["time"] == "1.30 s: steps 54%, compiling 8%, evaluation 38%"
     assert facts["parameters"] == "1,000, 400 active per token"
-    assert facts["mesh"] == "data 2 × expert 4" and facts["devices"] == "8 × TPU v4"
+    assert facts["mesh"] == "data=2, expert=4" and facts["devices"] == "8 × TPU v4"
     assert facts["each device holds"] == "2.00 MB of weights, 4.00 MB of moments, 2.00 MB of gradients"
     assert facts["execution"] == "dispatch capacity" and facts["versions"] == "jax 0.10.2"
     assert "[optimizer]" in page and "Training run, not finished" in page

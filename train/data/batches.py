@@ -12,6 +12,8 @@ import grain
 import jax
 import numpy as np
 
+from qwen_moe_jax.rounding import ceil_div
+
 
 @dataclass(frozen=True)
 class Documents(Sequence):
@@ -103,7 +105,7 @@ class Rows:
         self.num_tokens = int(self._ends[-1])
 
     def __len__(self) -> int:
-        return -(-self.num_tokens // self._seq_len)
+        return ceil_div(self.num_tokens, self._seq_len)
 
     def __getitem__(self, number: int) -> Row:
         start, stop = number * self._seq_len, min((number + 1) * self._seq_len, self.num_tokens)

@@ -1,4 +1,4 @@
-"""Reads metrics.jsonl, of a run that is over, goes on or was cut short (`train.reporting.progress.Report` writes it)."""
+"""Reads metrics.jsonl, of a finished, running or interrupted run. `train.reporting.progress.Report` writes it."""
 
 import json
 from dataclasses import dataclass

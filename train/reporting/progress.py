@@ -15,6 +15,7 @@ import optax
 
 from qwen_moe_jax.cli.terminal import visible
 from qwen_moe_jax.moe.stats import RouterStats
+from qwen_moe_jax.units import format_clock
 from train.config import RunConfig
 from train.folder import RunFolder
 from train.reporting.metrics import read_records
@@ -270,16 +271,8 @@ def _status(record: dict[str, Any], seconds_left: float | None) -> str:
     parts.append(f"dropped {record['dropped']:.1%}")
     if record["load_imbalance"]:  # 0 is a dense model
         parts += [f"max load {record['load_imbalance']:.1f}x", f"z-loss {record['router_z']:.1f}"]
-    parts.append(f"ETA {_clock_time(seconds_left)}")
+    parts.append(f"ETA {'-' if seconds_left is None else format_clock(seconds_left)}")
     return "  ".join(parts)
-
-
-def _clock_time(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _reopen(metrics_file: Path, first_step: int) -> TextIO:

@@ -15,7 +15,8 @@ import qwen_moe_jax as qmj
 from qwen_moe_jax.config import SHARDING_RULES
 from qwen_moe_jax.plan.chips import peak_flops
 from qwen_moe_jax.plan.flops import training_flops_per_token
-from qwen_moe_jax.units import in_bytes
+from qwen_moe_jax.text import format_mesh
+from qwen_moe_jax.units import format_bytes
 from train.config import TrainConfig
 from train.optimizer import moves_by_itself
 from train.parameters import Params
@@ -114,15 +115,15 @@ def _in_words(rules: qmj.ShardingRules) -> str:
 
 def introduction(start: Start, steps: int) -> str:
     """The same in three lines."""
-    mesh = " x ".join(f"{axis} {size}" for axis, size in start.mesh.items() if size > 1) or "one device"
+    mesh = format_mesh(start.mesh)
     bytes_needed = start.weight_bytes + start.moment_bytes + start.gradient_bytes
     split = {"weights": start.weight_bytes, "moments": start.moment_bytes, "gradients": start.gradient_bytes}
     epochs = steps * start.tokens_per_step / start.text_tokens
     return (
         f"parameters: {start.parameters_in_words}; "
         f"{start.devices} {start.device_kind} device(s): {mesh}; dispatch {start.execution['dispatch']}\n"
-        f"{in_bytes(bytes_needed)} per device besides activations: "
-        f"{', '.join(f'{name} {in_bytes(size)}' for name, size in split.items())}\n"
+        f"{format_bytes(bytes_needed)} per device besides activations: "
+        f"{', '.join(f'{name} {format_bytes(size)}' for name, size in split.items())}\n"
         f"{start.text_tokens / 1e6:.2f}M tokens of text, {epochs:.1f} epochs of steps of {start.tokens_per_step} tokens"
     )
 

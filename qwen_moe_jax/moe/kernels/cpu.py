@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_moe_jax.nn.bits import rows_at
+from qwen_moe_jax.rounding import next_power_of_two
 
 #: Rows of the longest and the shortest block.
 LONGEST, SHORTEST = 128, 4
@@ -19,7 +20,7 @@ MATMUL = 8
 
 def tile_rows(rows: int) -> int:
     """The longest block for this many rows. A buffer has room for one beyond the real rows, where the last ends."""
-    return min(max(SHORTEST, 1 << (rows - 1).bit_length()), LONGEST)
+    return min(max(SHORTEST, next_power_of_two(rows)), LONGEST)
 
 
 def ragged(rows_RK: jax.Array, weights: jax.Array, sizes_E: jax.Array, *, transposed: bool) -> jax.Array:
@@ -99,4 +100,4 @@ def _block_rows(buffer: int, experts: int) -> int:
     """A power of two near the mean rows of an expert: longer blocks are half empty, shorter ones waste the matmul."""
     longest = min(LONGEST, buffer // 2)  # what `tile_rows` said when the buffer was made
     mean = max(1, (buffer - longest) // experts)
-    return min(max(1 << (mean - 1).bit_length(), SHORTEST), longest)
+    return min(max(next_power_of_two(mean), SHORTEST), longest)

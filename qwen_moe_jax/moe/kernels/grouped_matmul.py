@@ -9,6 +9,7 @@ import jax
 from qwen_moe_jax.config import GroupedMatmul
 from qwen_moe_jax.moe.kernels.cpu import tile_rows
 from qwen_moe_jax.nn.matmul import as_precise_as
+from qwen_moe_jax.rounding import round_up
 
 #: A backend is a module with `ragged` and `outer`; see `kernels/blocks.py` for what they promise.
 BACKENDS: dict[GroupedMatmul, str] = {
@@ -20,7 +21,7 @@ BACKENDS: dict[GroupedMatmul, str] = {
 
 def buffer_rows(rows: int) -> int:
     """The size of a buffer for this many real rows: whole tiles, and a spare one for every backend's reach."""
-    return -(-rows // tile_rows(rows)) * tile_rows(rows) + tile_rows(rows)
+    return round_up(rows, tile_rows(rows)) + tile_rows(rows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -14,6 +14,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from qwen_moe_jax.rounding import ceil_div, next_power_of_two
+
 #: Sides of a tile of the result, powers of two: two such tiles' operands, three deep, stay under 100 KB of fast memory.
 TILE = 128
 
@@ -131,7 +133,7 @@ def outer(left_RO: jax.Array, right_RI: jax.Array, sizes_E: jax.Array, *, interp
 
 def _row_tile(rows: int, experts: int) -> int:
     """Rows of a tile: about an expert's share, so that in decoding a tile is not mostly empty."""
-    share = 2 ** max(0, rows // experts - 1).bit_length()
+    share = next_power_of_two(rows // experts)
     return min(max(share, ALIGNMENT), TILE)
 
 
@@ -139,7 +141,7 @@ def _row_tiles(sizes_E: jax.Array, rows: int, row_tile: int) -> tuple[jax.Array,
     """Each tile's expert, its first row, and the row after the expert's last; tiles too many start at or past that."""
     count = rows // row_tile + min(sizes_E.size, rows)  # each expert has at most one tile that is not full
     row_ends_E = jnp.cumsum(sizes_E)
-    tiles_E = -(-sizes_E // row_tile)
+    tiles_E = ceil_div(sizes_E, row_tile)
     tile_ends_E = jnp.cumsum(tiles_E)
     tile_I = jnp.arange(count, dtype=sizes_E.dtype)
     experts_I = jnp.sum(tile_I[:, None] >= tile_ends_E, axis=1, dtype=sizes_E.dtype).clip(max=sizes_E.size - 1)

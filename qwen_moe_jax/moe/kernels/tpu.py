@@ -7,6 +7,8 @@ expert in jax 0.10 (no longer in 0.12), and it keeps five times the temporaries.
 import jax
 import jax.numpy as jnp
 
+from qwen_moe_jax.rounding import ceil_div, round_up
+
 #: Bytes of a core's vector memory that the tiles may take; XLA gives a kernel 16 MiB of it on v5e and v5p.
 TILE_BYTES = 10 * 2**20
 
@@ -75,7 +77,7 @@ def outer(left_RO: jax.Array, right_RI: jax.Array, sizes_E: jax.Array, *, interp
 def _row_tile(rows: int, experts: int) -> int:
     """Rows of a tile: every expert starts and ends within one, so about one tile an expert is computed twice."""
     if rows < LANES:
-        return -(-rows // 16) * 16  # a register's rows in bfloat16
+        return round_up(rows, 16)  # a register's rows in bfloat16
     large = (tile for tile in (512, 256) if rows >= 4 * tile * experts and rows % tile == 0)
     return next(large, LANES)
 
@@ -93,7 +95,7 @@ def _ragged_tile(row_tile: int, rows: int, experts: int, K: int, N: int, itemsiz
         return 2 * itemsize * operands + 4 * row_tile * n <= TILE_BYTES  # each twice, one being fetched; and the sums
 
     def reads(k: int, n: int) -> int:
-        return rows * K * -(-N // n) + (experts if k == K else rows // row_tile + experts) * K * N
+        return rows * K * ceil_div(N, n) + (experts if k == K else rows // row_tile + experts) * K * N
 
     return min(((k, n) for k in _tiles(K) for n in _tiles(N) if fits(k, n)), key=lambda tile: reads(*tile))
 
@@ -107,7 +109,7 @@ def _outer_tile(row_tile: int, left: int, right: int, itemsize: int) -> tuple[in
         return 2 * itemsize * operands + 4 * (m * n + masked) <= TILE_BYTES
 
     def reads(m: int, n: int) -> int:
-        return left * -(-right // n) + right * -(-left // m)
+        return left * ceil_div(right, n) + right * ceil_div(left, m)
 
     return min(((m, n) for m in _tiles(left) for n in _tiles(right) if fits(m, n)), key=lambda tile: reads(*tile))
 
