@@ -14,7 +14,7 @@ ROOMS = [
 ]  # fmt: skip
 #: The two doors through which users find the Hub readers where they look for them: `ModelConfig.from_pretrained` and
 #: `CausalLM.from_pretrained`. Both import when called.
-DOORS = {("qwen_moe_jax/config/model.py", "huggingface"), ("qwen_moe_jax/model/causal_lm.py", "huggingface")}
+DOORS = {("qwen_moe_jax/config/model.py", "huggingface"), ("qwen_moe_jax/model/base.py", "huggingface")}
 
 SOURCES = sorted([*ROOT.glob("qwen_moe_jax/**/*.py"), *ROOT.glob("train/**/*.py")])
 

@@ -181,7 +181,7 @@ def _content(source: str | Path | None) -> str:
 
 
 def _speed(answers: "Sequence[Answer]", seconds: float) -> str:
-    from qwen_moe_jax.inference.engine import compilations
+    from qwen_moe_jax.inference.programs import compilations
 
     count = sum(len(answer.token_ids) for answer in answers)
     return (

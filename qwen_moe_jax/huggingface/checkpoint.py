@@ -16,7 +16,8 @@ from qwen_moe_jax.huggingface.files import Files, open_files
 from qwen_moe_jax.huggingface.layouts import EMBEDDING, HEAD, in_hub_form, tied
 from qwen_moe_jax.huggingface.quantisation import dequantized, fp8_block
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_tensors
-from qwen_moe_jax.model.causal_lm import CausalLM, Model, SequenceClassifier, TokenClassifier
+from qwen_moe_jax.model.base import Model
+from qwen_moe_jax.model.causal_lm import CausalLM, SequenceClassifier, TokenClassifier
 from qwen_moe_jax.storage.prefetch import prefetch
 from qwen_moe_jax.storage.tensor import Index, StackedTensor, StoredTensor, TensorSlice, blocks
 

@@ -22,7 +22,7 @@ from qwen_moe_jax.huggingface.hub import local_folder
 from qwen_moe_jax.huggingface.peft import merged, open_adapter
 from qwen_moe_jax.huggingface.save import configs_to_hub, is_stale, shard_limit, write_configs, write_shards
 from qwen_moe_jax.huggingface.tensors import hub_parameters, hub_tensors
-from qwen_moe_jax.model.causal_lm import Model
+from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.storage.folder import replaced_folder
 from qwen_moe_jax.storage.progress import bytes_bar
 from qwen_moe_jax.storage.tensor import CastTensor

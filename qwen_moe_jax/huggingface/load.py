@@ -21,7 +21,8 @@ from qwen_moe_jax.huggingface.generation_config import read_generation_config
 from qwen_moe_jax.huggingface.hub import local_folder
 from qwen_moe_jax.huggingface.peft import load_adapter
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters
-from qwen_moe_jax.model.causal_lm import CausalLM, Model
+from qwen_moe_jax.model.base import Model
+from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.storage.placement import local_bytes, place
 from qwen_moe_jax.storage.progress import bytes_bar
 

@@ -12,7 +12,7 @@ from typing import Any
 from qwen_moe_jax.huggingface.checkpoint import BALANCING_BIAS, ORBAX
 from qwen_moe_jax.huggingface.save import configs_to_hub, is_stale, write_configs
 from qwen_moe_jax.huggingface.tensors import hub_parameters
-from qwen_moe_jax.model.causal_lm import Model
+from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.sharding.distributed import is_process_zero
 from qwen_moe_jax.storage.folder import replaced_folder
 

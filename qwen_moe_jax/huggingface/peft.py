@@ -22,7 +22,7 @@ from qwen_moe_jax.huggingface.fields import read_json
 from qwen_moe_jax.huggingface.hub import adapter_folder
 from qwen_moe_jax.huggingface.save import readable_tensors, write_configs
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_tensors
-from qwen_moe_jax.model.causal_lm import Model
+from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.model.lora import add_lora, is_adapter, matrices, remove_lora
 from qwen_moe_jax.sharding.distributed import is_process_zero
 from qwen_moe_jax.storage.folder import replaced_folder

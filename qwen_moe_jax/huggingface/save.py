@@ -16,7 +16,7 @@ from qwen_moe_jax.huggingface.export_config import config_to_hub
 from qwen_moe_jax.huggingface.files import INDEX, SINGLE, is_weights
 from qwen_moe_jax.huggingface.generation_config import generation_config_to_hub
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_tensors
-from qwen_moe_jax.model.causal_lm import Model
+from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.sharding.distributed import is_process_zero
 from qwen_moe_jax.storage.folder import replaced_folder
 from qwen_moe_jax.storage.placement import DeviceTensor

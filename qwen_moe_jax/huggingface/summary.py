@@ -16,7 +16,7 @@ from qwen_moe_jax.huggingface.fields import read_json
 from qwen_moe_jax.huggingface.hub import local_folder
 from qwen_moe_jax.huggingface.quantisation import DequantizedTensor
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, natural_order
-from qwen_moe_jax.model.causal_lm import Model
+from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.storage.progress import bytes_bar
 from qwen_moe_jax.storage.tensor import StoredTensor, nbytes
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qwen_moe_jax.model.causal_lm import Model
+from qwen_moe_jax.model.base import Model
 
 #: Hub names that differ from the module's, for families whose files do not follow the Qwen names: (ours, the Hub's).
 RENAMES: dict[str, tuple[tuple[str, str], ...]] = {

@@ -1,14 +1,7 @@
-"""Prefill once, decode on the device: the loop that turns prompts into tokens.
-
-Three compiled programs do the work. `_prefill` runs a stretch of every prompt through the model and into the cache,
-`_first` chooses the first new tokens, `_decode` writes token after token without asking the host, until its stretch is
-full or every row has stopped. Shapes are rounded up (rows, room in the cache, stretches), so that requests of all
-lengths share a few compilations.
-"""
+"""Requests to tokens: prompts are read once into a cache, and continued on the device (`inference.programs`)."""
 
 import contextlib
 import dataclasses
-import math
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
@@ -23,28 +16,13 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import GenerationConfig
 from qwen_moe_jax.errors import RequestError
-from qwen_moe_jax.inference.sampling import (
-    SamplingSettings,
-    SamplingState,
-    advance,
-    choose,
-    initial_state,
-    log_probabilities,
-    process_logits,
-    sampling_settings,
-)
-from qwen_moe_jax.model.cache import Cache, abstract_cache, empty_cache
+from qwen_moe_jax.inference import programs
+from qwen_moe_jax.inference.programs import DecodeOutput
+from qwen_moe_jax.inference.sampling import initial_state, sampling_settings
+from qwen_moe_jax.model.cache import Cache, empty_cache
 from qwen_moe_jax.model.causal_lm import CausalLM
-from qwen_moe_jax.rounding import next_power_of_two, round_up
 from qwen_moe_jax.sharding.distributed import broadcast
 from qwen_moe_jax.sharding.rules import BATCH
-
-#: Stretches of a prompt that are run at once: the shortest that holds what is left, or the longest.
-PREFILL_BUCKETS = (8, 32, 128, 512)
-#: Tokens that are written before the host looks at them.
-DECODE = 32
-#: Room in a cache: powers of two from the first number to the second, from there on multiples of the second.
-CACHE_BUCKETS = (64, 4096)
 
 Finish = Literal["stop", "length"]
 
@@ -99,7 +77,7 @@ def check_request(model: CausalLM, name: str, prompt: Sequence[int], config: Gen
     """Refuses what cannot be served.
 
     Raises:
-        RequestError: naming the request: an empty prompt, a token id outside the vocabulary, no room for a new token.
+        RequestError: naming the request: an empty prompt, a token id outside the vocabulary, no position left for a new token.
     """
     vocab_size, positions = model.config.vocab_size, model.config.max_position_embeddings
     if len(prompt) == 0:
@@ -109,7 +87,7 @@ def check_request(model: CausalLM, name: str, prompt: Sequence[int], config: Gen
             raise RequestError(f"{name} holds {token!r}, expected token ids from 0 to {vocab_size - 1}.")
     if config.max_new_tokens is None and len(prompt) >= positions:
         raise RequestError(
-            f"{name} has {len(prompt)} tokens, and the model has {positions} positions: there is no room for a new "
+            f"{name} has {len(prompt)} tokens, and the model has {positions} positions: none is left for a new "
             "token. Shorten it, or give max_new_tokens to go beyond what the model was trained for."
         )
 
@@ -119,75 +97,10 @@ def new_tokens(model: CausalLM, prompt: Sequence[int], config: GenerationConfig)
     return config.max_new_tokens or model.config.max_position_embeddings - len(prompt)
 
 
-def compilations() -> int:
-    """How many programs the engine has compiled in this process."""
-    return sum(program._cache_size() for program in (_prefill, _first, _decode))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Described:
-    """One of the engine's programs, with nothing in it allocated: what a planner compiles is what a session runs.
-
-    Attributes:
-        program: jitted.
-        arguments: its own, as `jax.ShapeDtypeStruct`s.
-        cache: the one among them that holds keys and values.
-        rows, length, room: as they were rounded up: requests, new tokens of each, tokens a row may come to.
-    """
-
-    program: Callable
-    arguments: tuple
-    cache: Cache
-    rows: int
-    length: int
-    room: int
-
-
-def abstract_prefill(
-    model: CausalLM, *, rows: int, prompt: int, max_length: int, cache_dtype: str | None = None
-) -> Described:
-    """The program that reads a stretch of every prompt, the longest that prompts of this length need.
-
-    Args:
-        model: in eval mode; it may be without weights.
-        rows, prompt, max_length: requests, tokens of each, tokens a row may come to.
-        cache_dtype: as `Session`.
-    """
-    rows, room, cache = _described_cache(model, rows, max_length, cache_dtype)
-    length = next((stretch for stretch in PREFILL_BUCKETS if stretch >= prompt), PREFILL_BUCKETS[-1])
-    tokens_BT, count_B = jax.ShapeDtypeStruct((rows, length), np.int32), jax.ShapeDtypeStruct((rows,), np.int32)
-    arguments = (model, cache, tokens_BT, count_B, None)
-    return Described(program=_prefill, arguments=arguments, cache=cache, rows=rows, length=length, room=room)
-
-
-def abstract_decode(model: CausalLM, *, rows: int, max_length: int, cache_dtype: str | None = None) -> Described:
-    """The program that writes up to `DECODE` tokens, the most probable ones; a round of its loop is one token a row.
-
-    Arguments as `abstract_prefill`.
-    """
-    rows, room, cache = _described_cache(model, rows, max_length, cache_dtype)
-    settings = sampling_settings([GenerationConfig()] * rows, model.config.vocab_size)
-    numbers_B = np.zeros(rows, np.int32)
-    writing = DecodeState(token_B=numbers_B, left_B=numbers_B, sampling=initial_state(settings, [[]] * rows))
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (writing, settings))
-    return Described(program=_decode, arguments=(model, cache, *shapes), cache=cache, rows=rows, length=1, room=room)
-
-
-def _described_cache(model: CausalLM, rows: int, max_length: int, cache_dtype: str | None) -> tuple[int, int, Cache]:
-    """Rows and room as they are rounded up, and the cache for them."""
-    ways = math.prod(model.mesh.shape[axis] for axis in BATCH)
-    rows, room = round_up(next_power_of_two(rows), ways), _room(max_length)
-    dtype = cache_dtype or model.execution.dtype
-    cache = abstract_cache(
-        model.config, model.mesh, batch=rows, max_length=room, max_write=PREFILL_BUCKETS[-1], dtype=dtype
-    )
-    return rows, room, cache
-
-
 class Session:
-    """A cache, and the rows that live in it. What a row has in common with its next prompt is not computed again.
+    """A cache, and the rows that use it. What a row has in common with its next prompt is not computed again.
 
-    An exception (Ctrl-C, say) while the device reads or writes costs what is remembered, and nothing else.
+    An exception (Ctrl-C, say) while the device runs clears the cache, and nothing else.
 
     Where the model is spread over several processes, all of them run the same session with the same prompts, and all
     are handed the same tokens.
@@ -205,8 +118,8 @@ class Session:
             model = nnx.merge(*nnx.split(model))  # a view of the same weights: the caller's stays in training mode
             model.eval()
         self._model = model
-        self._rows, self.max_length, self._described = _described_cache(model, rows, max_length, cache_dtype)
-        self._cache: Cache | None = empty_cache(self._described)
+        self._rows, self.max_length, self._abstract = programs.padded_cache(model, rows, max_length, cache_dtype)
+        self._cache: Cache | None = empty_cache(self._abstract)
         self._cached: list[list[int]] = [[] for _ in range(self._rows)]
         self._per_row = NamedSharding(model.mesh, P(BATCH))
         self._spans_processes = not self._per_row.is_fully_addressable
@@ -220,16 +133,16 @@ class Session:
         """Continues one conversation, given from its start; for a session of one row. `enough` is that of `stream`.
 
         Raises:
-            RequestError: it cannot be served, or has no room in the cache.
+            RequestError: it cannot be served, or does not fit into the cache.
         """
         check_request(self._model, "the prompt", token_ids, config)
-        room = self.max_length - len(token_ids)
-        if room < 1:
+        left = self.max_length - len(token_ids)
+        if left < 1:
             raise RequestError(
-                f"the prompt has {len(token_ids)} tokens, and the cache has room for {self.max_length} in all: there "
-                "is none for a new token. Start a new conversation, or give the session a larger max_length."
+                f"the prompt has {len(token_ids)} tokens, and the cache holds {self.max_length} in all: none is "
+                "left for a new token. Start a new conversation, or give the session a larger max_length."
             )
-        budget = min(new_tokens(self._model, token_ids, config), room)
+        budget = min(new_tokens(self._model, token_ids, config), left)
         yield from self.run([token_ids], [dataclasses.replace(config, max_new_tokens=budget)], enough)
 
     def run(
@@ -243,35 +156,35 @@ class Session:
         rows = [*map(list, prompts), *[[]] * absent]
         budgets = [new_tokens(model, *request) for request in zip(prompts, configs, strict=True)]
         if self._spans_processes:
-            configs = [_seeded_alike(config) for config in configs]
+            configs = [_with_common_seed(config) for config in configs]
         settings = sampling_settings([*configs, *[GenerationConfig()] * absent], model.config.vocab_size)
-        writing = DecodeState(
+        state = programs.DecodeState(
             token_B=np.zeros(self._rows, np.int32),
             left_B=np.array([*budgets, *[0] * absent], np.int32),
             sampling=initial_state(settings, rows),
         )
-        with self._or_forget():
-            writing, written = _first(self._read(rows), writing, settings)
-            written = self._on_host(written)
+        with self._or_clear():
+            state, output = programs.first(self._read(rows), state, settings)
+            output = self._on_host(output)
         alive = set(range(len(prompts)))
-        yield from self._chunks(written, alive, enough)
+        yield from self._chunks(output, alive, enough)
         while alive:
-            goes_on_B = np.isin(np.arange(self._rows), sorted(alive))
-            writing = dataclasses.replace(writing, left_B=jnp.where(goes_on_B, writing.left_B, 0))
-            with self._or_forget():
-                self._cache, writing, written = _decode(model, self._cache, writing, settings)
-                written = self._on_host(written)
-            yield from self._chunks(written, alive, enough)
+            continues_B = np.isin(np.arange(self._rows), sorted(alive))
+            state = dataclasses.replace(state, left_B=jnp.where(continues_B, state.left_B, 0))
+            with self._or_clear():
+                self._cache, state, output = programs.decode(model, self._cache, state, settings)
+                output = self._on_host(output)
+            yield from self._chunks(output, alive, enough)
 
-    def _on_host(self, written: "DecodeOutput") -> "DecodeOutput":
-        """What the device wrote, of all rows: those of other processes as well."""
+    def _on_host(self, output: DecodeOutput) -> DecodeOutput:
+        """The new tokens of all rows: those of other processes as well."""
         return (
-            multihost_utils.process_allgather(written, tiled=True) if self._spans_processes else jax.device_get(written)
+            multihost_utils.process_allgather(output, tiled=True) if self._spans_processes else jax.device_get(output)
         )
 
     @contextlib.contextmanager
-    def _or_forget(self) -> Iterator[None]:
-        """Where this ends early, the cache may be given away and not come back, or hold more than was heard of."""
+    def _or_clear(self) -> Iterator[None]:
+        """Clears the session where a program is interrupted: its cache was donated, or holds more than the host has seen."""
         try:
             yield
         except BaseException:
@@ -279,47 +192,47 @@ class Session:
             raise
 
     def _read(self, rows: list[list[int]]) -> jax.Array:
-        """Brings the prompts into the cache; logits [B, V] of what follows each."""
+        """Reads the prompts into the cache; logits [B, V] of what follows each."""
         known_B = np.array([self._known(index, row) for index, row in enumerate(rows)], np.int32)
         self._cached = [list(row) for row in rows]
-        cache = self._cache or empty_cache(self._described)
+        cache = self._cache or empty_cache(self._abstract)
         self._cache = dataclasses.replace(cache, lengths_B=jax.device_put(known_B, self._per_row))
         logits_BV = None
         while logits_BV is None or any(known < len(row) for known, row in zip(known_B, rows, strict=True)):
             left = max(len(row) - known for known, row in zip(known_B, rows, strict=True))
-            length = next((stretch for stretch in PREFILL_BUCKETS if stretch >= left), PREFILL_BUCKETS[-1])
+            length = programs.prefill_length(left)
             tokens_BT = np.zeros((self._rows, length), np.int32)
             count_B = np.zeros(self._rows, np.int32)
             for index, (known, row) in enumerate(zip(known_B, rows, strict=True)):
                 part = row[known : known + length]
                 tokens_BT[index, : len(part)] = part
                 count_B[index] = len(part)
-            self._cache, logits_BV = _prefill(self._model, self._cache, tokens_BT, count_B, logits_BV)
-            known_B = known_B + count_B  # not in place: JAX may read the old one where it lies
+            self._cache, logits_BV = programs.prefill(self._model, self._cache, tokens_BT, count_B, logits_BV)
+            known_B = known_B + count_B  # not in place: JAX may still read the old one
         return logits_BV
 
     def _known(self, index: int, row: list[int]) -> int:
         """How many tokens of a prompt the row's cache has. The last is run in any case: its logits are needed."""
-        cached = self._cached[index][:-1]  # the last token was chosen, and never read
+        cached = self._cached[index][:-1]  # the last token was chosen, and is not in the cache
         same = next(
             (at for at, (a, b) in enumerate(zip(cached, row, strict=False)) if a != b), min(len(cached), len(row))
         )
         same = min(same, max(len(row) - 1, 0))
-        # A ring has overwritten what lies a whole round back: it can forget no more than a stretch.
+        # A ring has overwritten what is more than its length back: it can go back by less than a chunk.
         sliding = any(kind.attention == "sliding" for kind in self._model.config.layers)
-        return 0 if sliding and len(cached) - same >= PREFILL_BUCKETS[-1] else same
+        return 0 if sliding and len(cached) - same >= programs.PREFILL_BUCKETS[-1] else same
 
-    def _chunks(self, written: "DecodeOutput", alive: set[int], enough: Callable[[Chunk], bool]) -> Iterator[Chunk]:
-        """What the device wrote, now on the host, request by request; those that ended leave `alive`."""
+    def _chunks(self, output: DecodeOutput, alive: set[int], enough: Callable[[Chunk], bool]) -> Iterator[Chunk]:
+        """The new tokens, request by request; requests that ended are taken out of `alive`."""
         for index in sorted(alive):
-            count = int(written.count_B[index])
-            token_ids = tuple(written.token_BC[index, :count].tolist())
+            count = int(output.count_B[index])
+            token_ids = tuple(output.token_BC[index, :count].tolist())
             finished: Finish | None = None
-            if not written.alive_B[index]:
-                finished = "stop" if written.stopped_B[index] else "length"
+            if not output.alive_B[index]:
+                finished = "stop" if output.stopped_B[index] else "length"
                 alive.discard(index)
             self._cached[index] += token_ids
-            log_probs = tuple(written.log_prob_BC[index, :count].tolist())
+            log_probs = tuple(output.log_prob_BC[index, :count].tolist())
             chunk = Chunk(index=index, token_ids=token_ids, log_probs=log_probs, finished=finished)
             if enough(chunk) and finished is None:
                 alive.discard(index)
@@ -327,125 +240,8 @@ class Session:
             yield chunk
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeState:
-    """Where every row stands.
-
-    Attributes:
-        token_B: int32; the token that was chosen last, which the model has not read yet.
-        left_B: int32; tokens the row may still write; 0 for one that has ended.
-        sampling: what choosing remembers.
-    """
-
-    token_B: jax.Array
-    left_B: jax.Array
-    sampling: SamplingState
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeOutput:
-    """What a program hands to the host.
-
-    Attributes:
-        token_BC, log_prob_BC: int32 and float32; the new tokens of each row.
-        count_B: int32; how many they are.
-        alive_B: bool; whether the row goes on.
-        stopped_B: bool; whether it ended with a stop token.
-    """
-
-    token_BC: jax.Array
-    log_prob_BC: jax.Array
-    count_B: jax.Array
-    alive_B: jax.Array
-    stopped_B: jax.Array
-
-
-@jax.jit(donate_argnames=("cache", "logits_BV"))
-def _prefill(
-    model: CausalLM, cache: Cache, tokens_BT: jax.Array, count_B: jax.Array, logits_BV: jax.Array | None
-) -> tuple[Cache, jax.Array]:
-    """Reads a stretch of every prompt. Rows without tokens in it keep the logits they had."""
-    new_BV, cache = model.extend(tokens_BT, count_B, cache)
-    return cache, new_BV if logits_BV is None else jnp.where(count_B[:, None] > 0, new_BV, logits_BV)
-
-
-@jax.jit
-def _first(logits_BV: jax.Array, writing: DecodeState, settings: SamplingSettings) -> tuple[DecodeState, DecodeOutput]:
-    """Chooses the first tokens."""
-    alive_B = writing.left_B > 0
-    writing, log_prob_B = _choose(logits_BV, writing, settings)
-    count_B = alive_B.astype(jnp.int32)
-    return writing, _written(writing, settings, writing.token_B[:, None], log_prob_B[:, None], count_B)
-
-
-@jax.jit(donate_argnames=("cache", "writing"))
-def _decode(
-    model: CausalLM, cache: Cache, writing: DecodeState, settings: SamplingSettings
-) -> tuple[Cache, DecodeState, DecodeOutput]:
-    """Reads the last token and chooses the next, up to `DECODE` times, as long as any row goes on."""
-    rows = writing.token_B.shape[0]
-
-    def going(carry) -> jax.Array:
-        step, _, writing, *_ = carry
-        return (step < DECODE) & jnp.any(writing.left_B > 0)
-
-    def step(carry):
-        step, cache, writing, token_BC, log_prob_BC, count_B = carry
-        alive_B = writing.left_B > 0
-        logits_BV, cache = model.extend(writing.token_B[:, None], alive_B.astype(jnp.int32), cache)
-        writing, log_prob_B = _choose(logits_BV, writing, settings)
-        token_BC = token_BC.at[:, step].set(writing.token_B)
-        log_prob_BC = log_prob_BC.at[:, step].set(log_prob_B)
-        return step + 1, cache, writing, token_BC, log_prob_BC, count_B + alive_B
-
-    start = (
-        jnp.int32(0),
-        cache,
-        writing,
-        jnp.zeros((rows, DECODE), jnp.int32),
-        jnp.zeros((rows, DECODE), jnp.float32),
-        jnp.zeros(rows, jnp.int32),
-    )
-    _, cache, writing, token_BC, log_prob_BC, count_B = jax.lax.while_loop(going, step, start)
-    return cache, writing, _written(writing, settings, token_BC, log_prob_BC, count_B)
-
-
-def _choose(logits_BV: jax.Array, writing: DecodeState, settings: SamplingSettings) -> tuple[DecodeState, jax.Array]:
-    """The next token of every row that goes on, and its log-probability [B]; rows that ended stay as they are."""
-    alive_B = writing.left_B > 0
-    token_B = choose(process_logits(logits_BV, settings, writing.sampling), settings, writing.sampling)
-    token_B = jnp.where(alive_B, token_B, writing.token_B)
-    stopped_B = jnp.any(token_B[:, None] == settings.stop_BS, axis=1)
-    writing = dataclasses.replace(
-        writing,
-        token_B=token_B,
-        left_B=jnp.where(alive_B & ~stopped_B, writing.left_B - 1, 0),
-        sampling=advance(writing.sampling, token_B, alive_B),
-    )
-    return writing, log_probabilities(logits_BV, token_B)
-
-
-def _written(
-    writing: DecodeState, settings: SamplingSettings, token_BC: jax.Array, log_prob_BC: jax.Array, count_B: jax.Array
-) -> DecodeOutput:
-    return DecodeOutput(
-        token_BC=token_BC,
-        log_prob_BC=log_prob_BC,
-        count_B=count_B,
-        alive_B=writing.left_B > 0,
-        stopped_B=jnp.any(writing.token_B[:, None] == settings.stop_BS, axis=1),
-    )
-
-
-def _seeded_alike(config: GenerationConfig) -> GenerationConfig:
-    """A row that draws without a seed is given one by chance: the same in all processes."""
+def _with_common_seed(config: GenerationConfig) -> GenerationConfig:
+    """A row that samples without a seed is given a random one, the same in all processes."""
     if config.seed is not None or not config.do_sample:
         return config
     return dataclasses.replace(config, seed=int(broadcast(str(secrets.randbits(64)))))
-
-
-def _room(length: int) -> int:
-    smallest, step = CACHE_BUCKETS
-    return max(smallest, next_power_of_two(length)) if length <= step else round_up(length, step)

@@ -1,6 +1,5 @@
 """Grouped-query self-attention over packed, padded, possibly sliding sequences."""
 
-import dataclasses
 import functools
 
 import jax
@@ -12,28 +11,13 @@ from qwen_moe_jax.attention_kernels.blockwise import Blocks, attend_in_blocks
 from qwen_moe_jax.attention_kernels.splash import LANES, attend_by_splash
 from qwen_moe_jax.config import ExecutionConfig, ModelConfig
 from qwen_moe_jax.errors import ShardingError
-from qwen_moe_jax.model.cache import KeyValues, LayerCache, cached_attention, update_cache
-from qwen_moe_jax.model.rotary import RotaryTables, apply_rotary
+from qwen_moe_jax.model.cache import HEADS, LayerCache, cached_attention, update_cache
+from qwen_moe_jax.model.inputs import TokenContext
+from qwen_moe_jax.model.rotary import apply_rotary
 from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.norm import RMSNorm
 from qwen_moe_jax.nn.parameters import ParameterFactory
 from qwen_moe_jax.sharding.rules import BATCH
-
-HEADS = P(BATCH, None, "tensor", None)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenContext:
-    """Where every token stands: what the layers know about a batch besides its hidden states.
-
-    Attributes:
-        segment_ids_BT: int32; tokens attend within their own segment; 0 is padding.
-        rotary: cosines and sines [B, T, H] of the tokens' positions.
-    """
-
-    segment_ids_BT: jax.Array
-    rotary: RotaryTables
 
 
 class Attention(nnx.Module):
@@ -55,21 +39,31 @@ class Attention(nnx.Module):
         self.head_dim = head_dim
 
     def __call__(
-        self, hidden_BTD: jax.Array, context: TokenContext, sliding_window: int | None, execution: ExecutionConfig
-    ) -> jax.Array:
-        """[B, T, D] to [B, T, D]. `sliding_window` is the number of keys seen, None for all."""
-        q_BTNH, k_BTKH, v_BTKH = self._projected(hidden_BTD, context)
-        return self._merged(attend(q_BTNH, k_BTKH, v_BTKH, context.segment_ids_BT, sliding_window, execution))
+        self,
+        hidden_BTD: jax.Array,
+        context: TokenContext,
+        sliding_window: int | None,
+        execution: ExecutionConfig,
+        cache: LayerCache | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Attends, [B, T, D] to the same; also the cache with these tokens in it, where there is one.
 
-    def extend(
-        self, hidden_BTD: jax.Array, context: TokenContext, sliding_window: int | None, past: LayerCache
-    ) -> tuple[jax.Array, KeyValues]:
-        """The same for tokens that follow those in the cache, one sequence a row; also the cache with them in it."""
-        q_BTNH, k_BTKH, v_BTKH = self._projected(hidden_BTD, context)
-        token_mask_BT = context.segment_ids_BT != 0
-        stored = update_cache(past, k_BTKH, v_BTKH, token_mask_BT)
-        past = dataclasses.replace(past, stored=stored)
-        return self._merged(cached_attention(q_BTNH, past, token_mask_BT, sliding_window)), stored
+        Args:
+            hidden_BTD: normalised hidden states.
+            context: segments and rotations of the tokens.
+            sliding_window: number of keys a query sees, itself included; None for all.
+            execution: with nothing left open.
+            cache: of the tokens before, one text a row. None: all tokens are there.
+        """
+        with jax.named_scope("attention"):
+            q_BTNH, k_BTKH, v_BTKH = self._projected(hidden_BTD, context)
+            if cache is None:
+                mixed_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, context.segment_ids_BT, sliding_window, execution)
+            else:
+                cache = update_cache(cache, k_BTKH, v_BTKH, context.token_mask_BT)
+                mixed_BTNH = cached_attention(q_BTNH, cache, context.token_mask_BT, sliding_window)
+            batch, length, heads, head_dim = mixed_BTNH.shape
+            return self.o_proj(jnp.reshape(mixed_BTNH, (batch, length, heads * head_dim))), cache
 
     def _projected(self, hidden_BTD: jax.Array, context: TokenContext) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, N, H], keys and values [B, T, K, H]; queries and keys normed and rotated."""
@@ -79,10 +73,6 @@ class Attention(nnx.Module):
         if self.q_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         return apply_rotary(q_BTNH, context.rotary), apply_rotary(k_BTKH, context.rotary), v_BTKH
-
-    def _merged(self, mixed_BTNH: jax.Array) -> jax.Array:
-        batch, length, heads, head_dim = mixed_BTNH.shape
-        return self.o_proj(jnp.reshape(mixed_BTNH, (batch, length, heads * head_dim)))
 
     def _heads(self, x_BTO: jax.Array) -> jax.Array:
         batch, length, rows = x_BTO.shape
@@ -98,7 +88,7 @@ def attend(
     sliding_window: int | None,
     execution: ExecutionConfig,
 ) -> jax.Array:
-    """Causal attention within segments; each device keeps to its own sequences and heads, so nothing is exchanged."""
+    """Causal attention within segments, of each device's own rows and heads: it needs no collective."""
     method, multiple = {"blocks": (attend_in_blocks, 1), "splash": (attend_by_splash, LANES)}[execution.attention]
     blocks = Blocks.of(q_BTNH.shape[1], execution.attention_block, sliding_window, multiple)
     specs = (HEADS, HEADS, HEADS, P(BATCH, None))
@@ -113,6 +103,6 @@ def _check_whole_heads(name: str, counts: dict[str, int], make: ParameterFactory
     for field, count in counts.items():
         if count % num_shards:
             raise ShardingError(
-                f"{name}: {field}={count} does not divide over the mesh axis tensor={num_shards}: a head stays whole on one "
+                f"{name}: {field}={count} does not divide over the mesh axis tensor={num_shards}: a head is on one "
                 f"device. Choose a tensor size that divides {count}."
             )

@@ -4,8 +4,8 @@ from typing import TypeVar
 
 import jax
 
-from qwen_moe_jax.model.causal_lm import Model
-from qwen_moe_jax.model.stack import sparse_blocks
+from qwen_moe_jax.model.base import Model
+from qwen_moe_jax.model.decoder import sparse_blocks
 from qwen_moe_jax.moe.router import update_balancing_bias
 from qwen_moe_jax.moe.stats import RouterStats
 

@@ -1,16 +1,37 @@
 """One decoder layer, of any kind."""
 
+import dataclasses
+
 import jax
 from flax import nnx
 
 from qwen_moe_jax.config import ExecutionConfig, LayerKind, ModelConfig
-from qwen_moe_jax.model.attention import Attention, TokenContext
-from qwen_moe_jax.model.cache import KeyValues, LayerCache
+from qwen_moe_jax.model.attention import Attention
+from qwen_moe_jax.model.cache import LayerCache
+from qwen_moe_jax.model.inputs import TokenContext
 from qwen_moe_jax.moe.block import SparseMoeBlock
 from qwen_moe_jax.moe.stats import RouterStats, RouterTrace
 from qwen_moe_jax.nn.mlp import MLP
 from qwen_moe_jax.nn.norm import RMSNorm
 from qwen_moe_jax.nn.parameters import ParameterFactory
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerOutput:
+    """What a layer returns.
+
+    Attributes:
+        hidden_BTD: hidden states, for the next layer.
+        cache: with the new tokens in it, where there is one.
+        stats: the router's counts; None where the MLP is dense, as `trace`.
+        trace: the router's decisions about every token.
+    """
+
+    hidden_BTD: jax.Array
+    cache: LayerCache | None
+    stats: RouterStats | None
+    trace: RouterTrace | None
 
 
 class DecoderLayer(nnx.Module):
@@ -33,31 +54,17 @@ class DecoderLayer(nnx.Module):
         hidden_BTD: jax.Array,
         context: TokenContext,
         execution: ExecutionConfig,
+        *,
+        cache: LayerCache | None = None,
         noise_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, RouterStats | None, RouterTrace | None]:
-        """[B, T, D] to the same; where there is a router, also its counts and what it said of every token.
-
-        With a `noise_key`, what enters a mixture of experts is jittered.
-        """
+    ) -> LayerOutput:
+        """Runs the layer on hidden states [B, T, D]; with a `noise_key`, what enters the experts is jittered."""
         normed_BTD = self.input_layernorm(hidden_BTD)
-        attended_BTD = self.self_attn(normed_BTD, context, self.sliding_window, execution)
-        return self._mixed(hidden_BTD + attended_BTD, context, execution, noise_key)
-
-    def extend(
-        self, hidden_BTD: jax.Array, context: TokenContext, execution: ExecutionConfig, past: LayerCache
-    ) -> tuple[jax.Array, KeyValues]:
-        """The same for tokens that follow those in the cache; also what the layer remembers then."""
-        normed_BTD = self.input_layernorm(hidden_BTD)
-        attended_BTD, stored = self.self_attn.extend(normed_BTD, context, self.sliding_window, past)
-        hidden_BTD, _, _ = self._mixed(hidden_BTD + attended_BTD, context, execution, None)
-        return hidden_BTD, stored
-
-    def _mixed(
-        self, hidden_BTD: jax.Array, context: TokenContext, execution: ExecutionConfig, noise_key: jax.Array | None
-    ) -> tuple[jax.Array, RouterStats | None, RouterTrace | None]:
-        """The second half of the layer."""
+        attended_BTD, cache = self.self_attn(normed_BTD, context, self.sliding_window, execution, cache)
+        hidden_BTD = hidden_BTD + attended_BTD
         normed_BTD = self.post_attention_layernorm(hidden_BTD)
         if self.kind.mlp == "dense":
-            return hidden_BTD + self.mlp(normed_BTD), None, None
-        mixed_BTD, stats, trace = self.mlp(normed_BTD, context.segment_ids_BT != 0, execution, noise_key)
-        return hidden_BTD + mixed_BTD, stats, trace
+            mixed_BTD, stats, trace = self.mlp(normed_BTD), None, None
+        else:
+            mixed_BTD, stats, trace = self.mlp(normed_BTD, context.token_mask_BT, execution, noise_key)
+        return LayerOutput(hidden_BTD=hidden_BTD + mixed_BTD, cache=cache, stats=stats, trace=trace)

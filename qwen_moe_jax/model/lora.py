@@ -9,7 +9,7 @@ from flax import nnx
 
 from qwen_moe_jax.config import LoraConfig
 from qwen_moe_jax.errors import ConfigError
-from qwen_moe_jax.model.causal_lm import Model
+from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.moe.experts import MATRICES, Experts
 from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.lora import LoraAdapter

@@ -1,9 +1,11 @@
 """What a forward pass returns."""
 
 import dataclasses
+from typing import Any
 
 import jax
 
+from qwen_moe_jax.model.cache import Cache
 from qwen_moe_jax.moe.losses import RouterLosses
 from qwen_moe_jax.moe.stats import RouterStats, RouterTrace
 
@@ -24,6 +26,10 @@ class RouterOutput:
     losses: RouterLosses
     trace: RouterTrace | None = None
 
+    def first_rows(self, batch: int) -> "RouterOutput":
+        """The same without the rows of padding that filled the mesh."""
+        return dataclasses.replace(self, trace=jax.tree.map(lambda x: x[:, :batch], self.trace))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,14 +39,25 @@ class ModelOutput:
     Attributes:
         logits: float32; [B, T, V] of a CausalLM, [B, labels] of a SequenceClassifier, [B, T, labels] of a
             TokenClassifier.
-        router: None where no layer is sparse.
+        router: None where no layer is sparse; with a cache, only where `output_router_logits` asked for it.
         hidden_states: [L + 1, B, T, D], where `output_hidden_states` asked for them: what entered each layer, and
             the last layer's result after the final norm, as in transformers.
+        cache: with the new tokens in it, where the model was called with one.
     """
 
     logits: jax.Array
     router: RouterOutput | None = None
     hidden_states: jax.Array | None = None
+    cache: Cache | None = None
+
+    def first_rows(self, batch: int) -> "ModelOutput":
+        """The same without the rows of padding that filled the mesh."""
+        return dataclasses.replace(
+            self,
+            logits=self.logits[:batch],
+            router=_first_rows(self.router, batch),
+            hidden_states=None if self.hidden_states is None else self.hidden_states[:, :batch],
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +66,7 @@ class TokenLosses:
     """What `CausalLM.token_losses` returns.
 
     Attributes:
-        losses: float32 [B, T]; -log p(target), in nats. Those of padding mean nothing.
+        losses: float32 [B, T]; -log p(target), in nats. Those of padding have no meaning.
         logsumexp: float32 [B, T]; of the logits of each token.
         router: None where no layer is sparse; its `trace` is None.
     """
@@ -57,3 +74,11 @@ class TokenLosses:
     losses: jax.Array
     logsumexp: jax.Array
     router: RouterOutput | None = None
+
+    def first_rows(self, batch: int) -> "TokenLosses":
+        """The same without the rows of padding that filled the mesh."""
+        return dataclasses.replace(self, losses=self.losses[:batch], logsumexp=self.logsumexp[:batch])
+
+
+def _first_rows(router: RouterOutput | None, batch: int) -> Any:
+    return None if router is None else router.first_rows(batch)

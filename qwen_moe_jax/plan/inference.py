@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import ExecutionConfig, ModelConfig
-from qwen_moe_jax.inference.engine import Described, abstract_decode, abstract_prefill
+from qwen_moe_jax.inference.programs import AbstractProgram, abstract_decode, abstract_prefill
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.plan.compile import Step
 from qwen_moe_jax.plan.flops import extend_flops_per_token
@@ -38,7 +38,7 @@ def decode_step(config: ModelConfig, name: str, mesh: Mesh, execution: Execution
     """One token for every row, with the cache full. Arguments as `prefill_step`, without prompt."""
     model = CausalLM(config, rngs=None, mesh=mesh, execution=execution)
     described = abstract_decode(model, **sizes)
-    flops = described.rows * extend_flops_per_token(config, described.room - 1, 1)
+    flops = described.rows * extend_flops_per_token(config, described.max_length - 1, 1)
     step = _engine_step(model, name, "decode", described, flops)
     return dataclasses.replace(step, open_loop_times=1)  # the loop over tokens
 
@@ -60,7 +60,7 @@ def forward_step(
     )
 
 
-def _engine_step(model: CausalLM, name: str, purpose: Purpose, described: Described, model_flops: float) -> Step:
+def _engine_step(model: CausalLM, name: str, purpose: Purpose, described: AbstractProgram, model_flops: float) -> Step:
     _, _, *rest = described.arguments
     return Step(
         function=described.program,
@@ -68,7 +68,7 @@ def _engine_step(model: CausalLM, name: str, purpose: Purpose, described: Descri
         groups={"parameters": model, "cache": described.cache, "requests": rest},
         config=model.config,
         name=name,
-        work=_work(model, purpose, described.rows, described.length, described.room),
+        work=_work(model, purpose, described.rows, described.length, described.max_length),
         model_flops=model_flops,
     )
 

@@ -1,8 +1,8 @@
-"""The border between ordinary JAX arrays and explicitly sharded ones.
+"""Running a function on explicitly sharded arrays.
 
-Outside a model, arrays lie on a mesh with `Auto` axes: a user indexes, differentiates and optimises them as ever, with
-no mesh context. Inside, every axis is `Explicit`: shardings stand in the types, a reshard is a word in the code, and a
-mistake is an error at trace time instead of a silent all-gather.
+Outside a model, arrays are on a mesh with `Auto` axes: a user indexes, differentiates and optimises them as ever, with
+no mesh context. Inside, every axis is `Explicit`: shardings are part of the types, a reshard is a call in the code, and
+a mistake is an error at trace time instead of a silent all-gather.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,30 +10,60 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 
-def with_explicit_axes(function: Callable[..., Any], mesh: Mesh, inputs: Sequence[P]) -> Callable[..., Any]:
-    """Wraps `function(module, *arrays)` so that its body sees explicitly sharded arrays. Call it while tracing.
+def with_explicit_axes(function: Callable[..., Any], mesh: Mesh, in_specs: Sequence[Any]) -> Callable[..., Any]:
+    """Wraps `function(module, *args)` so that its body sees explicitly sharded arrays. Call it while tracing.
 
-    The module's parameters come in as stored (`param.spec`), the arrays as `inputs` say.
-    Results go out with the sharding they ended up with.
+    Inside a body that sees them already, the arrays are only resharded. A mesh that the caller has set (`jax.set_mesh`)
+    makes no difference: the model's own is used.
+
+    Args:
+        function: takes a module, and pytrees of arrays or None.
+        mesh: of the module, with `Auto` axes.
+        in_specs: a `PartitionSpec` for each of `args`, or a tree of them. The module's parameters are sharded as they
+            are stored (`param.spec`).
+
+    Returns:
+        A function whose results have the sharding they ended up with.
     """
 
-    def wrapped(module: nnx.Module, *arrays: jax.Array) -> Any:
-        # explicit_axes takes shardings leaf by leaf: modules are opened here and closed again inside.
-        leaves, treedef = jax.tree.flatten(module)
+    def wrapped(module: nnx.Module, *args: Any) -> Any:
+        # Shardings are given leaf by leaf: the module and the arguments are flattened here and put together inside.
+        leaves, treedef = jax.tree.flatten((module, args))
         specs = [param.spec for param in jax.tree.leaves(module, is_leaf=_is_param)]
+        specs += jax.tree.leaves(jax.tree.map(_spread, tuple(in_specs), args, is_leaf=_is_spec), is_leaf=_is_spec)
 
-        def body(leaves: list[jax.Array], arrays: tuple[jax.Array, ...]) -> Any:
-            return function(jax.tree.unflatten(treedef, leaves), *arrays)
+        def body(leaves: list[jax.Array]) -> Any:
+            module, args = jax.tree.unflatten(treedef, leaves)
+            return function(module, *args)
 
+        if _is_explicit(mesh):
+            return body([jax.sharding.reshard(leaf, spec) for leaf, spec in zip(leaves, specs, strict=True)])
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return jax.sharding.explicit_axes(body, in_sharding=(specs, tuple(inputs)))(leaves, arrays)
+            return jax.sharding.explicit_axes(body, in_sharding=(specs,))(leaves)
 
     return wrapped
 
 
+def _is_explicit(mesh: Mesh) -> bool:
+    """Whether the code that is being traced sees explicitly sharded arrays on this mesh."""
+    current = jax.sharding.get_abstract_mesh()
+    return current.shape_tuple == mesh.abstract_mesh.shape_tuple and all(
+        kind == AxisType.Explicit for kind in current.axis_types
+    )
+
+
+def _spread(spec: P, tree: Any) -> Any:
+    """The spec for every array of the tree."""
+    return jax.tree.map(lambda _: spec, tree)
+
+
 def _is_param(node: Any) -> bool:
     return isinstance(node, nnx.Variable)
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, P)

@@ -15,7 +15,7 @@ from qwen_moe_jax.attention_kernels.splash import LANES, attend_by_splash
 from qwen_moe_jax.config import resolve
 from qwen_moe_jax.config.resolve import resolve_attention
 from qwen_moe_jax.model import attention
-from qwen_moe_jax.model.stack import SAVEABLE
+from qwen_moe_jax.model.decoder import SAVEABLE
 from tests.cases import CASES
 from tests.distance import relative_l2
 from tests.model.test_packing import pack

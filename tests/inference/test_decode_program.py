@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.inference import engine
+from qwen_moe_jax.inference import programs
 from qwen_moe_jax.inference.sampling import initial_state, sampling_settings
 from qwen_moe_jax.model.cache import abstract_cache
 from qwen_moe_jax.model.causal_lm import CausalLM
@@ -25,12 +25,12 @@ def compiled_step(batch: int, dtype: str):
     config = qmj.ModelConfig.from_pretrained({**CASES["qwen3_moe-plain"].config, **sizes})
     model = CausalLM(config, rngs=None, execution=qmj.ExecutionConfig(dtype=dtype))
     cache = abstract_cache(config, model.mesh, batch=batch, max_length=64, max_write=8, dtype=dtype)
-    writing = engine.DecodeState(
+    writing = programs.DecodeState(
         token_B=np.zeros(batch, np.int32),
         left_B=np.ones(batch, np.int32),
         sampling=initial_state(settings(batch), [[]] * batch),
     )
-    return engine._decode.lower(model, cache, writing, settings(batch)).compile()
+    return programs.decode.lower(model, cache, writing, settings(batch)).compile()
 
 
 def settings(batch: int):

@@ -10,7 +10,7 @@ from flax import nnx
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.errors import RequestError
-from qwen_moe_jax.inference import engine
+from qwen_moe_jax.inference import engine, programs
 from qwen_moe_jax.inference.engine import Chunk, Session
 from tests.cases import CASES, FAMILIES
 from tests.distance import assert_near
@@ -42,14 +42,14 @@ def make_prompts(lengths: Sequence[int], seed: int = 0, vocab_size: int = VOCABU
     return [numbers.integers(1, vocab_size, length).tolist() for length in lengths]
 
 
-PREFILL_BUCKETS = engine.PREFILL_BUCKETS  # for users; the tests have others
+PREFILL_BUCKETS = programs.PREFILL_BUCKETS  # for users; the tests have others
 
 
 @pytest.fixture(scope="module", autouse=True)
 def short_stretches():
     """Prompts are read in stretches of 4 and 8 tokens, and rings are as much shorter."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "PREFILL_BUCKETS", (4, 8))
+        patch.setattr(programs, "PREFILL_BUCKETS", (4, 8))
         yield
 
 
@@ -133,7 +133,7 @@ NEVER = 97  # as a stop token; programs are the same then where one is waited fo
 GREEDY = qmj.GenerationConfig(max_new_tokens=48, eos_token_id=(NEVER,), logit_bias={NEVER: -100.0})
 DRAWN = dataclasses.replace(GREEDY, do_sample=True, temperature=0.8, top_k=0)
 #: The first token comes at once, to save waiting, and then as many as the host looks at together.
-SIZES = [1, engine.DECODE, 48 - 1 - engine.DECODE]
+SIZES = [1, programs.DECODE_STEPS, 48 - 1 - programs.DECODE_STEPS]
 #: Of sessions: as much as the batch's, so that they share its programs.
 ROOM = 128
 
@@ -249,7 +249,7 @@ def test_texts_come_in_chunks_the_last_of_which_is_finished(batch):
         assert [chunk.finished for chunk in answer.chunks] == [None, None, "length"]
 
 
-@pytest.mark.parametrize("place", [0, 10, engine.DECODE - 1, engine.DECODE, engine.DECODE + 1])
+@pytest.mark.parametrize("place", [0, 10, programs.DECODE_STEPS - 1, programs.DECODE_STEPS, programs.DECODE_STEPS + 1])
 def test_a_stop_token_ends_its_request_wherever_it_stands_in_a_chunk(model, batch, place):
     """As the first token of all, inside a chunk, next to its border and on both sides of it; the others go on."""
     prompts, configs, answers = batch
@@ -286,7 +286,7 @@ def test_enough_ends_one_request_and_the_others_go_on(model, batch):
             assert_same(answer, expected, f"row {other}")
 
 
-@pytest.mark.parametrize("budget", [1, 2, engine.DECODE + 1])
+@pytest.mark.parametrize("budget", [1, 2, programs.DECODE_STEPS + 1])
 def test_a_request_has_as_many_tokens_as_it_may(model, batch, budget):
     """One row of eight has fewer: no step of the decoding, one, and just its first stretch."""
     prompts, configs, answers = batch
@@ -301,7 +301,7 @@ def test_a_request_has_as_many_tokens_as_it_may(model, batch, budget):
 
 def test_a_batch_of_single_tokens_needs_no_decoding(model, batch, monkeypatch):
     prompts, configs, answers = batch
-    monkeypatch.setattr(engine, "_decode", None)
+    monkeypatch.setattr(programs, "decode", None)
     configs = [dataclasses.replace(config, max_new_tokens=1) for config in configs]
     found = answers_of(Session(model, ROOM, rows=8).run(prompts, configs, lambda chunk: False), 8)
     assert [answer.token_ids for answer in found] == [answer.token_ids[:1] for answer in answers]
@@ -318,7 +318,7 @@ def test_no_requests_are_served_at_once(model):
 @pytest.fixture
 def tokens_read(monkeypatch) -> list[int]:
     """Grows by the number of a prompt's tokens that reach the model, prompt by prompt."""
-    read, prefill = [], engine._prefill
+    read, prefill = [], programs.prefill
 
     def counted(model, cache, tokens_BT, count_B, logits_BV):
         if logits_BV is None:
@@ -326,7 +326,7 @@ def tokens_read(monkeypatch) -> list[int]:
         read[-1] += int(count_B.sum())
         return prefill(model, cache, tokens_BT, count_B, logits_BV)
 
-    monkeypatch.setattr(engine, "_prefill", counted)
+    monkeypatch.setattr(programs, "prefill", counted)
     return read
 
 
@@ -401,20 +401,20 @@ def test_an_answer_that_nobody_heard_to_its_end_is_no_trouble(model, tokens_read
     assert tokens_read[0] == 1 + len(second)
 
 
-@pytest.mark.parametrize("program", ["_prefill", "_decode"])
+@pytest.mark.parametrize("program", ["prefill", "decode"])
 def test_a_session_that_was_interrupted_says_what_a_new_session_says(model, monkeypatch, program):
     """Ctrl-C while the device works: the cache that went in is gone, and what came out was not kept."""
     session = Session(model, ROOM)
     first, second, third = make_prompts((21, 19, 9), seed=8)
     whole = first + say(session, first).token_ids
-    run_program = getattr(engine, program)
+    run_program = getattr(programs, program)
 
     def interrupted(*arguments):
         run_program(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, program, interrupted)
+        patch.setattr(programs, program, interrupted)
         with pytest.raises(KeyboardInterrupt):
             say(session, whole + second)
     whole += assert_as_if_new(model, session, whole, "after an interruption")
@@ -450,7 +450,7 @@ def test_lengths_do_not_change_under_a_program_that_reads_them(model, monkeypatc
         given.append((cache.lengths_B, np.array(cache.lengths_B), count_B, np.array(count_B)))
         return cache, np.zeros((len(count_B), VOCABULARY), np.float32)
 
-    monkeypatch.setattr(engine, "_prefill", noted)
+    monkeypatch.setattr(programs, "prefill", noted)
     for _ in range(20):
         Session(model, 60, rows=8)._read(make_prompts(LENGTHS))
     for lengths_B, lengths_then_B, count_B, count_then_B in given:
@@ -477,16 +477,16 @@ def compiled() -> list[float]:
 
 def test_100_requests_of_random_lengths_share_a_few_compilations(small, compiled, monkeypatch):
     """As many as there are shapes, and none for a request whose shapes were there before."""
-    monkeypatch.setattr(engine, "PREFILL_BUCKETS", PREFILL_BUCKETS)
+    monkeypatch.setattr(programs, "PREFILL_BUCKETS", PREFILL_BUCKETS)
     numbers = np.random.default_rng(6)
     requests = []
     for _ in range(100):
         lengths = numbers.integers(1, 100, numbers.integers(1, 3))
         requests.append((make_prompts(lengths, seed=7), int(numbers.integers(1, 29))))
 
-    before, all_before = engine.compilations(), len(compiled)
+    before, all_before = programs.compilations(), len(compiled)
     answers = [qmj.generate(small, prompts, max_new_tokens=count) for prompts, count in requests]
-    found, all_found = engine.compilations() - before, len(compiled) - all_before
+    found, all_found = programs.compilations() - before, len(compiled) - all_before
 
     rows, rooms = {1, 2}, {64, 128}
     assert {len(prompts) for prompts, _ in requests} == rows
@@ -499,10 +499,10 @@ def test_100_requests_of_random_lengths_share_a_few_compilations(small, compiled
     # programs: some five operations on one number a row.
     assert all_found <= found + len(rows) * len(rooms) + 8 * len(rows)
 
-    before, all_before = engine.compilations(), len(compiled)
+    before, all_before = programs.compilations(), len(compiled)
     again = [qmj.generate(small, prompts, max_new_tokens=count) for prompts, count in requests]
     assert again == answers
-    assert (engine.compilations(), len(compiled)) == (before, all_before)
+    assert (programs.compilations(), len(compiled)) == (before, all_before)
 
 
 def test_on_a_mesh_a_second_request_compiles_nothing(expected, compiled):

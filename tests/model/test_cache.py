@@ -6,9 +6,9 @@ import pytest
 from flax import nnx
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.inference import engine
+from qwen_moe_jax.inference import programs
 from qwen_moe_jax.inference.sampling import initial_state, sampling_settings
-from qwen_moe_jax.model.cache import Cache, abstract_cache, cache_bytes, empty_cache, slots
+from qwen_moe_jax.model.cache import Cache, abstract_cache, empty_cache, slots
 from qwen_moe_jax.model.causal_lm import CausalLM
 from tests.cases import CASES
 from tests.distance import assert_near, relative_l2
@@ -49,6 +49,13 @@ def config_of(name: str, **settings) -> qmj.ModelConfig:
     return qmj.ModelConfig.from_pretrained({**CONFIGS[name], **large, **settings})
 
 
+def cache_bytes(config: qmj.ModelConfig, *, batch: int, max_length: int, max_write: int, dtype: str) -> int:
+    """2 * sum over layers of B * S * K * H * itemsize."""
+    attention = config.attention
+    num_slots = sum(slots(config, kind, max_length, max_write) for kind in config.layers)
+    return 2 * batch * num_slots * attention.num_key_value_heads * attention.head_dim * jax.numpy.dtype(dtype).itemsize
+
+
 def new_cache(model: CausalLM, max_length: int = LENGTH + 2, dtype: str = "float32") -> Cache:
     sizes = dict(batch=len(TOKENS_BT), max_length=max_length, max_write=WRITE, dtype=dtype)
     return empty_cache(abstract_cache(model.config, model.mesh, **sizes))
@@ -56,7 +63,9 @@ def new_cache(model: CausalLM, max_length: int = LENGTH + 2, dtype: str = "float
 
 @jax.jit(donate_argnames="cache")
 def extend(model: CausalLM, tokens_BT: jax.Array, counts_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    return model.extend(tokens_BT, counts_B, cache)
+    token_mask_BT = jax.numpy.arange(tokens_BT.shape[1]) < counts_B[:, None]
+    out = model(tokens_BT, token_mask_BT, cache=cache, logits_at=counts_B - 1)
+    return out.logits[:, 0], out.cache
 
 
 def stretch(known_B: np.ndarray, count_B: np.ndarray, padding: int = 0) -> np.ndarray:
@@ -187,11 +196,11 @@ def test_decoding_writes_the_cache_where_it_lies(axes):
     model = CausalLM(config, rngs=None, mesh=qmj.make_mesh(**axes))
     sizes = dict(batch=8, max_length=4096, max_write=512, dtype="float32")
     settings = sampling_settings([qmj.GenerationConfig()] * 8, config.vocab_size)
-    writing = engine.DecodeState(
+    writing = programs.DecodeState(
         token_B=np.zeros(8, np.int32), left_B=np.ones(8, np.int32), sampling=initial_state(settings, [[]] * 8)
     )
     cache = abstract_cache(config, model.mesh, **sizes)
-    memory = engine._decode.lower(model, cache, writing, settings).compile().memory_analysis()
+    memory = programs.decode.lower(model, cache, writing, settings).compile().memory_analysis()
     held = cache_bytes(config, **sizes) / model.mesh.size
     assert memory.alias_size_in_bytes >= held, "the cache that comes out is the one that went in"
     assert memory.temp_size_in_bytes < 0.25 * held

@@ -71,10 +71,10 @@ def test_logits_at_is_that_token_of_every_row(model):
     np.testing.assert_allclose(found_B1V[:, 0], every_BTV[np.arange(3), [6, 0, 3]], rtol=1e-5, atol=1e-6)
 
 
-def test_a_description_is_not_run_or_saved(tmp_path):
-    described = qmj.CausalLM(CONFIG, rngs=None)
-    with pytest.raises(qmj.RequestError, match="description without weights"):
-        described(TOKENS_BT)
-    with pytest.raises(qmj.RequestError, match="description without weights"):
-        qmj.save_pretrained(described, tmp_path / "out")
+def test_an_abstract_model_is_not_run_or_saved(tmp_path):
+    abstract = qmj.CausalLM(CONFIG, rngs=None)
+    with pytest.raises(qmj.RequestError, match="abstract, without weights"):
+        abstract(TOKENS_BT)
+    with pytest.raises(qmj.RequestError, match="abstract, without weights"):
+        qmj.save_pretrained(abstract, tmp_path / "out")
     assert not list(tmp_path.iterdir())

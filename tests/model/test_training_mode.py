@@ -9,8 +9,8 @@ from flax import nnx
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.config import LayerKind
+from qwen_moe_jax.model.decoder import _layer_keys
 from qwen_moe_jax.model.segments import Segment
-from qwen_moe_jax.model.stack import _layer_keys
 from tests.cases import CASES
 from tests.distance import relative_l2
 from tests.subject import run

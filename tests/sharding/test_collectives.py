@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.model.stack import SAVEABLE
+from qwen_moe_jax.model.decoder import SAVEABLE
 from qwen_moe_jax.moe.dispatch.capacity import expert_capacity
 from qwen_moe_jax.moe.dispatch.dropless import device_rows
 from tests.moe.blocks import block_config, build_block, forward

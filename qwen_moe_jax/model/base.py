@@ -1,0 +1,290 @@
+"""A decoder under a head, on a mesh: what all models have in common, from a caller's arrays to its output."""
+
+import dataclasses
+import math
+from os import PathLike
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, LoraConfig, ModelConfig
+from qwen_moe_jax.config.resolve import resolve
+from qwen_moe_jax.errors import ConfigError, RequestError
+from qwen_moe_jax.model.cache import Cache
+from qwen_moe_jax.model.decoder import Decoder, DecoderOutput
+from qwen_moe_jax.model.inputs import INPUT_SPECS, ModelInputs, checked_inputs, pad_rows
+from qwen_moe_jax.model.output import ModelOutput, RouterOutput
+from qwen_moe_jax.moe.losses import router_losses
+from qwen_moe_jax.nn.matmul import as_precise_as
+from qwen_moe_jax.nn.parameters import ParameterFactory
+from qwen_moe_jax.sharding.explicit import with_explicit_axes
+from qwen_moe_jax.sharding.mesh import checked_mesh
+from qwen_moe_jax.sharding.rules import BATCH
+
+
+class Model(nnx.Module):
+    """A decoder with a head, on a mesh that it carries with it: call it, jit it, differentiate it, anywhere.
+
+    Args:
+        config: what the weights mean.
+        rngs: source of fresh weights; None makes an abstract model (its leaves are `jax.ShapeDtypeStruct`s with their
+            sharding) without allocating anything.
+        mesh: see `make_mesh`; None is one device.
+        execution: how it is run.
+        generation_config: how its text ends; None takes the stop tokens of the config.
+
+    Attributes:
+        deterministic: True in eval mode, which is how every model starts; `train()` and `eval()` switch it.
+        lora: of the low-rank adapters, where it has them (`add_lora`).
+
+    Raises:
+        ShardingError: a weight does not divide over the mesh.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs | None,
+        mesh: Mesh | None = None,
+        execution: ExecutionConfig = ExecutionConfig(),
+        generation_config: GenerationConfig | None = None,
+    ):
+        dtype = execution.dtype or config.dtype or "float32"
+        self.config = config
+        self.execution = dataclasses.replace(execution, dtype=dtype, param_dtype=execution.param_dtype or dtype)
+        self.generation_config = generation_config or GenerationConfig(eos_token_id=config.eos_token_id)
+        self.mesh = checked_mesh(mesh)
+        self.deterministic = True
+        self.lora: LoraConfig | None = None
+        make = self.factory(rngs)
+        self.model = Decoder(config, make)
+        self.add_head(make)
+
+    def factory(self, rngs: nnx.Rngs | None) -> ParameterFactory:
+        """Creates more of the model's parameters, here or in `model.lora`."""
+        return ParameterFactory(
+            mesh=self.mesh,
+            rules=self.execution.sharding,
+            dtype=self.execution.param_dtype,
+            initializer_range=self.config.initializer_range,
+            rngs=rngs,
+        )
+
+    def add_head(self, make: ParameterFactory) -> None:
+        """Creates the head's parameters; each subclass has its own."""
+
+    def draw_head(self, rngs: nnx.Rngs) -> None:
+        """Gives the model a fresh head, to be trained on weights that came without one."""
+        self.add_head(self.factory(rngs))
+
+    def head(self, hidden_BTD: jax.Array, inputs: ModelInputs) -> jax.Array:
+        """Normalised hidden states to float32 logits, on explicitly sharded arrays."""
+        raise TypeError(f"{type(self).__name__} has no head: use CausalLM, SequenceClassifier or TokenClassifier.")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | PathLike[str], **kwargs: Any) -> Self:
+        """Loads a checkpoint folder under this head; see `qwen_moe_jax.from_pretrained` for the arguments."""
+        # One of the two imports that point upwards, with ModelConfig's: only huggingface/ reads the Hub's folders.
+        from qwen_moe_jax.huggingface.load import load_model
+
+        return load_model(cls, folder, **kwargs)
+
+    def __call__(
+        self,
+        tokens_BT: jax.typing.ArrayLike,
+        segment_ids: jax.typing.ArrayLike | None = None,
+        positions: jax.typing.ArrayLike | None = None,
+        *,
+        cache: Cache | None = None,
+        output_router_logits: bool = False,
+        output_hidden_states: bool = False,
+        logits_at: jax.typing.ArrayLike | None = None,
+        noise_key: jax.Array | None = None,
+    ) -> ModelOutput:
+        """Runs the model.
+
+        Args:
+            tokens_BT: token ids, integers [B, T].
+            segment_ids: integers [B, T]; tokens attend within their own segment, 0 is padding (so an attention mask of
+                zeros and ones is one). None means no padding, one segment a row.
+            positions: integers [B, T]; None counts from 0 at the first token of each segment.
+            cache: of the tokens before (`model.cache`), one text a row, B a multiple of the devices that share the
+                batch. The tokens follow those in it, from the left; what is not 0 in `segment_ids` is a token. Call the
+                model inside a `jax.jit` that donates the cache, or it is copied.
+            output_router_logits: also return `router.trace`: logits, experts, weights and drops of every token.
+            output_hidden_states: also return `hidden_states`.
+            logits_at: integers [B]; the head runs on this one token of each row, and `logits` is [B, 1, …].
+            noise_key: a `jax.random.key`, another one for every step; needed in training mode by a config with
+                `moe.router_jitter_noise`, and read there alone.
+
+        Returns:
+            See `ModelOutput`. Padding has finite logits without a meaning; a token id outside the vocabulary makes its
+            sequence NaN.
+
+        Raises:
+            RequestError: the arrays are not integers, or not all [B, T]; `positions` are given beside a cache, or the
+                cache has another number of rows; there is no `noise_key` where it is needed.
+            ConfigError: in training mode, the config asks for dropout.
+        """
+        inputs = checked_inputs(tokens_BT, segment_ids, positions, logits_at=logits_at)
+        read_out = LogitsOf(output_router_logits=output_router_logits, output_hidden_states=output_hidden_states)
+        return self.run(inputs, read_out, cache=cache, noise_key=noise_key)
+
+    def run(
+        self,
+        inputs: ModelInputs,
+        read_out: "ReadOut",
+        *,
+        cache: Cache | None = None,
+        noise_key: jax.Array | None = None,
+    ) -> Any:
+        """Runs the decoder and then `read_out`, compiled for each `read_out`: `__call__` for any result."""
+        self.require_weights()
+        if not self.deterministic:
+            _check_trainable(self.config)
+        if cache is not None:
+            _check_cached(cache, inputs, math.prod(self.mesh.shape[axis] for axis in BATCH))
+        return _forward(self, inputs, cache, self._checked_noise_key(noise_key), read_out=read_out)
+
+    @property
+    def execution_in_use(self) -> ExecutionConfig:
+        """`execution` with everything that was left open chosen for the present mode (`train()` or `eval()`)."""
+        return resolve(
+            self.execution,
+            self.config.moe,
+            expert_shards=self.mesh.shape["expert"],
+            platform=self.mesh.devices.flat[0].platform,
+            training=not self.deterministic,
+        )
+
+    def require_weights(self) -> None:
+        """Refuses an abstract model (`rngs=None`).
+
+        Raises:
+            RequestError: its leaves are shapes, not arrays.
+        """
+        if isinstance(self.model.norm.weight.get_value(), jax.ShapeDtypeStruct):
+            raise RequestError(
+                "this model is abstract, without weights (rngs=None): it can be compiled for, not run or saved."
+            )
+
+    def _checked_noise_key(self, noise_key: jax.Array | None) -> jax.Array | None:
+        """The key, where the present mode has a use for it."""
+        amount = self.config.moe.router_jitter_noise if self.config.moe else 0.0
+        if self.deterministic or not amount:
+            return None
+        if noise_key is None:
+            raise RequestError(
+                f"router_jitter_noise={amount} is drawn in training mode: pass noise_key=jax.random.key(…), another "
+                "one for every step, or call eval()."
+            )
+        if jnp.shape(noise_key) != () or not jnp.issubdtype(jnp.result_type(noise_key), jax.dtypes.prng_key):
+            found = f"{jnp.result_type(noise_key)} {list(jnp.shape(noise_key))}"
+            raise RequestError(f"noise_key is {found}, expected one key as jax.random.key(…) makes it.")
+        return noise_key
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadOut:
+    """What a forward pass is read out as. Hashable: a program is compiled for each.
+
+    Attributes:
+        output_router_logits, output_hidden_states: what the decoder keeps of the way; see `Model.__call__`.
+    """
+
+    output_router_logits: bool = False
+    output_hidden_states: bool = False
+
+    def __call__(self, model: Model, out: DecoderOutput, inputs: ModelInputs) -> Any:
+        """The result, of explicitly sharded arrays; it has a method `first_rows`."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogitsOf(ReadOut):
+    """Reads out the head's logits, with what else of the forward pass was asked for; see `Model.__call__`."""
+
+    def __call__(self, model: Model, out: DecoderOutput, inputs: ModelInputs) -> ModelOutput:
+        """See `ReadOut`."""
+        hidden_BTD, hidden_states = out.hidden_BTD, None
+        if self.output_hidden_states:
+            hidden_states = jnp.concatenate([out.inputs_LBTD, hidden_BTD[None]])
+        if inputs.logits_at_B is not None:
+            hidden_BTD = token_at(hidden_BTD, inputs.logits_at_B)[:, None]
+        with jax.named_scope("head"):
+            logits = model.head(hidden_BTD, inputs)
+        return ModelOutput(logits=logits, router=router_output(out), hidden_states=hidden_states, cache=out.cache)
+
+
+@jax.jit(static_argnames="read_out")
+def _forward(
+    model: Model,
+    inputs: ModelInputs,
+    cache: Cache | None,
+    noise_key: jax.Array | None,
+    *,
+    read_out: ReadOut,
+) -> Any:
+    """Pads the batch to the mesh, runs the model on explicitly sharded arrays, and takes the padding off again."""
+    batch, num_shards = inputs.tokens_BT.shape[0], math.prod(model.mesh.shape[axis] for axis in BATCH)
+    padded = pad_rows(inputs, num_shards, cached=cache is not None)
+
+    def run(model: Model, inputs: ModelInputs, cache: Cache | None, noise_key: jax.Array | None) -> Any:
+        out = model.model(
+            inputs,
+            model.execution_in_use,
+            cache=cache,
+            noise_key=noise_key,
+            keep_trace=read_out.output_router_logits,
+            keep_inputs=read_out.output_hidden_states,
+        )
+        return read_out(model, out, inputs)
+
+    specs = (_specs_of(padded), None if cache is None else cache.specs(), P())
+    with as_precise_as(model.execution.dtype):
+        out = with_explicit_axes(run, model.mesh, specs)(model, padded, cache, noise_key)
+    return out if padded.tokens_BT.shape[0] == batch else out.first_rows(batch)
+
+
+def router_output(out: DecoderOutput) -> RouterOutput | None:
+    """The routers' counts and trace, with the losses they make."""
+    if out.stats is None:
+        return None
+    return RouterOutput(stats=out.stats, losses=router_losses(out.stats), trace=out.trace)
+
+
+def token_at(x_BTD: jax.Array, index_B: jax.Array) -> jax.Array:
+    """One token of each row, [B, D]; a masked sum, since a gather along T would have to name its sharding."""
+    chosen_BT1 = (jnp.arange(x_BTD.shape[1]) == index_B[:, None])[..., None]
+    return jnp.sum(jnp.where(chosen_BT1, x_BTD, 0), axis=1)
+
+
+def _specs_of(inputs: ModelInputs) -> ModelInputs:
+    """`INPUT_SPECS` of the arrays there are."""
+    present = {field.name: getattr(inputs, field.name) is not None for field in dataclasses.fields(inputs)}
+    return dataclasses.replace(INPUT_SPECS, **{name: None for name, there in present.items() if not there})
+
+
+def _check_cached(cache: Cache, inputs: ModelInputs, num_shards: int) -> None:
+    rows, found = cache.lengths_B.shape[0], inputs.tokens_BT.shape[0]
+    if found != rows or rows % num_shards:
+        raise RequestError(
+            f"the tokens have {found} rows and the cache {rows}, expected the same number, a multiple of the "
+            f"{num_shards} devices that share the batch."
+        )
+    if inputs.positions_BT is not None:
+        raise RequestError("positions were given beside a cache, expected None: the cache counts its tokens.")
+
+
+def _check_trainable(config: ModelConfig) -> None:
+    """Noise that transformers adds in training mode and this package does not must not be left out silently."""
+    found = config.attention.attention_dropout
+    if found:
+        raise ConfigError(
+            f"attention_dropout={found} is not applied in training here: set it to 0.0 in config.json to train."
+        )

@@ -1,0 +1,133 @@
+"""The arrays a model is called with: checked, filled up to the mesh, and what the layers know of every token."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from qwen_moe_jax.errors import RequestError
+from qwen_moe_jax.model.rotary import RotaryTables
+from qwen_moe_jax.sharding.rules import BATCH
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelInputs:
+    """A batch of tokens, int32.
+
+    Attributes:
+        tokens_BT: token ids.
+        segment_ids_BT: tokens attend within their own segment; 0 is padding.
+        positions_BT: of each token in its text; None where a cache knows them.
+        targets_BT: the token that should follow each one, where losses are asked for.
+        logits_at_B: the one token of each row whose logits are asked for; None for all.
+    """
+
+    tokens_BT: jax.Array
+    segment_ids_BT: jax.Array
+    positions_BT: jax.Array | None = None
+    targets_BT: jax.Array | None = None
+    logits_at_B: jax.Array | None = None
+
+
+#: How they are sharded: rows over the mesh axes that share the batch.
+INPUT_SPECS = ModelInputs(
+    tokens_BT=P(BATCH, None),
+    segment_ids_BT=P(BATCH, None),
+    positions_BT=P(BATCH, None),
+    targets_BT=P(BATCH, None),
+    logits_at_B=P(BATCH),
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenContext:
+    """What the layers know about a batch besides its hidden states.
+
+    Attributes:
+        segment_ids_BT: int32; tokens attend within their own segment; 0 is padding.
+        rotary: cosines and sines [B, T, H] of the tokens' positions.
+    """
+
+    segment_ids_BT: jax.Array
+    rotary: RotaryTables
+
+    @property
+    def token_mask_BT(self) -> jax.Array:
+        """False for padding."""
+        return self.segment_ids_BT != 0
+
+
+def checked_inputs(
+    tokens: Any, segment_ids: Any = None, positions: Any = None, targets: Any = None, logits_at: Any = None
+) -> ModelInputs:
+    """Arrays, or lists of numbers, as a caller gives them; JAX arrays stay on their devices.
+
+    Raises:
+        RequestError: they are not integers, or not all [B, T] (`logits_at` [B]).
+    """
+    arrays = {"tokens": tokens, "segment_ids": segment_ids, "positions": positions, "targets": targets}
+    arrays = {name: _as_array(x) for name, x in arrays.items() if x is not None}
+    shape = jnp.shape(arrays["tokens"])
+    if len(shape) != 2 or 0 in shape:
+        raise RequestError(f"tokens have shape {shape}, expected [batch, length], neither of them 0.")
+    if logits_at is not None:
+        arrays["logits_at"] = _as_array(logits_at)
+    for name, array in arrays.items():
+        if name == "logits_at" and array.shape != shape[:1]:
+            raise RequestError(f"logits_at has shape {array.shape}, expected {shape[:1]}: one token of each row.")
+        if name != "logits_at" and array.shape != shape:
+            raise RequestError(f"{name} has shape {array.shape}, expected that of the tokens, {shape}.")
+        if not (jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.bool_)):
+            raise RequestError(f"{name} has dtype {array.dtype}, expected integers.")
+    return ModelInputs(
+        tokens_BT=arrays["tokens"],
+        segment_ids_BT=arrays.get("segment_ids", np.ones(shape, np.int32)),
+        positions_BT=arrays.get("positions"),
+        targets_BT=arrays.get("targets"),
+        logits_at_B=arrays.get("logits_at"),
+    )
+
+
+def pad_rows(inputs: ModelInputs, num_shards: int, *, cached: bool) -> ModelInputs:
+    """The inputs as int32, with rows of padding up to a multiple of the devices that share the batch.
+
+    Args:
+        inputs: as `checked_inputs` gives them.
+        num_shards: number of those devices.
+        cached: whether positions come from a cache.
+    """
+    inputs = jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.int32), inputs)
+    if not cached:
+        positions_BT = inputs.positions_BT
+        positions_BT = positions_in_segments(inputs.segment_ids_BT) if positions_BT is None else positions_BT
+        # Padding must not lengthen a dynamic rope.
+        positions_BT = jnp.where(inputs.segment_ids_BT != 0, positions_BT, 0)
+        inputs = dataclasses.replace(inputs, positions_BT=positions_BT)
+    missing = -inputs.tokens_BT.shape[0] % num_shards
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), inputs)
+
+
+def positions_in_segments(segment_ids_BT: jax.Array) -> jax.Array:
+    """Positions counted from the first token of each segment, [B, T]; padding inside a segment counts as well."""
+    index_BT = jnp.broadcast_to(jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32), segment_ids_BT.shape)
+    last_token_BT = jax.lax.cummax(jnp.where(segment_ids_BT != 0, index_BT, 0), axis=1)
+    filled_BT = jnp.take_along_axis(segment_ids_BT, last_token_BT, axis=1)  # padding belongs to the segment before it
+    before_BT = jnp.pad(filled_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    starts_BT = jnp.where(filled_BT != before_BT, index_BT, 0)
+    return index_BT - jax.lax.cummax(starts_BT, axis=1)
+
+
+def _as_array(x: Any) -> Any:
+    if isinstance(x, jax.Array):
+        return x
+    try:
+        return np.asarray(x)
+    except ValueError:
+        raise RequestError(
+            "the rows have different lengths: pad them to one length, and pass segment_ids that are 0 on the padding."
+        ) from None
