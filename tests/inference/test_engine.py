@@ -421,10 +421,10 @@ def test_a_session_that_was_interrupted_says_what_a_new_session_says(model, monk
     assert_as_if_new(model, session, whole + third, "one turn later")
 
 
-def test_a_session_refuses_what_has_no_room(small):
+def test_a_session_refuses_a_prompt_that_fills_its_cache(small):
     session = Session(small, 60)
-    assert session.max_length == 64, "rooms are powers of two"
-    with pytest.raises(RequestError, match="64 tokens, and the cache has room for 64 in all: .*larger max_length"):
+    assert session.max_length == 64, "lengths of caches are powers of two"
+    with pytest.raises(RequestError, match="64 tokens, and the cache holds 64 in all: .*larger max_length"):
         say(session, [1] * 64)
     for tokens, message in (([], "the prompt is empty"), ([3, 98], "holds 98, expected token ids from 0 to 97")):
         with pytest.raises(RequestError, match=message):
