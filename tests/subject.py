@@ -39,7 +39,7 @@ def hub_arrays(model: qmj.CausalLM) -> Iterator[tuple[str, np.ndarray]]:
     parameters = hub_parameters(model)
     arrays = {parameter.path: np.asarray(parameter.leaf) for parameter in parameters}
     for name, parameter, index in hub_tensors(parameters):
-        yield name, arrays[parameter.path][index]
+        yield name, arrays[parameter.path][parameter.window(index)]
 
 
 def is_sparse(config) -> bool:

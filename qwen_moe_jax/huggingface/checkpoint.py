@@ -19,7 +19,7 @@ from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_t
 from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.model.causal_lm import CausalLM, SequenceClassifier, TokenClassifier
 from qwen_moe_jax.storage.prefetch import prefetch
-from qwen_moe_jax.storage.tensor import Index, StackedTensor, StoredTensor, TensorSlice, blocks
+from qwen_moe_jax.storage.tensor import Index, StackedTensor, StoredTensor, TensorSlice, ZeroPaddedTensor, blocks
 
 #: Where a native folder keeps its Orbax checkpoint, beside config.json.
 ORBAX = "orbax"
@@ -197,9 +197,10 @@ def require_sound(folder: Path, problems: list[str]) -> None:
     )
 
 
-def assembled(parameter: HubParameter, tensors: Mapping[str, StoredTensor]) -> StackedTensor:
-    """A parameter, put together from its Hub tensors when it is read."""
+def assembled(parameter: HubParameter, tensors: Mapping[str, StoredTensor]) -> StoredTensor:
+    """A parameter as it is stored, put together from its Hub tensors when it is read."""
     grid = np.empty(parameter.names.shape, object)
     for index, name in np.ndenumerate(parameter.names):
         grid[index] = tensors[name]
-    return StackedTensor(grid, str(parameter.leaf.dtype))
+    stacked = StackedTensor(grid, str(parameter.leaf.dtype))
+    return stacked if parameter.shape == parameter.leaf.shape else ZeroPaddedTensor(stacked, parameter.leaf.shape)

@@ -15,6 +15,7 @@ from qwen_moe_jax.huggingface.tensors import hub_parameters
 from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.sharding.distributed import is_process_zero
 from qwen_moe_jax.storage.folder import replaced_folder
+from qwen_moe_jax.storage.placement import unpadded
 
 
 def save_orbax(model: Model, folder: str | PathLike[str]) -> None:
@@ -36,7 +37,9 @@ def save_orbax(model: Model, folder: str | PathLike[str]) -> None:
     model.require_weights()
     configs = _configs(model)
     with replaced_folder(Path(folder), is_stale) as new:
-        save_arrays(new / ORBAX, {parameter.path: parameter.leaf for parameter in hub_parameters(model)})
+        # Without padding, which another mesh would need other rows of.
+        parameters = hub_parameters(model)
+        save_arrays(new / ORBAX, {of.path: unpadded(of.leaf, of.shape) for of in parameters})
         if is_process_zero():
             write_configs(new, configs)
 

@@ -61,7 +61,9 @@ def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size
 def readable_tensors(parameters: list[HubParameter], beside: Path) -> Iterator[dict[str, StoredTensor]]:
     """The Hub tensors of parameters, for process 0 to read; what it cannot reach on the devices is brought to disk."""
     if all(parameter.leaf.is_fully_addressable for parameter in parameters):
-        yield {name: TensorSlice(DeviceTensor(of.leaf), index) for name, of, index in hub_tensors(parameters)}
+        yield {
+            name: TensorSlice(DeviceTensor(of.leaf), of.window(index)) for name, of, index in hub_tensors(parameters)
+        }
         return
     from qwen_moe_jax.storage.orbax import save_arrays, stored_tensors
 
@@ -69,7 +71,7 @@ def readable_tensors(parameters: list[HubParameter], beside: Path) -> Iterator[d
     save_arrays(parts, {parameter.path: parameter.leaf for parameter in parameters})
     if is_process_zero():
         stored = stored_tensors(parts)
-        yield {name: TensorSlice(stored[of.path], index) for name, of, index in hub_tensors(parameters)}
+        yield {name: TensorSlice(stored[of.path], of.window(index)) for name, of, index in hub_tensors(parameters)}
         shutil.rmtree(parts)
     else:
         yield {}

@@ -10,10 +10,11 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 
 from qwen_moe_jax.model.base import Model
+from qwen_moe_jax.nn.parameters import parameters_with_paths
+from qwen_moe_jax.storage.tensor import full_index
 
 #: Hub names that differ from the module's, for families whose files do not follow the Qwen names: (ours, the Hub's).
 RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
@@ -34,19 +35,25 @@ class HubParameter:
 
     Attributes:
         path: of the array in the model, with dots.
-        leaf: the array (or its description, or its gradient).
+        leaf: the array (or its description, or its gradient), as stored: with padding, where the mesh needs it.
+        shape: of the parameter, without padding.
         names: Hub names (of adapters, PEFT's), an object array over the leading axes that the Hub does not stack: [],
             [L] or [L, E].
     """
 
     path: str
     leaf: Any
+    shape: tuple[int, ...]
     names: np.ndarray
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """Shape of each Hub tensor."""
-        return tuple(self.leaf.shape[self.names.ndim :])
+        return self.shape[self.names.ndim :]
+
+    def window(self, index: tuple[int, ...]) -> tuple[int | slice, ...]:
+        """Where in the array the Hub tensor `names[index]` is."""
+        return (*index, *full_index(self.tensor_shape))
 
 
 def hub_parameters(model: Model) -> list[HubParameter]:
@@ -56,9 +63,9 @@ def hub_parameters(model: Model) -> list[HubParameter]:
     """
     rename = renamer(model.config.model_type)
     found = []
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(model):
-        path = jax.tree_util.keystr(keys, simple=True, separator=".").removesuffix(".value")
-        found.append(HubParameter(path, leaf, _names(path, leaf, model, rename)))
+    for path, param in parameters_with_paths(model):
+        leaf = param.get_value()
+        found.append(HubParameter(path, leaf, param.unpadded_shape, _names(path, leaf, model, rename)))
     return found
 
 

@@ -12,7 +12,7 @@ from qwen_moe_jax.model.cross_entropy import target_log_probs
 from qwen_moe_jax.model.decoder import DecoderOutput
 from qwen_moe_jax.model.inputs import ModelInputs, checked_inputs
 from qwen_moe_jax.model.output import TokenLosses
-from qwen_moe_jax.nn.embedding import TABLE
+from qwen_moe_jax.nn.embedding import TABLE, without_padding
 from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.matmul import weight_einsum
 from qwen_moe_jax.nn.parameters import ParameterFactory
@@ -61,7 +61,8 @@ class CausalLM(Model):
         """See `Model`."""
         out = P(BATCH, None, *partition_spec(TABLE[:1]))
         # float32 results from the dtype of the model: the logits are not rounded once more.
-        return weight_einsum("BTD,VD->BTV", hidden_BTD, self.table_VD, TABLE, out, jnp.float32)
+        logits_BTV = weight_einsum("BTD,VD->BTV", hidden_BTD, self.table_VD, TABLE, out, jnp.float32)
+        return without_padding(logits_BTV, self.config.vocab_size)
 
     @property
     def table_VD(self) -> jax.Array:
@@ -78,7 +79,13 @@ class LossesOf(ReadOut):
     def __call__(self, model: CausalLM, out: DecoderOutput, inputs: ModelInputs) -> TokenLosses:
         """See `ReadOut`."""
         with jax.named_scope("head"):
-            log_probs_BT, logsumexp_BT = target_log_probs(out.hidden_BTD, model.table_VD, inputs.targets_BT, self.chunk)
+            log_probs_BT, logsumexp_BT = target_log_probs(
+                out.hidden_BTD,
+                model.table_VD,
+                inputs.targets_BT,
+                vocab_size=model.config.vocab_size,
+                chunk=self.chunk,
+            )
         return TokenLosses(losses=-log_probs_BT, logsumexp=logsumexp_BT, router=router_output(out))
 
 

@@ -1,7 +1,9 @@
-"""The head under a loss: log-probabilities of given tokens, without the logits of all tokens ever lying in memory.
+"""Log-probabilities of given tokens under the output head, computed in chunks of tokens.
 
-A vocabulary is some 150,000 entries wide: float32 logits of 16,384 tokens take 10 GB, and their gradient as much again.
-Here a scan takes a few tokens of each row at a time, forward and again backward.
+A vocabulary has some 150,000 entries: float32 logits of 16,384 tokens take 10 GB, and their gradient as much again.
+Here a scan takes a few tokens of each row at a time, in the forward and in the backward pass.
+
+Letters of this file: `N` chunks of `C` tokens of each row, `V` the entries of the vocabulary that one device holds.
 """
 
 import functools
@@ -15,44 +17,51 @@ from jax.sharding import PartitionSpec as P
 from qwen_moe_jax.nn.embedding import TABLE
 from qwen_moe_jax.sharding.rules import BATCH, all_gather_weight, spec_of
 
-#: How many logits (float32, 256 MiB) a device may hold at a time. The gradient of the table is added up once for every
-#: chunk: smaller ones would spend their time on that.
+#: How many logits (float32, 256 MiB) a device may hold at a time. The gradient of the table is accumulated once per
+#: chunk: smaller chunks would spend their time on that.
 MAX_LOGITS = 2**26
-#: The name that they are kept for the backward pass by.
+#: The name by which remat keeps the logits for the backward pass.
 LOGITS = "logits"
+#: The logit of a row of padding. Finite, since all rows of a device may be padding: the logsumexp of nothing but -inf
+#: has no gradient.
+_MASKED = jnp.finfo(jnp.float32).min
 
 
 def target_log_probs(
-    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, chunk: int | None
+    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *, vocab_size: int, chunk: int | None
 ) -> tuple[jax.Array, jax.Array]:
-    """How probable each target is under `softmax(hidden @ table.T)`, on explicitly sharded arrays.
+    """Log-probability of each target under `softmax(hidden @ table.T)`, on arrays with explicit axes.
 
     Products are in the dtype of `hidden_BTD` with float32 results, as those of the head. The gradient of the table is
-    added up in float32 from chunk to chunk, and rounded to that dtype once.
+    accumulated over the chunks in float32, and rounded to that dtype once.
 
     Args:
         hidden_BTD: B over `BATCH`.
-        table_VD: as stored.
+        table_VD: as stored; rows from `vocab_size` on are padding and count nowhere.
         targets_BT: int32; one outside the vocabulary becomes NaN.
+        vocab_size: of the model.
         chunk: tokens of each row whose logits are held at a time; None chooses by `MAX_LOGITS`.
 
     Returns:
         log p(target) and the logsumexp of the logits, float32 [B, T] each.
     """
-    # Each device of `tensor` answers for its part of the vocabulary, X of them.
-    per_part_XBT = P("tensor", BATCH, None)
-    hidden_spec, table_spec, targets_spec = P(BATCH, None, None), spec_of(table_VD), P(BATCH, None)
+    # Each of the X devices of `tensor` computes with its shard of the vocabulary.
+    per_shard_XBT = P("tensor", BATCH, None)
+    table_spec = spec_of(table_VD)
+    device_log_probs = functools.partial(
+        _device_log_probs, vocab_size=vocab_size, table_rows=table_VD.shape[0], table_spec=table_spec, chunk=chunk
+    )
     target_XBT, logsumexp_XBT = jax.shard_map(
-        functools.partial(_device_log_probs, vocab_size=table_VD.shape[0], table_spec=table_spec, chunk=chunk),
-        in_specs=(hidden_spec, table_spec, targets_spec),
-        out_specs=(per_part_XBT, per_part_XBT),
+        device_log_probs,
+        in_specs=(P(BATCH, None, None), table_spec, P(BATCH, None)),
+        out_specs=(per_shard_XBT, per_shard_XBT),
         check_vma=False,
     )(hidden_BTD, table_VD, targets_BT)
-    # A few numbers for each token: all of them come together on each of the devices.
+    # X numbers per token, gathered on every device.
     target_XBT, logsumexp_XBT = (jax.sharding.reshard(x, P(None, BATCH, None)) for x in (target_XBT, logsumexp_XBT))
     logsumexp_BT = jax.nn.logsumexp(logsumexp_XBT, axis=0)
-    known_BT = (targets_BT >= 0) & (targets_BT < table_VD.shape[0])
-    return jnp.where(known_BT, jnp.sum(target_XBT, axis=0) - logsumexp_BT, jnp.nan), logsumexp_BT
+    is_known_BT = (targets_BT >= 0) & (targets_BT < vocab_size)
+    return jnp.where(is_known_BT, jnp.sum(target_XBT, axis=0) - logsumexp_BT, jnp.nan), logsumexp_BT
 
 
 def _device_log_probs(
@@ -61,28 +70,28 @@ def _device_log_probs(
     targets_BT: jax.Array,
     *,
     vocab_size: int,
+    table_rows: int,
     table_spec: P,
     chunk: int | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """One device's part: logits of the targets it knows (else 0), and logsumexp over its vocabulary; [1, B, T] each."""
+    """One shard: logits of the targets in it (0 of the others), and logsumexp over it; [1, B, T] each."""
     batch, length, _ = hidden_BTD.shape
     dtype = hidden_BTD.dtype
-    known = vocab_size // jax.lax.axis_size("tensor")
-    first = jax.lax.axis_index("tensor") * known
+    rows = table_rows // jax.lax.axis_size("tensor")
+    first = jax.lax.axis_index("tensor") * rows
 
     if chunk is None:
-        chunk = max(1, MAX_LOGITS // (batch * known))
+        chunk = max(1, MAX_LOGITS // (batch * rows))
     chunks = math.ceil(length / chunk)
-    chunk = math.ceil(length / chunks)  # all of one size, the last one filled with as little as can be
-    # Of several chunks nothing is kept for the backward pass. The logits of a single one are: it begins with them.
+    # With several chunks, nothing is kept for the backward pass. The logits of a single one are: it begins with them.
     kept = jax.checkpoint_policies.save_only_these_names(*([LOGITS] if chunks == 1 else []))
     recomputed = functools.partial(jax.checkpoint, prevent_cse=False, policy=kept)
 
-    # Nor is the gathered table kept, as no weight is. It is widened again, so that its gradient is added up in float32.
+    # Nor is the gathered table kept, as no weight is. It is widened again, so that its gradient is summed in float32.
     @recomputed
     def all_chunks(table_VD: jax.Array, hidden_NBCD: jax.Array, targets_NBC: jax.Array):
         whole_VD = all_gather_weight(table_VD.astype(dtype), table_spec, TABLE).astype(jnp.float32)
-        vocabulary_V = first + jnp.arange(known)
+        vocabulary_V = first + jnp.arange(rows)
 
         @recomputed
         def one_chunk(whole_VD: jax.Array, hidden_BCD: jax.Array, targets_BC: jax.Array):
@@ -90,8 +99,10 @@ def _device_log_probs(
                 "BCD,VD->BCV", hidden_BCD, whole_VD.astype(dtype), preferred_element_type=jnp.float32
             )
             logits_BCV = checkpoint_name(logits_BCV, LOGITS)
-            target_BCV = targets_BC[..., None] == vocabulary_V
-            target_BC = jnp.sum(jnp.where(target_BCV, logits_BCV, 0), axis=-1)
+            if table_rows > vocab_size:
+                logits_BCV = jnp.where(vocabulary_V < vocab_size, logits_BCV, _MASKED)
+            is_target_BCV = targets_BC[..., None] == vocabulary_V
+            target_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), axis=-1)
             return target_BC, jax.nn.logsumexp(logits_BCV, axis=-1)
 
         def body(_: None, part: tuple[jax.Array, jax.Array]):
@@ -99,14 +110,19 @@ def _device_log_probs(
 
         return jax.lax.scan(body, None, (hidden_NBCD, targets_NBC))[1]
 
-    def cut(x_BT: jax.Array) -> jax.Array:
-        """[B, T, …] to [N, B, C, …]."""
-        missing = chunks * chunk - length
-        padded = jnp.pad(x_BT, ((0, 0), (0, missing), *[(0, 0)] * (x_BT.ndim - 2)))
-        return jnp.moveaxis(padded.reshape(batch, chunks, chunk, *x_BT.shape[2:]), 1, 0)
+    target_NBC, logsumexp_NBC = all_chunks(table_VD, _split(hidden_BTD, chunks), _split(targets_BT, chunks))
+    return _joined(target_NBC, length)[None], _joined(logsumexp_NBC, length)[None]
 
-    def join(x_NBC: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x_NBC, 0, 1).reshape(batch, chunks * chunk)[None, :, :length]
 
-    target_NBC, logsumexp_NBC = all_chunks(table_VD, cut(hidden_BTD), cut(targets_BT))
-    return join(target_NBC), join(logsumexp_NBC)
+def _split(x_BT: jax.Array, chunks: int) -> jax.Array:
+    """[B, T, …] to [N, B, C, …]; chunks of one size, the last one padded as little as possible."""
+    batch, length, *rest = x_BT.shape
+    size = math.ceil(length / chunks)
+    padded = jnp.pad(x_BT, ((0, 0), (0, chunks * size - length), *[(0, 0)] * len(rest)))
+    return jnp.moveaxis(padded.reshape(batch, chunks, size, *rest), 1, 0)
+
+
+def _joined(x_NBC: jax.Array, length: int) -> jax.Array:
+    """[N, B, C] to [B, T]: the inverse of `_split`."""
+    chunks, batch, size = x_NBC.shape
+    return jnp.moveaxis(x_NBC, 0, 1).reshape(batch, chunks * size)[:, :length]

@@ -103,7 +103,7 @@ def add_lora(model: Model, config: LoraConfig, *, rngs: nnx.Rngs | None) -> None
         if any(_is_meant(target, matrix.path) for target in config.target_modules):
             segment = model.model.layers.plan[matrix.segment]
             name = f"model.layers.{segment.start + matrix.position}.{matrix.path}"
-            sizes = matrix.weight.shape[1:]
+            sizes = matrix.weight.unpadded_shape[1:]
             matrix.attach(LoraAdapter(name, matrix.axes, sizes, config, make.stacked(segment.repeats)))
     model.lora = config
 

@@ -1,4 +1,4 @@
-"""The token table: looked up on the way in and, where tied, multiplied with on the way out."""
+"""The token table [V, D]: looked up at the input and, where tied, multiplied with at the output."""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,20 @@ from jax.sharding import PartitionSpec as P
 from qwen_moe_jax.nn.parameters import ParameterFactory
 from qwen_moe_jax.sharding.rules import BATCH, mesh_axes, spec_of
 
+#: Logical axes of the token table and of the output head.
 TABLE = ("vocab", "embed")
 
 
 class Embedding(nnx.Module):
-    """Vectors of the vocabulary, [V, D]. Looking up `padding_idx` teaches it nothing, as in torch."""
+    """A vector for each token of the vocabulary. Looking up `padding_idx` has no gradient, as in torch.
+
+    Args:
+        name: of the module, for messages.
+        vocab_size: V; the stored table has further rows of zeros where V does not divide over its shards.
+        hidden_size: D.
+        padding_idx: a token, or None.
+        make: creates the parameter.
+    """
 
     def __init__(self, name: str, vocab_size: int, hidden_size: int, padding_idx: int | None, make: ParameterFactory):
         self.weight = make.normal(f"{name}.weight", (vocab_size, hidden_size), TABLE, zero_row=padding_idx)
@@ -21,18 +30,31 @@ class Embedding(nnx.Module):
     def __call__(self, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """[B, T] to [B, T, D].
 
-        The table is never gathered: every device looks up its part of the table for all tokens of the devices that the
-        table is cut over, and an all-to-all turns parts of all tokens into whole vectors of a device's own tokens. A
-        token id outside the vocabulary becomes NaN, which is seen, rather than some other token, which is not.
+        The table is never gathered: each device looks up its shard of the table for the tokens of all devices that the
+        table is sharded over, and an all-to-all turns slices of the vectors of all tokens into whole vectors of the
+        device's own tokens. A token id outside the vocabulary becomes NaN, which is noticed, rather than the vector of
+        another token, which is not.
         """
         rows, columns = spec_of(self.weight[...])
-        apart = tuple(axis for axis in BATCH if axis not in (*mesh_axes(rows), *mesh_axes(columns))) or None
-        beyond = self.weight.shape[0]
-        tokens_BT = jnp.where(tokens_BT < 0, beyond, tokens_BT)  # a negative index would count from the end
-        tokens_BT = jax.sharding.reshard(tokens_BT, P(apart, None))
-        sliced = P(apart, None, columns)
+        batch = tuple(axis for axis in BATCH if axis not in (*mesh_axes(rows), *mesh_axes(columns))) or None
+        is_known_BT = (tokens_BT >= 0) & (tokens_BT < self.weight.unpadded_shape[0])
+        tokens_BT = jnp.where(is_known_BT, tokens_BT, self.weight.shape[0])
+        tokens_BT = jax.sharding.reshard(tokens_BT, P(batch, None))
+        sliced = P(batch, None, columns)
         hidden_BTD = self.weight.at[tokens_BT].get(out_sharding=sliced, mode="fill", fill_value=jnp.nan).astype(dtype)
         if self.padding_idx is not None:
             frozen_BT1 = (tokens_BT == self.padding_idx)[..., None]
             hidden_BTD = jnp.where(frozen_BT1, jax.lax.stop_gradient(hidden_BTD), hidden_BTD)
         return jax.sharding.reshard(hidden_BTD, P(BATCH, None, None))
+
+
+def without_padding(logits_BTV: jax.Array, vocab_size: int) -> jax.Array:
+    """The logits of the vocabulary, without those of the table's rows of padding; explicit axes, B over `BATCH`.
+
+    The vocabulary does not divide over `tensor`, so T is sharded over it where it divides: an all-to-all, after which
+    no device holds more than before.
+    """
+    if logits_BTV.shape[-1] == vocab_size:
+        return logits_BTV
+    divides = logits_BTV.shape[1] % jax.sharding.get_abstract_mesh().shape["tensor"] == 0
+    return jax.sharding.reshard(logits_BTV, P(BATCH, "tensor" if divides else None, None))[..., :vocab_size]

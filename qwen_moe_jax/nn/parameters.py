@@ -1,16 +1,17 @@
-"""Creating parameters: drawn in place on the mesh, or only described."""
+"""Creating parameters: drawn in place on the mesh, or abstract."""
 
 import dataclasses
 import functools
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from qwen_moe_jax.config import ShardingRules
-from qwen_moe_jax.sharding.rules import parameter_sharding
+from qwen_moe_jax.sharding.rules import padded_shape, parameter_sharding
 
 Kind = Literal["normal", "uniform", "zeros", "ones"]
 
@@ -21,17 +22,21 @@ class Untrained(nnx.Variable):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParameterFactory:
-    """What the modules' constructors draw their weights from.
+    """What the constructors of modules create their parameters with.
 
-    Each weight is created where the sharding rules put it, never whole on one device, and the values do not depend on
-    the mesh. Each carries as metadata its logical axes (`param.axes`) and how it lies (`param.spec`).
+    Each parameter is created with the sharding that the rules give it, never whole on one device, and its values do not
+    depend on the mesh. As metadata it carries its logical axes (`param.axes`), its partition spec (`param.spec`) and
+    its shape without padding (`param.unpadded_shape`, see `sharding.rules.PADDED_AXES`).
+
+    Rows of padding are zero and stay zero under AdamW with weight decay, clipping and accumulation: no token selects
+    them and no loss counts them, so that their gradients and moments are exactly zero.
 
     Attributes:
-        mesh: where the parameters live.
+        mesh: of the model.
         dtype: of the parameters.
         initializer_range: standard deviation of the matrices.
-        rngs: source of keys; None describes the parameters (`jax.ShapeDtypeStruct` with sharding) without allocating.
-        rules: what of a parameter lies where on the mesh.
+        rngs: source of keys; None makes abstract parameters (`jax.ShapeDtypeStruct` with sharding).
+        rules: which mesh axes each logical axis is sharded over.
         stack: None, or the number of layers that share one stacked array [layers, …].
     """
 
@@ -51,16 +56,16 @@ class ParameterFactory:
     ) -> nnx.Param:
         """A matrix drawn from N(0, initializer_range²), as every Linear and Embedding of transformers.
 
-        `zero_row` is left zero, as torch leaves the row of the padding token.
+        Row `zero_row` is zero, as torch initialises the row of the padding token.
         """
         return self._create("normal", name, shape, axes, zero_row)
 
     def uniform(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], bound: float) -> nnx.Param:
-        """A matrix drawn evenly from [-bound, bound)."""
+        """A matrix drawn uniformly from [-bound, bound)."""
         return dataclasses.replace(self, initializer_range=bound)._create("uniform", name, shape, axes)
 
     def zeros(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-        """A bias, or what is to begin without effect."""
+        """A bias, or a matrix that starts without effect."""
         return self._create("zeros", name, shape, axes)
 
     def ones(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
@@ -69,10 +74,12 @@ class ParameterFactory:
 
     def untrained(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Untrained:
         """Zeros in float32, whatever the dtype of the parameters: what changes by tiny steps must not be rounded."""
-        # A key of its own: the weights beside it are those of a model without it.
+        # A key of its own: the other weights are those of a model without it.
         rngs = None if self.rngs is None else nnx.Rngs(0)
         created = dataclasses.replace(self, dtype="float32", rngs=rngs)._create("zeros", name, shape, axes)
-        return Untrained(created.get_value(), axes=created.axes, spec=created.spec)
+        return Untrained(
+            created.get_value(), axes=created.axes, spec=created.spec, unpadded_shape=created.unpadded_shape
+        )
 
     def _create(
         self, kind: Kind, name: str, shape: tuple[int, ...], axes: tuple[str, ...], zero_row: int | None = None
@@ -80,24 +87,43 @@ class ParameterFactory:
         if self.stack is not None:
             shape, axes = (self.stack, *shape), ("layers", *axes)
         sharding = parameter_sharding(name, shape, axes, self.mesh, self.rules)
-        dtype = jnp.dtype(self.dtype)
-        if self.rngs is None:
-            described = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-            return nnx.Param(described, axes=axes, spec=sharding.spec)
-        value = _drawer(kind, shape, dtype, sharding, zero_row)(self.rngs.params(), self.initializer_range)
-        return nnx.Param(value, axes=axes, spec=sharding.spec)
+        stored = jax.ShapeDtypeStruct(
+            padded_shape(shape, axes, self.mesh, self.rules), jnp.dtype(self.dtype), sharding=sharding
+        )
+        if self.rngs is not None:
+            stored = _initializer(kind, shape, stored, zero_row)(self.rngs.params(), self.initializer_range)
+        return nnx.Param(stored, axes=axes, spec=sharding.spec, unpadded_shape=shape)
+
+
+def parameters_with_paths(module: Any) -> Iterator[tuple[str, nnx.Variable]]:
+    """Every parameter and its path with dots ("model.norm.weight"), in the order of `jax.tree.leaves(module)`.
+
+    Works on anything with a module's structure: weights, gradients, abstract parameters.
+    """
+    for keys, param in jax.tree_util.tree_leaves_with_path(module, is_leaf=lambda node: isinstance(node, nnx.Variable)):
+        yield jax.tree_util.keystr(keys, simple=True, separator="."), param
 
 
 @functools.cache
-def _drawer(kind: Kind, shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding, zero_row: int | None):
-    """A compiled function (key, scale) → the parameter, each device drawing its own part."""
+def _initializer(
+    kind: Kind, shape: tuple[int, ...], stored: jax.ShapeDtypeStruct, zero_row: int | None
+) -> Callable[[jax.Array, float], jax.Array]:
+    """A compiled function (key, scale) → the parameter, each device drawing its own shard.
+
+    Args:
+        kind: of the distribution.
+        shape: without padding: what is drawn does not depend on the mesh.
+        stored: shape with padding, dtype and sharding of the result.
+        zero_row: a row that is zero, or None.
+    """
+    padding = [(0, whole - size) for whole, size in zip(stored.shape, shape, strict=True)]
 
     def draw(key: jax.Array, scale: float) -> jax.Array:
         if kind == "normal":
-            drawn = (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+            drawn = (scale * jax.random.normal(key, shape, jnp.float32)).astype(stored.dtype)
             return drawn if zero_row is None else drawn.at[zero_row].set(0)
         if kind == "uniform":
-            return jax.random.uniform(key, shape, jnp.float32, -scale, scale).astype(dtype)
-        return jnp.full(shape, 1.0 if kind == "ones" else 0.0, dtype)
+            return jax.random.uniform(key, shape, jnp.float32, -scale, scale).astype(stored.dtype)
+        return jnp.full(shape, 1.0 if kind == "ones" else 0.0, stored.dtype)
 
-    return jax.jit(draw, out_shardings=sharding)
+    return jax.jit(lambda key, scale: jnp.pad(draw(key, scale), padding), out_shardings=stored.sharding)

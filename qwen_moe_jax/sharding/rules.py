@@ -1,8 +1,9 @@
 """From logical axes to mesh axes.
 
-Every parameter names its axes ("expert", "embed", "ffn", …). `ShardingRules` (a choice of execution) say where they lie
-at rest, `COMPUTE_AXES` where they lie during the layer that multiplies with them. What the rules cut beyond `COMPUTE_AXES` is gathered
-for the layer; the `expert` cut of routed experts and the `tensor` cut never are.
+Every parameter names its logical axes ("expert", "embed", "ffn", …). `ShardingRules`, part of the execution config, map
+them to the mesh axes that the stored parameter is sharded over; `COMPUTE_AXES` maps them to the mesh axes that a layer
+computes with. What the rules add to `COMPUTE_AXES` is all-gathered for the layer. Routed experts are never gathered
+over `expert`, and no weight over `tensor`.
 """
 
 import dataclasses
@@ -16,10 +17,10 @@ from jax.sharding import PartitionSpec as P
 from qwen_moe_jax.config import ShardingRules
 from qwen_moe_jax.errors import ShardingError
 
-#: Tokens are split over these mesh axes, in this order.
+#: The mesh axes that the batch is sharded over, in this order.
 BATCH = ("data", "fsdp", "expert")
 
-#: The mesh axes of each logical axis during a layer; the layers' own arithmetic is written for this.
+#: The mesh axes of each logical axis during a layer; the layers' arithmetic is written for these.
 COMPUTE_AXES: Mapping[str, tuple[str, ...]] = {
     "layers": (),
     "vocab": ("tensor",),
@@ -27,54 +28,59 @@ COMPUTE_AXES: Mapping[str, tuple[str, ...]] = {
     "ffn": ("tensor",),
     "embed": (),  # the hidden axis of dense weights
     "expert": ("expert",),
-    "expert_embed": (),  # the hidden axis of routed experts, whose expert axis already lies along `expert`
+    "expert_embed": (),  # the hidden axis of routed experts, whose expert axis is already sharded over `expert`
     "norm": (),
     "router": (),
     "labels": (),
     "rank": (),  # of low-rank adapters
 }
 
+#: Logical axes whose size need not divide over the mesh: parameters are created with zeros after the last row, which
+#: `param.unpadded_shape` leaves out. A vocabulary comes from a tokenizer; every other size is a choice, and labels are
+#: not sharded.
+PADDED_AXES = ("vocab",)
+
 
 def stored(rules: ShardingRules) -> Mapping[str, tuple[str, ...]]:
-    """The mesh axes of each logical axis at rest."""
+    """The mesh axes that each logical axis of a stored parameter is sharded over."""
     return {**COMPUTE_AXES, **dataclasses.asdict(rules)}
 
 
 def partition_spec(axes: Sequence[str], table: Mapping[str, tuple[str, ...]] = COMPUTE_AXES) -> P:
-    """The partition of an array with these logical axes.
+    """The partition spec of an array with these logical axes.
 
     Raises:
-        ShardingError: an axis is not in the table, or two of them would lie along the same mesh axis.
+        ShardingError: an axis is not in the table, or two axes are sharded over the same mesh axis.
     """
     unknown = [axis for axis in axes if axis not in table]
     if unknown:
         raise ShardingError(f"unknown logical axes {unknown}: expected some of {list(table)}.")
-    places = [table[axis] for axis in axes]
-    cutting = [name for place in places for name in place]
-    twice = sorted({name for name in cutting if cutting.count(name) > 1})
+    entries = [table[axis] for axis in axes]
+    used = [name for entry in entries for name in entry]
+    twice = sorted({name for name in used if used.count(name) > 1})
     if twice:
-        cut = [repr(axis) for axis, place in zip(axes, places, strict=True) if twice[0] in place]
+        both = [repr(axis) for axis, entry in zip(axes, entries, strict=True) if twice[0] in entry]
         raise ShardingError(
             f"logical axes {tuple(axes)} of one array: mesh axis {twice[0]!r} is used twice, by "
-            f"{' and by '.join(cut)}. It can cut an array once: change the sharding rule of one of them."
+            f"{' and by '.join(both)}. It can shard one axis of an array: change the sharding rule of one of them."
         )
-    return P(*(_entry(place) for place in places))
+    return P(*(_entry(names) for names in entries))
 
 
 def parameter_sharding(
     name: str, shape: Sequence[int], axes: Sequence[str], mesh: Mesh, rules: ShardingRules
 ) -> NamedSharding:
-    """Where a parameter lies at rest.
+    """The sharding of a stored parameter.
 
     Args:
-        name: for messages.
-        shape: of the whole array.
+        name: of the parameter, for messages.
+        shape: of the whole array, without padding.
         axes: logical axes, one per dimension.
         mesh: the model's mesh.
-        rules: what cuts them.
+        rules: which mesh axes each logical axis is sharded over.
 
     Raises:
-        ShardingError: a dimension does not divide over its mesh axes; the message gives the numbers.
+        ShardingError: a dimension that is not padded does not divide over its mesh axes; the message has the numbers.
     """
     table = stored(rules)
     try:
@@ -82,7 +88,7 @@ def parameter_sharding(
     except ShardingError as error:
         raise ShardingError(f"{name}: {error}") from None
     for size, axis in zip(shape, axes, strict=True):
-        if size % math.prod(mesh.shape[mesh_axis] for mesh_axis in table[axis]):
+        if axis not in PADDED_AXES and size % _num_shards(axis, table, mesh):
             over = ", ".join(f"{mesh_axis}={mesh.shape[mesh_axis]}" for mesh_axis in table[axis])
             raise ShardingError(
                 f"{name}: its {axis!r} axis of size {size} (shape {tuple(shape)}) does not divide over the mesh axes "
@@ -91,23 +97,30 @@ def parameter_sharding(
     return NamedSharding(mesh, spec)
 
 
+def padded_shape(shape: Sequence[int], axes: Sequence[str], mesh: Mesh, rules: ShardingRules) -> tuple[int, ...]:
+    """The shape of a stored parameter: dimensions of `PADDED_AXES` are rounded up to a multiple of their shards."""
+    table = stored(rules)
+    multiples = [_num_shards(axis, table, mesh) if axis in PADDED_AXES else 1 for axis in axes]
+    return tuple(math.ceil(size / multiple) * multiple for size, multiple in zip(shape, multiples, strict=True))
+
+
 def spec_of(x: jax.Array) -> P:
-    """How an array lies that is explicitly sharded: what its type says."""
+    """The partition spec in the type of an array with explicit axes."""
     return jax.typeof(x).sharding.spec
 
 
-def mesh_axes(place: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """An entry of a partition as the mesh axes in it."""
-    return (place,) if isinstance(place, str) else tuple(place or ())
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in one entry of a partition spec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def with_single_axes(spec: P) -> P:
-    """The same partition, with the mesh axes of size 1 named as well.
+    """The same partition spec, with the mesh axes of size 1 named as well.
 
     A `jax.shard_map` that is not checked sums the gradient of an input over the axes its spec does not name. Over a
     single device that is nothing, but XLA does not always see it, and copies the array.
     """
-    named = {axis for place in spec for axis in mesh_axes(place)}
+    named = {axis for entry in spec for axis in mesh_axes(entry)}
     mesh = jax.sharding.get_abstract_mesh()
     single = tuple(axis for axis in mesh.axis_names if mesh.shape[axis] == 1 and axis not in named)
     if len(spec) == 0:
@@ -116,23 +129,25 @@ def with_single_axes(spec: P) -> P:
 
 
 def needs_gather(spec: P, axes: Sequence[str]) -> bool:
-    """Whether a weight that lies like this is cut over devices that each need it whole, inside a `jax.shard_map`.
+    """Whether `all_gather_weight` communicates. Over one device it need not be called: XLA would copy the weight.
 
-    Over one device there is nothing to gather, though XLA would copy it.
+    Args:
+        spec: of the stored weight.
+        axes: its logical axes.
     """
-    return any(_to_gather(place, axis) for place, axis in zip(spec, axes, strict=True))
+    return any(_to_gather(entry, axis) for entry, axis in zip(spec, axes, strict=True))
 
 
 def all_gather_weight(weight: jax.Array, spec: P, axes: Sequence[str]) -> jax.Array:
-    """`gather_for_compute` for the inside of a `jax.shard_map`, where the weight is one device's part.
+    """`gather_for_compute` inside a `jax.shard_map`, where `weight` is the shard of one device.
 
     Args:
-        weight: that part.
-        spec: how the whole lies.
+        weight: the shard.
+        spec: of the stored weight.
         axes: its logical axes.
     """
-    for dimension, (place, axis) in enumerate(zip(spec, axes, strict=True)):
-        if over := _to_gather(place, axis):
+    for dimension, (entry, axis) in enumerate(zip(spec, axes, strict=True)):
+        if over := _to_gather(entry, axis):
             weight = jax.lax.all_gather(weight, over, axis=dimension, tiled=True)
     return weight
 
@@ -142,11 +157,15 @@ def gather_for_compute(weight: jax.Array, *axes: str) -> jax.Array:
     return jax.sharding.reshard(weight, partition_spec(axes))
 
 
-def _to_gather(place: str | tuple[str, ...] | None, axis: str) -> tuple[str, ...]:
-    """The mesh axes that cut an axis beyond its use, those of one device left out."""
-    return tuple(name for name in mesh_axes(place) if name not in COMPUTE_AXES[axis] and jax.lax.axis_size(name) > 1)
+def _num_shards(axis: str, table: Mapping[str, tuple[str, ...]], mesh: Mesh) -> int:
+    return math.prod(mesh.shape[mesh_axis] for mesh_axis in table[axis])
 
 
-def _entry(place: tuple[str, ...]) -> str | tuple[str, ...] | None:
-    """As a partition has it."""
-    return place if len(place) > 1 else (place[0] if place else None)
+def _to_gather(entry: str | tuple[str, ...] | None, axis: str) -> tuple[str, ...]:
+    """The mesh axes, of more than one device, that an axis is stored over and not computed with."""
+    return tuple(name for name in mesh_axes(entry) if name not in COMPUTE_AXES[axis] and jax.lax.axis_size(name) > 1)
+
+
+def _entry(names: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    """Mesh axes as an entry of a partition spec."""
+    return names if len(names) > 1 else (names[0] if names else None)

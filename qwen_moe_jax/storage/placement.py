@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
+from qwen_moe_jax.sharding.rules import mesh_axes
 from qwen_moe_jax.storage.prefetch import prefetch
 from qwen_moe_jax.storage.tensor import Index, StoredTensor, blocks, index_shape
 
@@ -75,6 +76,31 @@ def place(
         arrays[block.number] = jax.block_until_ready(array)
         advance(sum(values.nbytes for values, _ in parts))
     return arrays
+
+
+def unpadded(array: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """An array without the padding at the end of its axes, on the same devices.
+
+    An axis of odd size cannot be sharded. Its mesh axes shard another axis instead, if there is one that they divide.
+
+    Args:
+        array: on a mesh.
+        shape: without padding.
+    """
+    if array.shape == tuple(shape):
+        return array
+    mesh, spec = array.sharding.mesh, [mesh_axes(entry) for entry in array.sharding.spec]
+    spec += [()] * (array.ndim - len(spec))
+    cut = [axis for axis in range(array.ndim) if array.shape[axis] != shape[axis]]
+    moved = [name for axis in cut for name in spec[axis]]
+    for axis in range(array.ndim):
+        names = (*spec[axis], *moved)
+        if axis in cut:
+            spec[axis] = ()
+        elif shape[axis] % math.prod(mesh.shape[name] for name in names) == 0:
+            spec[axis], moved = names, []
+    window = tuple(slice(0, size) for size in shape)
+    return jax.jit(lambda array: array[window], out_shardings=NamedSharding(mesh, PartitionSpec(*spec)))(array)
 
 
 def local_bytes(described: Iterable[jax.ShapeDtypeStruct]) -> int:
@@ -143,7 +169,7 @@ def _overwrite(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, tuple
 
     @functools.partial(jax.jit, donate_argnums=0)
     def overwrite(array: jax.Array, block: jax.Array, begin: tuple[int, ...]) -> jax.Array:
-        spec, starts = sharding.spec, jax.tree.map(lambda _: jax.sharding.PartitionSpec(), begin)
+        spec, starts = sharding.spec, jax.tree.map(lambda _: PartitionSpec(), begin)
         # Copies are written alike on every device that holds one; which they are, need not be proved.
         return jax.shard_map(local, mesh=sharding.mesh, in_specs=(spec, spec, starts), out_specs=spec, check_vma=False)(
             array, block, begin

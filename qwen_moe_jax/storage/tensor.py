@@ -144,6 +144,40 @@ class CastTensor(StoredTensor):
             out[...] = self.read(index)
 
 
+@dataclasses.dataclass(frozen=True)
+class ZeroPaddedTensor(StoredTensor):
+    """A tensor followed by zeros along its axes.
+
+    Attributes:
+        tensor: that tensor.
+        shape: with the zeros; at least as large along every axis.
+    """
+
+    tensor: StoredTensor
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.tensor.dtype
+
+    @property
+    def where(self) -> str:
+        return self.tensor.where
+
+    def read_into(self, index: Index, out: np.ndarray) -> None:
+        known = tuple(
+            slice(part.start, max(part.start, min(part.stop, size)))
+            for part, size in zip(index, self.tensor.shape, strict=True)
+        )
+        if index_shape(known) == index_shape(index):
+            self.tensor.read_into(index, out)
+            return
+        out[...] = 0
+        if 0 not in index_shape(known):
+            # Read apart: tensors are read into contiguous memory.
+            out[tuple(slice(0, size) for size in index_shape(known))] = self.tensor.read(known)
+
+
 def full_index(shape: Sequence[int]) -> Index:
     """The index of all of an array."""
     return tuple(slice(0, size) for size in shape)

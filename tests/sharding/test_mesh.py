@@ -138,7 +138,7 @@ def test_a_mesh_without_our_axes_is_refused():
     [
         (dict(num_experts=6), dict(expert=4), r"gate_proj: its 'expert' axis of size 6 .* expert=4"),
         (dict(hidden_size=36, head_dim=8), dict(expert=8), r"'embed' axis of size 36 .* fsdp=1, expert=8"),
-        (dict(vocab_size=63), dict(tensor=2), r"embed_tokens.weight: its 'vocab' axis of size 63 .* tensor=2"),
+        (dict(intermediate_size=49), dict(tensor=2), r"gate_proj.weight: its 'ffn' axis of size 49 .* tensor=2"),
         (dict(), dict(tensor=4), r"num_key_value_heads=2 does not divide over the mesh axis tensor=4"),
     ],
 )
