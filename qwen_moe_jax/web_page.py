@@ -1,68 +1,77 @@
-"""What the package's HTML pages share: a frame that loads and runs nothing, their look, and a write that is whole.
+"""HTML pages of one file: Jinja2 templates with autoescape, their style sheets inlined, no script and no network.
 
-A page needs nothing besides itself: no script, no font, no network. Its content security policy forbids it to load or
-run anything.
+A page extends `templates/page.html.j2`, whose content security policy forbids it to load or run anything. Templates
+are beside the module that renders them (`plan/templates`, `cli/templates`, …) and are given one typed context, `page`;
+numbers are formatted by the filters of `FILTERS`.
 """
 
+import functools
 import os
-from collections.abc import Mapping
-from html import escape
 from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from qwen_moe_jax.text import format_mesh, join_words
+from qwen_moe_jax.units import format_bytes, format_count, format_flops, format_rate, format_seconds
+
+#: What all pages share: the frame, the style sheet, macros.
+SHARED = Path(__file__).parent / "templates"
+
+FILTERS = {
+    "bytes": format_bytes,
+    "count": format_count,
+    "flops": format_flops,
+    "rate": format_rate,
+    "seconds": format_seconds,
+    "mesh": format_mesh,
+    "and_words": join_words,
+    "thousands": "{:,}".format,
+    "percent": "{:.4%}".format,
+    "number": "{:g}".format,
+}
 
 
-def html_page(*, title: str, style: str, body: str, mark: str | None = None, images: str = "'none'") -> str:
-    """A whole page.
+def render(template: str, folder: Path, page: Any) -> str:
+    """The text of a template.
 
     Args:
-        title: plain text.
-        style: CSS, after `BASE_STYLE`.
-        body: HTML, with every text in it escaped.
-        mark: who wrote the page, put near its start.
-        images: where they may come from, as a source list of the content security policy.
+        template: its file name.
+        folder: where it is; templates that it includes, imports or extends are there or in `SHARED`.
+        page: its context. Strings are escaped; `Markup` is HTML already.
     """
-    generator = "" if mark is None else f'<meta name="generator" content="{escape(mark)}">'
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">{generator}
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src {images}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{BASE_STYLE}{style}</style></head>
-<body>
-{body}
-</body></html>
-"""
+    return _environment(folder).get_template(template).render(page=page)
 
 
-def facts(values: Mapping[str, object]) -> str:
-    """Names over values, side by side."""
-    shown = (f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in values.items())
-    return f"<dl>{''.join(shown)}</dl>"
+def render_markup(template: str, folder: Path, page: Any) -> Markup:
+    """As `render`, for a part of another page."""
+    return Markup(render(template, folder, page))  # what autoescape has made is safe to insert
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Writes beside and renames: a file of this name is always whole."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    """Writes a temporary file and renames it: a file of this name is always complete.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, file)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
-BASE_STYLE = """
-:root { color-scheme: light dark; --page: #fafaf8; --card: #fff; --ink: #1c1e22; --dim: #6a6f78; --line: #e6e6e1; }
-@media (prefers-color-scheme: dark) { :root { --page: #131519; --card: #1a1d22; --ink: #e4e6ea; --dim: #8c929c;
-  --line: #2b2f36; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 28px clamp(12px, 3vw, 32px); max-width: 1240px; background: var(--page);
-  color: var(--ink); font: 14px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
-header p, figcaption p, dt { color: var(--dim); font-size: 12px; margin: 0; }
-h1 { font-size: 24px; margin: 0 0 12px; overflow-wrap: anywhere; }
-h2 { font-size: 17px; margin: 28px 0 10px; }
-h3 { font-size: 14px; margin: 0; }
-dl { display: flex; flex-wrap: wrap; gap: 8px 28px; margin: 0; }
-dd { margin: 0; overflow-wrap: anywhere; }
-.card { margin: 0; padding: 14px 16px; min-width: 0; background: var(--card); border: 1px solid var(--line);
-  border-radius: 8px; }
-.scroll { overflow-x: auto; }
-"""
+@functools.cache
+def _environment(folder: Path) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([folder, SHARED]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= FILTERS
+    return environment

@@ -1,6 +1,5 @@
 """`python -m train CONFIG --plan TARGET`: the run's own step, compiled for hardware that is not here."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,10 +10,11 @@ from qwen_moe_jax.huggingface.hub import config_file
 from qwen_moe_jax.plan.choose import choose_mesh
 from qwen_moe_jax.plan.compile import Step, describe_group, plan_step, target_mesh
 from qwen_moe_jax.plan.flops import training_flops_per_token
-from qwen_moe_jax.plan.result import Plan, Work
+from qwen_moe_jax.plan.result import Plan
 from qwen_moe_jax.plan.search import Search
 from qwen_moe_jax.plan.search_table import print_progress
 from qwen_moe_jax.plan.targets import parse_target
+from qwen_moe_jax.plan.work import work_of
 from train.config import TrainConfig
 from train.parameters import merge
 from train.program import Program, assemble
@@ -60,7 +60,6 @@ def mesh_overrides(sizes: Mapping[str, int]) -> str:
 def training_step(config: TrainConfig, program: Program, name: str) -> Step:
     """The program's step, in the words of the planner."""
     model, rows, seq_len = program.model, config.data.batch_size, config.data.seq_len
-    execution = dataclasses.asdict(model.execution_in_use)
     trained = describe_group("parameters", program.state.params)
     return Step(
         function=program.train_step,
@@ -72,15 +71,12 @@ def training_step(config: TrainConfig, program: Program, name: str) -> Step:
         },
         config=model.config,
         name=name,
-        work=Work(
-            purpose="train",
+        work=work_of(
+            model,
+            "train",
             rows=rows,
             tokens_per_row=seq_len,
-            context=0,
             accumulation_steps=config.run.accumulation_steps,
-            dtype=execution.pop("dtype"),
-            param_dtype=execution.pop("param_dtype"),
-            execution=execution,
         ),
         model_flops=rows * seq_len * training_flops_per_token(model.config, seq_len, program.trained_share),
         gradient_bytes=trained.bytes,

@@ -1,21 +1,23 @@
-"""`python -m train.report RUN` writes RUN/report.html: a run on one page, while it goes and after (extra `plot`).
+"""`python -m train.report RUN` writes RUN/report.html: a training run on one page, running or finished (extra `plot`).
 
-The page needs nothing besides itself (`qwen_moe_jax.web_page`), and every text passes `html.escape`.
+This module computes what the page shows (`ReportPage`); `reporting/templates/report.html.j2` lays it out.
 """
 
 import argparse
 import math
 import sys
 from collections.abc import Iterable
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup
+
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.text import format_mesh
 from qwen_moe_jax.units import format_bytes, format_seconds
-from qwen_moe_jax.web_page import facts, html_page, write_whole
+from qwen_moe_jax.web_page import render, write_whole
 from train.folder import RunFolder
 from train.reporting.metrics import ASIDES, Metrics, read_metrics
 from train.reporting.start import Start
@@ -23,8 +25,42 @@ from train.reporting.start import Start
 if TYPE_CHECKING:
     from train.reporting.figures import Drawing
 
+TEMPLATES = Path(__file__).parent / "reporting" / "templates"
 
 _SAMPLES = 12  # on a page, at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageFigure:
+    """A figure as SVG, with what is above it."""
+
+    title: str
+    caption: str
+    svg: Markup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The model's continuation of a prompt after a step."""
+
+    step: int
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportPage:
+    """What `report.html.j2` shows. Dense models have no router curves and no load map."""
+
+    name: str
+    state: str
+    config: str
+    results: dict[str, str]
+    settings: dict[str, str]
+    curves: tuple[PageFigure, ...]
+    router_curves: tuple[PageFigure, ...]
+    load_map: PageFigure | None
+    samples: tuple[Sample, ...]
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -56,21 +92,19 @@ def report_page(metrics: Metrics, *, name: str, config: str, state: str) -> str:
     """
     from train.reporting.figures import curves, load_map, router_curves
 
-    start = Start(**metrics.starts[-1]["start"])
-    router = router_curves(metrics)
-    sections = _section("Learning and speed", _cards(curves(metrics)))
-    if router:
-        sections += _section("Routers", _cards(router) + _wide_card(load_map(metrics)))
-    if metrics.samples:
-        sections += _section("Samples", _samples(metrics.samples))
-    body = f"""<header><p>Training run, {escape(state)}</p>
-<h1>{escape(name)}</h1>
-{facts(_results(metrics))}</header>
-<main>
-{sections}{_section("What ran", f'<div class="card">{facts(_settings(start))}</div>')}
-<details><summary>config.toml</summary><pre>{escape(config)}</pre></details>
-</main>"""
-    return html_page(title=f"{name}: training", style=_STYLE, body=body, images="data:")
+    routers = tuple(map(_figure, router_curves(metrics)))
+    page = ReportPage(
+        name=name,
+        state=state,
+        config=config,
+        results=_results(metrics),
+        settings=_settings(Start(**metrics.starts[-1]["start"])),
+        curves=tuple(map(_figure, curves(metrics))),
+        router_curves=routers,
+        load_map=_figure(load_map(metrics)) if routers else None,
+        samples=_samples(metrics.samples),
+    )
+    return render("report.html.j2", TEMPLATES, page)
 
 
 def main(words: list[str]) -> int:
@@ -149,66 +183,24 @@ def _settings(start: Start) -> dict[str, str]:
     return settings
 
 
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{title}</h2>\n{content}</section>\n"
-
-
-def _cards(drawings: list["Drawing"]) -> str:
-    return f'<div class="grid">{"".join(_card(drawing) for drawing in drawings)}</div>\n'
-
-
-def _card(drawing: "Drawing") -> str:
-    from train.reporting.figures import to_svg
-
-    return f'<figure class="card">{_heading(drawing)}{to_svg(drawing)}</figure>\n'
-
-
-def _wide_card(drawing: "Drawing") -> str:
-    """One that scrolls where the page is narrow, for its labels would become too small."""
-    from train.reporting.figures import to_svg
-
-    return f'<figure class="card wide">{_heading(drawing)}<div class="scroll">{to_svg(drawing)}</div></figure>\n'
-
-
-def _heading(drawing: "Drawing") -> str:
-    return f"<figcaption><h3>{escape(drawing.title)}</h3><p>{escape(drawing.caption)}</p></figcaption>\n"
-
-
-def _samples(samples: list[dict[str, Any]]) -> str:
-    """What the model wrote, over steps; of many samples some, the first and the last among them."""
+def _samples(samples: list[dict[str, Any]]) -> tuple[Sample, ...]:
+    """Continuations over the run; of many, some at equal distances, the first and the last among them."""
     count = min(len(samples), _SAMPLES)
-    chosen = [samples[place * (len(samples) - 1) // max(count - 1, 1)] for place in range(count)]
-    rows = (
-        f"<div><dt>step {sample['step']:,}</dt>"
-        f"<dd><pre><span>{escape(sample['prompt'])}</span>{escape(sample['sample'])}</pre></dd></div>"
-        for sample in chosen
-    )
-    about = "<p>how the model goes on from the pale text</p>"
-    return f'<div class="card">{about}<dl class="samples">{"".join(rows)}</dl></div>\n'
+    chosen = [samples[number * (len(samples) - 1) // max(count - 1, 1)] for number in range(count)]
+    return tuple(Sample(step=one["step"], prompt=one["prompt"], text=one["sample"]) for one in chosen)
+
+
+def _figure(drawing: "Drawing") -> PageFigure:
+    from train.reporting.figures import to_svg
+
+    # matplotlib escapes the text in its figures.
+    return PageFigure(title=drawing.title, caption=drawing.caption, svg=Markup(to_svg(drawing)))
 
 
 def _mean(values: Iterable[float]) -> float:
     values = list(values)
     return math.fsum(values) / len(values)
 
-
-_STYLE = """
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: 14px; }
-.wide { margin-top: 14px; }
-figcaption { margin-bottom: 8px; }
-svg { display: block; width: 100%; height: auto; }
-svg text { font-family: system-ui, sans-serif !important; }
-.scroll svg { min-width: 760px; }
-.card > p { color: var(--dim); font-size: 12px; margin: 0; }
-.samples { display: grid; gap: 0; }
-.samples div { display: grid; grid-template-columns: 88px 1fr; border-top: 1px solid var(--line); padding: 10px 0; }
-.samples div:first-child { border-top: 0; }
-.samples pre { margin: 0; padding: 0; border: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-.samples span { color: var(--dim); }
-summary { cursor: pointer; margin-top: 20px; }
-pre { margin: 10px 0; padding: 12px 14px; overflow: auto; background: var(--card); border: 1px solid var(--line);
-  border-radius: 8px; font: 12px/1.6 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-"""
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

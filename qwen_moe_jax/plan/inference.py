@@ -12,7 +12,8 @@ from qwen_moe_jax.inference.programs import AbstractProgram, abstract_decode, ab
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.plan.compile import Step
 from qwen_moe_jax.plan.flops import extend_flops_per_token
-from qwen_moe_jax.plan.result import Purpose, Work
+from qwen_moe_jax.plan.result import Purpose
+from qwen_moe_jax.plan.work import work_of
 from qwen_moe_jax.sharding.rules import BATCH
 
 
@@ -55,7 +56,7 @@ def forward_step(
         groups={"parameters": model, "batch": tokens_BT},
         config=config,
         name=name,
-        work=_work(model, "forward", rows, length, 0),
+        work=work_of(model, "forward", rows=rows, tokens_per_row=length),
         model_flops=rows * length * extend_flops_per_token(config, 0, length),
     )
 
@@ -68,20 +69,8 @@ def _engine_step(model: CausalLM, name: str, purpose: Purpose, described: Abstra
         groups={"parameters": model, "cache": described.cache, "requests": rest},
         config=model.config,
         name=name,
-        work=_work(model, purpose, described.rows, described.length, described.max_length),
+        work=work_of(
+            model, purpose, rows=described.rows, tokens_per_row=described.length, context=described.max_length
+        ),
         model_flops=model_flops,
-    )
-
-
-def _work(model: CausalLM, purpose: Purpose, rows: int, tokens_per_row: int, context: int) -> Work:
-    execution = dataclasses.asdict(model.execution_in_use)
-    return Work(
-        purpose=purpose,
-        rows=rows,
-        tokens_per_row=tokens_per_row,
-        context=context,
-        accumulation_steps=1,
-        dtype=execution.pop("dtype"),
-        param_dtype=execution.pop("param_dtype"),
-        execution=execution,
     )

@@ -20,17 +20,17 @@ def remarks_on(plan: Plan) -> tuple[Remark, ...]:
 
 def _memory(plan: Plan) -> Iterator[Remark]:
     memory = plan.memory
-    if memory.fits is False and memory.spare is not None:
-        text = f"It does not fit: {format_bytes(-memory.spare)} a device are missing."
+    if memory.fits is False and memory.free is not None:
+        text = f"It does not fit: {format_bytes(-memory.free)} a device are missing."
         if plan.work.purpose == "train" and plan.work.execution.get("remat") != "full":
             text += ' execution.remat = "full" keeps one layer\'s activations instead of all.'
         elif plan.work.purpose == "train" and plan.work.rows // plan.work.accumulation_steps > _batch_ways(plan):
             text += " run.accumulation_steps cuts the rows that are there at once."
         yield Remark(about="memory", text=text)
-    elif memory.spare is not None and memory.spare < 0.05 * memory.available:
+    elif memory.free is not None and memory.free < 0.05 * memory.available:
         yield Remark(
             about="memory",
-            text=f"It fits with {format_bytes(memory.spare)} a device to spare, less than a twentieth: another "
+            text=f"It fits with {format_bytes(memory.free)} a device free, less than a twentieth: another "
             "version of the compiler may need more.",
         )
     if plan.target.platform == "gpu" and memory.fits and memory.total > 0.75 * memory.available:

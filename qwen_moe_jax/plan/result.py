@@ -72,6 +72,7 @@ class Work:
         context: tokens a row may come to, prompt and answer, for which the cache has room; 0 without a cache.
         accumulation_steps: micro-batches that the rows are cut into.
         dtype, param_dtype: of the activations and of the weights.
+        sharding: the rules for weights, by name (`SHARDING_RULES`) or in words.
         execution: the other choices of `ExecutionConfig`, none of them left open.
     """
 
@@ -82,6 +83,7 @@ class Work:
     accumulation_steps: int
     dtype: str
     param_dtype: str
+    sharding: str
     execution: dict[str, str | int | float | None]
 
     @property
@@ -174,7 +176,7 @@ class Memory:
         return None if self.available is None else self.total <= self.available
 
     @property
-    def spare(self) -> int | None:
+    def free(self) -> int | None:
         """Bytes that are left; negative for what is missing; None where either number is not known."""
         return None if self.total is None or self.available is None else self.available - self.total
 

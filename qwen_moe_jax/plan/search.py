@@ -189,7 +189,7 @@ def search_meshes(
 def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Compiled ones, those that fit first.
 
-    Of equals the one with more spare memory comes first, then the one that came first. What does not fit is in the
+    Of equals the one with more free memory comes first, then the one that came first. What does not fit is in the
     order of what is missing.
     """
 

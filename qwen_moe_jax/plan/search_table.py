@@ -42,7 +42,7 @@ def _outcome(search: Search, set_mesh: Callable[[Mapping[str, int]], str]) -> st
     if search.best is not None:
         return f"Best: [bold]{escape(set_mesh(search.best.mesh))}[/]"
     nearest = search.candidates[0]
-    missing = nearest.plan.memory.spare
+    missing = nearest.plan.memory.free
     lacks = "" if missing is None or missing >= 0 else f"; {format_bytes(-missing)} a device are missing"
     return (
         f"None that was compiled fits. The nearest is {escape(format_mesh(nearest.mesh))}{lacks}. More devices, fewer "
@@ -59,7 +59,7 @@ def search_table(search: Search) -> Table:
         table.add_column(axis, justify="right", no_wrap=True)
     table.add_column("fits", no_wrap=True)
     timed = _timed(search)
-    for name in ("a device", "spare", *(("a step", "tokens/s") if timed else ("sends",))):
+    for name in ("a device", "free", *(("a step", "tokens/s") if timed else ("sends",))):
         table.add_column(name, justify="right", no_wrap=True)
     if timed:
         table.add_column("bound", no_wrap=True)
@@ -93,7 +93,7 @@ def _cells_of_plan(candidate: Candidate, timed: bool) -> tuple[str, ...]:
     held = (
         {True: "yes", False: "no", None: "?"}[memory.fits],
         "not told" if memory.total is None else format_bytes(memory.total),
-        _spare(memory.spare),
+        _free(memory.free),
     )
     if not timed:
         return *held, format_bytes(sum(item.bytes_per_step or 0 for item in plan.collectives))
@@ -108,7 +108,7 @@ def _cells_of_draft(candidate: Candidate, timed: bool) -> tuple[str, ...]:
     held = (
         {True: "~yes", False: "~no", None: "?"}[draft.fits],
         f"~{format_bytes(draft.total)}",
-        "" if draft.available is None else f"~{_spare(draft.available - draft.total)}",
+        "" if draft.available is None else f"~{_free(draft.available - draft.total)}",
     )
     if not timed:
         return *held, f"~{format_bytes(draft.sent)}"
@@ -117,7 +117,7 @@ def _cells_of_draft(candidate: Candidate, timed: bool) -> tuple[str, ...]:
     return *held, f"~{format_seconds(draft.seconds)}", f"~{draft.tokens / draft.seconds:,.0f}", ""
 
 
-def _spare(spare: int | None) -> str:
-    if spare is None:
+def _free(free: int | None) -> str:
+    if free is None:
         return ""
-    return f"-{format_bytes(-spare)}" if spare < 0 else format_bytes(spare)
+    return f"-{format_bytes(-free)}" if free < 0 else format_bytes(free)

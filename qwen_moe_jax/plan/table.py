@@ -75,8 +75,8 @@ def _verdict(plan: Plan) -> Text:
         return Text("It does not fit.", style="red")
     of = f"{format_bytes(memory.total)} of {format_bytes(memory.available)} a device"
     if memory.fits:
-        return Text(f"It fits: {of}, {format_bytes(memory.spare)} to spare.", style="green")
-    return Text(f"It does not fit: {of}, {format_bytes(-memory.spare)} too much.", style="red")
+        return Text(f"It fits: {of}, {format_bytes(memory.free)} free.", style="green")
+    return Text(f"It does not fit: {of}, {format_bytes(-memory.free)} too much.", style="red")
 
 
 def _memory_table(memory: Memory) -> Table:

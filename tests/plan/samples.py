@@ -131,6 +131,7 @@ def plan(**changes):
             accumulation_steps=1,
             dtype="bfloat16",
             param_dtype="float32",
+            sharding="expert+fsdp",
             execution={"dispatch": "dropless", "remat": "full", "exchange": "all_to_all", "group_size": None},
         ),
         memory=memory(),
@@ -145,7 +146,7 @@ def plan(**changes):
         ),
         roofline=roofline(),
         remarks=(
-            Remark(about="replicated", text="The routers, 98.57 MB, lie whole on every device."),
+            Remark(about="replicated", text="The routers, 98.57 MB, are replicated on every device."),
             Remark(
                 about="flops", text="The program computes 1.31 times what the model asks for: remat “full” recomputes."
             ),

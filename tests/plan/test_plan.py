@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_an_answer(capacity):
     memory = dataclasses.replace(
         capacity.memory, temporaries=None, outputs=None, code=None, padding=None, needed=200, available=120
     )
-    assert (memory.total, memory.fits, memory.spare) == (200, False, -80)
+    assert (memory.total, memory.fits, memory.free) == (200, False, -80)
     refused = dataclasses.replace(capacity, memory=memory, collectives=(), refusal="RESOURCE_EXHAUSTED")
     [remark] = [remark for remark in remarks_on(refused) if remark.about == "memory"]
     assert "80 B a device are missing" in remark.text and 'remat = "full"' in remark.text

@@ -50,6 +50,7 @@ def work(**changes):
         accumulation_steps=1,
         dtype="bfloat16",
         param_dtype="float32",
+        sharding="expert+fsdp",
         execution={"dispatch": "dropless", "buffer_factor": 2.0, "exchange": "all_to_all", "remat": "none"},
     )
     return Work(**{**fields, **changes})

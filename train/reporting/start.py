@@ -12,9 +12,9 @@ import jax
 from jax.sharding import Mesh
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.config import SHARDING_RULES
 from qwen_moe_jax.plan.chips import peak_flops
 from qwen_moe_jax.plan.flops import training_flops_per_token
+from qwen_moe_jax.plan.work import format_sharding
 from qwen_moe_jax.text import format_mesh
 from qwen_moe_jax.units import format_bytes
 from train.config import TrainConfig
@@ -90,7 +90,7 @@ def describe_start(
         sparse_layers=[number for number, kind in enumerate(model.config.layers) if kind.mlp == "sparse"],
         mesh={axis: int(size) for axis, size in mesh.shape.items()},
         device_kind="simulated" if config.mesh.simulated else device_kind,
-        execution={**dataclasses.asdict(execution), "sharding": _in_words(execution.sharding)},
+        execution={**dataclasses.asdict(execution), "sharding": format_sharding(execution.sharding)},
         weight_bytes=trained_bytes + bytes_per_device(fixed),
         moment_bytes=bytes_per_device(state.optimizer),
         gradient_bytes=trained_bytes,  # they have the shapes, dtypes and places of what is trained
@@ -104,13 +104,6 @@ def describe_start(
             "python": platform.python_version(),
         },
     )
-
-
-def _in_words(rules: qmj.ShardingRules) -> str:
-    """The name of a table of rules; of another one, its rows."""
-    named = [name for name, table in SHARDING_RULES.items() if table == rules]
-    rows = (f"{axis} over {'+'.join(places) or 'nothing'}" for axis, places in dataclasses.asdict(rules).items())
-    return named[0] if named else "; ".join(rows)
 
 
 def introduction(start: Start, steps: int) -> str:

@@ -1,0 +1,41 @@
+"""One step of a model as plain data: `Work` from the model's execution in use."""
+
+import dataclasses
+
+from qwen_moe_jax.config import SHARDING_RULES, ShardingRules
+from qwen_moe_jax.model.causal_lm import CausalLM
+from qwen_moe_jax.plan.result import Purpose, Work
+
+
+def work_of(
+    model: CausalLM,
+    purpose: Purpose,
+    *,
+    rows: int,
+    tokens_per_row: int,
+    context: int = 0,
+    accumulation_steps: int = 1,
+) -> Work:
+    """What a step does, with the execution that the model's mode and mesh resolve to. Arguments as `Work`."""
+    execution = dataclasses.asdict(model.execution_in_use)
+    del execution["sharding"]  # nested; in words below
+    return Work(
+        purpose=purpose,
+        rows=rows,
+        tokens_per_row=tokens_per_row,
+        context=context,
+        accumulation_steps=accumulation_steps,
+        dtype=execution.pop("dtype"),
+        param_dtype=execution.pop("param_dtype"),
+        sharding=format_sharding(model.execution.sharding),
+        execution=execution,
+    )
+
+
+def format_sharding(rules: ShardingRules) -> str:
+    """The name of a table of rules, or its rows: "vocab over tensor; …; embed over nothing"."""
+    for name, table in SHARDING_RULES.items():
+        if table == rules:
+            return name
+    rows = dataclasses.asdict(rules).items()
+    return "; ".join(f"{axis} over {'+'.join(mesh_axes) or 'nothing'}" for axis, mesh_axes in rows)
