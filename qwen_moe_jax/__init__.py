@@ -7,6 +7,14 @@
 
 The names below are the public surface. They are imported on first use, so that a command-line tool can answer `--help`
 without waiting for JAX.
+
+Arrays carry their axes as a suffix, `hidden_BTD`; each letter has one meaning everywhere:
+
+    B  batch                 D  hidden size            E  experts               V  vocabulary
+    T  query positions       N  query heads            A  experts per token     L  layers
+    S  key positions         K  key/value heads        R  routed rows           X  devices of a mesh axis
+                             H  head size              G  routing groups
+                             F  feed-forward width     C  capacity slots
 """
 
 import importlib
@@ -39,7 +47,7 @@ _HOME = {
     "CheckpointError": "errors",
     "RequestError": "errors",
     "ShardingError": "errors",
-    "initialize_distributed": "sharding.hosts",
+    "initialize_distributed": "sharding.distributed",
     "make_mesh": "sharding.mesh",
     "CausalLM": "model.causal_lm",
     "SequenceClassifier": "model.causal_lm",
