@@ -1,1 +1,1 @@
-"""Everything that knows a Hub name: configurations, tensor names, reading and writing checkpoint folders."""
+"""The only package that knows model names of the Hub: configs, tensor names, reading and writing checkpoint folders."""

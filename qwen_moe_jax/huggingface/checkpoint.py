@@ -1,4 +1,4 @@
-"""A checkpoint folder of any form, opened: its config, its tensors under the Hub's names, and all that is wrong."""
+"""A checkpoint folder of any layout, opened: its config, its tensors under the Hub's names, and its problems."""
 
 import dataclasses
 import re
@@ -21,41 +21,41 @@ from qwen_moe_jax.model.causal_lm import CausalLM, SequenceClassifier, TokenClas
 from qwen_moe_jax.storage.prefetch import prefetch
 from qwen_moe_jax.storage.tensor import Index, StackedTensor, StoredTensor, TensorSlice, ZeroPaddedTensor, blocks
 
-#: Where a native folder keeps its Orbax checkpoint, beside config.json.
+#: The subfolder of a native folder that is its Orbax checkpoint.
 ORBAX = "orbax"
-#: A key of a native folder's config.json that the Hub does not know: the routers have DeepSeek-V3's bias.
+#: A field of a native folder's config.json that the Hub does not have: routers have DeepSeek-V3's balancing bias.
 BALANCING_BIAS = "qwen_moe_jax_balancing_bias"
 
-#: The heads, and what the classes of transformers are called that have them.
+#: Model classes by the suffix of their class names in transformers.
 HEADS: dict[str, type[Model]] = {
     "ForCausalLM": CausalLM,
     "ForSequenceClassification": SequenceClassifier,
     "ForTokenClassification": TokenClassifier,
 }
 
-#: Tensors that checkpoints carry and no forward pass reads.
+#: Tensors of checkpoints that no forward pass reads.
 HARMLESS = re.compile(r"\.rotary_emb\.inv_freq$|^(model\.)?mtp\.")
 
-#: What weights may be stored in.
+#: Dtypes of stored weights.
 FLOATS = ("float32", "bfloat16", "float16")
 _LISTED = 40
-#: Bytes that are looked at at a time.
+#: Bytes per block of a check.
 _BLOCK = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A folder, from its headers alone.
+    """An opened folder; only headers are read.
 
     Attributes:
         folder: the folder.
-        config: as config.json has it, and where that is silent or wrong (dtype, a tied head) as the tensors have it.
-        head: of the class that config.json names; CausalLM where it names none that is known.
-        tensors: by the names that the family's published checkpoints have.
+        config: of config.json; its dtype and tied head are corrected by the tensors.
+        head: the class that config.json names; CausalLM if it names no known one.
+        tensors: by the names of the family's published checkpoints.
         ignored: names of tensors that no forward pass reads.
-        problems: what is wrong with the files themselves, a line each.
-        whole: False where some files could not be opened, so that what seems missing may be in them.
-        native: an Orbax folder, and not one of the Hub's.
+        problems: found in the files, a line each.
+        whole: False if some files could not be opened, which may have the missing tensors.
+        native: whether it is an Orbax folder of this package, and not a Hub folder.
     """
 
     folder: Path
@@ -72,8 +72,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Opens a Hub folder or a native one.
 
     Raises:
-        ConfigError: config.json is missing, or asks for what is not supported.
-        CheckpointError: there are no weights.
+        ConfigError: config.json is missing or not supported.
+        CheckpointError: the folder has no weights.
     """
     path = folder / "config.json"
     hub = read_json(path)
@@ -98,13 +98,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _open_native(folder: Path, config: ModelConfig, head: type[Model]) -> Checkpoint:
-    from qwen_moe_jax.storage.orbax import stored_tensors  # Orbax is slow to import, and most folders are the Hub's
+    from qwen_moe_jax.storage.orbax import stored_tensors  # Orbax is slow to import, and most folders are Hub folders
 
     stored = stored_tensors(folder / ORBAX)
-    described = head(config, rngs=None)
+    abstract = head(config, rngs=None)
     tensors: dict[str, StoredTensor] = {}
     problems: list[str] = []
-    for parameter in hub_parameters(described):
+    for parameter in hub_parameters(abstract):
         if parameter.path not in stored:
             continue
         found = stored.pop(parameter.path)
@@ -112,7 +112,7 @@ def _open_native(folder: Path, config: ModelConfig, head: type[Model]) -> Checkp
             expected = list(parameter.leaf.shape)
             problems.append(f"shape: {parameter.path} is {list(found.shape)} in {ORBAX}, expected {expected}")
         tensors |= {name: TensorSlice(found, index) for index, name in np.ndenumerate(parameter.names)}
-    # What is left is of no parameter: under its own name it will be unexpected.
+    # The remaining arrays belong to no parameter, and are reported as unexpected.
     return Checkpoint(folder, config, head, tensors | stored, (), tuple(problems), whole=True, native=True)
 
 
@@ -121,7 +121,7 @@ def _is_whole(files: Files) -> bool:
 
 
 def head_of(hub: Mapping[str, object]) -> type[Model]:
-    """The class that a config.json names in `architectures`; CausalLM where it names none that is known."""
+    """The class that a config.json names in `architectures`; CausalLM if it names no known one."""
     named = hub.get("architectures")
     for name in named if isinstance(named, list) else ():
         for ending, head in HEADS.items():
@@ -131,25 +131,25 @@ def head_of(hub: Mapping[str, object]) -> type[Model]:
 
 
 def _stored_dtype(tensors: Iterable[StoredTensor]) -> str | None:
-    """What a config without a dtype means: that of the first floating-point tensor, as in transformers."""
+    """The dtype of a config without one: that of the first floating-point tensor, as in transformers."""
     return next((tensor.dtype for tensor in tensors if tensor.dtype in FLOATS), None)
 
 
-def problems_of(checkpoint: Checkpoint, parameters: list[HubParameter], spare: Iterable[str] = ()) -> list[str]:
-    """Everything that stands between a checkpoint and a model with these parameters, a line each.
+def problems_of(checkpoint: Checkpoint, parameters: list[HubParameter], optional: Iterable[str] = ()) -> list[str]:
+    """Every reason why a checkpoint does not load as a model with these parameters, a line each.
 
     Args:
         checkpoint: the folder.
         parameters: of the model.
-        spare: names of tensors that need not be there and are not minded.
+        optional: names of tensors that the model does not use and the checkpoint may have.
     """
     problems = list(checkpoint.problems)
-    tensors, spare = checkpoint.tensors, set(spare)
+    tensors, optional = checkpoint.tensors, set(optional)
     wanted = {name: parameter.tensor_shape for name, parameter, _ in hub_tensors(parameters)}
     if checkpoint.whole:
         problems += [f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in tensors]
     for name, tensor in tensors.items():
-        if name in spare:
+        if name in optional:
             continue
         if name not in wanted:
             problems.append(f"unexpected: {name} {list(tensor.shape)} in {tensor.source}")
@@ -161,7 +161,7 @@ def problems_of(checkpoint: Checkpoint, parameters: list[HubParameter], spare: I
 
 
 def non_finite(tensors: Mapping[str, StoredTensor], advance: Callable[[int], None]) -> list[str]:
-    """Reads every tensor once, block by block, and tells which hold infinities or NaN, a line each."""
+    """Reads every tensor once, block by block; returns those with infinities or NaN, a line each."""
     parts = (
         (name, tensor, block)
         for name, tensor in tensors.items()
@@ -184,21 +184,21 @@ def non_finite(tensors: Mapping[str, StoredTensor], advance: Callable[[int], Non
     ]
 
 
-def require_sound(folder: Path, problems: list[str]) -> None:
-    """Raises a CheckpointError that lists all problems, if there are any."""
+def require_no_problems(folder: Path, problems: list[str]) -> None:
+    """Raises a CheckpointError that lists the problems, if there are any."""
     if not problems:
         return
     more = [f"… and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     listed = "\n  ".join(problems[:_LISTED] + more)
     raise CheckpointError(
-        f"{folder}: its tensors do not make up the model that config.json describes ({count}):\n  {listed}\n"
+        f"{folder}: its tensors do not fit its config.json ({count}):\n  {listed}\n"
         "Check that config.json belongs to these files and that the download is complete."
     )
 
 
-def assembled(parameter: HubParameter, tensors: Mapping[str, StoredTensor]) -> StoredTensor:
-    """A parameter as it is stored, put together from its Hub tensors when it is read."""
+def stacked_tensor(parameter: HubParameter, tensors: Mapping[str, StoredTensor]) -> StoredTensor:
+    """A parameter as the stack of its Hub tensors, with the padding that the mesh needs."""
     grid = np.empty(parameter.names.shape, object)
     for index, name in np.ndenumerate(parameter.names):
         grid[index] = tensors[name]

@@ -15,7 +15,7 @@ from qwen_moe_jax.huggingface.families import Family, family_of
 from qwen_moe_jax.huggingface.fields import Fields, freeze, read_json
 from qwen_moe_jax.huggingface.quantisation import fp8_block
 
-#: More is taken for damage, before anything is made for each of them.
+#: More means a damaged config, which is refused before anything is allocated per layer.
 MOST_LAYERS = 1000
 
 LAYER_TYPES = {"full_attention": "full", "sliding_attention": "sliding"}
@@ -38,8 +38,8 @@ def read_config(source: str | PathLike[str] | Mapping[str, Any]) -> ModelConfig:
 def config_from_hub(hub: Mapping[str, Any], where: str = "config") -> ModelConfig:
     """Translates the content of a config.json. `where` names it in messages."""
     family = family_of(hub.get("model_type"), where)
-    fp8_block(hub, where)  # refuses what cannot be widened
-    # The weights of the model are not quantised, whatever the files hold.
+    fp8_block(hub, where)  # refuses what cannot be dequantised
+    # The model's weights are not quantised, also where the files' are.
     hub = {name: value for name, value in hub.items() if name != "quantization_config"}
     fields = Fields(hub, where, family.defaults)
     try:
@@ -84,7 +84,7 @@ def _attention(family: Family, fields: Fields, width: int, sliding: bool) -> Att
     if head_dim is None:
         if heads < 1 or width % heads:
             raise fields.error(
-                "num_attention_heads", f"a divisor of hidden_size={width}, or an explicit head_dim beside it"
+                "num_attention_heads", f"a divisor of hidden_size={width}, or an explicit head_dim in addition"
             )
         head_dim = width // heads
     if sliding and fields.is_null("sliding_window"):
@@ -103,7 +103,7 @@ def _attention(family: Family, fields: Fields, width: int, sliding: bool) -> Att
 
 
 def layer_kinds(family: Family, fields: Fields) -> tuple[LayerKind, ...]:
-    """What every layer is made of, by the family's own rules."""
+    """The kind of every layer, by the family's own rules."""
     count = fields.integer("num_hidden_layers")
     if not 1 <= count <= MOST_LAYERS:
         raise fields.error("num_hidden_layers", f"between 1 and {MOST_LAYERS}")

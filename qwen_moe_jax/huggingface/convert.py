@@ -1,4 +1,4 @@
-"""Checkpoint folder → checkpoint folder of another form, without a model in between: memory holds a few blocks."""
+"""Checkpoint folder → checkpoint folder of another format, block by block, without a model in memory."""
 
 import fnmatch
 import shutil
@@ -11,11 +11,11 @@ from qwen_moe_jax.errors import CheckpointError, ConfigError
 from qwen_moe_jax.huggingface.checkpoint import (
     ORBAX,
     Checkpoint,
-    assembled,
     non_finite,
     open_checkpoint,
     problems_of,
-    require_sound,
+    require_no_problems,
+    stacked_tensor,
 )
 from qwen_moe_jax.huggingface.generation_config import read_generation_config
 from qwen_moe_jax.huggingface.hub import local_folder
@@ -27,9 +27,9 @@ from qwen_moe_jax.storage.folder import replaced_folder
 from qwen_moe_jax.storage.progress import bytes_bar
 from qwen_moe_jax.storage.tensor import CastTensor
 
-Form = Literal["hub", "orbax"]
+Format = Literal["hub", "orbax"]
 
-#: What travels with the weights: what a tokenizer is made of, and what a reader wants to know.
+#: Files that are copied with the weights: tokenizer, chat template, README, licence.
 COMPANIONS = (
     "tokenizer*",
     "vocab.*",
@@ -49,32 +49,34 @@ def convert(
     source: str | PathLike[str],
     target: str | PathLike[str],
     *,
-    to: Form = "hub",
+    to: Format = "hub",
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     check_finite: bool = False,
     adapter: str | PathLike[str] | None = None,
 ) -> None:
-    """Writes a checkpoint in another form.
+    """Writes a checkpoint in another format.
 
-    Nothing is placed on a device, and nothing larger than some blocks is held, however large a tensor is. The target is
-    written beside and renamed; the tokenizer and its companions are carried along.
+    No device is used, and memory holds a few blocks, however large a tensor is. The target is written under a temporary
+    name and renamed when complete; tokenizer, chat template, README and licence are copied.
 
     Args:
         source: a folder that `from_pretrained` reads, or a name on the Hub.
-        target: folder to write. Where it exists already, weights and configs in it are replaced, other files are kept.
-        to: "hub" is safetensors under the names that the family's published checkpoints have, "orbax" what
-            `save_orbax` writes.
+        target: folder to write. Weights and configs of an existing folder are replaced, its other files are kept.
+        to: "hub" is safetensors under the names of the family's published checkpoints, "orbax" the format of
+            `save_orbax`.
         dtype: of the weights; None keeps the checkpoint's (of an FP8 one, the dtype that config.json names).
         max_shard_size: with "hub", bytes of a file, or for example "5GB".
-        adapter: a folder of low-rank adapters in PEFT's layout, to be added to the weights: in float32, rounded once.
-        check_finite: reads all weights once before writing, and refuses those that are not finite numbers.
+        adapter: a folder of low-rank adapters in PEFT's layout, or its name on the Hub, added to the weights in float32
+            and rounded once.
+        check_finite: reads all weights once before writing, and refuses infinities and NaN.
 
     Raises:
-        ConfigError: config.json asks for what is not supported; an unknown form or dtype.
-        CheckpointError: the tensors do not make up the model, all problems in one message; the target is the source.
+        ConfigError: config.json is not supported; an unknown format or dtype.
+        CheckpointError: tensors are missing, damaged or do not fit the config, all problems in one message; the target
+            is the source.
     """
-    for value, known in ((to, get_args(Form)), (dtype or "float32", get_args(Dtype))):
+    for value, known in ((to, get_args(Format)), (dtype or "float32", get_args(Dtype))):
         if value not in known:
             raise ConfigError(f"{value!r} is not known, expected one of {', '.join(known)}.")
     limit = shard_limit(max_shard_size)
@@ -82,22 +84,22 @@ def convert(
     target = Path(target).absolute()
     if target.resolve() == checkpoint.folder.resolve():
         raise CheckpointError(f"{target} is the checkpoint itself: give another folder to write to.")
-    described = describe(checkpoint, dtype)
-    parameters = hub_parameters(described)
-    require_sound(checkpoint.folder, problems_of(checkpoint, parameters))
+    abstract = abstract_model(checkpoint, dtype)
+    parameters = hub_parameters(abstract)
+    require_no_problems(checkpoint.folder, problems_of(checkpoint, parameters))
     tensors = checkpoint.tensors if adapter is None else merged(checkpoint.tensors, open_adapter(adapter))
     stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     if check_finite:
         with bytes_bar(f"Checking {checkpoint.folder.name}", stored) as advance:
-            require_sound(checkpoint.folder, non_finite(checkpoint.tensors, advance))
+            require_no_problems(checkpoint.folder, non_finite(checkpoint.tensors, advance))
     written = sum(parameter.leaf.size * parameter.leaf.dtype.itemsize for parameter in parameters)
     with replaced_folder(target, is_stale) as new, bytes_bar(f"Writing {target.name}", written) as advance:
-        write_configs(new, configs_to_hub(described))
+        write_configs(new, configs_to_hub(abstract))
         _copy_companions(checkpoint.folder, new)
         if to == "orbax":
             from qwen_moe_jax.storage.orbax_stream import stream_tensors
 
-            stacked = {parameter.path: assembled(parameter, tensors) for parameter in parameters}
+            stacked = {parameter.path: stacked_tensor(parameter, tensors) for parameter in parameters}
             stream_tensors(new / ORBAX, stacked, advance=advance)
         else:
             rounded = {
@@ -107,8 +109,8 @@ def convert(
             write_shards(new, rounded, limit, advance)
 
 
-def describe(checkpoint: Checkpoint, dtype: str | None = None) -> Model:
-    """The model of a checkpoint, without weights."""
+def abstract_model(checkpoint: Checkpoint, dtype: str | None = None) -> Model:
+    """The model of a checkpoint with `jax.ShapeDtypeStruct` leaves."""
     return checkpoint.head(
         checkpoint.config,
         rngs=None,
@@ -120,5 +122,5 @@ def describe(checkpoint: Checkpoint, dtype: str | None = None) -> Model:
 def _copy_companions(source: Path, target: Path) -> None:
     for path in source.iterdir():
         if any(fnmatch.fnmatch(path.name, pattern) for pattern in COMPANIONS):
-            # The Hub's cache holds links: what they point to is copied.
+            # Links, as in the Hub's cache, are followed.
             shutil.copytree(path, target / path.name) if path.is_dir() else shutil.copy2(path, target / path.name)

@@ -1,6 +1,6 @@
 """ModelConfig → config.json that transformers 4 and 5 both read.
 
-Both generations of keys are written. What a family cannot express is refused, not written and read back differently.
+The keys of both are written. A config that its family cannot express is refused, and never written as another one.
 """
 
 import dataclasses
@@ -113,7 +113,7 @@ def _moe_to_hub(config: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
 
 
 def _layers_to_hub(config: ModelConfig, family: Family, hub: dict[str, Any]) -> dict[str, Any]:
-    """The fields that say which layer is of which kind: those the config came with where they still say it."""
+    """The fields that determine each layer's kind; the config's original ones if they still give the same kinds."""
     written: dict[str, Any] = {}
     if config.attention.sliding_window is not None:
         written = {"sliding_window": config.attention.sliding_window, "use_sliding_window": True}
@@ -134,7 +134,7 @@ def _layers_to_hub(config: ModelConfig, family: Family, hub: dict[str, Any]) -> 
 
 
 def _assert_reads_back(config: ModelConfig, hub: dict[str, Any]) -> None:
-    """A family has rules of its own (qwen2's biases, mixtral's sliding): what it cannot say must not be written."""
+    """Refuses what the family's own rules (qwen2's biases, mixtral's sliding) would read back differently."""
     read = config_from_hub(hub, "config")
     for field in dataclasses.fields(ModelConfig):
         wanted, found = getattr(config, field.name), getattr(read, field.name)

@@ -12,7 +12,7 @@ from qwen_moe_jax.config import MoEConfig
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.fields import Fields
 
-#: Ten times those of the largest models there are. More is taken for damage, before anything is made for each of them.
+#: Ten times those of the largest models. More means a damaged config, refused before anything is allocated per expert.
 MOST_EXPERTS = 100_000
 
 

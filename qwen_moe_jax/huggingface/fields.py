@@ -44,8 +44,8 @@ class Fields:
 
     Args:
         values: the object.
-        where: how messages name it, for example a path.
-        defaults: what an absent field means.
+        where: its name in messages, for example a path.
+        defaults: values of absent fields.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None):
@@ -125,7 +125,7 @@ class Fields:
 
 
 def freeze(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """A JSON object as hashable (name, JSON) pairs: configurations are part of the keys of compiled functions."""
+    """A JSON object as hashable (name, JSON) pairs: configs are static arguments of compiled functions."""
     try:
         return tuple((name, json.dumps(value, sort_keys=True)) for name, value in values.items())
     except RecursionError:
@@ -133,10 +133,10 @@ def freeze(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 def thaw(pairs: tuple[tuple[str, str], ...]) -> dict[str, Any]:
-    """The JSON object that `freeze` took."""
+    """The JSON object that `freeze` was given."""
     return {name: json.loads(text) for name, text in pairs}
 
 
 def one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
-    """Token ids as the Hub has them: one alone, several as a list, none as null."""
+    """Token ids in the Hub's form: a single one as a number, several as a list, none as null."""
     return list(ids) if len(ids) > 1 else (ids[0] if ids else None)

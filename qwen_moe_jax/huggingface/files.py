@@ -1,4 +1,4 @@
-"""Which files of a Hub folder hold its tensors, opened from their headers alone."""
+"""The files of a Hub folder that hold its tensors; only their headers are read."""
 
 import dataclasses
 import json
@@ -12,24 +12,24 @@ from qwen_moe_jax.storage.torch_file import open_torch_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-#: What a folder may hold its weights in, the first found wins, as in transformers: (file, is an index, how to open).
+#: (file, whether it is an index, opener) of weights, in the order of preference of transformers.
 LAYOUTS = (
     (SINGLE, False, open_safetensors),
     (INDEX, True, open_safetensors),
     ("pytorch_model.bin", False, open_torch_file),
     ("pytorch_model.bin.index.json", True, open_torch_file),
 )
-#: Files of a folder that a message names.
+#: Most files of a folder that a message names.
 _LISTED = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """The tensors of a folder, as its files name them.
+    """The tensors of a folder, under the names in its files.
 
     Attributes:
-        tensors: by name; nothing is read yet.
-        problems: all that is wrong with the files, a line each.
+        tensors: by name; no values are read.
+        problems: found in the files, a line each.
         unreadable: names of tensors that an index puts into files that could not be opened.
     """
 
@@ -39,15 +39,15 @@ class Files:
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file of this name in a Hub folder holds weights, or says where they are."""
+    """Whether a file of this name in a Hub folder holds weights or is an index of them."""
     return name.startswith(("model", "pytorch_model")) and name.endswith((".safetensors", ".bin", ".index.json"))
 
 
 def open_files(folder: Path) -> Files:
-    """Opens a folder's safetensors, or else its PyTorch files.
+    """Opens a folder's safetensors files, or its PyTorch files if it has no safetensors.
 
     Raises:
-        CheckpointError: there are neither; or there are PyTorch files and no torch.
+        CheckpointError: the folder has neither, or has PyTorch files and torch is not installed.
     """
     for name, is_index, opener in LAYOUTS:
         if (folder / name).is_file():
@@ -74,7 +74,7 @@ def _open_indexed(path: Path, opener: Callable[[Path], tuple[dict[str, StoredTen
     unread: set[str] = set()
     for name in sorted(set(weight_map.values())):
         if not (path.parent / name).is_file():
-            problems.append(f"absent: {path.name} names {name}, which is not there")
+            problems.append(f"absent: {path.name} names {name}, which is not in the folder")
             unread.add(name)
             continue
         found, wrong = opener(path.parent / name)
@@ -82,11 +82,11 @@ def _open_indexed(path: Path, opener: Callable[[Path], tuple[dict[str, StoredTen
         if not found:
             unread.add(name)
         for tensor in sorted(tensors.keys() & found.keys()):
-            problems.append(f"duplicated: {tensor} stands in {tensors[tensor].source} and in {name}")
+            problems.append(f"duplicated: {tensor} is in {tensors[tensor].source} and in {name}")
         tensors |= found
     for tensor, name in weight_map.items():
         if tensor not in tensors and name not in unread:
-            problems.append(f"index: {path.name} says that {tensor} is in {name}, which does not hold it")
+            problems.append(f"index: {path.name} says that {tensor} is in {name}, which does not have it")
     return Files(tensors, problems, frozenset(tensor for tensor, name in weight_map.items() if name in unread))
 
 
@@ -97,8 +97,8 @@ def _weight_map(path: Path) -> Mapping[str, str]:
         raise ValueError("expected an object with a weight_map of tensor names to file names")
     for name in found.values():
         if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
-            raise ValueError(f"file names stand in the folder itself, found {name!r}")
+            raise ValueError(f"expected names of files in the folder itself, found {name!r}")
     for name in found:
         if not name.isprintable():
-            raise ValueError(f"names of tensors are printable, found {name!r}")
+            raise ValueError(f"expected printable tensor names, found {name!r}")
     return found

@@ -1,6 +1,6 @@
 """generation_config.json ↔ GenerationConfig.
 
-Fields that this package does not act on (beams, `no_repeat_ngram_size`, …) are carried along and written again.
+Fields that are not implemented (beams, `no_repeat_ngram_size`, …) are kept and written again.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from qwen_moe_jax.huggingface.fields import Fields, freeze, one_or_list, read_js
 
 
 def read_generation_config(folder: Path, config: ModelConfig) -> GenerationConfig:
-    """Reads generation_config.json where there is one; otherwise the stop tokens of config.json.
+    """Reads generation_config.json; without one, the stop tokens of config.json.
 
     Raises:
         ConfigError: a field outside its range or of another type; the message names the file and the field.
@@ -35,7 +35,7 @@ def generation_config_from_hub(hub: Mapping[str, Any], where: str = "generation_
 
 
 def generation_config_to_hub(generation: GenerationConfig, config: ModelConfig) -> dict[str, Any]:
-    """The content of a generation_config.json: what it came with, and what was changed since."""
+    """The content of a generation_config.json: its original fields, updated by those that were changed since."""
     hub = thaw(generation.hub_fields)
     came_with = generation_config_from_hub(hub)
     hub = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id} | hub
@@ -73,7 +73,7 @@ def _are_ids(found: Any) -> bool:
     return isinstance(found, list) and all(type(token) is int for token in found)
 
 
-#: The fields that are acted on, and how each is read.
+#: Readers of the implemented fields.
 READERS: dict[str, Callable[[Fields, str], Any]] = {
     "eos_token_id": Fields.integers,
     "stop_strings": _strings,
@@ -91,7 +91,7 @@ READERS: dict[str, Callable[[Fields, str], Any]] = {
     "bad_words_ids": _words,
     "seed": Fields.integer,
 }
-#: Those that `GenerationConfig` calls otherwise.
+#: Fields with another name in `GenerationConfig`.
 OWN_NAMES = {"sequence_bias": "logit_bias"}
 
 
@@ -99,7 +99,7 @@ def _biases_to_hub(biases: tuple[tuple[int | tuple[int, ...], float], ...]) -> l
     return [[list(ids) if isinstance(ids, tuple) else [ids], bias] for ids, bias in biases] or None
 
 
-#: Those whose JSON is not the value itself. transformers refuses empty lists: nothing is written as null.
+#: Writers of fields whose JSON differs from the value. transformers refuses empty lists, so empty is null.
 WRITERS: dict[str, Callable[[Any], Any]] = {
     "eos_token_id": one_or_list,
     "stop_strings": lambda strings: list(strings) or None,

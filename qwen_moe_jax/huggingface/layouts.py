@@ -1,4 +1,4 @@
-"""The forms in which folders hold the same tensors → one form: per-expert names with the `model.` prefix."""
+"""The layouts that Hub folders have → one layout: a tensor per expert, names with the `model.` prefix."""
 
 import re
 
@@ -9,15 +9,15 @@ from qwen_moe_jax.huggingface.tensors import renamer
 from qwen_moe_jax.storage.tensor import StoredTensor, TensorSlice, blocks
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-#: How the names of a decoder saved by itself begin (AutoModel's, without `model.`).
+#: First words of tensor names in a decoder saved without a head (AutoModel), which have no `model.` prefix.
 _BARE = ("embed_tokens.", "layers.", "norm.")
-#: Bytes that are compared at a time.
+#: Bytes per block of a comparison.
 _COMPARED = 64 << 20
 _FUSED = re.compile(r"(.+\.mlp\.experts)\.(gate_up|down)_proj")
 
 
 def in_hub_form(tensors: dict[str, StoredTensor], config: ModelConfig) -> tuple[dict[str, StoredTensor], list[str]]:
-    """A folder's tensors under the names that the family's published checkpoints have; and what is wrong with them."""
+    """A folder's tensors under the names of the family's published checkpoints; and the problems found, a line each."""
     rename = renamer(config.model_type)
     found: dict[str, StoredTensor] = {}
     problems: list[str] = []
@@ -36,19 +36,19 @@ def in_hub_form(tensors: dict[str, StoredTensor], config: ModelConfig) -> tuple[
         for own, part in each:
             own = rename(own)
             if own in found:
-                problems.append(f"duplicated: {own} stands in {found[own].source} and, as {name}, in {tensor.source}")
+                problems.append(f"duplicated: {own} is in {found[own].source} and, as {name}, in {tensor.source}")
             found[own] = part
     return found, problems
 
 
 def _fused_shape(config: ModelConfig, kind: str) -> tuple[int, ...]:
-    """What transformers 5 holds the experts of a layer in: gate rows and then up rows of each, or down rows."""
+    """Shape of the fused experts of a layer in transformers 5: gate rows, then up rows of each expert; or down rows."""
     experts, width, inner = config.moe.num_experts, config.hidden_size, config.moe.moe_intermediate_size
     return (experts, width, inner) if kind == "down" else (experts, 2 * inner, width)
 
 
 def _unfused(experts: str, kind: str, tensor: StoredTensor) -> list[tuple[str, StoredTensor]]:
-    """One tensor an expert, where the experts of a layer stand fused: transformers 5 writes them so when told to."""
+    """One tensor per expert from the fused experts of a layer, which transformers 5 can be configured to save."""
     count, rows, _ = tensor.shape
     kinds = ("down",) if kind == "down" else ("gate", "up")
     each = rows // len(kinds)
@@ -63,14 +63,14 @@ def _unfused(experts: str, kind: str, tensor: StoredTensor) -> list[tuple[str, S
 
 
 def tied(tensors: dict[str, StoredTensor], *, readable: bool) -> tuple[dict[str, StoredTensor], bool]:
-    """The tensors of a checkpoint whose config ties the head to the embedding; and whether they really are tied.
+    """The tensors of a checkpoint whose config ties the head to the embedding; and whether they are tied in the files.
 
-    As in transformers 5.23: where only one of the two is there, it is both; where both are and differ, the file is
-    believed and not the config. PyTorch's own files always hold both.
+    As in transformers 5.23: if the files have only one of the two, it serves as both; if they have both with different
+    values, they are not tied, whatever the config says. PyTorch's own files always have both.
 
     Args:
         tensors: of the checkpoint.
-        readable: False where the files are damaged: then nothing is read to compare the two.
+        readable: False for damaged files, of which no values are read.
     """
     if HEAD not in tensors:
         return tensors, True

@@ -1,7 +1,7 @@
-"""Model → native folder: the configs of a Hub folder beside the parameters as one Orbax checkpoint.
+"""Model → native folder: a Hub folder's configs, and the parameters as an Orbax checkpoint instead of safetensors.
 
-It is written and read in parallel by all processes, restored onto any mesh, and takes no renaming or unstacking. The
-parameters have the names they have in the model.
+All processes write and read it in parallel, it restores onto any mesh, and needs no renaming or unstacking: parameters
+keep their names and shapes in the model.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from qwen_moe_jax.storage.placement import unpadded
 def save_orbax(model: Model, folder: str | PathLike[str]) -> None:
     """Writes a model as a native folder, which `from_pretrained` reads like one of the Hub's, on any mesh.
 
-    It is written beside and renamed. Several processes call it together, with one folder that all of them see: each
-    writes what its own devices hold.
+    Written under a temporary name and renamed when complete. Under several processes all call it, with a folder that
+    all of them see; each writes the shards of its own devices.
 
     Args:
         model: any head; its parameters keep their dtype.
-        folder: to write. Where it exists already, weights and configs in it are replaced, other files are kept.
+        folder: to write. Weights and configs of an existing folder are replaced, its other files are kept.
 
     Raises:
         ConfigError: the family cannot express the config.
@@ -37,7 +37,7 @@ def save_orbax(model: Model, folder: str | PathLike[str]) -> None:
     model.require_weights()
     configs = _configs(model)
     with replaced_folder(Path(folder), is_stale) as new:
-        # Without padding, which another mesh would need other rows of.
+        # Without padding, which depends on the mesh.
         parameters = hub_parameters(model)
         save_arrays(new / ORBAX, {of.path: unpadded(of.leaf, of.shape) for of in parameters})
         if is_process_zero():
@@ -45,7 +45,7 @@ def save_orbax(model: Model, folder: str | PathLike[str]) -> None:
 
 
 def _configs(model: Model) -> dict[str, dict[str, Any]]:
-    """As of a Hub folder, and beside them what no family of the Hub has a word for."""
+    """The configs of a Hub folder, and in config.json the fields that no family of the Hub has."""
     moe = model.config.moe
     if moe is None or not moe.balancing_bias:
         return configs_to_hub(model)

@@ -1,9 +1,9 @@
-"""Low-rank adapters in PEFT's layout: adapter_config.json beside adapter_model.safetensors.
+"""Low-rank adapters in PEFT's layout: a folder with adapter_config.json and adapter_model.safetensors.
 
 Every matrix has tensors of its own, `base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight` and so on, and so
-has every expert: `….mlp.experts.7.gate_proj.lora_A.weight`, as PEFT names them where experts are modules, in
+has every expert: `….mlp.experts.7.gate_proj.lora_A.weight`, as PEFT names them for models whose experts are modules, in
 transformers 4 and vLLM. Transformers 5 fuses experts, and PEFT converts their adapters for Mixtral and Qwen3-MoE; for
-Qwen2-MoE it does not (0.21), and leaves them out: there, merge them into the weights.
+Qwen2-MoE it does not (0.21), and drops them: merge those into the weights instead.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 
 from qwen_moe_jax.config import LoraConfig
 from qwen_moe_jax.errors import CheckpointError, ConfigError
-from qwen_moe_jax.huggingface.checkpoint import HEADS, assembled
+from qwen_moe_jax.huggingface.checkpoint import HEADS, stacked_tensor
 from qwen_moe_jax.huggingface.fields import read_json
 from qwen_moe_jax.huggingface.hub import adapter_folder
 from qwen_moe_jax.huggingface.save import readable_tensors, write_configs
@@ -25,17 +25,17 @@ from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_t
 from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.model.lora import add_lora, is_adapter, matrices, remove_lora
 from qwen_moe_jax.sharding.distributed import is_process_zero
+from qwen_moe_jax.storage.arrays import ArrayTensor, read_arrays, write_arrays
 from qwen_moe_jax.storage.folder import replaced_folder
 from qwen_moe_jax.storage.placement import local_bytes, place
 from qwen_moe_jax.storage.progress import bytes_bar
-from qwen_moe_jax.storage.safetensors_file import open_safetensors, write_safetensors
 from qwen_moe_jax.storage.tensor import Index, StoredTensor
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
 _TASKS = {"CausalLM": "CAUSAL_LM", "SequenceClassifier": "SEQ_CLS", "TokenClassifier": "TOKEN_CLS"}
-#: What else an adapter of PEFT's may be, and the values that mean it is not.
+#: Fields of features that are not supported, and their neutral values.
 _UNSUPPORTED = {
     "use_dora": (False, None),
     "bias": ("none", None),
@@ -52,12 +52,12 @@ _LISTED = 20
 
 
 def save_adapter(model: Model, folder: str | PathLike[str], *, base: str = "") -> None:
-    """Writes a model's adapters, and nothing of the weights they stand beside. Several processes call it together.
+    """Writes a model's adapters without its weights. Under several processes all call it.
 
     Args:
         model: with adapters (`add_lora`).
-        folder: to write, beside and then renamed; other files in it are kept.
-        base: name or folder of the checkpoint they belong to, for `base_model_name_or_path`.
+        folder: to write, under a temporary name first; other files in it are kept.
+        base: name or folder of the checkpoint that they were trained on, for `base_model_name_or_path`.
 
     Raises:
         ConfigError: the model has no adapters.
@@ -70,45 +70,43 @@ def save_adapter(model: Model, folder: str | PathLike[str], *, base: str = "") -
     model.require_weights()
     parameters = [parameter for parameter in hub_parameters(model) if is_adapter(parameter.path)]
     config, folder = _config_to_peft(model, base), Path(folder)
-    with replaced_folder(folder, _is_stale) as new, readable_tensors(parameters, beside=new) as tensors:
-        size = sum(tensor.nbytes for tensor in tensors.values())
+    with replaced_folder(folder, _is_stale) as new, readable_tensors(parameters, scratch=new) as tensors:
         if is_process_zero():
-            with bytes_bar(f"Writing {folder.name}", size) as advance:
-                write_configs(new, {CONFIG: config})
-                write_safetensors(new / TENSORS, {_PREFIX + name: tensors[name] for name in tensors}, advance)
+            write_configs(new, {CONFIG: config})
+            write_arrays(new / TENSORS, {_PREFIX + name: tensor.read() for name, tensor in tensors.items()})
 
 
 def load_adapter(model: Model, folder: str | PathLike[str]) -> None:
-    """Gives a model without adapters those of a folder; float32, placed beside the weights they belong to.
+    """Adds the adapters of a folder to a model; float32, sharded as the matrices they belong to.
 
     Args:
-        model: with weights.
+        model: with weights, without adapters.
         folder: as `save_adapter` and PEFT write it for models whose experts are modules; or a name on the Hub.
 
     Raises:
-        ConfigError: it is an adapter of another kind, or the model has one already.
-        CheckpointError: the tensors do not belong to this model; all problems in one message.
+        ConfigError: the adapter is of another kind, or the model has adapters already.
+        CheckpointError: the tensors do not fit this model; all problems in one message.
     """
     adapter = open_adapter(folder)
     parameters = {parameter.path: parameter for parameter in hub_parameters(model)}
-    meant = []
+    targets = []
     for matrix in matrices(model):
         names = [_base_of(name) for name in parameters[matrix.parameter_path].names.flat]
         if any(name in adapter.bases for name in names):
-            meant.append(matrix.path)
-    if not meant:
+            targets.append(matrix.path)
+    if not targets:
         raise CheckpointError(
-            f"{adapter.folder}: none of its tensors belongs to a matrix of this model. The first is "
+            f"{adapter.folder}: none of its tensors fits a matrix of this model. Its first tensor is "
             f"{next(iter(adapter.tensors), 'missing')}."
         )
-    add_lora(model, dataclasses.replace(adapter.config, target_modules=tuple(dict.fromkeys(meant))), rngs=None)
+    add_lora(model, dataclasses.replace(adapter.config, target_modules=tuple(dict.fromkeys(targets))), rngs=None)
     wanted = [parameter for parameter in hub_parameters(model) if is_adapter(parameter.path)]
     if problems := _problems(adapter, wanted):
         remove_lora(model)
         _refuse(adapter.folder, problems)
-    described = [parameter.leaf for parameter in wanted]
-    with bytes_bar(f"Loading {adapter.folder.name}", local_bytes(described)) as advance:
-        arrays = place([assembled(parameter, adapter.tensors) for parameter in wanted], described, advance)
+    abstract = [parameter.leaf for parameter in wanted]
+    with bytes_bar(f"Loading {adapter.folder.name}", local_bytes(abstract)) as advance:
+        arrays = place([stacked_tensor(parameter, adapter.tensors) for parameter in wanted], abstract, advance)
     placed = {parameter.path: array for parameter, array in zip(wanted, arrays, strict=True)}
     for matrix in matrices(model):
         if matrix.lora is not None:
@@ -118,11 +116,11 @@ def load_adapter(model: Model, folder: str | PathLike[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """A folder, from its config and header alone.
+    """An opened adapter folder.
 
     Attributes:
         folder: the folder.
-        config: rank and scaling; `target_modules` as PEFT has them, where they are a list.
+        config: rank and scaling; `target_modules` of adapter_config.json, if that is a list.
         tensors: by Hub name, as "model.layers.0.self_attn.q_proj.lora_A.weight".
     """
 
@@ -132,7 +130,7 @@ class Adapter:
 
     @property
     def bases(self) -> set[str]:
-        """The matrices they stand beside, as "model.layers.0.self_attn.q_proj"."""
+        """Paths of the adapted matrices, as "model.layers.0.self_attn.q_proj"."""
         return {re.sub(r"\.lora_[AB]\.weight$", "", name) for name in self.tensors}
 
 
@@ -140,7 +138,7 @@ def open_adapter(folder: str | PathLike[str]) -> Adapter:
     """Opens an adapter's folder, or one on the Hub.
 
     Raises:
-        ConfigError: adapter_config.json is missing or means more than low-rank adapters of matrices.
+        ConfigError: adapter_config.json is missing or asks for more than low-rank adapters of matrices.
         CheckpointError: the tensors are missing or damaged.
     """
     folder = adapter_folder(folder)
@@ -155,19 +153,19 @@ def open_adapter(folder: str | PathLike[str]) -> Adapter:
     fields = {key: peft[key] for key in ("r", "lora_alpha", "use_rslora") if key in peft}
     listed = isinstance(targets, list) and bool(targets)
     config = LoraConfig(**fields, target_modules=tuple(targets) if listed else ("all-linear",))
-    tensors, problems = open_safetensors(folder / TENSORS)
+    arrays = read_arrays(folder / TENSORS)
+    tensors: dict[str, StoredTensor] = {name: ArrayTensor(array, TENSORS) for name, array in arrays.items()}
     strange = [name for name in tensors if not (name.startswith(_PREFIX) and is_adapter(name.removesuffix(".weight")))]
-    problems += [f"unexpected: {name}" for name in strange]
-    if problems:
-        _refuse(folder, problems)
+    if strange:
+        _refuse(folder, [f"unexpected: {name}" for name in strange])
     return Adapter(folder, config, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()})
 
 
 def merged(tensors: Mapping[str, StoredTensor], adapter: Adapter) -> dict[str, StoredTensor]:
-    """A checkpoint's tensors with the adapters added to those they stand beside, computed when they are read.
+    """A checkpoint's tensors with the adapters added to the matrices they belong to, computed on read.
 
     Raises:
-        CheckpointError: an adapter stands beside no tensor of the checkpoint, or has other sizes.
+        CheckpointError: an adapter belongs to no tensor of the checkpoint, or has other sizes.
     """
     problems, sums = [], dict(tensors)
     for base in sorted(adapter.bases):
@@ -178,15 +176,15 @@ def merged(tensors: Mapping[str, StoredTensor], adapter: Adapter) -> dict[str, S
         elif (b.shape, a.shape) != ((weight.shape[0], adapter.config.r), (adapter.config.r, weight.shape[1])):
             problems.append(f"shape: {base} is {list(weight.shape)}, lora_B {list(b.shape)}, lora_A {list(a.shape)}")
         else:
-            sums[f"{base}.weight"] = _Sum(weight, a, b, adapter.config.scaling)
+            sums[f"{base}.weight"] = _MergedTensor(weight, a, b, adapter.config.scaling)
     if problems:
         _refuse(adapter.folder, problems)
     return sums
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sum(StoredTensor):
-    """`weight + scaling · b a` in float32, to be rounded once by whoever reads it."""
+class _MergedTensor(StoredTensor):
+    """`weight + scaling · b a` in float32; the reader rounds it once."""
 
     weight: StoredTensor
     a: StoredTensor
@@ -228,7 +226,7 @@ def _config_to_peft(model: Model, base: str) -> dict[str, Any]:
 
 
 def _target_modules(model: Model) -> list[str] | str:
-    """The last words of the adapted matrices' Hub names; a regular expression where others end in them as well."""
+    """The last words of the adapted matrices' Hub names; a regular expression if other matrices end in them, too."""
     parameters = {parameter.path: parameter for parameter in hub_parameters(model)}
     adapted, others = set(), set()
     for matrix in matrices(model):
@@ -237,7 +235,7 @@ def _target_modules(model: Model) -> list[str] | str:
     words = {name.rpartition(".")[2] for name in adapted}
     if not any(name.rpartition(".")[2] in words for name in others):
         return sorted(words)
-    # Without the layers' and the experts' numbers, which PEFT leaves out too where it asks for fused experts.
+    # Without layer numbers, and with optional expert numbers, which PEFT omits for fused experts.
     kinds = {re.sub(r"^model\.layers\.\d+\.", "", re.sub(r"\.experts\.\d+\.", ".experts.", name)) for name in adapted}
     paths = "|".join(re.escape(kind).replace(r"\.experts\.", r"\.experts\.(\d+\.)?") for kind in sorted(kinds))
     return rf".*\.layers\.\d+\.({paths})"
@@ -260,7 +258,7 @@ def _refuse(folder: Path, problems: list[str]) -> None:
     listed = "\n  ".join(problems[:_LISTED] + more)
     raise CheckpointError(
         f"{folder}: {TENSORS} does not fit this model and {CONFIG} ({len(problems)} problems):\n  {listed}\n"
-        "An adapter stands beside every layer and every expert of a matrix, or beside none."
+        "Expected adapters for every layer and every expert of a matrix, or for none."
     )
 
 

@@ -29,18 +29,18 @@ from qwen_moe_jax.units import parse_bytes
 def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
     """Writes a model as a Hub checkpoint folder: config.json, generation_config.json and safetensors.
 
-    The folder is written beside and renamed, so that an interrupted export never looks finished. Where it exists
-    already, its weights and configs are replaced and its other files (a tokenizer) are kept. Tensors are fetched from
-    the devices in blocks: the host holds a few of them.
+    The folder is written under a temporary name and renamed when complete, so that an interrupted export never looks
+    finished. Weights and configs of an existing folder are replaced, its other files (a tokenizer) are kept. Tensors
+    are copied from the devices in blocks; the host holds a few of them.
 
-    Several processes call it together, with one folder that all of them see. Each writes what its own devices hold, and
-    process 0 reads that into the Hub's form: for a while the disk holds the weights twice.
+    Under several processes all call it, with a folder that all of them see. Each writes the shards of its own devices,
+    from which process 0 writes the Hub's layout: meanwhile the disk holds the weights twice.
 
     Args:
         model: any head; its parameters keep their dtype.
         folder: to write.
-        max_shard_size: bytes, or for example "5GB". More than that is written as several files with an index. A tensor
-            is never split.
+        max_shard_size: bytes, or for example "5GB". Larger checkpoints are several files with an index; a tensor is
+            never split.
 
     Raises:
         ConfigError: the family cannot express the config, or max_shard_size is not a size.
@@ -49,7 +49,7 @@ def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size
     folder, limit = Path(folder), shard_limit(max_shard_size)
     model.require_weights()
     configs = configs_to_hub(model)
-    with replaced_folder(folder, is_stale) as new, readable_tensors(hub_parameters(model), beside=new) as tensors:
+    with replaced_folder(folder, is_stale) as new, readable_tensors(hub_parameters(model), scratch=new) as tensors:
         size = sum(tensor.nbytes for tensor in tensors.values())
         if is_process_zero():
             with bytes_bar(f"Writing {folder.name}", size) as advance:
@@ -58,8 +58,11 @@ def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size
 
 
 @contextlib.contextmanager
-def readable_tensors(parameters: list[HubParameter], beside: Path) -> Iterator[dict[str, StoredTensor]]:
-    """The Hub tensors of parameters, for process 0 to read; what it cannot reach on the devices is brought to disk."""
+def readable_tensors(parameters: list[HubParameter], scratch: Path) -> Iterator[dict[str, StoredTensor]]:
+    """The Hub tensors of parameters, readable by process 0: from its devices, or from a copy on disk under `scratch`.
+
+    The copy is written by all processes, if process 0 cannot address every shard, and removed at the end.
+    """
     if all(parameter.leaf.is_fully_addressable for parameter in parameters):
         yield {
             name: TensorSlice(DeviceTensor(of.leaf), of.window(index)) for name, of, index in hub_tensors(parameters)
@@ -67,7 +70,7 @@ def readable_tensors(parameters: list[HubParameter], beside: Path) -> Iterator[d
         return
     from qwen_moe_jax.storage.orbax import save_arrays, stored_tensors
 
-    parts = beside / ".parts"
+    parts = scratch / ".parts"
     save_arrays(parts, {parameter.path: parameter.leaf for parameter in parameters})
     if is_process_zero():
         stored = stored_tensors(parts)
@@ -78,7 +81,7 @@ def readable_tensors(parameters: list[HubParameter], beside: Path) -> Iterator[d
 
 
 def is_stale(name: str) -> bool:
-    """Whether a file of this name does not outlive the model it was written for."""
+    """Whether a file of this name belongs to the weights of a folder, and is removed when they are replaced."""
     return is_weights(name) or name == ORBAX
 
 
@@ -90,7 +93,7 @@ def configs_to_hub(model: Model) -> dict[str, dict[str, Any]]:
     """
     if model.lora is not None:
         raise ConfigError(
-            "the model has low-rank adapters, which are no part of a checkpoint: save_adapter writes them alone, and "
+            "the model has low-rank adapters, which a checkpoint cannot contain: save_adapter writes them alone, and "
             "after merge_lora the model can be saved."
         )
     head = next(suffix for suffix, head in HEADS.items() if isinstance(model, head))
@@ -103,19 +106,19 @@ def configs_to_hub(model: Model) -> dict[str, dict[str, Any]]:
 
 
 def write_configs(folder: Path, configs: Mapping[str, dict[str, Any]]) -> None:
-    """Writes JSON files by name into a folder that is there."""
+    """Writes JSON files by name into an existing folder."""
     for name, content in configs.items():
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_shards(folder: Path, tensors: Mapping[str, StoredTensor], limit: int, advance: Callable[[int], None]) -> None:
-    """Writes safetensors and, where there are several, their index into a folder that is there.
+    """Writes safetensors and, where there are several, their index into an existing folder.
 
     Args:
-        folder: to write into.
+        folder: an existing folder.
         tensors: by Hub name, in the order of the files.
         limit: bytes of a file.
-        advance: is told of bytes written.
+        advance: called with the number of bytes after each block.
     """
     shards = _plan_shards(tensors, limit)
     for file, names in shards.items():

@@ -1,4 +1,4 @@
-"""What a checkpoint, or a config.json alone, consists of: a row for every parameter, from headers alone."""
+"""A table of a checkpoint's parameters, from headers or from a config.json; no weights are read."""
 
 import dataclasses
 import re
@@ -26,10 +26,10 @@ class Row:
     """Tensors of one kind.
 
     Attributes:
-        names: their names on the Hub, numbers that run in braces: `model.layers.{0-47}.input_layernorm.weight`.
+        names: their Hub names, with ranges of numbers in braces: `model.layers.{0-47}.input_layernorm.weight`.
         shape: of each.
-        count: how many there are.
-        dtype: in the file; several are joined by a comma. Of a config.json alone, what it names.
+        count: number of tensors.
+        dtype: in the file, several joined by a comma; of a config.json alone, its dtype.
         parameters: in all of them.
         nbytes: in the file.
     """
@@ -44,18 +44,18 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """A checkpoint from its headers alone.
+    """A checkpoint without its weights.
 
     Attributes:
         where: the folder, or the config.json.
         form: "Hub folder", "native folder" or "config alone".
-        model_type, head: which family, and which class.
-        layers: what the layers are, a line.
-        parameters, active_parameters: of the model; those that a token passes through.
+        model_type, head: family and class.
+        layers: kinds of the layers, a line.
+        parameters, active_parameters: of the model; those that one token uses.
         rows: in the order of the layers.
         tensors: (name, shape) of every tensor of the model, in the same order.
         ignored: names of tensors that no forward pass reads.
-        problems: why it does not load, a line each; none if it does.
+        problems: why it does not load, a line each.
     """
 
     where: str
@@ -77,14 +77,14 @@ class Summary:
 
 
 def summarize(source: str | PathLike[str], *, check_finite: bool = False) -> Summary:
-    """Looks at a checkpoint without reading its weights.
+    """Summarises a checkpoint without reading its weights.
 
     Args:
-        source: a folder, a config.json, or a name on the Hub, which is downloaded unless it is in the cache.
-        check_finite: reads them all the same, and counts those that are not finite numbers as problems.
+        source: a folder, a config.json, or a name on the Hub, which is downloaded if it is not cached.
+        check_finite: reads the weights, too, and reports tensors with infinities or NaN as problems.
 
     Raises:
-        ConfigError: config.json is missing, or asks for what is not supported.
+        ConfigError: config.json is missing or not supported.
         CheckpointError: no such folder.
     """
     path = Path(source)
@@ -93,7 +93,7 @@ def summarize(source: str | PathLike[str], *, check_finite: bool = False) -> Sum
     folder = local_folder(source)
     try:
         checkpoint = open_checkpoint(folder)
-    except CheckpointError as error:  # nothing to open: what the config says is still worth a look
+    except CheckpointError as error:  # without weights, the config is still summarised
         return dataclasses.replace(_of_config(folder / "config.json"), where=str(folder), problems=(str(error),))
     model = checkpoint.head(checkpoint.config, rngs=None)
     problems = problems_of(checkpoint, hub_parameters(model))
@@ -154,7 +154,7 @@ def _row(parameter: HubParameter, checkpoint: Checkpoint | None) -> Row:
 
 
 def _stored(tensor: StoredTensor) -> StoredTensor:
-    """As it lies in the file: float8 counts as such."""
+    """The tensor as stored: float8 of a dequantised one."""
     return tensor.weight if isinstance(tensor, DequantizedTensor) else tensor
 
 
@@ -179,7 +179,7 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _layers(config: ModelConfig) -> str:
-    def told(kind: LayerKind) -> str:
+    def describe(kind: LayerKind) -> str:
         attention = "full attention"
         if kind.attention == "sliding":
             attention = f"attention over {config.attention.sliding_window:,} tokens"
@@ -189,5 +189,5 @@ def _layers(config: ModelConfig) -> str:
         return f"{config.moe.num_experts} experts, {config.moe.num_experts_per_tok} a token{shared}, {attention}"
 
     kinds = dict.fromkeys(config.layers)
-    counted = [(sum(layer == kind for layer in config.layers), told(kind)) for kind in kinds]
+    counted = [(sum(layer == kind for layer in config.layers), describe(kind)) for kind in kinds]
     return "; ".join(f"{count} layers: {text}" if count > 1 else f"1 layer: {text}" for count, text in counted)

@@ -1,7 +1,7 @@
 """StoredTensor names of the Hub ↔ parameters of the model.
 
-Modules carry the Hub's names, so most names are the parameter's path with the layer number put in. What is left is
-stacking: a parameter of the scanned layers [L, …] is one Hub tensor per layer, the experts [L, E, …] one per layer and
+Modules have the Hub's names, so most tensor names are a parameter's path with the layer number inserted. The rest is
+stacking: a parameter of scanned layers [L, …] is one Hub tensor per layer, one of experts [L, E, …] one per layer and
 expert. Matrices keep the Hub's [out, in] order, so both directions are slicing.
 """
 
@@ -16,7 +16,7 @@ from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.nn.parameters import parameters_with_paths
 from qwen_moe_jax.storage.tensor import full_index
 
-#: Hub names that differ from the module's, for families whose files do not follow the Qwen names: (ours, the Hub's).
+#: (our pattern, the Hub's replacement) for families whose tensor names differ from the module names.
 RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "mixtral": (
         (r"\.mlp\.gate\.", ".block_sparse_moe.gate."),
@@ -31,13 +31,13 @@ _STACKED = re.compile(r"model\.layers\.segments\.(\d+)\.(\d+)\.(.+)")
 
 @dataclasses.dataclass(frozen=True)
 class HubParameter:
-    """One parameter of the model and the Hub tensors it is made of.
+    """One parameter of the model and the Hub tensors that it stacks.
 
     Attributes:
         path: of the array in the model, with dots.
-        leaf: the array (or its description, or its gradient), as stored: with padding, where the mesh needs it.
+        leaf: the array, its `jax.ShapeDtypeStruct`, or its gradient; padded, where the mesh needs it.
         shape: of the parameter, without padding.
-        names: Hub names (of adapters, PEFT's), an object array over the leading axes that the Hub does not stack: [],
+        names: object array of Hub names (of adapters, PEFT's) over the leading axes that the Hub does not stack: [],
             [L] or [L, E].
     """
 
@@ -52,14 +52,14 @@ class HubParameter:
         return self.shape[self.names.ndim :]
 
     def window(self, index: tuple[int, ...]) -> tuple[int | slice, ...]:
-        """Where in the array the Hub tensor `names[index]` is."""
+        """The slice of the array that is the Hub tensor `names[index]`."""
         return (*index, *full_index(self.tensor_shape))
 
 
 def hub_parameters(model: Model) -> list[HubParameter]:
     """Every parameter of a model, in the order of `jax.tree.leaves(model)`.
 
-    Works on anything with the model's structure: weights, gradients, `rngs=None` descriptions.
+    Works on any tree of the model's structure: weights, gradients, abstract models (`rngs=None`).
     """
     rename = renamer(model.config.model_type)
     found = []
@@ -70,21 +70,21 @@ def hub_parameters(model: Model) -> list[HubParameter]:
 
 
 def hub_tensors(parameters: list[HubParameter]) -> Iterator[tuple[str, HubParameter, tuple[int, ...]]]:
-    """(name, parameter, index into it) of every Hub tensor: layer by layer, and within a layer parameter by parameter.
+    """(name, parameter, index into it) of every Hub tensor, by layer, then by parameter, then by expert.
 
-    So whoever fetches a parameter's layer finds all its experts next to one another.
+    Neighbours are then slices of one array, which devices transfer and disks read well.
     """
     entries = [(name, parameter, index) for parameter in parameters for index, name in np.ndenumerate(parameter.names)]
 
-    def place(entry: tuple[str, HubParameter, tuple[int, ...]]) -> tuple[Any, ...]:
+    def order(entry: tuple[str, HubParameter, tuple[int, ...]]) -> tuple[Any, ...]:
         name, _, index = entry
         return natural_order(re.sub(r"\.experts\.\d+\.", ".experts.", name)), index
 
-    return iter(sorted(entries, key=place))
+    return iter(sorted(entries, key=order))
 
 
 def renamer(model_type: str) -> Callable[[str], str]:
-    """What turns a tensor's name in our modules into its name in the family's files."""
+    """A function from a tensor's name in our modules to its name in the family's files."""
     rules = RENAMES.get(model_type, ())
 
     def rename(name: str) -> str:
@@ -96,7 +96,7 @@ def renamer(model_type: str) -> Callable[[str], str]:
 
 
 def natural_order(name: str) -> list[tuple[int, int | str]]:
-    """A key to sort names by, in which layer 10 comes after layer 9."""
+    """Sort key of names that orders numbers by value: layer 9 before layer 10."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
 
 
@@ -107,7 +107,7 @@ def _names(path: str, leaf: Any, model: Model, rename: Callable[[str], str]) -> 
     segment = model.model.layers.plan[int(stacked[1])]
     position, rest = int(stacked[2]), stacked[3]
     layers = [f"model.layers.{segment.layer_index(position, repeat)}" for repeat in range(segment.repeats)]
-    # Adapters, as PEFT names them beside the matrix: "q_proj.lora.lora_A", "experts.lora.gate_proj.lora_A".
+    # Adapters are siblings of their matrix in PEFT: "q_proj.lora.lora_A", "experts.lora.gate_proj.lora_A".
     rest = re.sub(r"\.lora((?:\.\w+)?)\.(lora_[AB])$", r"\1.\2.weight", rest)
     experts = re.fullmatch(r"mlp\.experts\.(\w+?)(\.lora_[AB])?(?:\.weight)?", rest)
     if experts is None:

@@ -1,4 +1,4 @@
-"""Folders that are written beside and renamed, so that an interrupted one never looks finished."""
+"""Folders written under a temporary name and renamed when complete, so that a partial one never looks finished."""
 
 import contextlib
 import os
@@ -14,24 +14,26 @@ from qwen_moe_jax.sharding.distributed import barrier, broadcast, is_process_zer
 
 @contextlib.contextmanager
 def replaced_folder(folder: Path, stale: Callable[[str], bool]) -> Iterator[Path]:
-    """A new folder to write into, put in the place of `folder` when the block ends without an error.
+    """A temporary folder to write into, which replaces `folder` when the block ends without an error.
 
-    On an error the old folder stays as it was. Several processes enter and leave together, and all are given the same
-    new folder.
+    On an error the old folder is unchanged. With several processes this is collective: all enter and leave it, and all
+    get the same temporary folder.
 
     Args:
-        folder: to write.
-        stale: whether a file of this name goes with the old folder. Other files that the new folder does not have are
-            kept (a tokenizer, a README).
+        folder: that is written.
+        stale: (file name) → whether the file is removed with the old folder. Other files that the new folder does not
+            have (a tokenizer, a README) are kept.
 
     Raises:
         CheckpointError: `folder` is a file, or a mount point, which cannot be renamed.
     """
     folder = folder.absolute()
     if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file, expected a folder to write or none yet.")
+        raise CheckpointError(f"{folder} is a file: expected a folder, or a path that does not exist yet.")
     if folder.is_mount() or folder == Path.cwd():
-        raise CheckpointError(f"{folder} cannot be replaced as a whole (it is in use): give a folder inside it.")
+        raise CheckpointError(
+            f"{folder} is a mount point or the working directory and cannot be renamed: give a folder inside it."
+        )
     staging = folder.parent / f".{folder.name}.{broadcast(secrets.token_hex(4))}.partial"
     try:
         if is_process_zero():
@@ -64,7 +66,7 @@ def _swap(new: Path, old: Path) -> None:
 
 
 def _keep_other_files(old: Path, new: Path, stale: Callable[[str], bool]) -> None:
-    """Links (or copies, where links are not to be had) what the new folder does not have itself."""
+    """Links (or copies, where the file system has no hard links) the files that the new folder does not have."""
     for path in old.iterdir():
         if stale(path.name) or (new / path.name).exists():
             continue

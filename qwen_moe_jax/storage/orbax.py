@@ -1,7 +1,7 @@
-"""A flat table of name → array as an Orbax checkpoint folder: written from devices, and read in parts.
+"""A flat dictionary of name → array as an Orbax checkpoint folder: written from devices, read in slices.
 
-Orbax writes. It restores arrays as a whole, all of a process at once; so they are read here with TensorStore, on which
-Orbax stands, and placed like those of any other file.
+Orbax writes it. Orbax restores whole arrays, and all of a process's at once, so reading goes through TensorStore, which
+Orbax is built on, and `placement.place`, as for any other file.
 """
 
 import dataclasses
@@ -19,53 +19,51 @@ from orbax.checkpoint.experimental import v1 as ocp
 from qwen_moe_jax.errors import CheckpointError
 from qwen_moe_jax.storage.tensor import Index, StoredTensor
 
-#: Bytes that lie in one piece on disk.
+#: Bytes of a chunk on disk.
 BLOCK = 16 << 20
-#: Bytes that can be read alone, where they were streamed.
+#: Bytes of the smallest readable piece of a chunk, in folders that `stream_tensors` wrote.
 PIECE = 1 << 20
-#: Seconds after which Orbax gives up writing. Its own 20 minutes are not enough for a large model on a slow disk.
-_PATIENCE = 7 * 24 * 60 * 60
-#: The name under which `ocp.save` and `ocp.load` keep a tree in a folder. Given and not left open, so that a new
-#: default does not part the two ways of writing.
+#: Seconds. Orbax's default of 20 minutes is not enough for a large model on a slow disk.
+_TIMEOUT = 7 * 24 * 60 * 60
+#: The name of the tree in a folder; `ocp.save`'s default. Explicit, so that both writers agree whatever the default.
 ITEM = "state"
-#: Orbax's list of the leaves of a tree. Read here because Orbax, asked for it, opens every array too, and where one is
-#: damaged logs its internals and answers that there is no tree.
+#: Orbax's list of the leaves of a tree. Read directly: `ocp.metadata` also opens every array, and for a damaged one
+#: logs its internals and reports that there is no tree.
 _LIST = "_METADATA"
 
 
 def save_arrays(folder: Path, arrays: Mapping[str, jax.Array]) -> None:
-    """Writes arrays from where they are, each process its own parts, and returns when all is whole on disk.
+    """Writes arrays, each process its own shards, and returns when all of them are on disk.
 
     Args:
-        folder: to write; does not exist yet. The same, and seen by all processes.
+        folder: to create; the same for all processes, on a file system that all of them see.
         arrays: by name.
 
     Raises:
-        CheckpointError: Orbax cannot keep such a table.
+        CheckpointError: the folder exists, or Orbax cannot store such arrays.
     """
-    refuse_unstorable(folder, {name: (array.shape, str(array.dtype)) for name, array in arrays.items()})
+    check_storable(folder, {name: (array.shape, str(array.dtype)) for name, array in arrays.items()})
     context = ocp.Context()
-    # zstd takes a fifth off bfloat16 weights (normal deviates, level 1). On two cores, writing them takes 1.2 times as
-    # long with it, and reading them, where the disk does not limit it, 4 times.
+    # zstd (level 1) saves a fifth of bfloat16 weights drawn from a normal distribution. On two cores it makes writing
+    # 1.2 times as slow, and reading from memory 4 times.
     context.array.saving.use_compression = False
     context.array.saving.scoped_storage_options_creator = _chunks_for_orbax
-    context.asynchronous.timeout_secs = _PATIENCE
+    context.asynchronous.timeout_secs = _TIMEOUT
     with context:
         ocp.save(folder.absolute(), dict(arrays), checkpointable_name=ITEM)
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """All arrays of a folder by name, from its metadata alone; values are read when asked for.
+    """The arrays of a folder by name, from its metadata alone; values are read on demand.
 
-    Reading a part reads the chunks that it touches: pieces of a MB of what `stream_tensors` wrote, up to 16 MB of what
-    `save_arrays` wrote, as large as a device's part of what others wrote.
+    A slice is read in whole chunks: 1 MB in folders of `stream_tensors`, up to 16 MB in those of `save_arrays`, a
+    device's shard in those that plain Orbax wrote.
 
     Raises:
-        CheckpointError: the folder is no whole Orbax checkpoint, or holds something else than a flat table of arrays.
+        CheckpointError: the folder is not a complete Orbax checkpoint, or is not a flat dictionary of arrays.
     """
     names = _names(folder)
-    # One cache for the nodes that say where in which file a chunk is; no cache for chunks. Each of the parallel reads
-    # holds a chunk in memory.
+    # A cache for OCDBT's index nodes and none for chunks; each of the parallel reads holds one chunk in memory.
     context = ts.Context({"cache_pool#nodes": {"total_bytes_limit": 32 << 20}, "file_io_concurrency": {"limit": 4}})
     try:
         opening = {name: ts.open(_read_spec(folder, name), open=True, read=True, context=context) for name in names}
@@ -79,7 +77,7 @@ class OrbaxTensor(StoredTensor):
     """One array of a folder.
 
     Attributes:
-        folder: that holds it.
+        folder: of the checkpoint.
         name: of the array.
         store: opened for reading.
     """
@@ -112,7 +110,7 @@ class OrbaxTensor(StoredTensor):
 
 
 def _read_spec(folder: Path, name: str) -> dict[str, Any]:
-    # "auto": whichever version of Zarr it was written in.
+    # "auto" detects the version of Zarr.
     database = {"driver": "file", "path": f"{folder.absolute() / ITEM}/"}
     store = {"driver": "ocdbt", "base": database, "path": f"{name}/", "cache_pool": "cache_pool#nodes"}
     return {"driver": "auto", "kvstore": store}
@@ -124,9 +122,9 @@ def _names(folder: Path) -> list[str]:
     if not path.is_file():
         found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
         raise CheckpointError(
-            f"{folder} is no Orbax checkpoint: expected {ITEM}/{_LIST} in it, found "
+            f"{folder} is not an Orbax checkpoint: expected {ITEM}/{_LIST} in it, found "
             f"{', '.join(found[:8]) or 'nothing'}{', …' if len(found) > 8 else ''}. Give the folder of one checkpoint, "
-            "not of several; if writing it was cut short, do that again."
+            "not their parent; if writing it was interrupted, repeat that."
         )
     try:
         leaves = list(json.loads(path.read_text(encoding="utf-8"))["tree_metadata"].values())
@@ -137,8 +135,8 @@ def _names(folder: Path) -> list[str]:
     odd = [".".join(map(str, key)) for key, kind in zip(keys, kinds, strict=True) if not _is_flat_array(key, kind)]
     if odd:
         raise CheckpointError(
-            f"{folder}: {', '.join(odd[:8])}{', …' if len(odd) > 8 else ''} are no arrays, or lie in a nested tree; "
-            "expected a flat table of name → array. Write one with save_arrays or stream_tensors."
+            f"{folder}: {', '.join(odd[:8])}{', …' if len(odd) > 8 else ''} are not arrays, or are in a nested tree; "
+            "expected a flat dictionary of name → array. Write one with save_arrays or stream_tensors."
         )
     return [key for [key] in keys]
 
@@ -150,36 +148,44 @@ def _is_flat_array(key: Sequence[Any], kind: str) -> bool:
 def _damaged(folder: Path, error: BaseException, name: str | None = None) -> CheckpointError:
     while error.__cause__ is not None:
         error = error.__cause__
-    # TensorStore tells after its message how it was opened, at length.
+    # TensorStore appends its whole specification to the message.
     reason = f"{type(error).__name__}: {error}".split(" [tensorstore_spec")[0].split(" [source")[0]
     what = f"{folder}" if name is None else f"{folder}: {name}"
     return CheckpointError(
-        f"{what} cannot be read ({reason}). Expected a whole Orbax checkpoint: if copying or writing it was cut short, "
-        "do that again; if the checkpoint is another folder, give that one."
+        f"{what} cannot be read ({reason}). Expected a complete Orbax checkpoint: if copying or writing it was "
+        "interrupted, repeat that; if the checkpoint is in another folder, give that one."
     )
 
 
-def refuse_unstorable(folder: Path, described: Mapping[str, tuple[Sequence[int], str]]) -> None:
-    """What Orbax would refuse halfway, from one of its threads."""
+def check_storable(folder: Path, arrays: Mapping[str, tuple[Sequence[int], str]]) -> None:
+    """Refuses what Orbax would refuse later, from one of its threads.
+
+    Args:
+        folder: to create.
+        arrays: (shape, dtype) by name.
+
+    Raises:
+        CheckpointError: the folder exists; an array is empty or has a dtype that TensorStore does not have.
+    """
     if folder.exists():
-        raise CheckpointError(f"{folder} exists already, expected a folder to create. Remove it or give another one.")
-    problems = [f"{name}: has no elements" for name, (shape, _) in described.items() if math.prod(shape) == 0]
+        raise CheckpointError(f"{folder} exists already: expected a new folder. Remove it or give another one.")
+    problems = [f"{name}: has no elements" for name, (shape, _) in arrays.items() if math.prod(shape) == 0]
     problems += [
         f"{name}: TensorStore has no element type {dtype}"
-        for name, (_, dtype) in described.items()
+        for name, (_, dtype) in arrays.items()
         if not hasattr(ts, dtype)
     ]
-    if not described:
+    if not arrays:
         problems = ["there are none"]
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
-        raise CheckpointError(f"{folder}: these arrays cannot be kept in an Orbax checkpoint, leave them out:{lines}")
+        raise CheckpointError(f"{folder}: an Orbax checkpoint cannot store these arrays, leave them out:{lines}")
 
 
 def axes_of_rows(shape: Sequence[int], itemsize: int, limit: int) -> int:
-    """How many leading axes only number rows: of those, as many as bring a row under `limit` bytes.
+    """How many leading axes are split into single rows, so that a row has at most `limit` bytes.
 
-    Rows are at least a piece long; what is shorter, a vocabulary's, is not cut to single ones.
+    Rows have at least `PIECE` bytes: the shorter ones of an embedding are not split.
     """
     axes, rest = 0, math.prod(shape) * itemsize
     while rest > limit and rest // shape[axes] >= PIECE:
@@ -189,6 +195,6 @@ def axes_of_rows(shape: Sequence[int], itemsize: int, limit: int) -> int:
 
 
 def _chunks_for_orbax(_: Any, array: jax.Array) -> ocp.options.ArrayOptions.Saving.StorageOptions:
-    """Chunks of a few rows of each device's part; Orbax would take the whole part. The axes named are cut to ones."""
+    """Chunks of a few rows of a shard, where Orbax's default is the whole shard. `shard_axes` are split to size 1."""
     axes = axes_of_rows(array.sharding.shard_shape(array.shape), array.dtype.itemsize, BLOCK)
     return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=BLOCK, shard_axes=tuple(range(axes)))

@@ -1,7 +1,9 @@
 """Tensors of any size → an Orbax checkpoint folder, block by block.
 
-Orbax writes arrays that are in memory. Here it writes the checkpoint as always, and leaves the values to a handler of
-ours, which opens the same TensorStore arrays as Orbax's would and fills them from tensors that are read in parts.
+Orbax 0.12.8 can save leaf by leaf: `v1.partial.save` adds leaves to an unfinished checkpoint, and the largest leaf
+determines peak memory. Neither of its interfaces saves a leaf slice by slice, and a leaf here is one matrix of all
+experts of all layers: 151 GB of Qwen3-235B-A22B in bfloat16. So Orbax writes the tree and its metadata, and this file's
+leaf handler opens the same TensorStore arrays as Orbax's own and fills them in blocks.
 """
 
 import asyncio
@@ -18,8 +20,8 @@ from typing import Any
 import jax
 import numpy as np
 
-# The older interface too: only there, handlers of leaves are public. `get_json_tspec_write` is called deprecated there
-# and has no successor yet; it knows in which subfolder a process writes, and how the database in it is set up.
+# The older interface, too: only there leaf handlers are public. `get_json_tspec_write` is deprecated without a
+# successor; it knows the subfolder that a process writes to, and the options of the OCDBT database in it.
 import orbax.checkpoint as orbax_v0
 import tensorstore as ts
 from orbax.checkpoint import type_handlers
@@ -27,13 +29,12 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from qwen_moe_jax.errors import ShardingError
 from qwen_moe_jax.rounding import ceil_div, round_up
-from qwen_moe_jax.storage.orbax import BLOCK, ITEM, PIECE, axes_of_rows, refuse_unstorable
+from qwen_moe_jax.storage.orbax import BLOCK, ITEM, PIECE, axes_of_rows, check_storable
 from qwen_moe_jax.storage.tensor import Index, StoredTensor, index_shape
 
-#: How many blocks are in memory, read or being written. TensorStore holds a copy of each; without waiting for writes it
-#: would hold the whole model.
+#: Blocks in memory, read or being written. TensorStore copies each; without this limit it would hold the whole model.
 _BLOCKS_AT_ONCE = 3
-#: Into how many pieces the last axis is cut at most: narrower columns are slow to copy, wider meshes are rare.
+#: Most pieces along the last axis: narrower columns are slow to copy, and wider `tensor` axes rare.
 _COLUMNS = 8
 
 
@@ -44,27 +45,27 @@ def stream_tensors(
 ) -> None:
     """Writes the folder that `save_arrays` would write, from tensors that are read block by block.
 
-    In memory are a few blocks, however large a tensor is: some 200 MB. To Orbax the leaves are NumPy arrays: restored
-    without a description they come as such.
+    Memory holds a few blocks, some 200 MB, however large a tensor is. Orbax records the leaves as NumPy arrays, and
+    restores them as such when it is given no abstract tree.
 
     Args:
-        folder: to write; does not exist yet.
+        folder: to create.
         tensors: by name. Each is read once, in blocks of consecutive rows, from several threads.
-        advance: is told of bytes written, from another thread.
+        advance: called with the number of bytes after each block, from another thread.
 
     Raises:
-        ShardingError: there are several processes; each would write everything.
-        CheckpointError: Orbax cannot keep such a table; or as reading the tensors raises it.
+        ShardingError: called under several processes, each of which would write everything.
+        CheckpointError: Orbax cannot store such arrays; or as reading the tensors raises it.
     """
     if jax.process_count() > 1:
         raise ShardingError(
-            f"{folder}: tensors are streamed by one process, found {jax.process_count()}. Do it in a program without "
-            "jax.distributed, or place them on the devices and write with save_arrays."
+            f"{folder}: tensors are streamed by a single process, found {jax.process_count()}. Run this without "
+            "jax.distributed, or load the tensors onto devices and write them with save_arrays."
         )
-    refuse_unstorable(folder, {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
+    check_storable(folder, {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
     table = _StreamedTable({name: _Leaf(tensor) for name, tensor in tensors.items()}, advance)
-    # In a thread of its own, so that an interrupt reaches this one wherever Orbax is, and ends the writing before the
-    # caller removes what is there.
+    # In a thread, so that an interrupt reaches this one whatever Orbax is doing, and writing has stopped when the
+    # caller removes the folder.
     with ThreadPoolExecutor(1, thread_name_prefix="stream") as pool:
         written = pool.submit(_save_table, folder, table)
         try:
@@ -84,11 +85,7 @@ def _save_table(folder: Path, table: "_StreamedTable") -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """A tensor in the tree that is given to Orbax: a type of its own, which our handler is found by.
-
-    Attributes:
-        tensor: to be read.
-    """
+    """A tensor in the tree that Orbax is given. Orbax finds this file's leaf handler by this type."""
 
     tensor: StoredTensor
 
@@ -102,11 +99,11 @@ class _Leaf:
 
 
 class _StreamedTable:
-    """The tree of leaves, in the form of an object that Orbax asks to write itself into a folder.
+    """The tree of leaves as a checkpointable of Orbax: an object that writes itself into a folder.
 
     Attributes:
-        stop: is set to end the writing.
-        failure: what ended it. Kept, because Orbax's threads wrap what is raised in them.
+        stop: set to stop writing.
+        failure: the exception that stopped it. Kept here because Orbax wraps exceptions of its threads.
     """
 
     def __init__(self, leaves: Mapping[str, _Leaf], advance: Callable[[int], None]) -> None:
@@ -119,7 +116,7 @@ class _StreamedTable:
         return self._write(directory)
 
     async def load(self, directory: ocp.path.Path) -> Awaitable[None]:
-        raise NotImplementedError("written so, and restored as any tree of arrays")
+        raise NotImplementedError("restored as any tree of arrays, not through this class")
 
     async def _write(self, directory: ocp.path.PathAwaitingCreation) -> None:
         path = await directory.await_creation()
@@ -130,7 +127,7 @@ class _StreamedTable:
             raise
 
     def _write_tree(self, path: ocp.path.Path) -> None:
-        # Orbax warns where nothing handles jax.Array.
+        # Orbax warns about a registry without a handler of jax.Array.
         registry = type_handlers.create_type_handler_registry(
             (_Leaf, _StreamingHandler(self._advance, self.stop)), (jax.Array, type_handlers.ArrayHandler())
         )
@@ -140,7 +137,7 @@ class _StreamedTable:
 
 
 class _StreamingHandler(type_handlers.NumpyHandler):
-    """Writes leaves block by block; in the checkpoint's metadata they are what they are to the class above, arrays."""
+    """Writes leaves block by block. Checkpoint metadata, as the base class writes it, calls them NumPy arrays."""
 
     def __init__(self, advance: Callable[[int], None], stop: threading.Event) -> None:
         super().__init__()
@@ -153,7 +150,7 @@ class _StreamingHandler(type_handlers.NumpyHandler):
         infos: Sequence[type_handlers.ParamInfo],
         args: Sequence[type_handlers.SaveArgs] | None = None,
     ) -> list[orbax_v0.Future]:
-        """Returns when everything is on disk, so there is nothing to wait for."""
+        """Returns when everything is on disk, hence no futures."""
         writing: deque[asyncio.Task[None]] = deque()
         try:
             for leaf, info in zip(values, infos, strict=True):
@@ -172,34 +169,34 @@ class _StreamingHandler(type_handlers.NumpyHandler):
             while writing:
                 await writing.popleft()
         finally:
-            # What was begun ends first: TensorStore would go on with it after an error too.
+            # Started writes are awaited after an error, too: TensorStore would continue them.
             await asyncio.gather(*writing, return_exceptions=True)
         return []
 
     async def _write_block(self, store: ts.TensorStore, leaf: _Leaf, index: Index) -> None:
         values = np.empty(index_shape(index), leaf.dtype)
         await asyncio.to_thread(leaf.tensor.read_into, index, values)
-        # Returns when the block is on disk, and TensorStore has let go of it.
+        # Returns when the block is on disk and TensorStore has released it.
         await store[index].write(values, can_reference_source_data_indefinitely=True)
         self._advance(values.nbytes)
 
 
 def _layout(shape: Sequence[int], itemsize: int) -> tuple[list[int], list[int]]:
-    """Shapes of the blocks that an array is written in, and of the pieces that they can be read in.
+    """Shapes of an array's chunks (blocks that are written) and of their readable pieces.
 
-    Blocks are runs of rows, as they lie in memory; rows are what the leading axes number, the experts [F, D] of
-    [L, E, F, D]. A piece is one row, or a part of one: where rows are large, their first and last axes are cut in turn.
+    A block is a run of rows that are contiguous in memory; the leading axes index rows, the experts [F, D] of
+    [L, E, F, D]. A piece is a row, or part of a large one, whose first and last axis are then split alternately.
     """
     leading = axes_of_rows(shape, itemsize, PIECE)
     row = list(shape[leading:])
     if not row:
         return [], []
-    cuts = [1] * len(row)
+    splits = [1] * len(row)
     piece = list(row)
     while math.prod(piece) * itemsize > PIECE:
-        cuts[-1 if cuts[-1] < min(cuts[0], _COLUMNS) else 0] *= 2
-        piece = [ceil_div(size, cut) for size, cut in zip(row, cuts, strict=True)]
-    # The last piece of an axis may reach beyond it.
+        splits[-1 if splits[-1] < min(splits[0], _COLUMNS) else 0] *= 2
+        piece = [ceil_div(size, count) for size, count in zip(row, splits, strict=True)]
+    # The last piece along an axis may extend beyond it.
     covering = [round_up(size, part) for size, part in zip(row, piece, strict=True)]
     covering_bytes = math.prod(covering) * itemsize
     if leading and covering_bytes <= BLOCK:
@@ -211,12 +208,12 @@ def _layout(shape: Sequence[int], itemsize: int) -> tuple[list[int], list[int]]:
 
 
 def _even_run(count: int, limit: int) -> int:
-    """Length of the runs that divide `count` things most evenly into as few runs as `limit` allows."""
+    """Length of the most even runs that divide `count` items into as few runs of at most `limit` as possible."""
     return ceil_div(count, ceil_div(count, limit))
 
 
 def _zarr_metadata(shape: Sequence[int], block: Sequence[int], piece: Sequence[int]) -> dict[str, Any]:
-    """As Orbax has it, but that its pieces are whole blocks. Uncompressed, see `save_arrays`."""
+    """As Orbax writes it, except that its inner chunks are whole blocks. Uncompressed, see `save_arrays`."""
     plain = {"name": "bytes", "configuration": {"endian": "little"}}
     pieces = {
         "chunk_shape": list(piece),

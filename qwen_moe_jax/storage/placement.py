@@ -1,7 +1,7 @@
-"""Tensors ↔ arrays on devices, block by block: host memory holds a few blocks, whatever the model and the mesh.
+"""Tensors ↔ sharded arrays, block by block: host memory holds a few blocks, whatever the model and the mesh.
 
-Every device's part of an array is cut alike, so one block is the same window of every part. It is read for the devices
-of this process alone, put on them, and written into the array in place; no step looks at what lies on other processes.
+All shards of an array have one shape, so a block is the same window of every shard. Each process reads the block for
+its own devices, transfers it, and updates the array in place; no communication is needed.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from qwen_moe_jax.sharding.rules import mesh_axes
 from qwen_moe_jax.storage.prefetch import prefetch
 from qwen_moe_jax.storage.tensor import Index, StoredTensor, blocks, index_shape
 
-#: Bytes of one block, of all parts that this process holds together.
+#: Bytes of one block, summed over the shards that this process reads.
 BLOCK = 64 << 20
 #: Bytes of a cache line.
 _LINE = 64
@@ -27,13 +27,13 @@ _LINE = 64
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """One block of one array: the same window of every device's part.
+    """One block of one array: the same window of every shard.
 
     Attributes:
-        number: of the array.
-        tensor: what is read.
-        array: the whole array, described.
-        window: of each part.
+        number: position of the array in the list.
+        tensor: that the array is read from.
+        array: shape, dtype and sharding of the whole array.
+        window: of each shard.
     """
 
     number: int
@@ -42,35 +42,35 @@ class _Block:
     window: Index
 
     @property
-    def is_whole_part(self) -> bool:
+    def is_whole_shard(self) -> bool:
         return index_shape(self.window) == self.array.sharding.shard_shape(self.array.shape)
 
 
 def place(
-    tensors: Sequence[StoredTensor], described: Sequence[jax.ShapeDtypeStruct], advance: Callable[[int], None]
+    tensors: Sequence[StoredTensor], abstract: Sequence[jax.ShapeDtypeStruct], advance: Callable[[int], None]
 ) -> list[jax.Array]:
-    """Reads tensors into arrays.
+    """Reads tensors into sharded arrays.
 
     Args:
-        tensors: what is read, each once; for copies on several devices too.
-        described: shape, dtype and sharding of each array.
-        advance: is told of bytes read, in the arrays' dtype.
+        tensors: each is read once, also where its shards are replicated over devices.
+        abstract: shape, dtype and sharding of each array.
+        advance: called with the number of bytes read, counted in the array's dtype.
 
     Raises:
         CheckpointError: as reading raises it.
     """
-    blocks_of = [_blocks(number, *pair) for number, pair in enumerate(zip(tensors, described, strict=True))]
-    # Allocated at once: where the model does not fit, nothing has been read yet; and beside the first reads.
+    blocks_of = [_blocks(number, *pair) for number, pair in enumerate(zip(tensors, abstract, strict=True))]
+    # Allocated first, so that a model that does not fit fails before anything is read.
     arrays = [
-        None if first.is_whole_part else _empty(array)()
-        for (first, *_), array in zip(blocks_of, described, strict=True)
+        None if first.is_whole_shard else _empty(array)()
+        for (first, *_), array in zip(blocks_of, abstract, strict=True)
     ]
     for block, parts in prefetch(lambda block: (block, _read(block)), itertools.chain.from_iterable(blocks_of)):
         sharding = block.array.sharding
         placed = [jax.device_put(values, device) for values, devices in parts for device in devices]
         shape = _global_shape(index_shape(block.window), block.array)
         array = jax.make_array_from_single_device_arrays(shape, sharding, placed)
-        if not block.is_whole_part:
+        if not block.is_whole_shard:
             begin = tuple(part.start for part in block.window)
             array = _overwrite(sharding)(arrays[block.number], array, begin)
         arrays[block.number] = jax.block_until_ready(array)
@@ -91,11 +91,11 @@ def unpadded(array: jax.Array, shape: Sequence[int]) -> jax.Array:
         return array
     mesh, spec = array.sharding.mesh, [mesh_axes(entry) for entry in array.sharding.spec]
     spec += [()] * (array.ndim - len(spec))
-    cut = [axis for axis in range(array.ndim) if array.shape[axis] != shape[axis]]
-    moved = [name for axis in cut for name in spec[axis]]
+    padded = [axis for axis in range(array.ndim) if array.shape[axis] != shape[axis]]
+    moved = [name for axis in padded for name in spec[axis]]
     for axis in range(array.ndim):
         names = (*spec[axis], *moved)
-        if axis in cut:
+        if axis in padded:
             spec[axis] = ()
         elif shape[axis] % math.prod(mesh.shape[name] for name in names) == 0:
             spec[axis], moved = names, []
@@ -103,11 +103,11 @@ def unpadded(array: jax.Array, shape: Sequence[int]) -> jax.Array:
     return jax.jit(lambda array: array[window], out_shardings=NamedSharding(mesh, PartitionSpec(*spec)))(array)
 
 
-def local_bytes(described: Iterable[jax.ShapeDtypeStruct]) -> int:
-    """Bytes that `place` reads in this process: of every part, once."""
+def local_bytes(abstract: Iterable[jax.ShapeDtypeStruct]) -> int:
+    """Bytes that `place` reads in this process: every distinct shard once."""
     return sum(
         len(_owners(array)) * math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
-        for array in described
+        for array in abstract
     )
 
 
@@ -118,7 +118,7 @@ def _blocks(number: int, tensor: StoredTensor, array: jax.ShapeDtypeStruct) -> l
 
 
 def _owners(array: jax.ShapeDtypeStruct) -> list[tuple[Index, list[jax.Device]]]:
-    """The different parts that this process holds, and the devices that hold each."""
+    """The distinct shards of this process, and the devices that hold each."""
     owners: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in array.sharding.addressable_devices_indices_map(array.shape).items():
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, array.shape, strict=True))
@@ -127,7 +127,7 @@ def _owners(array: jax.ShapeDtypeStruct) -> list[tuple[Index, list[jax.Device]]]
 
 
 def _read(block: _Block) -> list[tuple[np.ndarray, list[jax.Device]]]:
-    """The block's window of every part, read, and the devices it goes to."""
+    """Reads a block's window of every shard; with the devices that each goes to."""
     read = []
     for part, devices in _owners(block.array):
         values = _aligned_empty(index_shape(block.window), block.array.dtype)
@@ -137,7 +137,7 @@ def _read(block: _Block) -> list[tuple[np.ndarray, list[jax.Device]]]:
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """As `np.empty`, where JAX on CPUs takes the memory as it is: it would copy what does not begin at a cache line."""
+    """`np.empty` aligned to a cache line: JAX on CPUs uses aligned memory without a copy."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _LINE, np.uint8)
     begin = -memory.ctypes.data % _LINE
@@ -148,29 +148,29 @@ def _within(part: Index, window: Index) -> Index:
     return tuple(slice(at.start + own.start, at.start + own.stop) for at, own in zip(part, window, strict=True))
 
 
-def _global_shape(part_shape: tuple[int, ...], like: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    """Of an array, sharded so, whose parts have this shape."""
+def _global_shape(shard_shape: tuple[int, ...], like: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """Shape of an array with shards of `part_shape` under the sharding of `like`."""
     own_shape = like.sharding.shard_shape(like.shape)
-    return tuple(part * (size // own) for part, size, own in zip(part_shape, like.shape, own_shape, strict=True))
+    return tuple(part * (size // own) for part, size, own in zip(shard_shape, like.shape, own_shape, strict=True))
 
 
 @functools.cache
-def _empty(described: jax.ShapeDtypeStruct) -> Callable[[], jax.Array]:
-    return jax.jit(lambda: jnp.zeros(described.shape, described.dtype), out_shardings=described.sharding)
+def _empty(abstract: jax.ShapeDtypeStruct) -> Callable[[], jax.Array]:
+    return jax.jit(lambda: jnp.zeros(abstract.shape, abstract.dtype), out_shardings=abstract.sharding)
 
 
 @functools.cache
 def _overwrite(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, tuple[int, ...]], jax.Array]:
-    """A function (array, block, begin) → the array with the block in every part from `begin` on, in the same memory."""
+    """A function (array, block, begin) → the array, updated in place with the block at `begin` of every shard."""
 
     def local(array: jax.Array, block: jax.Array, begin: tuple[jax.Array, ...]) -> jax.Array:
-        # As bits: XLA on CPUs would widen the whole bfloat16 array to float32 and narrow it again for every block.
+        # As integers: XLA on CPUs would convert the whole bfloat16 array to float32 and back for every block.
         return _as_dtype(jax.lax.dynamic_update_slice(_as_bits(array), _as_bits(block), begin), array.dtype)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def overwrite(array: jax.Array, block: jax.Array, begin: tuple[int, ...]) -> jax.Array:
         spec, starts = sharding.spec, jax.tree.map(lambda _: PartitionSpec(), begin)
-        # Copies are written alike on every device that holds one; which they are, need not be proved.
+        # check_vma is off: replicated shards get the same block, which the checker cannot see.
         return jax.shard_map(local, mesh=sharding.mesh, in_specs=(spec, spec, starts), out_specs=spec, check_vma=False)(
             array, block, begin
         )
@@ -180,10 +180,10 @@ def _overwrite(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, tuple
 
 @dataclasses.dataclass(frozen=True)
 class DeviceTensor(StoredTensor):
-    """An array on devices, as a tensor to be read.
+    """An array on devices.
 
     Attributes:
-        array: all of whose parts this process can reach.
+        array: all of whose shards are addressable by this process.
     """
 
     array: jax.Array
@@ -201,11 +201,11 @@ class DeviceTensor(StoredTensor):
         return "the model"
 
     def read_into(self, index: Index, out: np.ndarray) -> None:
-        held = {}
+        shards = {}
         for shard in self.array.addressable_shards:
             bounds = tuple(part.indices(size)[:2] for part, size in zip(shard.index, self.shape, strict=True))
-            held.setdefault(bounds, shard.data)
-        for bounds, data in held.items():
+            shards.setdefault(bounds, shard.data)
+        for bounds, data in shards.items():
             first = [max(part.start, low) for part, (low, _) in zip(index, bounds, strict=True)]
             last = [min(part.stop, high) for part, (_, high) in zip(index, bounds, strict=True)]
             if any(begin >= end for begin, end in zip(first, last, strict=True)):
@@ -215,12 +215,12 @@ class DeviceTensor(StoredTensor):
             inside = tuple(
                 slice(at - part.start, end - part.start) for at, end, part in zip(first, last, index, strict=True)
             )
-            # A slice is an array of its own. Asked for itself, JAX would keep the host's copy as long as the model.
-            out[inside] = np.asarray(_cut(data, begin, size))
+            # Of a slice, since JAX keeps the host's copy of an array as long as the array itself.
+            out[inside] = np.asarray(_slice(data, begin, size))
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _cut(array: jax.Array, begin: tuple[int, ...], size: tuple[int, ...]) -> jax.Array:
+def _slice(array: jax.Array, begin: tuple[int, ...], size: tuple[int, ...]) -> jax.Array:
     return _as_dtype(jax.lax.dynamic_slice(_as_bits(array), begin, size), array.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Reading ahead: the next few results are made in threads while the present one is used."""
+"""Prefetch: a `map` whose next few results are computed in threads while the current one is used."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -8,14 +8,14 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-#: Reads that wait for a disk or a network at the same time; also how many results may lie in memory unused.
+#: Concurrent calls, which mostly wait for a disk or a network; also how many finished results are kept in memory.
 THREADS = 4
 
 
 def prefetch(make: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`map(make, items)`, a few items ahead of whoever takes the results; in order.
+    """`map(make, items)` in order, computed up to `THREADS` items ahead of the consumer.
 
-    An exception of `make` is raised where its result would have come, and nothing after it is begun.
+    An exception of `make` is raised in place of its result, and calls that have not started are cancelled.
     """
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(THREADS, thread_name_prefix="read") as pool:

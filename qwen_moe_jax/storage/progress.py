@@ -1,4 +1,4 @@
-"""How much is read or written, how fast, and how long it still takes: a bar on a terminal, nothing in a pipe."""
+"""A progress bar of bytes, rate and remaining time on a terminal; no output where stderr is not a terminal."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,14 +9,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 @contextmanager
 def bytes_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr that is gone at the end.
+    """A progress bar on stderr, removed at the end.
 
     Args:
-        what: stands before the bar.
-        total: bytes in all.
+        what: label of the bar.
+        total: bytes.
 
     Yields:
-        A function to be called with the number of bytes done since the last call.
+        A function that takes the number of bytes done since its last call.
     """
     console = Console(stderr=True)
     columns = (

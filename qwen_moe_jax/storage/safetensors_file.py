@@ -1,9 +1,13 @@
-"""safetensors files, read by parts and written tensor by tensor.
+"""Large safetensors files, read in slices and written block by block.
 
-The header is read here and not by the library, for three reasons: a damaged one is reported with everything that is
-wrong with it; reading by `pread` and not from a mapped file keeps the file's pages out of the process's memory, and
-turns a file that shrinks meanwhile into an error instead of a bus error; and the library's writer wants all tensors at
-once.
+Small files (adapters, traces, states) go through the safetensors library: `storage/arrays.py`. This reader and writer
+exist beside it for three reasons:
+
+1. Slices are read by `pread`, not from a mapped file. Under several processes, mapped pages count as each process's
+   memory, and a mapped file that shrinks is a bus error; here it is a `CheckpointError`.
+2. A file is written from slices. The library's writer takes every tensor of the file in memory at once.
+3. Headers are checked against the file's size, and all problems of a file are reported together; the library stops at
+   the first.
 
 The format is eight bytes of length, a JSON object and the data: https://huggingface.co/docs/safetensors.
 """
@@ -44,16 +48,16 @@ DTYPES = {
     "F64": "float64",
 }
 _NAMES = {numpy: name for name, numpy in DTYPES.items()}
-#: As the library: a longer one is taken for damage, before it is believed and read.
+#: The library's limit. A longer header means a damaged file.
 _LONGEST_HEADER = 100_000_000
-#: NumPy makes no array of more, not even an empty one.
+#: NumPy's limits, which hold for empty arrays, too.
 _MOST_AXES, _MOST_ELEMENTS = 64, 2**59
-#: Bytes that are read at a time to be written.
+#: Bytes per block of a tensor that is written.
 _BLOCK = 64 << 20
 
 
 class OpenFile:
-    """A file open for reading, closed when nobody holds it any more."""
+    """A file open for reading; closed when the last reference to it is dropped."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -62,7 +66,7 @@ class OpenFile:
         self.size = os.fstat(self.descriptor).st_size
 
     def fill(self, data: np.ndarray, position: int) -> None:
-        """Reads bytes from a position on into an array of uint8."""
+        """Fills a uint8 array with the file's bytes from `position` on."""
         wanted = memoryview(data)
         while len(wanted):
             try:
@@ -71,7 +75,7 @@ class OpenFile:
                 raise CheckpointError(f"{self.path}: cannot be read ({error}).") from None
             if not found:
                 end = position + len(wanted)
-                raise CheckpointError(f"{self.path}: ends before byte {end}, which its header promises.")
+                raise CheckpointError(f"{self.path}: ends before byte {end}, up to which its header says it has data.")
             position, wanted = position + found, wanted[found:]
 
 
@@ -81,8 +85,8 @@ class SafetensorsTensor(StoredTensor):
 
     Attributes:
         shape, dtype: of the tensor.
-        file: that holds it.
-        offset: where its data begins, in bytes of the file.
+        file: the open file.
+        offset: of its first byte in the file.
     """
 
     shape: tuple[int, ...]
@@ -109,7 +113,7 @@ class SafetensorsTensor(StoredTensor):
             out[...] = values.reshape(out.shape)
 
     def _mapped(self) -> np.ndarray:
-        """The tensor as a mapped array: for parts that lie scattered, columns of a matrix. Unmapped when let go."""
+        """The tensor memory-mapped, for slices that are not contiguous (columns). Unmapped when released."""
         first = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
         mapped = mmap.mmap(
             self.file.descriptor, self.offset + self.nbytes - first, access=mmap.ACCESS_READ, offset=first
@@ -118,7 +122,7 @@ class SafetensorsTensor(StoredTensor):
 
 
 def _run(shape: tuple[int, ...], index: Index) -> tuple[int, int] | None:
-    """First element and length of a part that lies in one piece; None where it does not."""
+    """First element and length of a slice that is contiguous in the file; None if it is not."""
     sizes = index_shape(index)
     first = next((axis for axis, size in enumerate(sizes) if size != 1), len(shape))
     if any(size != full for size, full in zip(sizes[first + 1 :], shape[first + 1 :], strict=True)):
@@ -128,9 +132,9 @@ def _run(shape: tuple[int, ...], index: Index) -> tuple[int, int] | None:
 
 
 def open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
-    """The tensors of a file by name, from its header alone, and all that is wrong with it.
+    """Reads a file's header: its tensors by name, and every problem found, a line each.
 
-    Tensors whose entry cannot be believed are left out; each is a line of the second result.
+    Tensors with an invalid header entry are left out of the first result and reported in the second.
     """
     try:
         file = OpenFile(path)
@@ -144,7 +148,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
         if name == "__metadata__":
             continue
         if not name.isprintable():
-            problems.append(f"damaged: {name!r} in {path.name} is no name of a tensor: expected printable characters")
+            problems.append(f"damaged: {name!r} in {path.name} is not a tensor name: expected printable characters")
             continue
         try:
             shape, dtype, start, end = _entry(entry)
@@ -152,7 +156,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
             problems.append(f"damaged: {name} in {path.name}: {error}")
             continue
         if name in tensors:
-            problems.append(f"duplicated: {name} stands twice in the header of {path.name}")
+            problems.append(f"duplicated: {name} is twice in the header of {path.name}")
         ends.append((start, end, name))
         tensors[name] = SafetensorsTensor(shape, dtype, file, begin + start)
     if not tensors and not problems:
@@ -163,7 +167,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
 
 
 def _header(file: OpenFile) -> tuple[int, list[tuple[str, Any]]]:
-    """Where the data begins, and the header's entries, among which a name may stand twice."""
+    """The offset of the data, and the header's (name, entry) pairs, in which a name may be repeated."""
     head = np.zeros(min(8, file.size), np.uint8)
     file.fill(head, 0)
     length = int.from_bytes(head.tobytes(), "little")
@@ -178,7 +182,7 @@ def _header(file: OpenFile) -> tuple[int, list[tuple[str, Any]]]:
 
 
 class _Pairs(list):
-    """A JSON object as it stands in the file."""
+    """A JSON object as (name, value) pairs, repeated names included."""
 
 
 def _entry(entry: Any) -> tuple[tuple[int, ...], str, int, int]:
@@ -205,7 +209,7 @@ def _counts(values: Any) -> bool:
 
 
 def _layout_problems(path: Path, ends: list[tuple[int, int, str]], size: int) -> list[str]:
-    """The data is covered by the tensors without holes or overlaps, as the format asks."""
+    """The format requires that tensors cover the data without holes or overlaps."""
     reached = 0
     for start, end, name in sorted(ends):
         if start != reached:
@@ -220,14 +224,14 @@ def _layout_problems(path: Path, ends: list[tuple[int, int, str]], size: int) ->
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], advance: Callable[[int], None]) -> None:
-    """Writes a file from tensors that are read block by block: in memory are a few blocks.
+    """Writes a file from tensors that are read block by block; a few blocks are in memory at a time.
 
     Args:
         path: of the new file.
         tensors: by name; each is written in its own dtype.
-        advance: is told of bytes written.
+        advance: called with the number of bytes after each block.
     """
-    # Wide elements first, as the library does: so every tensor is aligned to its elements.
+    # Widest elements first, as the library writes them, so that every tensor is aligned to its element size.
     names = sorted(tensors, key=lambda name: -np.dtype(tensors[name].dtype).itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -250,6 +254,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], advance: 
 
 
 def _write(file: BinaryIO, data: bytes | np.ndarray) -> None:
-    left = memoryview(data)
-    while len(left):
-        left = left[file.write(left) :]
+    remaining = memoryview(data)
+    while len(remaining):
+        remaining = remaining[file.write(remaining) :]

@@ -1,7 +1,7 @@
-"""What a tensor that stands somewhere else is to whoever reads it; and how tensors are cut and put together unread.
+"""Tensors that are read in slices: from a file, from several files stacked, from arrays on devices.
 
-A file, a stack of the files' tensors, an array on devices: all are a `StoredTensor`, read in parts. So whoever writes or
-places one never asks where it comes from, and never holds more of it than a block.
+Each of these is a `StoredTensor`. Code that writes a file or fills devices reads it in blocks, whatever its source, and
+holds a few blocks of it in memory.
 """
 
 import abc
@@ -15,12 +15,12 @@ import numpy as np
 
 from qwen_moe_jax.rounding import ceil_div
 
-#: A part of an array: a slice with start and stop, and no step, for every axis.
+#: A slice of an array: start and stop, and no step, for every axis.
 Index = tuple[slice, ...]
 
 
 class StoredTensor(abc.ABC):
-    """An array that stands somewhere else and is read in parts.
+    """An array in a file or on devices, of which slices are read.
 
     Attributes:
         shape: of the array.
@@ -34,14 +34,18 @@ class StoredTensor(abc.ABC):
 
     @abc.abstractmethod
     def read_into(self, index: Index, out: np.ndarray) -> None:
-        """Reads a part into an array of its size, cast to that array's dtype; may be called from several threads.
+        """Reads a slice into an array of its shape, cast to that array's dtype. Thread-safe.
+
+        Args:
+            index: the slice.
+            out: array of shape `index_shape(index)`, which is overwritten.
 
         Raises:
             CheckpointError: the file cannot be read, or is shorter than its header says.
         """
 
     def read(self, index: Index | None = None) -> np.ndarray:
-        """Reads a part, or everything, into a new array."""
+        """Reads a slice, or the whole tensor, into a new array."""
         index = full_index(self.shape) if index is None else index
         out = np.empty(index_shape(index), self.dtype)
         self.read_into(index, out)
@@ -55,11 +59,11 @@ class StoredTensor(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class TensorSlice(StoredTensor):
-    """A window into another tensor, without the axes of which one row is taken.
+    """A slice of another tensor; axes that are indexed by a number are dropped, as in NumPy.
 
     Attributes:
-        tensor: that tensor.
-        window: a row number or a slice for each leading axis; the axes after them are taken whole.
+        tensor: the tensor that is sliced.
+        window: a number or a slice for each leading axis; the remaining axes are taken whole.
     """
 
     tensor: StoredTensor
@@ -93,11 +97,11 @@ class TensorSlice(StoredTensor):
 
 @dataclasses.dataclass(frozen=True)
 class StackedTensor(StoredTensor):
-    """Tensors of one shape, side by side on new leading axes.
+    """Tensors of one shape, stacked along new leading axes.
 
     Attributes:
-        tensors: an object array of them; its axes become the leading ones.
-        dtype: which they are cast to.
+        tensors: object array of `StoredTensor`; its axes become the leading axes.
+        dtype: that their values are cast to.
     """
 
     tensors: np.ndarray
@@ -113,17 +117,17 @@ class StackedTensor(StoredTensor):
 
     def read_into(self, index: Index, out: np.ndarray) -> None:
         axes = self.tensors.ndim
-        for place, tensor in np.ndenumerate(self.tensors[index[:axes]]):
-            tensor.read_into(index[axes:], out[(*place, ...)])
+        for position, tensor in np.ndenumerate(self.tensors[index[:axes]]):
+            tensor.read_into(index[axes:], out[(*position, ...)])
 
 
 @dataclasses.dataclass(frozen=True)
 class CastTensor(StoredTensor):
-    """A tensor in another dtype.
+    """A tensor cast to another dtype.
 
     Attributes:
-        tensor: that tensor.
-        dtype: which its values are rounded to.
+        tensor: the tensor that is cast.
+        dtype: that its values are rounded to.
     """
 
     tensor: StoredTensor
@@ -146,11 +150,11 @@ class CastTensor(StoredTensor):
 
 @dataclasses.dataclass(frozen=True)
 class ZeroPaddedTensor(StoredTensor):
-    """A tensor followed by zeros along its axes.
+    """A tensor padded with zeros at the end of its axes.
 
     Attributes:
-        tensor: that tensor.
-        shape: with the zeros; at least as large along every axis.
+        tensor: the tensor that is padded.
+        shape: with padding; at least the tensor's along every axis.
     """
 
     tensor: StoredTensor
@@ -161,8 +165,8 @@ class ZeroPaddedTensor(StoredTensor):
         return self.tensor.dtype
 
     @property
-    def where(self) -> str:
-        return self.tensor.where
+    def source(self) -> str:
+        return self.tensor.source
 
     def read_into(self, index: Index, out: np.ndarray) -> None:
         known = tuple(
@@ -174,35 +178,35 @@ class ZeroPaddedTensor(StoredTensor):
             return
         out[...] = 0
         if 0 not in index_shape(known):
-            # Read apart: tensors are read into contiguous memory.
+            # Read separately: tensors are read into contiguous memory.
             out[tuple(slice(0, size) for size in index_shape(known))] = self.tensor.read(known)
 
 
 def full_index(shape: Sequence[int]) -> Index:
-    """The index of all of an array."""
+    """The index of a whole array."""
     return tuple(slice(0, size) for size in shape)
 
 
 def nbytes(shape: Sequence[int], dtype: str) -> int:
-    """Bytes of an array."""
+    """Bytes of an array of this shape and dtype."""
     return math.prod(shape) * np.dtype(dtype).itemsize
 
 
 def index_shape(index: Index) -> tuple[int, ...]:
-    """The shape of a part."""
+    """The shape of the slice that an index selects."""
     return tuple(part.stop - part.start for part in index)
 
 
 def blocks(shape: Sequence[int], itemsize: int, limit: int) -> Iterator[Index]:
-    """Cuts an array into parts of at most `limit` bytes, each contiguous in memory, in memory order.
+    """Divides an array into blocks of at most `limit` bytes, each contiguous in memory, in memory order.
 
-    The leading axes are cut to single rows until what is left fits, and one axis into nearly equal runs: an expert
-    stack [L, E, F, D] falls into some experts of one layer at a time.
+    Leading axes are split into single rows until one row fits, and one more axis into nearly equal runs: the blocks of
+    an expert stack [L, E, F, D] are a few experts of one layer each.
 
     Args:
         shape: of the array.
         itemsize: bytes of an element.
-        limit: bytes of a part. A single element is never cut.
+        limit: bytes of a block. A block holds at least one element.
     """
     shape = tuple(shape)
     axis, inner = 0, math.prod(shape) * itemsize
@@ -212,9 +216,9 @@ def blocks(shape: Sequence[int], itemsize: int, limit: int) -> Iterator[Index]:
     if axis == 0:
         yield full_index(shape)
         return
-    cut = shape[axis - 1]
-    count = ceil_div(cut, max(limit // max(inner, 1), 1))
-    runs = [slice(cut * part // count, cut * (part + 1) // count) for part in range(count)]
-    for leading in itertools.product(*(range(size) for size in shape[: axis - 1])):
+    size = shape[axis - 1]
+    count = ceil_div(size, max(limit // max(inner, 1), 1))
+    runs = [slice(size * run // count, size * (run + 1) // count) for run in range(count)]
+    for leading in itertools.product(*map(range, shape[: axis - 1])):
         for run in runs:
             yield (*(slice(at, at + 1) for at in leading), run, *full_index(shape[axis:]))

@@ -1,4 +1,4 @@
-"""PyTorch's pickled files (.bin), read by torch with `weights_only`: no code of the file is run."""
+"""PyTorch's pickled files (.bin), read by torch with `weights_only=True`: no code in the file is run."""
 
 import dataclasses
 import zipfile
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class TorchTensor(StoredTensor):
-    """A tensor as torch holds it: mapped from the file, where the file allows it, and not read yet."""
+    """A torch tensor of a file; memory-mapped, and not read yet, where the file is a zip archive."""
 
     tensor: "torch.Tensor"
     path: Path
@@ -37,12 +37,12 @@ class TorchTensor(StoredTensor):
         import torch
 
         part = self.tensor[index].contiguous().view(-1)
-        # NumPy has no bfloat16 and no float8 of its own, so torch hands out bytes.
+        # As bytes: torch does not convert bfloat16 and float8 to NumPy.
         out[...] = part.view(torch.uint8).numpy().view(self.dtype).reshape(out.shape)
 
 
 def open_torch_file(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
-    """The tensors of a file by name, and what is wrong with it, as `open_safetensors`.
+    """The tensors of a file by name, and the problems found in it, as `open_safetensors`.
 
     Raises:
         CheckpointError: torch is not installed.
@@ -51,16 +51,16 @@ def open_torch_file(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
         import torch
     except ImportError:
         raise CheckpointError(
-            f"{path} is a PyTorch file, which torch has to read, and torch is not installed here. Install it "
-            "(pip install torch), or, where torch is, open the folder with transformers and call its save_pretrained, "
-            "which writes safetensors."
+            f"{path} is a PyTorch file, which only torch can read, and torch is not installed. Install it (pip install "
+            "torch), or open the folder with transformers on a machine that has torch and call save_pretrained, which "
+            "writes safetensors."
         ) from None
     try:
-        # Files older than PyTorch 1.6 are no zip archives; torch cannot map them and reads them whole.
+        # Files older than PyTorch 1.6 are not zip archives; torch cannot map them and reads them whole.
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises whatever the damage leads to: pickle's errors, RuntimeError, KeyError, …
+    except Exception as error:  # a damaged file may raise pickle's errors, RuntimeError, KeyError, …
         reason = str(error).strip().splitlines()
-        return {}, [f"damaged: {path.name} is not a PyTorch file of weights alone ({reason[0] if reason else error!r})"]
+        return {}, [f"damaged: {path.name} is not a PyTorch file of tensors only ({reason[0] if reason else error!r})"]
     tensors = loaded.items() if isinstance(loaded, dict) else ()
     if not tensors or not all(isinstance(name, str) and _plain(value) for name, value in tensors):
         return {}, [f"damaged: {path.name} does not hold a dictionary of tensors by name"]
@@ -70,6 +70,6 @@ def open_torch_file(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
 def _plain(value: object) -> bool:
     import torch
 
-    if not isinstance(value, torch.Tensor) or value.device.type != "cpu":  # on "meta" there is nothing to be read
+    if not isinstance(value, torch.Tensor) or value.device.type != "cpu":  # a tensor on "meta" has no values
         return False
     return value.layout is torch.strided and not value.is_quantized

@@ -22,7 +22,7 @@ def read_tensors(folder: Path) -> dict:
     tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
         found = load_file(path)
-        assert not tensors.keys() & found.keys(), "a tensor stands in two files"
+        assert not tensors.keys() & found.keys(), "a tensor is in two files"
         tensors |= found
     return tensors
 

@@ -285,7 +285,7 @@ KINDS = {
     ),
     "a folder in place of the file": tensor_kind(as_folder, "found none of", f"but {CONFIG}", f"{SINGLE}/."),
     "index naming an absent file": tensor_kind(
-        without(shard(2)), "(1 problem)", f"absent: {INDEX} names {shard(2)}, which is not there", of="sharded"
+        without(shard(2)), "(1 problem)", f"absent: {INDEX} names {shard(2)}, which is not in the folder", of="sharded"
     ),
     "index not JSON": tensor_kind(
         text(INDEX, "{"), "(1 problem)", f"damaged: {INDEX} is not an index of tensors", of="sharded"
@@ -299,11 +299,12 @@ KINDS = {
     ),
     "index pointing outside": tensor_kind(
         in_json(INDEX, lambda index: index["weight_map"].update({NORM: f"../single/{SINGLE}"})),
-        f"damaged: {INDEX}", "file names stand in the folder itself, found '../single/model.safetensors'", of="sharded",
+        f"damaged: {INDEX}", "expected names of files in the folder itself, found '../single/model.safetensors'",
+        of="sharded",
     ),
     "index pointing anywhere": tensor_kind(
         in_json(INDEX, lambda index: index["weight_map"].update({NORM: "/etc/passwd"})),
-        f"damaged: {INDEX}", "file names stand in the folder itself, found '/etc/passwd'", of="sharded",
+        f"damaged: {INDEX}", "expected names of files in the folder itself, found '/etc/passwd'", of="sharded",
     ),
     "index naming a file that holds no tensors": tensor_kind(
         in_json(INDEX, lambda index: index["weight_map"].update({NORM: CONFIG})),
@@ -311,11 +312,11 @@ KINDS = {
     ),
     "index naming a tensor that its file lacks": tensor_kind(
         in_json(INDEX, lambda index: index["weight_map"].update({"x": shard(2)})),
-        "(1 problem)", f"index: {INDEX} says that x is in {shard(2)}, which does not hold it", of="sharded",
+        "(1 problem)", f"index: {INDEX} says that x is in {shard(2)}, which does not have it", of="sharded",
     ),
     "a tensor in two files": tensor_kind(
         set_tensor(HEAD, 24, 8, file=shard(3)),
-        "(1 problem)", f"duplicated: {HEAD} stands in {shard(1)} and in {shard(3)}", of="sharded",
+        "(1 problem)", f"duplicated: {HEAD} is in {shard(1)} and in {shard(3)}", of="sharded",
     ),
     # the file itself
     "empty file": tensor_kind(text(SINGLE, b""), f"damaged: {SINGLE} is not a safetensors file (it has 0 bytes"),
@@ -346,7 +347,7 @@ KINDS = {
         lambda folder: write_raw(folder / SINGLE, b"[" * 10**5, b""), f"damaged: {SINGLE}", "recursion"
     ),
     "a tensor twice in the header": tensor_kind(
-        named_twice, "(1 problem)", f"duplicated: {NORM} stands twice in the header of {SINGLE}"
+        named_twice, "(1 problem)", f"duplicated: {NORM} is twice in the header of {SINGLE}"
     ),
     "an entry that is none": tensor_kind(
         in_header(lambda header: header.update({NORM: [8]})),
@@ -354,7 +355,7 @@ KINDS = {
     ),
     "a name that cannot be printed": tensor_kind(
         in_header(lambda header: header.update({"\x1b[2J": header.pop(NORM)})),
-        f"damaged: '\\x1b[2J' in {SINGLE} is no name of a tensor", "expected printable characters",
+        f"damaged: '\\x1b[2J' in {SINGLE} is not a tensor name", "expected printable characters",
     ),
     "offsets that are not the shape's": tensor_kind(
         entry_of(NORM, shape=[9]), f"damaged: {NORM} in {SINGLE}: F32 [9] has 36 bytes, and its data_offsets", "say 32"
@@ -388,7 +389,7 @@ KINDS = {
     ),
     "fused experts beside single ones": tensor_kind(
         fused_beside, "(2 problems)",
-        f"duplicated: model.layers.0.mlp.experts.0.down_proj.weight stands in {SINGLE} and, as "
+        f"duplicated: model.layers.0.mlp.experts.0.down_proj.weight is in {SINGLE} and, as "
         f"model.layers.0.mlp.experts.down_proj, in {SINGLE}",
     ),
     "fused experts of another number": tensor_kind(
@@ -396,7 +397,7 @@ KINDS = {
         f"shape: model.layers.0.mlp.experts.gate_up_proj is [3, 12, 8] in {SINGLE}, expected [2, 12, 8]",
     ),
     "the same tensor with a prefix and without": tensor_kind(
-        set_tensor("norm.weight", 8), "(1 problem)", f"duplicated: {NORM} stands in {SINGLE} and, as norm.weight, in"
+        set_tensor("norm.weight", 8), "(1 problem)", f"duplicated: {NORM} is in {SINGLE} and, as norm.weight, in"
     ),
     # float8
     "fp8 without its scale": tensor_kind(
@@ -466,7 +467,7 @@ def test_damage_is_refused_with_file_found_and_expected(whole, kind, tmp_path):
         place = message.index(word, place)
 
 
-def test_all_damage_of_a_folder_is_told_at_once(whole, tmp_path):
+def test_all_damage_of_a_folder_is_reported_at_once(whole, tmp_path):
     folder = Path(shutil.copytree(whole / "single", tmp_path / "checkpoint"))
     both(
         set_tensor(GATE, 8, 6),
@@ -488,7 +489,7 @@ def test_all_damage_of_a_folder_is_told_at_once(whole, tmp_path):
     assert "(6 problems)" in message
 
 
-def test_damage_in_several_files_is_told_at_once(whole, tmp_path):
+def test_damage_in_several_files_is_reported_at_once(whole, tmp_path):
     """What is absent or cut off is said once, and not again of every tensor that was in it."""
     folder = Path(shutil.copytree(whole / "sharded", tmp_path / "checkpoint"))
     last = json.loads((folder / INDEX).read_text())["weight_map"][NORM]
@@ -561,7 +562,7 @@ def test_code_in_a_pickle_is_not_run(bin_folder, tmp_path, written_by):
     else:
         (bin_folder / BIN).write_bytes(pickle.dumps(content, protocol=2))
     message = refused(bin_folder, qmj.CheckpointError)
-    assert f"damaged: {BIN} is not a PyTorch file of weights alone" in message
+    assert f"damaged: {BIN} is not a PyTorch file of tensors only" in message
     assert not marker.exists()
     pickle.loads(pickle.dumps(content))
     assert marker.exists(), "the pickle has no code in it"

@@ -31,7 +31,5 @@ def test_a_tensor_in_two_files_is_refused_by_name(model, tmp_path):
     assert "lm_head.weight" in load_file(first) and "lm_head.weight" not in load_file(last)
     stray = load_file(last) | {"lm_head.weight": np.zeros((32, 16), np.float32)}
     save_file(stray, last, metadata={"format": "pt"})
-    with pytest.raises(
-        qmj.CheckpointError, match=f"duplicated: lm_head.weight stands in {first.name} and in {last.name}"
-    ):
+    with pytest.raises(qmj.CheckpointError, match=f"duplicated: lm_head.weight is in {first.name} and in {last.name}"):
         qmj.from_pretrained(folder)

@@ -81,5 +81,5 @@ def test_a_name_the_hub_does_not_know_is_refused_with_what_it_said(monkeypatch):
 @pytest.mark.parametrize("source", ["nowhere", "a/b/c", "/absolute/path", "~/model"])
 def test_what_can_be_no_name_is_a_folder_that_is_missing(source, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
-    with pytest.raises(qmj.CheckpointError, match="no such folder, and no name on the Hub"):
+    with pytest.raises(qmj.CheckpointError, match="no such folder, and not a name on the Hub"):
         local_folder(source)

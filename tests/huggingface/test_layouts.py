@@ -107,7 +107,7 @@ def test_a_pytorch_file_holds_both_tied_tables(references, files, tmp_path):
     assert_answers_as(model, reference, reference.logits)
 
 
-def test_safetensors_are_read_where_a_pytorch_file_stands_beside_them(references, tmp_path):
+def test_safetensors_are_preferred_to_a_pytorch_file(references, tmp_path):
     """As transformers does: many repositories hold both."""
     source = references["qwen3-plain"].folder
     folder = Path(shutil.copytree(source, tmp_path / "both"))
@@ -135,7 +135,7 @@ def tied(tmp_path_factory):
     ("family", "fused"), [*((family, False) for family in FAMILIES), *((family, True) for family in SPARSE_FAMILIES)]
 )
 def test_a_decoder_saved_by_itself_is_read(tied, family, fused, tmp_path):
-    """AutoModel saves it without `model.` before its names, transformers 5 with fused experts if told to."""
+    """AutoModel saves names without `model.`, transformers 5 fused experts if configured so."""
     reference = tied(family)
     reference.model.model.save_pretrained(tmp_path, save_original_format=not fused)
     names = load_file(tmp_path / SINGLE).keys()
@@ -257,7 +257,7 @@ def test_float8_is_widened_exactly(references, name, block, dtype, tmp_path):
     assert_holds(model, widened_tensors(stored, block, dtype))
 
 
-def test_float8_stands_for_what_transformers_takes_it_for(references):
+def test_float8_is_dequantised_as_transformers_does(references):
     """Its referee is what transformers runs where there is no GPU; it knows blocks that divide the matrix alone."""
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
@@ -323,10 +323,10 @@ def test_what_was_float8_is_written_unquantised(references, tmp_path):
     assert again.dtype == torch.bfloat16
 
 
-# ---- what else stands in files --------------------------------------------------------------------------------------
+# ---- other tensors in the files --------------------------------------------------------------------------------------
 
 
-def test_tensors_that_nothing_reads_are_told_of_and_left(references, tmp_path):
+def test_tensors_that_no_forward_pass_reads_are_reported_and_ignored(references, tmp_path):
     """Rotary frequencies of old files, and layers that predict several tokens."""
     source = references["qwen3_moe-plain"].folder
     tensors = load_file(source / SINGLE)

@@ -32,7 +32,7 @@ SHAPES = {"scalar": (), "w[0][1].gate": (3, 5, 7), "path/like": (2, 700, 401)}
 
 @dataclasses.dataclass(frozen=True)
 class InMemory(StoredTensor):
-    """An array that is read as if it stood on disk."""
+    """An array in memory as a tensor that is read in slices."""
 
     array: np.ndarray
 
@@ -203,10 +203,10 @@ def test_blocks_are_few_and_pieces_small(shape, itemsize):
 
 def test_progress_counts_every_byte(tmp_path):
     arrays = {"a": any_bits((5, 3_000_000), "float32"), "b": any_bits((7,), "float32")}
-    told = []
-    stream_tensors(tmp_path / "a", in_memory(arrays), advance=told.append)
-    assert sum(told) == sum(array.nbytes for array in arrays.values()) and len(told) > 2
-    assert max(told) <= 1.1 * orbax.BLOCK
+    found = []
+    stream_tensors(tmp_path / "a", in_memory(arrays), advance=found.append)
+    assert sum(found) == sum(array.nbytes for array in arrays.values()) and len(found) > 2
+    assert max(found) <= 1.1 * orbax.BLOCK
 
 
 def test_nothing_is_logged_or_registered(tmp_path, caplog):
@@ -225,13 +225,13 @@ def test_nothing_is_logged_or_registered(tmp_path, caplog):
 
 def test_a_folder_that_is_none_is_refused(both, tmp_path):
     with pytest.raises(
-        qmj.CheckpointError, match="nowhere is no Orbax checkpoint: expected state/_METADATA in it, fou"
+        qmj.CheckpointError, match="nowhere is not an Orbax checkpoint: expected state/_METADATA in it, fou"
     ):
         stored_tensors(tmp_path / "nowhere")
     with pytest.raises(qmj.CheckpointError, match="found saved, streamed. Give the folder of one checkpoint"):
         stored_tensors(both[1][0].parent)
     ocp.save(tmp_path / "nested", {"a": {"b": np.zeros(3)}, "c": 3})
-    with pytest.raises(qmj.CheckpointError, match="nested: a.b, c are no arrays, or lie in a nested tree"):
+    with pytest.raises(qmj.CheckpointError, match="nested: a.b, c are not arrays, or are in a nested tree"):
         stored_tensors(tmp_path / "nested")
 
 
@@ -256,7 +256,7 @@ def test_damage_is_named(both, tmp_path, damage, caplog):
                 os.truncate(path, 0 if damage == "data" else path.stat().st_size // 2)
         for read in (lambda folder=folder: stored_tensors(folder)["float32.path/like"].read(),
                      lambda folder=folder: restore_arrays(folder, wanted)):  # fmt: skip
-            with pytest.raises(qmj.CheckpointError, match="do that again") as refusal:
+            with pytest.raises(qmj.CheckpointError, match="repeat that") as refusal:
                 read()
             assert str(folder) in str(refusal.value)
             assert "tensorstore_spec" not in str(refusal.value)
@@ -289,7 +289,7 @@ def test_an_error_of_the_source_comes_through_unwrapped(tmp_path, caplog):
 
 def test_several_processes_do_not_stream(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(qmj.ShardingError, match="one process, found 2.*save_arrays"):
+    with pytest.raises(qmj.ShardingError, match="a single process, found 2.*save_arrays"):
         stream_tensors(tmp_path / "a", in_memory({"w": np.zeros(3)}))
 
 
