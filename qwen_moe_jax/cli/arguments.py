@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from qwen_moe_jax.config import SHARDING_RULES, Dispatch, Dtype, ExecutionConfig
+from qwen_moe_jax.config import INFERENCE_SHARDING, SHARDING_RULES, Dispatch, Dtype, ExecutionConfig
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.hub import is_hub_name
 
@@ -51,13 +51,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sharding_argument(group: argparse._ActionsContainer) -> None:
-    """`--sharding`, of whoever has `--mesh`."""
+    """`--sharding`, for commands with `--mesh`. All of them run a model forward, so the default gathers no weights."""
     group.add_argument(
         "--sharding",
         choices=SHARDING_RULES,
-        default="expert+fsdp",
-        help="which weights a mesh keeps once, and gathers for each layer: expert+fsdp (the default) all of them, "
-        "expert+tensor none, for writing text where they fit",
+        default=INFERENCE_SHARDING,
+        help="how a mesh shards the weights. expert+tensor (the default) gathers none: experts are sharded over "
+        "expert, all weights over tensor, and the rest is replicated. Where that does not fit, expert+fsdp shards "
+        "everything over fsdp and expert, and gathers each layer's weights for every token",
     )
 
 

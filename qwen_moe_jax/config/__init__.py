@@ -24,9 +24,10 @@ from qwen_moe_jax.config.model import (
     MoEConfig,
     RopeConfig,
 )
-from qwen_moe_jax.config.sharding import SHARDING_RULES, ShardingRules
+from qwen_moe_jax.config.sharding import INFERENCE_SHARDING, SHARDING_RULES, ShardingRules
 
 __all__ = [
+    "INFERENCE_SHARDING",
     "SHARDING_RULES",
     "Activation",
     "AttentionConfig",

@@ -50,3 +50,6 @@ SHARDING_RULES: dict[str, ShardingRules] = {
     "expert": ShardingRules(embed=("expert",), expert_embed=()),
     "expert+tensor": ShardingRules(embed=(), expert_embed=()),
 }
+
+#: The rules that commands which run a model forward start with: decoding would gather the same weights for every token.
+INFERENCE_SHARDING = "expert+tensor"

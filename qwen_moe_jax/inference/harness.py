@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 
 import tokenizers
 
-from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, ModelConfig
+from qwen_moe_jax.config import INFERENCE_SHARDING, ExecutionConfig, GenerationConfig, ModelConfig
 from qwen_moe_jax.errors import CheckpointError, RequestError
 from qwen_moe_jax.huggingface.fields import read_json
 from qwen_moe_jax.huggingface.hub import local_folder
@@ -82,6 +82,7 @@ class Harness:
         *,
         dtype: str | None = None,
         dispatch: str | None = None,
+        sharding: str = INFERENCE_SHARDING,
         data: int = 1,
         fsdp: int = 1,
         expert: int = 1,
@@ -90,8 +91,8 @@ class Harness:
         max_gen_toks: int = 256,
         generated_together: int = 32,
     ) -> Self:
-        """Loads a checkpoint folder with its tokenizer: `dtype` and `dispatch` as in `ExecutionConfig`, the rest of how
-        it is run as in `make_mesh`.
+        """Loads a checkpoint folder with its tokenizer: `dtype`, `dispatch` and `sharding` as in `ExecutionConfig`, the
+        mesh as in `make_mesh`. The default sharding gathers no weights.
 
         Raises:
             ConfigError, CheckpointError, ShardingError: as `from_pretrained` and `make_mesh`.
@@ -101,7 +102,8 @@ class Harness:
         prefix_token = prefix_of(folder, tokenizer, ModelConfig.from_pretrained(folder))
         sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
         mesh = make_mesh(**sizes) if set(sizes.values()) != {1} else None
-        model = from_pretrained(folder, mesh=mesh, execution=ExecutionConfig(dtype=dtype, dispatch=dispatch))
+        execution = ExecutionConfig(dtype=dtype, dispatch=dispatch, sharding=sharding)
+        model = from_pretrained(folder, mesh=mesh, execution=execution)
         limits = {
             "max_length": max_length,
             "max_gen_toks": max_gen_toks,

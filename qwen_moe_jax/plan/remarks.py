@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from qwen_moe_jax.config import INFERENCE_SHARDING
 from qwen_moe_jax.plan.result import Collective, PlacedArray, Plan, Remark
 from qwen_moe_jax.units import format_bytes
 
@@ -26,6 +27,8 @@ def _memory(plan: Plan) -> Iterator[Remark]:
             text += ' execution.remat = "full" keeps one layer\'s activations instead of all.'
         elif plan.work.purpose == "train" and plan.work.rows // plan.work.accumulation_steps > _batch_ways(plan):
             text += " run.accumulation_steps cuts the rows that are there at once."
+        elif plan.work.purpose != "train" and plan.target.devices > 1:
+            text += _other_sharding(plan)
         yield Remark(about="memory", text=text)
     elif memory.free is not None and memory.free < 0.05 * memory.available:
         yield Remark(
@@ -39,6 +42,20 @@ def _memory(plan: Plan) -> Iterator[Remark]:
             text="JAX takes three quarters of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise; "
             f"this needs {memory.total / memory.available:.2f}.",
         )
+
+
+def _other_sharding(plan: Plan) -> str:
+    """What would take less memory than weights that are replicated so that none are gathered."""
+    if plan.work.sharding != INFERENCE_SHARDING:
+        return ""
+    replicated = sum(array.bytes for array in _parameters(plan) if _copies(array, plan) > plan.mesh["data"])
+    if replicated < SHARE * max(plan.memory.arguments, 1):
+        return ""
+    return (
+        f" --sharding {INFERENCE_SHARDING}, the default here, keeps {format_bytes(replicated)} of weights on several "
+        "devices, so that none are gathered. --sharding expert+fsdp shards them over fsdp and expert, and gathers "
+        "them for every token; a larger tensor axis shards them and gathers none."
+    )
 
 
 def _batch_ways(plan: Plan) -> int:

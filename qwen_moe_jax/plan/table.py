@@ -59,12 +59,17 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 
 
 def _execution(plan: Plan) -> str:
-    execution = plan.work.execution
-    dispatch = str(execution["dispatch"])
-    if dispatch == "dropless" and execution["exchange"] and plan.mesh["expert"] > 1:
-        dispatch += f" by {execution['exchange']}"
-    told = [dispatch] if plan.model.experts else []
-    return ", ".join(told + ([f"remat {execution['remat']}"] if plan.work.purpose == "train" else []))
+    execution, words = plan.work.execution, []
+    if plan.model.experts:
+        dispatch = str(execution["dispatch"])
+        if dispatch == "dropless" and execution["exchange"] and plan.mesh["expert"] > 1:
+            dispatch += f" by {execution['exchange']}"
+        words.append(dispatch)
+    if plan.work.purpose == "train":
+        words.append(f"remat {execution['remat']}")
+    if plan.target.devices > 1:
+        words.append(f"weights sharded by {plan.work.sharding}")
+    return ", ".join(words)
 
 
 def _verdict(plan: Plan) -> Text:
