@@ -13,12 +13,13 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
+from qwen_moe_jax.errors import ShardingError
+
 
 def with_explicit_axes(function: Callable[..., Any], mesh: Mesh, in_specs: Sequence[Any]) -> Callable[..., Any]:
     """Wraps `function(module, *args)` so that its body sees explicitly sharded arrays. Call it while tracing.
 
-    Inside a body that sees them already, the arrays are only resharded. A mesh that the caller has set (`jax.set_mesh`)
-    makes no difference: the model's own is used.
+    Inside a body that sees them already, the arrays are only resharded.
 
     Args:
         function: takes a module, and pytrees of arrays or None.
@@ -27,10 +28,12 @@ def with_explicit_axes(function: Callable[..., Any], mesh: Mesh, in_specs: Seque
             are stored (`param.spec`).
 
     Returns:
-        A function whose results have the sharding they ended up with.
+        A function whose results have the sharding they ended up with. It raises a ShardingError where the caller has
+        set a mesh of other axes (`jax.set_mesh`): one program cannot have both.
     """
 
     def wrapped(module: nnx.Module, *args: Any) -> Any:
+        _check_context(mesh)
         # Shardings are given leaf by leaf: the module and the arguments are flattened here and put together inside.
         leaves, treedef = jax.tree.flatten((module, args))
         specs = [param.spec for param in jax.tree.leaves(module, is_leaf=_is_param)]
@@ -46,6 +49,15 @@ def with_explicit_axes(function: Callable[..., Any], mesh: Mesh, in_specs: Seque
             return jax.sharding.explicit_axes(body, in_sharding=(specs,))(leaves)
 
     return wrapped
+
+
+def _check_context(mesh: Mesh) -> None:
+    current = jax.sharding.get_abstract_mesh()
+    if not current.empty and current.shape_tuple != mesh.abstract_mesh.shape_tuple:
+        raise ShardingError(
+            f"the model is on a mesh of {dict(mesh.shape)}, and the mesh that is set is {dict(current.shape)}. Set "
+            "that of the model, jax.set_mesh(model.mesh), or call the model where no mesh is set."
+        )
 
 
 def _is_explicit(mesh: Mesh) -> bool:

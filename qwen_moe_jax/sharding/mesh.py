@@ -9,6 +9,7 @@ from jax.sharding import AxisType, Mesh
 
 from qwen_moe_jax.errors import ShardingError
 from qwen_moe_jax.sharding.distributed import num_processes
+from qwen_moe_jax.suggest import did_you_mean
 from qwen_moe_jax.text import format_mesh
 
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -100,16 +101,23 @@ def _offer_simulated_devices(count: int) -> None:
 
 
 def checked_mesh(mesh: Mesh | None) -> Mesh:
-    """The mesh a model lives on: the given one with `Auto` axes, or a mesh of one device.
+    """The mesh of a model: the caller's with all of `AXES`, of type `Auto`; None is one device.
+
+    Axes may come in any order and with any type. Those that are missing are added with size 1, after the others, so
+    that the order of the devices stays: arrays on the caller's mesh and on the model's go into one program.
 
     Raises:
-        ShardingError: the mesh lacks one of the axes.
+        ShardingError: the mesh has an axis of another name.
     """
     if mesh is None:
         return make_mesh(devices=jax.local_devices()[:1])
-    if set(mesh.axis_names) != set(AXES):
+    unknown = [name for name in mesh.axis_names if name not in AXES]
+    if unknown:
+        hints = "".join(did_you_mean(str(name), AXES) for name in unknown)
         raise ShardingError(
-            f"the mesh has axes {mesh.axis_names}, expected exactly {AXES}: build it with qwen_moe_jax.make_mesh, "
-            "where axes that are not used have size 1."
+            f"the mesh has axes {mesh.axis_names}: {', '.join(map(repr, unknown))} is unknown; {hints}expected some of "
+            f"{', '.join(AXES)}, in any order. Name the axes of jax.make_mesh so, or use qwen_moe_jax.make_mesh."
         )
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    missing = tuple(axis for axis in AXES if axis not in mesh.axis_names)
+    devices = mesh.devices.reshape(*mesh.devices.shape, *[1] * len(missing))
+    return Mesh(devices, (*mesh.axis_names, *missing), axis_types=(AxisType.Auto,) * len(AXES))
