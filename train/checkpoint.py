@@ -1,11 +1,18 @@
 """Saves and restores a `TrainState` with Orbax; a checkpoint that was cut short is never seen as one."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.experimental import v1 as ocp
 
+from qwen_moe_jax.errors import CheckpointError
+from qwen_moe_jax.model.causal_lm import CausalLM
+from qwen_moe_jax.nn.parameters import parameters_with_paths
+from qwen_moe_jax.sharding.rules import PADDED_AXES
 from train.step import TrainState
 
 
@@ -55,15 +62,51 @@ class Checkpoints:
         if writing is not None:
             writing.result()
 
-    def restore_latest(self, like: TrainState) -> TrainState:
-        """The newest state, placed as `like` is.
+    def restore_latest(self, like: TrainState, model: CausalLM) -> TrainState:
+        """The newest state, sharded as `like` is; the mesh may differ from the one that saved.
+
+        Arrays are stored as they are on the mesh, so that saving moves nothing between devices: a vocabulary that does
+        not divide over it is stored with its rows of padding. They are zero, and are cut or added for another mesh.
 
         Args:
-            like: arrays or `jax.ShapeDtypeStruct`s with shardings. The mesh may differ from the one that saved.
+            like: arrays or `jax.ShapeDtypeStruct`s with shardings.
+            model: whose parameters the state holds; it may be abstract.
+
+        Raises:
+            CheckpointError: an array has another shape, beyond padding.
         """
         named = _named_arrays(like)
-        arrays = self._checkpointer.load(abstract_state=jax.tree.map(_abstract, named))
+        _check_shapes(self._checkpointer.metadata().metadata, named, model)
+        context = ocp.Context()
+        context.array.loading.enable_padding_and_truncation = True
+        with context:
+            arrays = self._checkpointer.load(abstract_state=jax.tree.map(_abstract, named))
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in named])
+
+
+def _check_shapes(stored: Mapping[str, Any], named: Mapping[str, jax.Array], model: CausalLM) -> None:
+    """Refuses arrays that differ in more than padding, which Orbax would cut or fill up as well."""
+    params = dict(parameters_with_paths(model))
+    for name, array in named.items():
+        found = tuple(stored[name].shape) if name in stored else array.shape  # what is missing, Orbax reports
+        if found == array.shape:
+            continue
+        # Moments have the paths of their parameters, behind the optimizer's.
+        param = next((params[path] for path in params if name.endswith(f".{path}")), None)
+        if param is None or not _differs_in_padding(found, array.shape, param):
+            raise CheckpointError(
+                f"the checkpoint has {name} of shape {list(found)}, and the run's is {list(array.shape)}: it was saved "
+                "by a run of another model. Give this run another run.output_dir, or start anew with --fresh."
+            )
+
+
+def _differs_in_padding(found: tuple[int, ...], wanted: tuple[int, ...], param: nnx.Variable) -> bool:
+    if len(found) != len(wanted):
+        return False
+    return all(
+        one == other or (axis in PADDED_AXES and min(one, other) >= size)
+        for one, other, axis, size in zip(found, wanted, param.axes, param.unpadded_shape, strict=True)
+    )
 
 
 def _named_arrays(state: TrainState) -> dict[str, jax.Array]:

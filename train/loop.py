@@ -63,7 +63,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
 
     with Checkpoints(folder.checkpoints, config.run.keep_checkpoints) as checkpoints:
         if checkpoints.latest_step is not None:
-            state = checkpoints.restore_latest(like=program.state)
+            state = checkpoints.restore_latest(like=program.state, model=program.model)
             # What is not trained is in no checkpoint: it comes from where it came from at the first start.
             fixed = select(_first_weights(config, program.model), like=program.fixed) if program.fixed else {}
         else:

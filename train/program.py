@@ -14,6 +14,7 @@ import qwen_moe_jax as qmj
 from qwen_moe_jax.config import SHARDING_RULES
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.model.lora import is_adapter
+from qwen_moe_jax.nn.parameters import parameters_with_paths
 from train.config import ExecutionSettings, LoraSettings, ShardingSettings, TrainConfig
 from train.data.batches import Batch
 from train.objectives.language_modelling import resolve_loss
@@ -59,8 +60,13 @@ class Program:
     @property
     def trained_share(self) -> float:
         """How many of the parameters are trained, 0 to 1."""
-        trained, fixed = (sum(leaf.size for leaf in jax.tree.leaves(part)) for part in (self.state.params, self.fixed))
-        return trained / (trained + fixed)
+        sizes = self.parameter_sizes
+        return sum(sizes[path] for path in paths(self.state.params)) / sum(sizes.values())
+
+    @property
+    def parameter_sizes(self) -> dict[str, int]:
+        """Elements of each parameter of the model by its path, without padding."""
+        return {path: math.prod(param.unpadded_shape) for path, param in parameters_with_paths(self.model)}
 
     def begin(self, params: Params) -> TrainState:
         """Step 0 with these parameters of all that the model has, placed as `state` says."""

@@ -19,7 +19,7 @@ from qwen_moe_jax.text import format_mesh
 from qwen_moe_jax.units import format_bytes
 from train.config import TrainConfig
 from train.optimizer import moves_by_itself
-from train.parameters import Params
+from train.parameters import Params, paths
 from train.program import Program
 from train.step import TrainState
 
@@ -86,7 +86,7 @@ def describe_start(
         time=time.strftime("%Y-%m-%d %H:%M:%S"),
         parameters=model.config.num_parameters(),
         active_parameters=model.config.num_active_parameters(),
-        trained_parameters=_count_trained(state.params),
+        trained_parameters=_count_trained(program),
         sparse_layers=[number for number, kind in enumerate(model.config.layers) if kind.mlp == "sparse"],
         mesh={axis: int(size) for axis, size in mesh.shape.items()},
         device_kind="simulated" if config.mesh.simulated else device_kind,
@@ -121,10 +121,11 @@ def introduction(start: Start, steps: int) -> str:
     )
 
 
-def _count_trained(params: Params) -> int:
-    """As `ModelConfig.num_parameters` counts: without the balancing biases."""
-    by_rule = moves_by_itself(params)
-    return sum(jax.tree.leaves(jax.tree.map(lambda moved, param: 0 if moved else param.size, by_rule, params)))
+def _count_trained(program: Program) -> int:
+    """As `ModelConfig.num_parameters` counts: without the balancing biases, and without padding."""
+    trained, sizes = program.state.params, program.parameter_sizes
+    by_rule = jax.tree.leaves(moves_by_itself(trained))
+    return sum(sizes[path] for path, moved in zip(paths(trained), by_rule, strict=True) if not moved)
 
 
 def bytes_per_device(arrays: Any) -> int:
