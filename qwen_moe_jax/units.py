@@ -58,7 +58,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_clock(seconds: float) -> str:
-    """3723 as "1:02:03", 754 as "12:34": a duration that is shown again and again in the same place."""
+    """3723 as "1:02:03", 754 as "12:34": a duration that is updated while it is shown."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

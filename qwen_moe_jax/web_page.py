@@ -1,7 +1,7 @@
 """HTML pages of one file: Jinja2 templates with autoescape, their style sheets inlined, no script and no network.
 
 A page extends `templates/page.html.j2`, whose content security policy forbids it to load or run anything. Templates
-are beside the module that renders them (`plan/templates`, `cli/templates`, …) and are given one typed context, `page`;
+are next to the module that renders them (`plan/templates`, `cli/templates`, …) and are given one typed context, `page`;
 numbers are formatted by the filters of `FILTERS`.
 """
 

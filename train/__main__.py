@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from qwen_moe_jax.cli.arguments import add_host_arguments, end_other_hosts, meet_hosts
+from qwen_moe_jax.cli.arguments import add_host_arguments, end_all_processes, join_processes
 from train.config import TrainConfig, describe_keys, load_config, split_overrides
 
 
@@ -56,7 +56,7 @@ def main(words: list[str]) -> int:
                 raise ConfigError(f"--{name} has a meaning with --plan only.")
         config = load_config(arguments.config, overrides)
         if arguments.plan:
-            from qwen_moe_jax.plan.show import show_plan, show_search
+            from qwen_moe_jax.plan.output import show_plan, show_search
             from train.plan import mesh_overrides, plan_training, search_training
 
             target, files = arguments.plan, {"json_to": arguments.json, "html_to": arguments.html}
@@ -65,7 +65,7 @@ def main(words: list[str]) -> int:
             else:
                 show_plan(lambda: plan_training(config, target), target, **files)
             return 0
-        if meet_hosts(arguments):
+        if join_processes(arguments):
             from train.processes import open_run_folder_together
 
             _simulate_devices(config)
@@ -102,7 +102,7 @@ def main(words: list[str]) -> int:
 def _failed(code: int, reason: str) -> int:
     """Says why; of several processes, this may be the only one that knows."""
     print(reason, file=sys.stderr)
-    end_other_hosts(code, reason)
+    end_all_processes(code, reason)
     return code
 
 

@@ -26,7 +26,7 @@ from train.program import assemble, batch_sharding, lora_config
 from train.reporting.profile import Profiler
 from train.reporting.progress import NoReport, Report
 from train.reporting.samples import Sampler
-from train.reporting.start import describe_start, introduction
+from train.reporting.start import introduction, start_of
 from train.reporting.tensorboard import require_tensorboard
 from train.step import heldout_loss
 from train.stopping import Stopped, stop_requests
@@ -71,7 +71,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
             state, fixed = program.begin(params), select(params, like=program.fixed)
             del params  # the first step takes over the memory of what is trained
         first_step, last_step = int(state.step), config.run.steps
-        start = describe_start(config, program, mesh, state, fixed, text_tokens=rows.num_tokens)
+        start = start_of(config, program, mesh, state, fixed, text_tokens=rows.num_tokens)
         schedule = make_schedule(config.optimizer, last_step)
         if is_process_zero():
             report = Report(folder, config.run, start, first_step=first_step, schedule=schedule)

@@ -1,4 +1,4 @@
-"""`python -m train CONFIG --plan TARGET`: the run's own step, compiled for hardware that is not here."""
+"""`python -m train CONFIG --plan TARGET`: the run's own step, compiled for hardware that is not present."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,9 +7,9 @@ from jax.sharding import Mesh
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.huggingface.hub import config_file
-from qwen_moe_jax.plan.choose import choose_mesh
-from qwen_moe_jax.plan.compile import Step, describe_group, plan_step, target_mesh
+from qwen_moe_jax.plan.compile import Step, group_of, plan_step, target_mesh
 from qwen_moe_jax.plan.flops import training_flops_per_token
+from qwen_moe_jax.plan.mesh_search import find_mesh
 from qwen_moe_jax.plan.result import Plan
 from qwen_moe_jax.plan.search import Search
 from qwen_moe_jax.plan.search_table import print_progress
@@ -49,18 +49,18 @@ def search_training(config: TrainConfig, target: str) -> Search:
     def step_on(mesh: Mesh) -> Step:
         return training_step(config, assemble(config, model_config, mesh), name)
 
-    return choose_mesh(step_on, request, progress=print_progress)
+    return find_mesh(step_on, request, progress=print_progress)
 
 
 def mesh_overrides(sizes: Mapping[str, int]) -> str:
-    """A mesh as words of the command line; all axes, for the file may have set any."""
+    """A mesh as command-line overrides; of all axes, for the file may set any."""
     return " ".join(f"--mesh.{axis} {size}" for axis, size in sizes.items())
 
 
 def training_step(config: TrainConfig, program: Program, name: str) -> Step:
-    """The program's step, in the words of the planner."""
+    """The training step to plan."""
     model, rows, seq_len = program.model, config.data.batch_size, config.data.seq_len
-    trained = describe_group("parameters", program.state.params)
+    trained = group_of("parameters", program.state.params)
     return Step(
         function=program.train_step,
         arguments=(program.state, program.fixed, program.batch),
@@ -86,7 +86,7 @@ def training_step(config: TrainConfig, program: Program, name: str) -> Step:
 def planned_model(config: TrainConfig) -> tuple[qmj.ModelConfig, str]:
     """The model's config, and its name for people.
 
-    That of the checkpoint to begin with: from its folder, else as it was published and lies in configs/models, else
+    That of the checkpoint to begin with: from its folder, else as published from configs/models, else
     from the Hub, where config.json alone is fetched.
 
     Raises:

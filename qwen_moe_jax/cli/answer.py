@@ -1,4 +1,4 @@
-"""The answer to one prompt, as it grows."""
+"""The answer to a prompt, while it is decoded."""
 
 import dataclasses
 from typing import TYPE_CHECKING
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Answer:
-    """What a model wrote so far.
+    """A model's answer so far.
 
     Attributes:
         stream: makes text of the tokens, and looks for stop strings.
         text: without special tokens, and without the stop string that ended it.
         token_ids: with the stop token, or the token that completed a stop string, as in transformers.
         log_probs: of each token, in nats.
-        finish_reason: "stop" (a stop token or string) or "length" (no more tokens asked for, or no room for them); None
-            while it grows.
+        finish_reason: "stop" (a stop token or string) or "length" (the requested number of tokens, or a full cache);
+            None while it is decoded.
     """
 
     stream: TextStream

@@ -1,4 +1,4 @@
-"""What the commands' arguments have in common: which checkpoint, and how it is run."""
+"""Arguments that several commands share: the checkpoint, and how it is run."""
 
 import argparse
 import sys
@@ -12,17 +12,17 @@ from qwen_moe_jax.huggingface.hub import is_hub_name
 if TYPE_CHECKING:
     from qwen_moe_jax.model.causal_lm import CausalLM
 
-#: Those of `sharding.mesh`, which cannot be asked before JAX is imported; a test compares the two.
+#: Those of `sharding.mesh`, which imports JAX; a test compares the two.
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """FOLDER, and what `load_model` needs to know besides."""
+    """FOLDER, and the arguments of `load_model`."""
     parser.add_argument(
         "folder", type=_folder, metavar="FOLDER", help="a checkpoint with its tokenizer.json, or its name on the Hub"
     )
     parser.add_argument(
-        "--adapter", metavar="FOLDER", help="low-rank adapters in PEFT's layout, to run beside the checkpoint's weights"
+        "--adapter", metavar="FOLDER", help="LoRA adapters in PEFT's layout, to run with the checkpoint's weights"
     )
     group = parser.add_argument_group("how the model is run")
     group.add_argument(
@@ -30,7 +30,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=mesh_sizes,
         default={},
         metavar="AXIS=SIZE,…",
-        help=f"spread it over devices, for example expert=8,data=2; axes: {', '.join(MESH_AXES)}",
+        help=f"a mesh over devices, for example expert=8,data=2; axes: {', '.join(MESH_AXES)}",
     )
     add_sharding_argument(group)
     group.add_argument(
@@ -45,7 +45,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--capacity-factor",
         type=float,
         metavar="X",
-        help="with --dispatch capacity: places per expert, as a multiple of a balanced load "
+        help="with --dispatch capacity: slots per expert, as a multiple of a balanced load "
         f"({ExecutionConfig.eval_capacity_factor} if not given)",
     )
 
@@ -63,23 +63,23 @@ def add_sharding_argument(group: argparse._ActionsContainer) -> None:
 
 
 def add_host_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `meet_hosts` needs to know."""
+    """The arguments of `join_processes`."""
     group = parser.add_argument_group(
-        "several hosts", "the same command on each; the first writes and speaks for all. See qmj.initialize_distributed"
+        "several hosts", "the same command on each; process 0 prints and writes. See qmj.initialize_distributed"
     )
     group.add_argument(
         "--distributed",
         action="store_true",
-        help="this is one process of several, of a TPU pod slice, a Slurm or an Open MPI job, which JAX recognises",
+        help="one of several processes of a TPU pod slice, a Slurm or an Open MPI job, which JAX recognises",
     )
     group.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="elsewhere: where the first process is, and a free port; needs both:"
+        "--coordinator", metavar="HOST:PORT", help="elsewhere: host of process 0 and a free port; needs both:"
     )
     group.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
     group.add_argument("--process-id", type=int, metavar="I", help="the number of this one, from 0")
 
 
-def meet_hosts(arguments: argparse.Namespace) -> bool:
+def join_processes(arguments: argparse.Namespace) -> bool:
     """Joins the other processes, if `add_host_arguments` was given any; returns whether it was. Before JAX is used.
 
     Raises:
@@ -94,8 +94,8 @@ def meet_hosts(arguments: argparse.Namespace) -> bool:
     return True
 
 
-def end_other_hosts(code: int, reason: str) -> None:
-    """Where there are others, ends them and this process with an exit code. They would wait for it, and go on to."""
+def end_all_processes(code: int, reason: str) -> None:
+    """Ends all processes of a distributed run with an exit code; they would wait for this one otherwise."""
     hosts = sys.modules.get("qwen_moe_jax.sharding.distributed")  # not imported yet, there are none
     if hosts is not None:
         hosts.fail(code, reason)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qwen_moe_jax.inference.engine import Chunk, Session
     from qwen_moe_jax.inference.tokenizer import Tokenizer
 
-SUMMARY = "talk with a checkpoint through its own chat template; it keeps what it has read of the conversation"
+SUMMARY = "talk with a checkpoint through its own chat template; the cache keeps the conversation"
 
 #: Tokens of a conversation where --max-length is not given: the cache for all of a long model's positions may not fit.
 DEFAULT_MAX_LENGTH = 8192
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--system", metavar="TEXT", help="a system prompt")
     parser.add_argument(
-        "--no-thinking", action="store_true", help="tell the template enable_thinking=False, which Qwen3's knows"
+        "--no-thinking", action="store_true", help="render the template with enable_thinking=False, for Qwen3's"
     )
     parser.add_argument(
         "--max-length",
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Reads lines and prints answers until the lines end. What a turn cannot do is told on stderr, and the next comes.
+    """Reads lines and prints answers until the lines end. A refused turn is reported on stderr.
 
     Raises:
         RequestError: a length that cannot be.
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     conversation.begin(arguments.system)
     if sys.stdin.isatty():
-        _tell(f"{arguments.folder.resolve().name}. {HELP}")
+        _notify(f"{arguments.folder.resolve().name}. {HELP}")
     for line in _lines():
         command, _, rest = line.partition(" ")
         if command == "/quit":
@@ -90,15 +90,15 @@ def run(arguments: argparse.Namespace) -> None:
             try:
                 conversation.say(line)
             except RequestError as error:
-                _tell(str(error))
+                _notify(str(error))
 
 
 @dataclass(kw_only=True)
 class Conversation:
-    """What was said, and whom it is said to.
+    """A conversation and the model it is held with.
 
     Attributes:
-        session: keeps what the model has read, so that a turn costs the reading of what is new.
+        session: caches the conversation, so that a turn prefills only what is new.
         tokenizer, template: of the checkpoint.
         generation: how answers are made.
         vocab_size: of the model.
@@ -117,15 +117,15 @@ class Conversation:
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def begin(self, system: str | None) -> None:
-        """Forgets all turns."""
+        """Begins a new conversation."""
         self.system = system
         self.messages = [] if system is None else [{"role": "system", "content": system}]
 
     def say(self, text: str) -> None:
-        """Says something and prints the answer as it comes. Ctrl-C ends the answer: what came of it was said.
+        """Sends a message and prints the answer while it is decoded. Ctrl-C ends the answer, which is kept so far.
 
         Raises:
-            RequestError: the template refuses it, or the conversation is too long; it was not said then.
+            RequestError: the template refuses it, or the conversation is too long; it is unchanged then.
         """
         from qwen_moe_jax.cli.answer import Answer
         from qwen_moe_jax.inference.detokenize import TextStream
@@ -148,12 +148,12 @@ class Conversation:
             show(answer.close())
         print()
         if answer.finish_reason != "stop":
-            _tell(f"stopped after {len(answer.token_ids)} tokens")
+            _notify(f"stopped after {len(answer.token_ids)} tokens")
         self.messages = [*messages, {"role": "assistant", "content": answer.text}]
 
 
 def _lines() -> Iterator[str]:
-    """What the user types, or what is piped in, empty lines left out. Ctrl-C empties the line, Ctrl-D ends."""
+    """Lines that are typed or piped in, without empty ones. Ctrl-C empties the line, Ctrl-D ends."""
     typed = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused as a turn
@@ -168,12 +168,12 @@ def _lines() -> Iterator[str]:
         except KeyboardInterrupt:
             if not typed:
                 raise
-            _tell(f"\n{HELP}")
+            _notify(f"\n{HELP}")
             continue
         if line:
             yield line
 
 
-def _tell(text: str) -> None:
-    """Says something that the model did not say."""
+def _notify(text: str) -> None:
+    """Prints a message of the program, not of the model."""
     print(text, file=sys.stderr, flush=True)

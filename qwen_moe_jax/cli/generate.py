@@ -1,4 +1,4 @@
-"""`qwen-moe-jax generate`: texts that go on where prompts end."""
+"""`qwen-moe-jax generate`: completions of prompts."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_moe_jax.cli.arguments import add_host_arguments, add_model_arguments, load_model, meet_hosts
+from qwen_moe_jax.cli.arguments import add_host_arguments, add_model_arguments, join_processes, load_model
 from qwen_moe_jax.cli.sampling_arguments import add_sampling_arguments, sampled
 from qwen_moe_jax.cli.terminal import show
 from qwen_moe_jax.errors import ConfigError, RequestError
@@ -16,7 +16,7 @@ from qwen_moe_jax.errors import ConfigError, RequestError
 if TYPE_CHECKING:
     from qwen_moe_jax.cli.answer import Answer
 
-SUMMARY = "continue prompts, several of them together, and show the texts as they come"
+SUMMARY = "complete prompts in one batch, and show the texts while they are decoded"
 
 #: New tokens where neither --max-new-tokens nor generation_config.json says how many.
 DEFAULT_LENGTH = 128
@@ -24,7 +24,7 @@ DEFAULT_LENGTH = 128
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    # One list for both, so that prompts are numbered as they stand on the command line.
+    # One list for both, so that prompts are numbered in their order on the command line.
     parser.add_argument(
         "--prompt", action="append", dest="prompts", metavar="TEXT", help="a prompt; give several, one --prompt each"
     )
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
         ConfigError, CheckpointError, ShardingError: as `sampled`, `from_pretrained`, `make_mesh` and
             `initialize_distributed`.
     """
-    if meet_hosts(arguments):
+    if join_processes(arguments):
         if not arguments.prompts:
             raise RequestError("several processes do not share one standard input: give --prompt or --file.")
         if not arguments.mesh:
@@ -91,11 +91,11 @@ def run(arguments: argparse.Namespace) -> None:
                 print(f"prompt {number}: {error}", file=sys.stderr)
     answers = {number: Answer(TextStream(tokenizer, generation.stop_strings)) for number in requests}
     if not is_process_zero():
-        page = _Nothing()
+        output = _Silent()
     elif arguments.json:
-        page = _Lines(prompts, answers, refusals)
+        output = _Lines(prompts, answers, refusals)
     else:
-        page = _Texts(answers, headed=len(prompts) > 1)
+        output = _Texts(answers, headed=len(prompts) > 1)
     if requests:
         model = load_model(arguments)
         require_same("the prompts and how they are continued", f"{requests} {generation}")
@@ -106,16 +106,16 @@ def run(arguments: argparse.Namespace) -> None:
             return growing[chunk.index].finish_reason is not None  # of stop strings the engine knows nothing
 
         for _ in stream(model, list(requests.values()), [generation] * len(requests), enough=ended):
-            page.show()
+            output.show()
         if is_process_zero():
             print(_speed(growing, time.perf_counter() - start), file=sys.stderr)
-    page.show()
+    output.show()
     if refusals:
         raise RequestError(f"{len(refusals)} of {len(prompts)} prompts could not be served: see above.")
 
 
 class _Texts:
-    """Texts on the terminal, in order: the first that has not ended as it grows, the others when it is their turn."""
+    """Texts on the terminal, in order: the first unfinished one while it is decoded, the others after it."""
 
     def __init__(self, answers: "Mapping[int, Answer]", *, headed: bool):
         self._answers = answers
@@ -137,8 +137,8 @@ class _Texts:
             self._written = None
 
 
-class _Nothing:
-    """What a process shows while another shows the texts."""
+class _Silent:
+    """The output of all processes but process 0: none."""
 
     def show(self) -> None:
         pass

@@ -1,4 +1,4 @@
-"""`qwen-moe-jax COMMAND …`. Arguments are understood before anything heavy is imported."""
+"""`qwen-moe-jax COMMAND …`. Arguments are parsed before anything heavy is imported."""
 
 import argparse
 import io
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 from qwen_moe_jax import __version__
 from qwen_moe_jax.cli import chat, convert, evaluate, generate, inspect, plan, route, score
-from qwen_moe_jax.cli.arguments import end_other_hosts
+from qwen_moe_jax.cli.arguments import end_all_processes
 from qwen_moe_jax.errors import CheckpointError, ConfigError, RequestError, ShardingError
 
 #: A command is a module with `SUMMARY` (a line of help), `add_arguments(parser)` and `run(arguments)`. It imports JAX
-#: in `run`, so that help and refused arguments do not wait for it.
+#: in `run`, so that help and refused arguments need not wait for it.
 COMMANDS = {
     "generate": generate,
     "chat": chat,
@@ -36,19 +36,19 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # what a terminal has no sign for is no reason to stop
+            stream.reconfigure(errors="backslashreplace")  # an unencodable character is no reason to stop
     arguments = _parser().parse_args(words)
     try:
         COMMANDS[arguments.command].run(arguments)
         sys.stdout.flush()
     except (CheckpointError, ConfigError, RequestError, ShardingError) as error:
         print(f"qwen-moe-jax {arguments.command}: error: {error}", file=sys.stderr)
-        end_other_hosts(2, f"{type(error).__name__}: {error}")
+        end_all_processes(2, f"{type(error).__name__}: {error}")
         return 2
     except KeyboardInterrupt:
-        end_other_hosts(130, "Ctrl-C")
+        end_all_processes(130, "Ctrl-C")
         return 130
-    except BrokenPipeError:  # whoever reads has seen enough: `… | head`
+    except BrokenPipeError:  # the reader has closed the pipe: `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
         return 141
     return 0
@@ -58,12 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qwen-moe-jax",
         description="Work with Qwen, Qwen-MoE and Mixtral checkpoints in JAX.",
-        epilog="qwen-moe-jax COMMAND --help tells more.",
+        epilog="qwen-moe-jax COMMAND --help describes a command.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"qwen_moe_jax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     for name, command in COMMANDS.items():
-        told = {"help": command.SUMMARY, "description": command.SUMMARY[0].upper() + command.SUMMARY[1:] + "."}
-        command.add_arguments(commands.add_parser(name, **told, allow_abbrev=False))
+        texts = {"help": command.SUMMARY, "description": command.SUMMARY[0].upper() + command.SUMMARY[1:] + "."}
+        command.add_arguments(commands.add_parser(name, **texts, allow_abbrev=False))
     return parser

@@ -1,4 +1,4 @@
-"""`qwen-moe-jax plan`: whether a model fits hardware that is not here, what it sends, and what bounds it."""
+"""`qwen-moe-jax plan`: whether a model fits hardware that is not present, what it sends, and what bounds it."""
 
 import argparse
 import math
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from qwen_moe_jax.plan.compile import Step
 
-SUMMARY = "compile a model for hardware that need not be here: whether it fits, what it sends, what bounds it"
+SUMMARY = "compile a model for hardware that is not present: whether it fits, what it sends, what bounds it"
 
 #: Tokens, where they are not given.
 PROMPT, CONTEXT = 512, 4096
@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="purpose",
         choices=("prefill", "decode", "forward"),
         default="decode",
-        help="the program: a stretch of the prompts into the cache, one token for every row (if not given), or logits "
-        "of whole sequences",
+        help="the program: prefill of a chunk of the prompts, decode of one token a row (the default), or "
+        "forward: logits of whole sequences",
     )
     parser.add_argument("--batch", type=_positive, default=1, metavar="N", help="sequences at once; 1 if not given")
     parser.add_argument(
@@ -50,14 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--context",
         type=_positive,
         metavar="N",
-        help=f"prefill and decode: tokens a row of the cache has room for; {CONTEXT} if not given",
+        help=f"prefill and decode: capacity of the cache in tokens a row; {CONTEXT} if not given",
     )
     parser.add_argument(
         "--mesh",
         type=mesh_sizes,
         default={},
         metavar="AXIS=SIZE,…",
-        help="how the target's devices stand, for example expert=8; their product is the number of devices",
+        help="mesh over the target's devices, for example expert=8; the product is the number of devices",
     )
     add_sharding_argument(parser)
     parser.add_argument(
@@ -67,10 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search",
         action="store_true",
-        help="instead of --mesh: draft every mesh of the target's devices, compile the most promising, show the best",
+        help="instead of --mesh: estimate every mesh of the devices, compile the most promising, show the best",
     )
-    parser.add_argument("--json", metavar="FILE", help="write all of it there; - for standard output")
-    parser.add_argument("--html", metavar="FILE", help="write a page of it, which needs nothing besides itself")
+    parser.add_argument("--json", metavar="FILE", help="write it as JSON; - for standard output")
+    parser.add_argument("--html", metavar="FILE", help="write it as a self-contained HTML page")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
     from qwen_moe_jax.huggingface.hub import config_file
     from qwen_moe_jax.plan.compile import plan_step, target_mesh
     from qwen_moe_jax.plan.inference import decode_step, forward_step, prefill_step
-    from qwen_moe_jax.plan.show import show_plan, show_search
+    from qwen_moe_jax.plan.output import show_plan, show_search
 
     config = ModelConfig.from_pretrained(config_file(arguments.model))
     execution = ExecutionConfig(dtype=arguments.dtype, dispatch=arguments.dispatch, sharding=arguments.sharding)
@@ -112,11 +112,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     files = {"json_to": arguments.json, "html_to": arguments.html}
     if arguments.search:
-        from qwen_moe_jax.plan.choose import choose_mesh
+        from qwen_moe_jax.plan.mesh_search import find_mesh
         from qwen_moe_jax.plan.search_table import print_progress
 
         show_search(
-            lambda: choose_mesh(step_on, request, progress=print_progress), arguments.target, _mesh_argument, **files
+            lambda: find_mesh(step_on, request, progress=print_progress), arguments.target, _mesh_argument, **files
         )
         return
     mesh = target_mesh(request, arguments.mesh)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "show which experts every token of a prompt chose, with which weight, and which were dropped"
 
-#: Stands near the start of every file that this command writes, so that it replaces no others.
+#: Near the start of every file that this command writes, so that it overwrites no others.
 MARK = "qwen-moe-jax route"
 
 
@@ -28,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N,N-N",
         help="look at these layers, for example 0,3-5; all if not given",
     )
-    parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="write a page that needs nothing besides itself, instead of tables"
-    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained HTML page, instead of tables")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, instead of tables")
 
 

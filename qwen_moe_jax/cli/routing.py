@@ -1,4 +1,4 @@
-"""A prompt's way through the routers, as plain data: what the renderers draw and the numbers that --json writes."""
+"""A prompt's routing as plain data, for tables, the page and --json."""
 
 import math
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ class Choice(NamedTuple):
     """One token's choice of one expert.
 
     Attributes:
-        token: its place in the prompt.
+        token: its index in the prompt.
         expert: the one chosen.
         rank: 0 for the token's strongest.
-        weight: what the expert counts in the token's sum.
+        weight: of the expert in the token's sum.
         dropped: whether the token did not reach it.
     """
 
@@ -37,7 +37,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRouting:
-    """What one layer's router did with the prompt.
+    """The routing of a prompt in one layer.
 
     Attributes:
         layer: its number in the model, dense layers counted.
@@ -80,7 +80,7 @@ class LayerRouting:
         ]
 
     def choices_by_expert(self) -> dict[int, list[Choice]]:
-        """The same by expert, the busiest first; experts that nobody chose are left out."""
+        """The same by expert, the busiest first; experts that no token chose are left out."""
         found: dict[int, list[Choice]] = {int(expert): [] for expert in np.argsort(-self.load, kind="stable")}
         for choice in self.choices():
             found[choice.expert].append(choice)
@@ -89,16 +89,16 @@ class LayerRouting:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptRouting:
-    """What the routers of a model did with a prompt.
+    """The routing of a prompt in a model.
 
     Attributes:
         model: its name, for people.
         num_layers: of the model, dense ones included.
         num_experts: E, in each layer with a router.
         dispatch: how tokens reached their experts.
-        capacity_factor: places per expert as a multiple of a balanced load, where the dispatch has such a bound.
+        capacity_factor: slots per expert as a multiple of a balanced load, under dispatch "capacity".
         prompt: the text.
-        token_ids, tokens: what it was cut into, T of each; the tokens in readable form.
+        token_ids, tokens: of the prompt, T of each; the tokens in readable form.
         layers: the layers looked at, in order.
     """
 
@@ -142,7 +142,7 @@ def trace_routing(
     name: str,
     layers: Sequence[int] | None = None,
 ) -> PromptRouting:
-    """Runs a prompt through a model and keeps what its routers said.
+    """Runs a prompt through a model and returns its routing.
 
     Args:
         model: in the mode it is to be looked at; `eval` unless switched.

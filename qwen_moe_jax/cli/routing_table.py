@@ -20,7 +20,7 @@ _DROPPED = "✗"
 
 
 def print_routing(routing: PromptRouting, console: Console) -> None:
-    """Prints every layer; lines are cut to the console's width, and nothing but text is written into a pipe."""
+    """Prints every layer; lines are truncated to the console's width; a pipe gets plain text."""
     factor = "" if routing.capacity_factor is None else f", factor {routing.capacity_factor:g}"
     sizes = f"{len(routing.tokens)} tokens · {routing.num_experts} experts · dispatch {routing.dispatch}{factor}"
     console.print(Text.assemble((routing.model, "bold"), f" · {sizes}"))
@@ -47,12 +47,12 @@ def _tokens_table(routing: PromptRouting, layer: LayerRouting, width: int) -> Ta
     """One row per token: its experts and what each counts, the strongest first."""
     numbers = [Text(str(number), style="dim") for number in range(len(routing.tokens))]
     tokens = [_shortened(token, width) for token in routing.tokens]
-    table, room = _table({"#": numbers, "token": tokens, "experts and their weights": []}, width)
+    table, rest = _table({"#": numbers, "token": tokens, "experts and their weights": []}, width)
     choices, active = layer.choices(), layer.experts.shape[1]
     digits, marked = len(str(routing.num_experts - 1)), bool(layer.dropped.any())
     for row, (number, token) in enumerate(zip(numbers, tokens, strict=True)):
         chosen = [_weighted(choice, digits, marked) for choice in choices[row * active : (row + 1) * active]]
-        table.add_row(number, token, _flow(chosen, room))
+        table.add_row(number, token, _flow(chosen, rest))
     return table
 
 
@@ -62,10 +62,10 @@ def _experts_table(routing: PromptRouting, layer: LayerRouting, width: int) -> G
     listed = list(received.items())[:EXPERTS_LISTED]
     experts = [Text(str(expert)) for expert, _ in listed]
     loads = [Text(str(len(choices))) for _, choices in listed]
-    table, room = _table({"expert": experts, "load": loads, "tokens": []}, width)
+    table, rest = _table({"expert": experts, "load": loads, "tokens": []}, width)
     for expert, load, (_, choices) in zip(experts, loads, listed, strict=True):
         tokens = [_numbered(choice, _shortened(routing.tokens[choice.token], width)) for choice in choices]
-        table.add_row(expert, load, _flow(tokens, room, LINES_PER_EXPERT))
+        table.add_row(expert, load, _flow(tokens, rest, LINES_PER_EXPERT))
     others = [len(choices) for choices in received.values()][EXPERTS_LISTED:]
     rest = []
     if others:
@@ -76,20 +76,20 @@ def _experts_table(routing: PromptRouting, layer: LayerRouting, width: int) -> G
 
 
 def _table(columns: dict[str, list[Text]], width: int) -> tuple[Table, int]:
-    """A table without rows, its columns as wide as what they will hold, and the width left to the last one."""
+    """A table without rows, its columns as wide as their contents, and the width that is left for the last one."""
     table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="dim")
     *sized, last = columns
     for head in sized:
         size = max(len(head), *(text.cell_len for text in columns[head]))
         table.add_column(head, justify="left" if head == "token" else "right", width=size, no_wrap=True)
         width -= size + _GAP
-    room = max(width, 1)
-    table.add_column(last, width=room, no_wrap=True)
-    return table, room
+    rest = max(width, 1)
+    table.add_column(last, width=rest, no_wrap=True)
+    return table, rest
 
 
 def _weighted(choice: Choice, digits: int, marked: bool) -> Text:
-    """An expert and its weight; where some choices bear a mark, the others leave its place free."""
+    """An expert and its weight; where some choices are marked, the others leave a blank."""
     weight = f"{choice.weight:.2f}".removeprefix("0")
     text = Text.assemble((f"{choice.expert:{digits}}", "bold" if choice.rank == 0 else ""), f" {weight:>3}")
     return _crossed(text) if choice.dropped else Text.assemble(text, " " if marked else "")

@@ -1,4 +1,4 @@
-"""What a terminal needs: text that cannot steer it, and a Ctrl-C that waits for a good moment."""
+"""Terminal output without control characters, and a Ctrl-C that is handled at a safe moment."""
 
 import re
 import signal
@@ -10,18 +10,18 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line
 
 
 def show(text: str) -> None:
-    """Prints a piece of a model's text at once; on a terminal, with codes in the place of what would steer it."""
+    """Prints a piece of a model's text at once; on a terminal with control characters replaced by their codes."""
     print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def visible(text: str) -> str:
-    """The same with codes in the place of what would steer a terminal."""
+    """The text with control characters replaced by their codes."""
     return _CONTROLS.sub(lambda match: f"‹U+{ord(match[0]):04X}›", text)
 
 
 @contextmanager
 def interruption() -> Iterator[Callable[[], bool]]:
-    """Remembers a Ctrl-C instead of raising it, so that nothing is left half done; a second one is raised.
+    """Records a Ctrl-C instead of raising it, so that no work is left half done; a second one is raised.
 
     For the main thread, as all of Python's signals.
 

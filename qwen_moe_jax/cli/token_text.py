@@ -1,4 +1,4 @@
-"""Tokens as people read them: each on its own, and nothing in it unseen."""
+"""Tokens in readable form: each by itself, invisible characters replaced."""
 
 import re
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ def readable_tokens(tokenizer: tokenizers.Tokenizer, ids: Sequence[int]) -> tupl
 
 
 def readable(text: str) -> str:
-    """Signs in the place of spaces, line ends and tabs, and codes in the place of whatever else cannot be seen.
+    """The text with visible signs for spaces, line ends and tabs, and codes for other invisible characters.
 
-    No character of the result can steer a terminal or the direction of a text.
+    No character of the result controls a terminal or the direction of text.
     """
     text = _STRAY_BYTES.sub(lambda match: "‹" + "".join(rf"\x{ord(c) - 0xDC00:02x}" for c in match[0]) + "›", text)
     return "".join(_SIGNS.get(c) or (c if c.isprintable() else f"‹U+{ord(c):04X}›") for c in text)
@@ -38,7 +38,7 @@ def _text(tokenizer: tokenizers.Tokenizer, token: int) -> str:
 
 
 def _bytes(piece: str) -> bytes | None:
-    """The bytes that a vocabulary's entry stands for, where it stands for bytes."""
+    """The bytes that a vocabulary's entry encodes; None where it is text."""
     if match := _FALLBACK_BYTE.fullmatch(piece):
         return bytes([int(match[1], 16)])
     if all(c in _BYTE_OF for c in piece):

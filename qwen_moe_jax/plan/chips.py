@@ -1,16 +1,16 @@
-"""What accelerators can do, as their makers publish it: behind utilisation, memory limits and rooflines."""
+"""Published numbers of accelerators, for utilisation, memory limits and rooflines."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Network:
-    """What devices talk over.
+    """A network between devices.
 
     Attributes:
         name: "ICI", "NVLink", …
         bandwidth: bytes a second that one device sends along one mesh axis.
-        reach: devices that it joins; None for all of a slice.
+        reach: how many devices it joins; None for all of a slice.
     """
 
     name: str
@@ -26,8 +26,8 @@ class Chip:
         name: for people.
         device_kinds: how jax's `device_kind` begins.
         peak_flops: dense bfloat16 FLOP/s.
-        memory_bytes: of its own memory, as far as programs may use it; None where it is not told here.
-        memory_bandwidth: bytes a second; None where it is not told here.
+        memory_bytes: of its own memory, as far as programs may use it; None where it is not given here.
+        memory_bandwidth: bytes a second; None where it is not given here.
         networks: nearest first; what does not fit within one's reach goes over the next.
     """
 
@@ -55,7 +55,7 @@ def _nvlink(bandwidth: float, network_card: float) -> tuple[Network, ...]:
 
 
 # TPUs: https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x: "Peak compute per chip (bf16)", "HBM
-# bandwidth per chip", "Bidirectional inter-chip interconnect (ICI) bandwidth per chip". A mesh axis is taken to lie
+# bandwidth per chip", "Bidirectional inter-chip interconnect (ICI) bandwidth per chip". A mesh axis is assumed to be
 # along one dimension of the torus, so a device sends on 2 of its 6 links (v4, v5p, tpu7x) or 4 (v5e, v6e) at half of
 # their bidirectional bandwidth. Memory is what libtpu 0.0.42.1 says programs may use, when it refuses one.
 #

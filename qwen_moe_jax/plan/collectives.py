@@ -1,4 +1,4 @@
-"""What a compiled program sends: its collectives, over which mesh axes, with how many bytes."""
+"""The collectives of a compiled program: over which mesh axes, with how many bytes."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from qwen_moe_jax.plan.result import Collective, CollectiveKind
 
 _KINDS = frozenset(get_args(CollectiveKind))
 
-#: Instructions that hand on the numbers they are given.
+#: Instructions that pass on the numbers of their operands.
 _SAME_NUMBERS = frozenset(
     "bitcast copy reshape transpose slice dynamic-slice concatenate get-tuple-element tuple broadcast pad copy-start "
     "copy-done gather select dynamic-update-slice".split()
@@ -21,10 +21,10 @@ _SAME_NUMBERS = frozenset(
 
 
 def collectives_of(module: Module, mesh: Mapping[str, int], platform: str) -> tuple[Collective, ...]:
-    """The collectives of a step, equal ones together, those with most bytes first.
+    """The collectives of a step, equal ones merged, those with most bytes first.
 
-    Bytes sent are those of algorithms that send nothing twice, for n devices: all-gather (n-1) times what a device
-    gives; reduce-scatter and all-to-all (n-1)/n of it; all-reduce twice that; a permute what is given. A ragged
+    Bytes sent are those of algorithms that send nothing twice, for n devices: all-gather (n-1) times a device's
+    operand; reduce-scatter and all-to-all (n-1)/n of it; all-reduce twice that; a permute the operand. A ragged
     all-to-all counts as a full one: how many rows there are is known when it runs.
 
     Args:
@@ -86,10 +86,10 @@ def _collective(module: Module, run: Run, mesh: Mapping[str, int], platform: str
 
 
 def replica_groups(instruction: Instruction, devices: int) -> list[list[int]]:
-    """Which devices talk to each other, by their place in the mesh.
+    """The groups of devices that communicate, as their indices in the mesh.
 
-    The text has them as lists, `{{0,1},{2,3}}`; as a reshaped and turned range, `[2,4]<=[4,2]T(1,0)`; or as axes of a
-    mesh of XLA's own, `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}`, parts of axes as `'a':(2)4`.
+    The text has them as lists, `{{0,1},{2,3}}`; as a reshaped and transposed range, `[2,4]<=[4,2]T(1,0)`; or as axes of
+    a mesh of XLA's own, `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}`, parts of axes as `'a':(2)4`.
     """
     text = instruction.attributes.split("replica_groups=")[-1]
     if text.startswith("{{"):
@@ -107,7 +107,7 @@ def replica_groups(instruction: Instruction, devices: int) -> list[list[int]]:
         }
         whole = set(re.findall(r"'(\w+)'(?!:)", match[3]))
         for name, size in sizes.items():
-            if name in parts:  # an axis is cut into what comes before, the part, and what comes after
+            if name in parts:  # an axis is split into what comes before, the part, and what comes after
                 before, part = parts[name]
                 chosen.append(len(shape) + 1)
                 shape += [before, part, size // (before * part)]
@@ -118,23 +118,23 @@ def replica_groups(instruction: Instruction, devices: int) -> list[list[int]]:
         rest = [axis for axis in range(len(shape)) if axis not in chosen]
         grid = order.reshape(shape).transpose([*rest, *chosen])
         return grid.reshape(-1, math.prod(shape[axis] for axis in chosen)).tolist()
-    return [list(range(devices))]  # none are named: all together
+    return [list(range(devices))]  # none are named: all devices
 
 
 def _range(text: str) -> np.ndarray:
-    """`[2,4]T(1,0)`: the numbers from 0, so shaped and so turned."""
-    sizes, _, turned = text.partition("]")
+    """`[2,4]T(1,0)`: the numbers from 0, reshaped and transposed."""
+    sizes, _, permutation = text.partition("]")
     shape = [int(size) for size in sizes.strip("[(").split(",")]
     numbers = np.arange(math.prod(shape)).reshape(shape)
-    axes = re.findall(r"\d+", turned)
+    axes = re.findall(r"\d+", permutation)
     return numbers.transpose([int(axis) for axis in axes]).ravel() if axes else numbers.ravel()
 
 
 def mesh_axes(groups: list[list[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:
     """The axes along which the devices of every group differ."""
     names, sizes = list(mesh), list(mesh.values())
-    places = np.array([np.unravel_index(group, sizes) for group in groups])  # [groups, axes, members]
-    differs = (places != places[:, :, :1]).any(axis=(0, 2))
+    indices = np.array([np.unravel_index(group, sizes) for group in groups])  # [groups, axes, members]
+    differs = (indices != indices[:, :, :1]).any(axis=(0, 2))
     return tuple(name for name, differ in zip(names, differs, strict=True) if differ)
 
 
@@ -179,10 +179,10 @@ def _narrows(module: Module, computation: dict[str, Instruction], user: Instruct
     if user.opcode != "fusion":
         return False
     inside = module.computations.get((user.attribute("calls") or "").lstrip("%"), {})
-    places = [place for place, operand in enumerate(user.operands) if operand == name]
-    taken = [one for one in inside.values() if one.opcode == "parameter" and _place(one) in places]
+    positions = [position for position, operand in enumerate(user.operands) if operand == name]
+    taken = [one for one in inside.values() if one.opcode == "parameter" and _parameter_number(one) in positions]
     return bool(taken) and all(_becomes_bfloat16(module, inside, one.name, depth + 1) for one in taken)
 
 
-def _place(parameter: Instruction) -> int:
+def _parameter_number(parameter: Instruction) -> int:
     return int(parameter.attributes.partition(")")[0])

@@ -1,4 +1,4 @@
-"""A jitted function and abstract arguments → a plan. Nothing is allocated, and nothing runs."""
+"""Compiles a jitted function for abstract arguments and makes a plan of it. Nothing is allocated, and nothing runs."""
 
 import dataclasses
 import math
@@ -44,18 +44,18 @@ from qwen_moe_jax.text import format_mesh
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """What is planned: a program, and what goes into it.
+    """A program to plan, and its arguments.
 
     Attributes:
         function: jitted.
-        arguments: its positional arguments; arrays are `jax.ShapeDtypeStruct`s that say where they lie.
-        groups: the same arrays by what people call them, "parameters" first; each any tree.
+        arguments: its positional arguments; arrays are `jax.ShapeDtypeStruct`s with shardings.
+        groups: the same arrays by name, "parameters" first; each any tree.
         config: of the model.
         name: of the model, for people.
         work: what the step does.
         model_flops: of all devices, by the model's definition.
         gradient_bytes: of one device; 0 where there are none.
-        open_loop_times: how often a loop runs whose end depends on data, in what counts as a step; None if unknown.
+        open_loop_times: the trip count, in a step, of a loop whose end depends on data; None if unknown.
     """
 
     function: Any
@@ -108,10 +108,10 @@ def _proposals(sizes: Mapping[str, int], devices: int) -> list[str]:
 
 
 def plan_step(step: Step, request: TargetRequest, mesh: Mesh) -> Plan:
-    """Compiles the step for the mesh's devices and says what came of it. A refusal for lack of memory is an answer."""
-    target = describe_target(request, mesh)
+    """The plan of a step, compiled for the mesh's devices. A refusal for lack of memory is a plan, too."""
+    target = target_of(request, mesh)
     sizes = {axis: int(size) for axis, size in mesh.shape.items()}
-    groups = tuple(describe_group(name, tree) for name, tree in step.groups.items())
+    groups = tuple(group_of(name, tree) for name, tree in step.groups.items())
     compiled, refusal, cost = _compile(step, request, mesh)
 
     memory = _memory(groups, step.gradient_bytes, compiled, refusal, target)
@@ -153,8 +153,8 @@ def plan_step(step: Step, request: TargetRequest, mesh: Mesh) -> Plan:
     return dataclasses.replace(plan, remarks=remarks_on(plan))
 
 
-def describe_target(request: TargetRequest, mesh: Mesh) -> Target:
-    """The hardware, as far as the table of chips knows it."""
+def target_of(request: TargetRequest, mesh: Mesh) -> Target:
+    """The hardware, with the numbers of the table of chips."""
     chip = chip_of(mesh.devices.flat[0].device_kind) if request.platform != "cpu" else None
     return Target(
         name=request.name,
@@ -167,8 +167,8 @@ def describe_target(request: TargetRequest, mesh: Mesh) -> Target:
     )
 
 
-def describe_group(name: str, tree: Any) -> Group:
-    """Where every array of a tree lies. One without a sharding lies whole on every device."""
+def group_of(name: str, tree: Any) -> Group:
+    """The arrays of a tree with their shardings. One without a sharding is replicated."""
     arrays = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         shape, sharding = tuple(np.shape(leaf)), getattr(leaf, "sharding", None)
@@ -180,7 +180,7 @@ def describe_group(name: str, tree: Any) -> Group:
                 name=jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"),
                 shape=shape,
                 dtype=str(leaf.dtype),
-                spec=tuple(mesh_axes(place) for place in (*spec, *(None,) * (len(shape) - len(spec)))),
+                spec=tuple(mesh_axes(axes) for axes in (*spec, *(None,) * (len(shape) - len(spec)))),
                 bytes=math.prod(local) * leaf.dtype.itemsize,
             )
         )
@@ -228,14 +228,14 @@ def _memory(
 ) -> Memory:
     needed, available = refused_bytes(refusal or "")
     arguments = sum(group.bytes for group in groups)
-    told = None if compiled is None else compiled.memory_analysis()
+    analysis = None if compiled is None else compiled.memory_analysis()
     return Memory(
         groups=groups,
-        padding=None if told is None else told.argument_size_in_bytes - arguments,
+        padding=None if analysis is None else analysis.argument_size_in_bytes - arguments,
         gradients=gradient_bytes,
-        outputs=None if told is None else told.output_size_in_bytes - told.alias_size_in_bytes,
-        temporaries=None if told is None else told.temp_size_in_bytes,
-        code=None if told is None else told.generated_code_size_in_bytes,
+        outputs=None if analysis is None else analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        temporaries=None if analysis is None else analysis.temp_size_in_bytes,
+        code=None if analysis is None else analysis.generated_code_size_in_bytes,
         needed=needed,
         available=available or target.memory_bytes,
     )
@@ -245,7 +245,7 @@ _SIZE = r"([\d.]+)([KMGT]?)i?B?"
 
 
 def refused_bytes(refusal: str) -> tuple[int | None, int | None]:
-    """(needed, available) of what XLA says when a program does not fit; None for what it does not say."""
+    """(needed, available) from XLA's message about a program that does not fit; None for what it lacks."""
     for pattern in (rf"\({_SIZE}\) exceeds available \w+ \({_SIZE}\)", rf"Used {_SIZE} of {_SIZE}"):
         if match := re.search(pattern, refusal):
             number, unit, limit, limit_unit = match.groups()

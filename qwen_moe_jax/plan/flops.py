@@ -1,4 +1,4 @@
-"""How much arithmetic a token is: what the model FLOPs of utilisation (MFU) and of plans are made of.
+"""Model FLOPs of a token: of training for utilisation (MFU), and of every step for plans.
 
 Model FLOPs are those that the model's definition asks for: no recomputation, no one-hot einsums, no masked-out scores.
 """
@@ -14,8 +14,8 @@ def training_flops_per_token(config: ModelConfig, seq_len: int, trained_share: f
     Args:
         config: of the model.
         seq_len: of a row.
-        trained_share: of the parameters, 0 to 1. A weight that stays as it is has no gradient of its own: that half of
-            the backward pass falls away. What low-rank adapters compute beside the weights is not counted.
+        trained_share: of the parameters, 0 to 1. A frozen weight has no gradient of its own: that half of
+            the backward pass falls away. What LoRA adapters compute is not counted.
     """
     weight_gradients = 2 * config.num_active_parameters(exclude_embeddings=True)
     return 3 * forward_flops_per_token(config, seq_len) - (1 - trained_share) * weight_gradients
@@ -39,7 +39,7 @@ def extend_flops_per_token(config: ModelConfig, before: int, new: int) -> float:
 
 
 def _keys_per_query(kind: LayerKind, sliding_window: int | None, before: int, new: int) -> float:
-    """The mean over the new queries: the query at place t, from 1, sees t keys, or the window."""
+    """The mean over the new queries: the query at position t, counted from 1, sees t keys, or the window."""
     window = sliding_window if kind.attention == "sliding" else before + new
     growing = max(min(window, before + new) - before, 0)  # queries that see all there is
     return (growing * before + growing * (growing + 1) / 2 + (new - growing) * window) / new

@@ -1,4 +1,4 @@
-"""Reading the text of a compiled program: its instructions, how often each runs, and what its matrix products cost.
+"""Parser of a compiled program's text: its instructions, how often each runs, and the FLOPs of its matrix products.
 
 XLA's own cost analysis counts the body of a loop once and says nothing of GPUs; here a loop's body counts as often as
 it runs. Shapes in the text are those of one device.
@@ -23,7 +23,7 @@ _FREE = frozenset(
     "call-done".split()
 )
 
-#: Instructions that write a part of an array where it lies, and which of their operands that part is.
+#: Instructions that update a part of an array in place, and which of their operands is that part.
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
 #: The products of a splash kernel, each of all pairs of blocks. Forward: scores, and values by their weights. Backward:
@@ -64,7 +64,7 @@ class Instruction:
         name: its own.
         opcode: what it does: "dot", "all-gather-start", "fusion".
         results: the arrays it makes; more than one in a tuple.
-        operands: names of what goes in.
+        operands: names of the operands.
         attributes: the rest of the line.
         root: whether it is what its computation returns.
     """
@@ -90,14 +90,14 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An instruction in its place.
+    """An instruction in its context.
 
     Attributes:
         instruction: it.
-        computation: where it stands.
-        times: how often it runs in a step; None where a loop does not say.
-        layers: the steps of the loop over layers that it stands in; 0 outside of one.
-        fused: whether it stands inside a fusion, so that what it makes is written nowhere.
+        computation: that it is in.
+        times: how often it runs in a step; None where a loop's trip count is not known.
+        layers: the trip count of the loop over layers that it is in; 0 outside of one.
+        fused: whether it is inside a fusion, so that its result is not written to memory.
     """
 
     instruction: Instruction
@@ -112,9 +112,9 @@ class Module:
 
     Args:
         text: of `compiled.as_text()`.
-        layer_repeats: the numbers of steps of the scans over layers; loops that run so often are these.
-        open_loop_times: what a loop counts whose end depends on data and which no other loop surrounds: 1 where one of
-            its rounds is the step. None: its times are not known.
+        layer_repeats: the trip counts of the scans over layers, by which they are recognised.
+        open_loop_times: the trip count of an outermost loop whose end depends on data: 1 where one of its iterations is
+            the step. None: not known.
     """
 
     def __init__(self, text: str, layer_repeats: frozenset[int] = frozenset(), open_loop_times: int | None = None):
@@ -177,14 +177,14 @@ class Module:
         return int(value[1]) if value else None
 
     def operand_arrays(self, run: Run) -> list[Array]:
-        """What goes in, in order."""
+        """The arrays of its operands, in order."""
         found = [run.computation.get(name) for name in run.instruction.operands]
         return [array for one in found if one is not None for array in one.results]
 
     def matmul_flops(self) -> float | None:
-        """Of a step on one device: two for each multiply-and-add of a dot or a convolution, and what kernels say.
+        """Of a step on one device: two for each multiply-and-add of a dot or a convolution, and what kernels state.
 
-        None where a kernel does not say, or a loop around one does not say how often it runs.
+        None where a kernel does not state its FLOPs, or a loop around one has an unknown trip count.
         """
         total = 0.0
         for run in self.runs:
@@ -208,8 +208,8 @@ class Module:
 
     def _custom_flops(self, run: Run) -> float | None:
         instruction = run.instruction
-        if told := re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.attributes):
-            return float(told[1])
+        if stated := re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.attributes):
+            return float(stated[1])
         if splash := _SPLASH.search(instruction.source):
             return float(splash[1]) * _SPLASH_PRODUCTS[splash[2]]
         target = instruction.attribute("custom_call_target") or ""
@@ -227,7 +227,7 @@ class Module:
 
         An operand that is only sliced counts as its slices, and a result that is written into one that exists as what
         is written. Of the stack of all layers, a kernel in the loop over them reads one layer's part; what it reads
-        several times counts once. A loop that does not say how often it runs counts once.
+        several times counts once. A loop of unknown trip count counts once.
         """
         total = 0.0
         for run in self.runs:
@@ -268,7 +268,7 @@ class Module:
 
 
 def _whole_lines(text: str) -> Iterator[str]:
-    """The lines of a program's text; an instruction whose kernel has metadata of its own stands on several."""
+    """The lines of a program's text; an instruction whose kernel has metadata of its own is on several."""
     begun = ""
     for line in text.splitlines():
         if line.endswith("={") or (begun and not line.startswith("}")):
@@ -299,15 +299,15 @@ def _read(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """The index at which the parenthesis that opens at `start` closes."""
     depth = 0
-    for place in range(start, len(text)):
-        if text[place] == "(":
+    for index in range(start, len(text)):
+        if text[index] == "(":
             depth += 1
-        elif text[place] == ")":
+        elif text[index] == ")":
             depth -= 1
             if depth == 0:
-                return place
+                return index
     return len(text)
 
 
@@ -338,7 +338,7 @@ def _touched(name: str, users: dict[str, list[Instruction]]) -> int | None:
 
 
 def _is_carried(run: Run, name: str) -> bool:
-    """Whether it is something that goes round in the loop, as it came in."""
+    """Whether it is loop state, unchanged since the iteration began."""
     one = run.computation.get(name)
     while one is not None and one.opcode in ("bitcast", "reshape", "get-tuple-element"):
         one = run.computation.get(one.operands[0])
@@ -367,11 +367,11 @@ def _convolution_flops(instruction: Instruction, left: Array, right: Array) -> f
     strides, dilations = setting("stride", "1"), setting("lhs_dilate", "1")
     kernel_dilations, pads = setting("rhs_dilate", "1"), setting("pad", "0_0")
     pairs = 1
-    for place, axis in enumerate(spatial):
+    for dimension, axis in enumerate(spatial):
         size, width = left.shape[inputs.index(axis)], right.shape[kernel.index(axis)]
         outputs = instruction.results[0].shape[result.index(axis)]
-        stride, dilation, spread = int(strides[place]), int(dilations[place]), int(kernel_dilations[place])
-        low = int(pads[place].split("_")[0])
+        stride, dilation, spread = int(strides[dimension]), int(dilations[dimension]), int(kernel_dilations[dimension])
+        low = int(pads[dimension].split("_")[0])
         last = (size - 1) * dilation
         pairs *= sum(
             0 <= (at := out * stride - low + tap * spread) <= last and at % dilation == 0

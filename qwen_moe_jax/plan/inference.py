@@ -1,4 +1,4 @@
-"""The engine's own programs, and a plain forward pass, in the words of the planner."""
+"""Steps to plan: the engine's prefill and decode programs, and a plain forward pass."""
 
 import dataclasses
 
@@ -18,10 +18,10 @@ from qwen_moe_jax.sharding.rules import BATCH
 
 
 def prefill_step(config: ModelConfig, name: str, mesh: Mesh, execution: ExecutionConfig, **sizes: int) -> Step:
-    """One stretch of the prompts: their last one.
+    """The prefill of the prompts' last chunk.
 
     Args:
-        config: of the model, which is only described.
+        config: of the model, which is abstract.
         name: of it, for people.
         mesh: of the target.
         execution: how it is run.

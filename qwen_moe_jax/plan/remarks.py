@@ -1,4 +1,4 @@
-"""What a reviewer would say on reading a plan: only what follows from its numbers."""
+"""Remarks on a plan, as a reviewer would make them: only what follows from its numbers."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ def _memory(plan: Plan) -> Iterator[Remark]:
         if plan.work.purpose == "train" and plan.work.execution.get("remat") != "full":
             text += ' execution.remat = "full" keeps one layer\'s activations instead of all.'
         elif plan.work.purpose == "train" and plan.work.rows // plan.work.accumulation_steps > _batch_ways(plan):
-            text += " run.accumulation_steps cuts the rows that are there at once."
+            text += " run.gradient_accumulation_steps splits the rows into micro-batches."
         elif plan.work.purpose != "train" and plan.target.devices > 1:
             text += _other_sharding(plan)
         yield Remark(about="memory", text=text)
@@ -65,12 +65,22 @@ def _batch_ways(plan: Plan) -> int:
 def _replicated(plan: Plan) -> Iterator[Remark]:
     if plan.target.devices == 1:
         return
+    by_default = plan.work.sharding == INFERENCE_SHARDING and plan.work.purpose != "train"
+    weights = sum(array.bytes for array in _parameters(plan) if _copies(array, plan) == plan.target.devices)
+    if by_default and weights >= SHARE * max(plan.memory.arguments, 1):
+        yield Remark(
+            about="replicated",
+            text=f"{format_bytes(weights)} of weights are replicated on every device, so that none are gathered: "
+            f"--sharding {INFERENCE_SHARDING}. A tensor axis would shard them.",
+        )
     for group in plan.memory.groups:
+        if by_default and group.name == "parameters":
+            continue
         for array in group.arrays:
             if array.bytes >= SHARE * max(plan.memory.arguments, 1) and _copies(array, plan) == plan.target.devices:
                 yield Remark(
                     about="replicated",
-                    text=f"{group.name}: {array.name} {list(array.shape)} lies whole on every device, "
+                    text=f"{group.name}: {array.name} {list(array.shape)} is replicated on every device, "
                     f"{format_bytes(array.bytes)} each.",
                 )
     copies = plan.mesh["data"]
@@ -80,28 +90,28 @@ def _replicated(plan: Plan) -> Iterator[Remark]:
         yield Remark(
             about="replicated",
             text=f"data={copies} keeps {copies} copies of parameters and optimizer state, {format_bytes(size)} a "
-            "device; fsdp in its place splits them.",
+            "device; fsdp instead of data shards them.",
         )
 
 
 def _copies(array: PlacedArray, plan: Plan) -> int:
-    return plan.target.devices // math.prod(plan.mesh[axis] for place in array.spec for axis in place)
+    return plan.target.devices // math.prod(plan.mesh[axis] for axes in array.spec for axis in axes)
 
 
 def _gathered_experts(plan: Plan) -> Iterator[Remark]:
-    """Routed experts cross the `expert` axis: tokens should travel there, and weights never."""
+    """Over the `expert` axis tokens are exchanged; weights should never be gathered there."""
     experts = [array for array in _parameters(plan) if ".experts." in f".{array.name}."]
     for one in plan.collectives:
         if one.kind == "all-gather" and "expert" in one.axes and _is_part_of(one, experts, plan):
             yield Remark(
                 about="gathered experts",
                 text=f"Weights of all experts {list(one.shape)} are gathered over {'×'.join(one.axes)}, "
-                f"{format_bytes(one.bytes)} each time: tokens should travel instead.",
+                f"{format_bytes(one.bytes)} each time: tokens should be exchanged instead.",
             )
 
 
 def _whole_sums(plan: Plan) -> Iterator[Remark]:
-    """All-reduces over axes that cut a weight, of all of it: each device keeps a part, and gets the whole."""
+    """All-reduces of whole weights over axes that shard them: each device keeps a shard, and gets the whole."""
     sums = [one for one in plan.collectives if one.kind == "all-reduce"]
     whole = [one for one in sums if _is_part_of(one, _parameters(plan), plan)]
     total, found = sum(map(_per_step, plan.collectives)), sum(map(_per_step, whole))
@@ -109,14 +119,14 @@ def _whole_sums(plan: Plan) -> Iterator[Remark]:
         largest = max(whole, key=_per_step)
         yield Remark(
             about="collectives",
-            text=f"All-reduces of weights or gradients that lie cut, as {list(largest.shape)} over "
+            text=f"All-reduces of weights or gradients that are sharded, as {list(largest.shape)} over "
             f"{'×'.join(largest.axes)}, send {format_bytes(found)} a step and device, {found / total:.0%} of all: "
-            "up to twice what gathering or scattering their parts would.",
+            "up to twice what gathering or scattering their shards would.",
         )
 
 
 def _gathered_for_a_token(plan: Plan) -> Iterator[Remark]:
-    """In decoding there is one token a row, and gathering weights for it costs what it costs for thousands."""
+    """In decoding there is one token a row, and gathering weights costs as much as for thousands."""
     if plan.work.purpose != "decode":
         return
     gathers = [one for one in plan.collectives if one.kind == "all-gather"]
@@ -127,18 +137,18 @@ def _gathered_for_a_token(plan: Plan) -> Iterator[Remark]:
         yield Remark(
             about="collectives",
             text=f"{format_bytes(found)} of weights are gathered over {'×'.join(largest.axes)} for every token. With "
-            "--sharding expert+tensor none are: dense weights lie whole then, or cut over tensor.",
+            "--sharding expert+tensor none are: dense weights are replicated then, or sharded over tensor.",
         )
 
 
 def _is_part_of(one: Collective, arrays: Sequence[PlacedArray], plan: Plan) -> bool:
-    """Whether it carries one of these arrays, or a layer of it, whole along its axes, which cut it at rest."""
+    """Whether its array is one of these, or a layer of one, whole along axes that shard it as stored."""
     for array in arrays:
-        if not set(one.axes) & {axis for place in array.spec for axis in place if plan.mesh[axis] > 1}:
+        if not set(one.axes) & {axis for axes in array.spec for axis in axes if plan.mesh[axis] > 1}:
             continue
         shape = [
-            size // math.prod(plan.mesh[axis] for axis in place if axis not in one.axes)
-            for size, place in zip(array.shape, array.spec, strict=True)
+            size // math.prod(plan.mesh[axis] for axis in axes if axis not in one.axes)
+            for size, axes in zip(array.shape, array.spec, strict=True)
         ]
         if _sizes(one.shape) in (_sizes(shape), _sizes(shape[1:])):
             return True
@@ -154,7 +164,7 @@ def _parameters(plan: Plan) -> tuple[PlacedArray, ...]:
 
 
 def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
-    """In any order, without ones: layouts turn what they carry."""
+    """In any order, without ones: layouts transpose."""
     return tuple(sorted(size for size in shape if size != 1))
 
 
@@ -169,8 +179,7 @@ def _flops(plan: Plan) -> Iterator[Remark]:
     if ratio is None and plan.memory.temporaries is not None:
         yield Remark(
             about="flops",
-            text="The program has kernels or loops that do not say what they compute: its FLOPs are taken to be the "
-            "model's.",
+            text="The program has kernels or loops of unknown FLOPs: its FLOPs are taken to be the model's.",
         )
     if ratio is not None and ratio > WASTE:
         causes = []
@@ -181,7 +190,7 @@ def _flops(plan: Plan) -> Iterator[Remark]:
         if plan.work.execution.get("dispatch") == "capacity":
             causes.append("capacity_factor and one-hot einsums (group_size) cost their share")
         if plan.work.execution.get("dispatch") == "dropless" and (plan.work.execution.get("buffer_factor") or 1) > 1:
-            causes.append("the experts' kernels count all the room for rows (buffer_factor), filled or not")
+            causes.append("the experts' kernels count all rows of their buffers, filled or not")
         if plan.work.purpose == "decode":
             causes.append("a single query meets the keys of all heads, so that the cache is read once")
         elif plan.work.purpose == "prefill":
@@ -199,5 +208,5 @@ def _padding(plan: Plan) -> Iterator[Remark]:
         yield Remark(
             about="padding",
             text=f"The tiles of the target's layouts add {format_bytes(memory.padding)} to the arguments, "
-            f"{memory.padding / memory.arguments:.0%}: axes that are cut to less than a tile's 8 × 128.",
+            f"{memory.padding / memory.arguments:.0%}: shards smaller than a tile's 8 × 128.",
         )

@@ -1,6 +1,6 @@
-"""A plan, whole: what was asked, what each device holds, what is computed and sent, and what bounds the step.
+"""A plan as plain data: the request, a device's memory, what is computed and sent, and what bounds the step.
 
-All of it is plain data. Bytes are those of one device unless a field says otherwise; where devices differ, of the
+Bytes are those of one device unless a field says otherwise; where devices differ, of the
 fullest. Seconds of the roofline are estimates; those of `CompileCost` were measured.
 """
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 Purpose = Literal["train", "prefill", "decode", "forward"]
 
-#: What XLA calls the ways in which devices talk.
+#: Collectives by XLA's names.
 CollectiveKind = Literal[
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"
 ]
@@ -18,11 +18,11 @@ CollectiveKind = Literal[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """The hardware that was planned for.
+    """The hardware of the plan.
 
     Attributes:
-        name: as it was asked for: "tpu:v5p:4x8x8", "gpu:h200:8", "cpu:8".
-        platform: whose compiler it was.
+        name: as it was requested: "tpu:v5p:4x8x8", "gpu:h200:8", "cpu:8".
+        platform: of the compiler.
         chip: as people call it: "TPU v5p", "H200", "simulated CPU".
         devices: how many.
         memory_bytes: of one device, as far as a program may use it; None for a simulated device.
@@ -68,12 +68,12 @@ class Work:
     Attributes:
         purpose: which program.
         rows: sequences in a step, over all devices.
-        tokens_per_row: new tokens of each: its length in training, a stretch of the prompt, 1 in decoding.
-        context: tokens a row may come to, prompt and answer, for which the cache has room; 0 without a cache.
-        accumulation_steps: micro-batches that the rows are cut into.
+        tokens_per_row: new tokens of each: its length in training, a chunk of the prompt in prefill, 1 in decoding.
+        context: capacity of the cache in tokens a row, prompt and answer; 0 without a cache.
+        accumulation_steps: micro-batches that the rows are split into.
         dtype, param_dtype: of the activations and of the weights.
         sharding: the rules for weights, by name (`SHARDING_RULES`) or in words.
-        execution: the other choices of `ExecutionConfig`, none of them left open.
+        execution: the other settings of `ExecutionConfig`, resolved.
     """
 
     purpose: Purpose
@@ -94,14 +94,14 @@ class Work:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlacedArray:
-    """An argument of the program, and how it lies.
+    """An argument of the program with its sharding.
 
     Attributes:
         name: its path, layers stacked: "model.layers.segments.0.0.mlp.experts.gate_proj".
         shape: of the whole array.
         dtype: of its numbers.
-        spec: for each dimension the mesh axes it is cut over, none for one that is whole.
-        bytes: of one device's part.
+        spec: for each dimension the mesh axes it is sharded over; none for one that is not sharded.
+        bytes: of one device's shard.
     """
 
     name: str
@@ -131,16 +131,16 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What a device holds at the fullest moment of a step.
+    """A device's memory at the peak of a step.
 
-    Arguments and what becomes of them (a step's new state lies where the old one did) are arithmetic; the rest is the
-    compiler's word. None stands for what it did not say, because it refused the program.
+    The arguments are arithmetic (a step's new state reuses the memory of the old one); the rest is from the compiler,
+    and None where it refused the program.
 
     Attributes:
         groups: the arguments.
         padding: bytes that the layout of the arguments adds (tiles of TPUs); negative where not all are used.
         gradients: bytes of them, which are among the temporaries; 0 where there are none.
-        outputs: bytes of results that do not lie in an argument's place.
+        outputs: bytes of results that do not reuse an argument's memory.
         temporaries: all that lives only within the step: activations, gradients, buffers of collectives.
         code: the program itself.
         needed: the compiler's own total, where it refused the program for lack of memory; None where it did not.
@@ -163,7 +163,7 @@ class Memory:
 
     @property
     def total(self) -> int | None:
-        """Bytes at the fullest moment; None where the compiler refused the program and gave no number."""
+        """Bytes at the peak; None where the compiler refused the program and gave no number."""
         if self.temporaries is None:
             return self.needed
         return self.arguments + self.padding + self.outputs + self.temporaries + self.code
@@ -177,7 +177,7 @@ class Memory:
 
     @property
     def free(self) -> int | None:
-        """Bytes that are left; negative for what is missing; None where either number is not known."""
+        """Bytes that are left, negative for what is missing; None where either number is not known."""
         return None if self.total is None or self.available is None else self.available - self.total
 
 
@@ -188,7 +188,7 @@ class Flops:
     Attributes:
         model: what the model's definition asks for, as it is counted for model FLOPs utilisation.
         program: of the matrix products that the compiled program has; None where it was not compiled, or holds kernels
-            or loops whose work is not told.
+            or loops of unknown work.
     """
 
     model: float
@@ -202,17 +202,17 @@ class Flops:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collective:
-    """Collectives of one kind, over the same axes, of the same size, in the same place.
+    """Equal collectives: of one kind, over the same axes, of the same size, with the same source.
 
     Attributes:
         kind: what XLA calls it.
-        axes: the mesh axes it runs over; empty where the devices that talk are no axes of the mesh.
-        devices: how many talk to each other.
+        axes: the mesh axes it runs over; empty where the group is along no axes of the mesh.
+        devices: of a group.
         dtype: of the numbers in the compiled program.
         shape: of the largest array that goes in or comes out on one device.
         bytes: that a device sends each time, by an algorithm that sends no byte twice: a ring or direct exchange.
-        count: times in a step; a loop's are multiplied; None where a loop's repeats are not told.
-        in_layers: whether it stands in the loop over the layers.
+        count: times in a step; a loop's are multiplied; None where a loop's trip count is not known.
+        in_layers: whether it is in the loop over the layers.
         widened_from: the dtype it would have on an accelerator, where the CPU's compiler computes it in a wider one;
             `bytes` are of this one then.
         source: the operation of the traced program that asked for it, as XLA kept it; may be empty.
@@ -287,7 +287,7 @@ class Roofline:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Remark:
-    """What a reviewer would say.
+    """An observation that a reviewer would make.
 
     Attributes:
         about: one word: "memory", "replicated", "gathered experts", "flops", "padding", "collectives".
@@ -300,7 +300,7 @@ class Remark:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompileCost:
-    """What planning took, measured on the machine that planned.
+    """The cost of planning, measured on the machine that planned.
 
     Attributes:
         trace_seconds: to trace and lower the program.
@@ -346,7 +346,7 @@ class Plan:
     versions: dict[str, str]
 
     def to_json(self) -> str:
-        """Every field, and the properties beside the fields they follow from; one object, keys as named here."""
+        """All fields and properties as one JSON object, keys as named here."""
         return json.dumps(_plain(self), ensure_ascii=False, indent=1) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""How fast a step could be at best: an estimate from published numbers, whose assumptions stand in `Roofline`."""
+"""How fast a step could be at best: an estimate from published numbers, whose assumptions `Roofline` lists."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ def roofline_of(
 ) -> Roofline | None:
     """The estimate; None for a chip whose numbers are not known.
 
-    Where the program's FLOPs are not known, the model's stand in for them.
+    Where the program's FLOPs are not known, the model's are used.
     """
     if chip is None or target.peak_flops is None or target.memory_bandwidth is None:
         return None

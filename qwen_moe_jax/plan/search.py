@@ -1,16 +1,15 @@
-"""Which mesh: all that a model, a batch and a number of devices admit, drafted by arithmetic, the best compiled.
+"""Search for the best mesh: estimates by arithmetic for all meshes that divide, then the most promising compiled.
 
-    search = search_meshes(target, networks, describe, compile_plan, keep=6, progress=show)
+    search = search_meshes(target, networks, outline_of, compile_plan, keep=6, progress=show)
     search.best, search.candidates; `plan.search_table` prints them
 
-Two functions are the caller's; `plan.choose` makes them of a step:
+Two functions are the caller's; `plan.mesh_search` makes them of a step:
 
-    describe(mesh: dict[str, int]) -> Outline       ShardingError where it does not divide: those rules say what is
-                                                    admitted
-    compile_plan(mesh: dict[str, int]) -> Plan      by the real compiler
+    outline_of(mesh: dict[str, int]) -> Outline     ShardingError where the model or the batch does not divide
+    compile_plan(mesh: dict[str, int]) -> Plan      by the target's compiler
 
-A draft knows the bytes of parameters, optimizer state and cache exactly. What it says of activations and of traffic
-are formulas, good enough to choose what is worth compiling and for nothing else.
+A draft has the exact bytes of parameters, optimizer state and cache. Its activations and traffic are formulas, good
+enough to choose what is worth compiling and for nothing else.
 
 Plans that fit come first, then those that may. Among them the order is `Roofline.seconds_without_overlap`: with perfect
 overlap all meshes that are bound by arithmetic take the same time, since they compute the same, and the better one is
@@ -35,7 +34,7 @@ from qwen_moe_jax.sharding.mesh import AXES
 from qwen_moe_jax.sharding.rules import BATCH
 from qwen_moe_jax.text import format_mesh
 
-Describe = Callable[[dict[str, int]], "Outline"]
+OutlineOf = Callable[[dict[str, int]], "Outline"]
 CompilePlan = Callable[[dict[str, int]], Plan]
 
 
@@ -58,7 +57,7 @@ class Outline:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Draft:
-    """What arithmetic says of a mesh. Bytes are of one device.
+    """An estimate for a mesh by arithmetic. Bytes are of one device.
 
     Attributes:
         mesh: sizes of all axes.
@@ -97,7 +96,7 @@ class Draft:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A mesh. `plan` is the compiler's word; None where it was not asked."""
+    """A mesh with its estimate and, where it was compiled, its plan; None otherwise."""
 
     draft: Draft
     plan: Plan | None
@@ -115,7 +114,7 @@ class Search:
     Attributes:
         target: the hardware.
         candidates: those that were compiled, one at least, best first; then the others, by their drafts.
-        refused: meshes that do not divide, with the reason: the message of `describe` or of `compile_plan`.
+        refused: meshes that do not divide, with the reason: the message of `outline_of` or of `compile_plan`.
     """
 
     target: Target
@@ -136,7 +135,7 @@ class Search:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Said before each compilation: `number`, from 1, of `of`; seconds left, None before the first is done."""
+    """The state before a compilation: `number`, from 1, of `of`; seconds left, None before the first has ended."""
 
     number: int
     of: int
@@ -147,26 +146,26 @@ class Progress:
 def search_meshes(
     target: Target,
     networks: Sequence[Network],
-    describe: Describe,
+    outline_of: OutlineOf,
     compile_plan: CompilePlan,
     *,
     keep: int = 6,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Search:
-    """Drafts every mesh that is admitted, and compiles the `keep` most promising.
+    """Estimates every mesh that divides, and compiles the `keep` most promising.
 
     Args:
         target: the hardware; as many devices as its own.
         networks: between them, nearest first; none for simulated ones.
-        describe: a step on a mesh.
+        outline_of: a step on a mesh.
         compile_plan: its plan.
         keep: how many.
-        progress: is told before each compilation.
+        progress: called before each compilation.
 
     Raises:
         ShardingError: no mesh of that many devices divides the model and the batch; the message has the reasons.
     """
-    drafts, refused = draft_meshes(target, networks, describe)
+    drafts, refused = draft_meshes(target, networks, outline_of)
     waiting = in_turns(drafts)
     compiled: list[Candidate] = []
     started = time.monotonic()
@@ -177,7 +176,7 @@ def search_meshes(
         progress(Progress(number=done + 1, of=of, mesh=draft.mesh, seconds_left=left))
         try:
             compiled.append(Candidate(draft=draft, plan=compile_plan(dict(draft.mesh))))
-        except ShardingError as error:  # what the description did not see; the next one takes its place
+        except ShardingError as error:  # what the outline did not find; the next draft is compiled instead
             refused.append((draft.mesh, str(error)))
     if not compiled:
         raise _nothing_divides(target, refused)
@@ -206,26 +205,26 @@ def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def draft_meshes(
-    target: Target, networks: Sequence[Network], describe: Describe
+    target: Target, networks: Sequence[Network], outline_of: OutlineOf
 ) -> tuple[list[Draft], list[tuple[dict[str, int], str]]]:
-    """Every admitted mesh, the most promising first, and the others with the reason.
+    """Every mesh that divides, the most promising first, and the others with the reason.
 
     Those that may fit come first, in the order of their seconds, or of the bytes they send where the chip's numbers are
     not known; then those that may not, in the order of their bytes.
 
     Raises:
-        ShardingError: none is admitted.
+        ShardingError: none divides.
     """
     drafts, refused = [], []
     for mesh in meshes_of(target.devices):
         try:
-            outline = describe(dict(mesh))
+            outline = outline_of(dict(mesh))
             _check_batch(outline.work, mesh)
         except ShardingError as error:
             refused.append((mesh, str(error)))
             continue
         if outline.config.moe is None and mesh["expert"] > 1:
-            continue  # of a dense model `expert` cuts what `fsdp` does
+            continue  # in a dense model `expert` shards what `fsdp` does
         drafts.append(draft_of(outline, mesh, target, networks))
     if not drafts:
         raise _nothing_divides(target, refused)
@@ -236,18 +235,18 @@ def draft_meshes(
 def in_turns(drafts: Sequence[Draft], at_once: int = 2) -> list[Draft]:
     """Drafts in the order to compile them: the best two of each form, then the next two.
 
-    Meshes that split the same axes are of one form. The formulas are wrong about them in the same way, so if they were
-    taken as they come, one mistake could fill all places.
+    Meshes that split the same axes are of one form. The formulas err about them in the same way, so that one error
+    could otherwise choose all that are compiled.
 
     Args:
         drafts: the most promising first.
-        at_once: how many of a form before another has its turn.
+        at_once: how many of a form before the next form.
     """
     seen: dict[tuple[str, ...], int] = {}
     turns = []
     for draft in drafts:
         form = tuple(axis for axis, size in draft.mesh.items() if size > 1)
-        # What may not fit waits for all that may.
+        # Drafts that may not fit come last.
         turns.append((draft.fits is False, seen.get(form, 0) // at_once))
         seen[form] = seen.get(form, 0) + 1
     return [draft for _, draft in sorted(zip(turns, drafts, strict=True), key=lambda item: item[0])]
@@ -275,7 +274,7 @@ def meshes_of(devices: int) -> Iterator[dict[str, int]]:
 
 
 def draft_of(outline: Outline, mesh: Mapping[str, int], target: Target, networks: Sequence[Network]) -> Draft:
-    """What arithmetic says of a step on a mesh."""
+    """The estimate for a step on a mesh."""
     work, groups = outline.work, outline.groups
     traffic = _traffic(outline, mesh)
     seconds = None
@@ -327,9 +326,9 @@ def _passes(work: Work) -> int:
 
 def _gathered_over(array: PlacedArray, mesh: Mapping[str, int]) -> tuple[str, ...]:
     """The axes over which a stored weight is gathered for its layer; routed experts stay on theirs."""
-    cut = {axis for axes in array.spec for axis in axes if mesh[axis] > 1}
+    sharded = {axis for axes in array.spec for axis in axes if mesh[axis] > 1}
     gathered = ("fsdp",) if ".experts." in f".{array.name}." else ("fsdp", "expert")
-    return tuple(axis for axis in gathered if axis in cut)
+    return tuple(axis for axis in gathered if axis in sharded)
 
 
 def _num_shards(axes: Sequence[str], mesh: Mapping[str, int]) -> int:
@@ -341,7 +340,7 @@ def _parameters(outline: Outline) -> Group:
 
 
 def _traffic(outline: Outline, mesh: Mapping[str, int]) -> dict[tuple[str, ...], int]:
-    """What a device sends in a step, by rings and direct exchanges."""
+    """Bytes that a device sends in a step, by rings and direct exchanges."""
     work, config = outline.work, outline.config
     training = work.purpose == "train"
     sent: dict[tuple[str, ...], float] = {}
@@ -356,8 +355,8 @@ def _traffic(outline: Outline, mesh: Mapping[str, int]) -> dict[tuple[str, ...],
         times = 3 * work.accumulation_steps if training else 1
         send(axes, times * _used_bytes(array, work) * (_num_shards(axes, mesh) - 1))
         if training:
-            cut = {axis for axes in array.spec for axis in axes}
-            copies = tuple(axis for axis in BATCH if axis not in cut and mesh[axis] > 1)
+            sharded = {axis for axes in array.spec for axis in axes}
+            copies = tuple(axis for axis in BATCH if axis not in sharded and mesh[axis] > 1)
             ways = _num_shards(copies, mesh)
             send(copies, work.accumulation_steps * 2 * _used_bytes(array, work) * (ways - 1) / ways)
 
@@ -365,7 +364,7 @@ def _traffic(outline: Outline, mesh: Mapping[str, int]) -> dict[tuple[str, ...],
     hidden = tokens * config.hidden_size * _width(work.dtype)
     layers, sparse = len(config.layers), sum(kind.mlp == "sparse" for kind in config.layers)
     if mesh["expert"] > 1 and sparse:
-        # There and back, in each pass.
+        # To the experts and back, in each pass.
         send(("expert",), 2 * _passes(work) * sparse * hidden * _exchanged(outline, mesh["expert"]))
     if mesh["tensor"] > 1:
         # Sums over the parts of a hidden row: after o_proj and down_proj, and backward before q, k, v, gate and up.
@@ -387,7 +386,7 @@ def _exchanged(outline: Outline, ways: int) -> float:
 
 
 def _rows_per_token(outline: Outline) -> float:
-    """Rows that the experts multiply, those of unused places too."""
+    """Rows that the experts multiply, unused slots included."""
     if outline.config.moe is None:
         return 1
     execution, training = outline.work.execution, outline.work.purpose == "train"

@@ -1,4 +1,4 @@
-"""A search over meshes in a terminal: the ranking, and how to set the winner."""
+"""A search over meshes in a terminal: the ranking, and the argument that sets the best mesh."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -45,8 +45,8 @@ def _outcome(search: Search, set_mesh: Callable[[Mapping[str, int]], str]) -> st
     missing = nearest.plan.memory.free
     lacks = "" if missing is None or missing >= 0 else f"; {format_bytes(-missing)} a device are missing"
     return (
-        f"None that was compiled fits. The nearest is {escape(format_mesh(nearest.mesh))}{lacks}. More devices, fewer "
-        "rows, or remat make room."
+        f"None of the compiled ones fits. The nearest is {escape(format_mesh(nearest.mesh))}{lacks}. More devices, "
+        "fewer rows, or remat save memory."
     )
 
 
@@ -84,7 +84,7 @@ def progress_line(progress: Progress) -> str:
 
 
 def print_progress(progress: Progress) -> None:
-    """Says it on standard error, a line each: a compilation takes seconds to minutes."""
+    """Prints a line to standard error: a compilation takes seconds to minutes."""
     print(progress_line(progress), file=sys.stderr, flush=True)
 
 
@@ -92,7 +92,7 @@ def _cells_of_plan(candidate: Candidate, timed: bool) -> tuple[str, ...]:
     plan, memory, roofline = candidate.plan, candidate.plan.memory, candidate.plan.roofline
     held = (
         {True: "yes", False: "no", None: "?"}[memory.fits],
-        "not told" if memory.total is None else format_bytes(memory.total),
+        "unknown" if memory.total is None else format_bytes(memory.total),
         _free(memory.free),
     )
     if not timed:

@@ -8,19 +8,19 @@ from qwen_moe_jax.plan.result import Collective, Memory, Plan
 from qwen_moe_jax.text import format_mesh
 from qwen_moe_jax.units import format_bytes, format_count
 
-#: Collectives that send less than this share of a step's bytes are summed up in a line.
+#: Collectives that send less than this share of a step's bytes are summed up in a row.
 SMALL = 0.005
 
 _PURPOSES = {
     "train": "a training step",
-    "prefill": "a stretch of the prompt",
+    "prefill": "a chunk of the prompt",
     "decode": "one token a row",
     "forward": "a forward pass",
 }
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """Prints what was asked, whether it fits, what is held, computed and sent, and what a reviewer would say."""
+    """Prints the request, whether it fits, a device's memory, what is computed and sent, and the remarks."""
     console = console or Console(highlight=False)
     work, model = plan.work, plan.model
     active = f", {format_count(model.active_parameters)} active" if model.experts else ""
@@ -86,7 +86,7 @@ def _verdict(plan: Plan) -> Text:
 
 def _memory_table(memory: Memory) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column("on the fullest device")
+    table.add_column("memory of a device")
     table.add_column("bytes", justify="right", no_wrap=True)
     for group in memory.groups:
         table.add_row(group.name, format_bytes(group.bytes))
@@ -102,7 +102,7 @@ def _memory_table(memory: Memory) -> Table:
         if memory.code:
             table.add_row("the program", format_bytes(memory.code))
     if memory.total is not None:
-        table.add_row("in all", format_bytes(memory.total), style="bold")
+        table.add_row("total", format_bytes(memory.total), style="bold")
     return table
 
 
@@ -115,7 +115,7 @@ def _print_flops(plan: Plan, console: Console) -> None:
 
 
 def _collective_table(plan: Plan) -> Table:
-    """Those of one size over the same axes in a row: layouts turn shapes, and passes repeat what others did."""
+    """Collectives of one size over the same axes are one row: layouts transpose shapes, and passes repeat them."""
     table = Table(box=None, pad_edge=False)
     for name in ("collective", "over", "dtype", "of"):
         table.add_column(name, no_wrap=name != "of")
@@ -144,7 +144,7 @@ def _collective_table(plan: Plan) -> Table:
         )
     if kinds:
         table.add_row("smaller ones", "", "", "", "", "", format_bytes(small), style="dim")
-    table.add_row("in all", "", "", "", "", "", format_bytes(total), style="bold")
+    table.add_row("total", "", "", "", "", "", format_bytes(total), style="bold")
     return table
 
 

@@ -1,7 +1,7 @@
-"""Hardware that is not here: how it is asked for, and the devices that XLA compiles for in its place.
+"""Compilation targets: how a command line names hardware, and the compile-only devices that stand in for it.
 
-`parse_target` reads the words, and imports nothing. `TargetRequest.devices` brings the devices up in this process,
-which must not have used JAX before: it sets all that has to stand before JAX starts, and nobody has to export anything.
+`parse_target` parses the name and imports nothing. `TargetRequest.devices` makes the devices in this process, which
+must not have used JAX before: it sets the environment that JAX, libtpu and XLA read when they start.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 #: Generation → the dimensions of its torus.
 _TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
-#: A chip of v4 is one device to jax, and two to libtpu unless it is told.
+#: A chip of v4 is one device to JAX, and two to libtpu without this option.
 _LIBTPU_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 
 _EXAMPLES = "cpu:8, tpu:v5p:4x8x8 (v4, v5e, v5p, v6e, tpu7x) or gpu:h200:8 (a100, h100, h200, b200)"
@@ -26,7 +26,7 @@ _EXAMPLES = "cpu:8, tpu:v5p:4x8x8 (v4, v5e, v5p, v6e, tpu7x) or gpu:h200:8 (a100
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Gpu:
-    """What XLA wants to know of one, under its own names (stream_executor/device_description.proto).
+    """A GPU's description for XLA, under XLA's names (stream_executor/device_description.proto).
 
     The numbers are those of XLA's descriptions, xla/backends/gpu/target_config/specs.
     """
@@ -42,8 +42,8 @@ class _Gpu:
     shared_memory_optin: int
     shared_memory_per_core: int
 
-    def describe(self) -> str:
-        """As text that XLA's CUDA compiler reads; versions are those of CUDA 13."""
+    def to_proto_text(self) -> str:
+        """As text for XLA's CUDA compiler; versions are those of CUDA 13."""
         return f"""
 gpu_device_info {{
   cuda_compute_capability {{ {self.capability} }}
@@ -113,11 +113,11 @@ _GPUS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TargetRequest:
-    """Hardware that was asked for.
+    """A parsed target.
 
     Attributes:
         name: as it was written.
-        platform: whose compiler it takes.
+        platform: of the compiler.
         chip: generation of the TPU, kind of the GPU; "cpu" for simulated devices.
         shape: of a TPU slice, in chips; of the others, how many there are.
     """
@@ -134,7 +134,7 @@ class TargetRequest:
             ConfigError: the compiler for them is not installed, or does not take this slice.
             ShardingError: JAX was used before in this process, with fewer devices (simulated ones only).
         """
-        _settle_process()
+        _prepare_process()
         if self.platform == "cpu":
             return _simulated(self.shape[0])
         return _tpus(self) if self.platform == "tpu" else _gpus(self)
@@ -168,18 +168,18 @@ def _is_count(word: str) -> bool:
     return word.isascii() and word.isdigit() and int(word) > 0
 
 
-def _settle_process() -> None:
-    """What JAX, libtpu and XLA read when they start. Where they run already, it changes nothing."""
+def _prepare_process() -> None:
+    """Sets what JAX, libtpu and XLA read when they start. In a process that uses them already, nothing changes."""
     import jax
 
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no cloud's metadata server is asked who we are
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor does another process that only compiles bother us
-    # Without these, libtpu complains that nobody told it where it is; what they say has no effect on what it compiles.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no query of a cloud's metadata server
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes may compile at once
+    # Without these, libtpu warns that they are missing; their values have no effect on what it compiles.
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        jax.config.update("jax_platforms", "cpu")  # where there is an accelerator, it is left to others
+        jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine is not used
     except RuntimeError:
         pass
 
@@ -206,10 +206,10 @@ def _tpus(request: TargetRequest) -> list["jax.Device"]:
         topology = topologies.get_topology_desc(
             f"{request.chip}:{shape}", "tpu", **_LIBTPU_OPTIONS.get(request.chip, {})
         )
-    except Exception as error:  # libtpu says it with several kinds of exceptions, none of them its own
+    except Exception as error:  # libtpu raises several kinds of exceptions, none of them its own
         raise ConfigError(
-            f"target {request.name}: libtpu does not know this slice ({_first_line(error)}). Expected the shape of one "
-            "that can be had; those of v4 and v5p are made of 4x4x4 or are parts of it."
+            f"target {request.name}: libtpu does not know this slice ({_first_line(error)}). Expected the shape of an "
+            "existing slice; those of v4 and v5p consist of 4x4x4 cubes or are parts of one."
         ) from None
     return list(topology.devices)
 
@@ -231,7 +231,7 @@ def _gpus(request: TargetRequest) -> list["jax.Device"]:
     shape = f"1x{count // 8}x8" if count % 8 == 0 else f"1x1x{count}"
     try:
         topology = topologies.get_topology_desc(
-            shape, "cuda", topology=shape, target_config=_GPUS[request.chip].describe()
+            shape, "cuda", topology=shape, target_config=_GPUS[request.chip].to_proto_text()
         )
     except (ImportError, NotImplementedError, RuntimeError) as error:
         raise ConfigError(

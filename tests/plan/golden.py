@@ -52,10 +52,10 @@ def placed(model: str, mesh: dict[str, int]) -> str:
 
     from qwen_moe_jax.config import ModelConfig
     from qwen_moe_jax.model.causal_lm import CausalLM
-    from qwen_moe_jax.plan.compile import describe_group
+    from qwen_moe_jax.plan.compile import group_of
 
     described = CausalLM(ModelConfig.from_pretrained(MODELS / f"{model}.json"), rngs=None, mesh=abstract_mesh(mesh))
-    group = describe_group("parameters", described)
+    group = group_of("parameters", described)
     params = jax.tree.leaves(described, is_leaf=lambda node: isinstance(node, nnx.Variable))
     lines = [
         f"{array.name}  {list(array.shape)} {array.dtype}  {','.join(param.axes)}  {spec(array.spec)}  {array.bytes:,}"

@@ -51,6 +51,9 @@ def test_no_weight_is_gathered_in_decoding_unless_it_is_asked_for(config, capsys
     assert found["work"]["sharding"] == INFERENCE_SHARDING
     assert weight_gathers(found) == []
     assert "collectives" not in {remark["about"] for remark in found["remarks"]}
+    replicated = [remark["text"] for remark in found["remarks"] if remark["about"] == "replicated"]
+    expected = [] if "tensor" in mesh else ["of weights are replicated on every device, so that none are gathered"]
+    assert len(replicated) == len(expected) and all(words in replicated[0] for words in expected)
 
 
 def test_an_explicit_sharding_wins_and_its_gathers_are_remarked_on(config, capsys):

@@ -11,7 +11,7 @@ from qwen_moe_jax.config import ExecutionConfig, ModelConfig
 from qwen_moe_jax.errors import ConfigError, ShardingError
 from qwen_moe_jax.huggingface.hub import config_file
 from qwen_moe_jax.moe.dispatch.capacity import expert_capacity
-from qwen_moe_jax.plan.compile import describe_group, plan_step, refused_bytes, target_mesh
+from qwen_moe_jax.plan.compile import group_of, plan_step, refused_bytes, target_mesh
 from qwen_moe_jax.plan.inference import decode_step, prefill_step
 from qwen_moe_jax.plan.remarks import remarks_on
 from qwen_moe_jax.plan.result import Collective, Memory
@@ -38,7 +38,7 @@ def test_parameters_are_as_many_bytes_as_arithmetic_says():
     described = qmj.CausalLM(config, rngs=None, mesh=golden.abstract_mesh(dict(fsdp=32, expert=8)))
     whole = config.num_hidden_layers * (2 * 4096 + 2 * 128 + 128 * 4096 // 256) + 4096
     cut = config.num_parameters() - config.num_hidden_layers * (2 * 4096 + 2 * 128 + 128 * 4096) - 4096
-    assert describe_group("parameters", described).bytes == 2 * (whole + cut // 256)
+    assert group_of("parameters", described).bytes == 2 * (whole + cut // 256)
 
 
 def test_memory_is_its_parts(capacity):
@@ -96,7 +96,7 @@ def test_decoding_counts_one_token(capacity):
     assert "collectives" in {remark.about for remark in plan.remarks}, "dense weights are gathered for every token"
 
 
-def test_prefill_is_the_stretch_that_a_session_would_run():
+def test_prefill_is_the_chunk_that_a_session_would_run():
     request = parse_target("cpu:1")
     mesh = target_mesh(request, {})
     step = prefill_step(
@@ -176,5 +176,5 @@ def test_a_checkpoint_that_is_not_here_is_planned_by_its_published_config():
 
 
 def test_what_is_no_model_is_refused():
-    with pytest.raises(ConfigError, match="no such folder or config.json, and no name on the Hub"):
+    with pytest.raises(ConfigError, match="no such folder or config.json, and not a name on the Hub"):
         config_file("here/or/there")

@@ -259,4 +259,4 @@ def test_where_none_fits_the_table_says_what_is_missing():
     too_large = plan(memory=memory(temporaries=120 * GB))
     found = search(lambda mesh: too_large, keep=2)
     assert found.best is None
-    assert "None that was compiled fits" in shown(found) and "20.80 GB a device are missing" in shown(found)
+    assert "None of the compiled ones fits" in shown(found) and "20.80 GB a device are missing" in shown(found)

@@ -11,7 +11,7 @@ from flax import nnx
 import qwen_moe_jax as qmj
 from qwen_moe_jax.huggingface.convert import convert
 from qwen_moe_jax.huggingface.tensors import hub_parameters
-from qwen_moe_jax.plan.compile import describe_group
+from qwen_moe_jax.plan.compile import group_of
 from tests.distance import assert_near
 from tests.subject import hub_arrays
 
@@ -179,7 +179,7 @@ def test_adapters_of_a_model_with_an_odd_vocabulary_are_those_of_one_device(tmp_
 def test_a_plan_counts_the_padding_in_bytes_and_not_in_parameters():
     config = build().config
     model = qmj.CausalLM(config, rngs=None, mesh=qmj.make_mesh(tensor=2))
-    [table] = [array for array in describe_group("parameters", model).arrays if array.name.endswith("tokens.weight")]
+    [table] = [array for array in group_of("parameters", model).arrays if array.name.endswith("tokens.weight")]
     assert table.shape == (212, 16) and table.bytes == 106 * 16 * 4
 
 

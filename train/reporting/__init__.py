@@ -1,1 +1,1 @@
-"""What a run says of itself: while it goes, in metrics.jsonl, and on its page."""
+"""Reporting of a run: progress, metrics.jsonl, TensorBoard, profiles and the report's figures."""

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from train.reporting.metrics import Metrics
 
-# Stand-ins that no one would draw in: `to_svg` makes them the page's own colours, light or dark.
+# Placeholders that no figure draws in: `to_svg` replaces them by the page's colours, light or dark.
 _INK, _DIM, _LINE = "#010203", "#040506", "#070809"
 _CSS = {_INK: "var(--ink)", _DIM: "var(--dim)", _LINE: "var(--line)"}
 _BLUE, _ORANGE, _GREY = "#3d7be8", "#e8833a", "#a9b4c4"
@@ -53,7 +53,7 @@ _STYLE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """A figure with what stands above it."""
+    """A figure with the title and caption above it."""
 
     title: str
     caption: str
@@ -75,7 +75,7 @@ def router_curves(metrics: Metrics) -> list[Drawing]:
 def load_map(metrics: Metrics) -> Drawing:
     """The load of every expert in every sparse layer, at a few steps spread over the run."""
     chosen = np.unique(np.linspace(0, len(metrics.layers) - 1, _MAPS).round().astype(int))
-    records = [metrics.layers[place] for place in chosen]
+    records = [metrics.layers[index] for index in chosen]
     layers, experts = np.shape(records[0]["layers"]["load"])
     columns = min(len(records), 3 if experts <= 64 else 2)
     rows = math.ceil(len(records) / columns)
@@ -85,7 +85,7 @@ def load_map(metrics: Metrics) -> Drawing:
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for panel in panels.flat[len(records) :]:
             panel.set_visible(False)
-        for place, (panel, record) in enumerate(zip(panels.flat, records, strict=False)):
+        for index, (panel, record) in enumerate(zip(panels.flat, records, strict=False)):
             load_LE = np.array(record["layers"]["load"], float)
             relative_LE = load_LE / np.maximum(load_LE.mean(axis=1, keepdims=True), 1e-9)
             octaves_LE = np.log2(np.maximum(relative_LE, 1e-9))
@@ -95,17 +95,17 @@ def load_map(metrics: Metrics) -> Drawing:
             panel.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             numbers = _layer_numbers(metrics)
             shown = range(0, layers, math.ceil(layers / (tall / 0.16)))
-            panel.set_yticks(list(shown), [str(numbers[place]) for place in shown])
-            if place % columns == 0:
+            panel.set_yticks(list(shown), [str(numbers[row]) for row in shown])
+            if index % columns == 0:
                 panel.set_ylabel("layer")
-            if place + columns >= len(records):
+            if index + columns >= len(records):
                 panel.set_xlabel("expert")
                 panel.tick_params(labelbottom=True)
         bar = figure.colorbar(image, ax=panels, extend="both", shrink=0.9, pad=0.015, aspect=14 * rows * tall)
         bar.set_ticks([-2, -1, 0, 1, 2], labels=["¼", "½", "1", "2", "4"])
         bar.set_label("load / mean")
         bar.outline.set_visible(False)
-    caption = "tokens that chose the expert, over the mean of its layer; 1 is even, red is overloaded, blue goes idle"
+    caption = "tokens that chose the expert, over its layer's mean; 1 is balanced, red is overloaded, blue underloaded"
     return Drawing(title="Load of the experts", caption=caption, figure=figure)
 
 
@@ -202,7 +202,7 @@ def _drops(metrics: Metrics) -> Drawing:
     def share(layers: dict[str, Any]) -> np.ndarray:
         return 100 * np.array(layers["dropped"]) / np.maximum(np.sum(layers["load"], axis=1), 1)
 
-    drawing = _by_layer(metrics, "Dropped", "per cent of a layer's assignments that found no room", share)
+    drawing = _by_layer(metrics, "Dropped", "per cent of a layer's assignments that exceeded the capacity", share)
     drawing.figure.axes[0].set_ylim(bottom=0)
     return drawing
 
@@ -221,12 +221,12 @@ def _by_layer(metrics: Metrics, title: str, caption: str, of: Callable[[dict[str
         values_L = np.array([of(record["layers"]) for record in metrics.layers]).T
         numbers = _layer_numbers(metrics)
         colours = ListedColormap(_DEPTHS[np.linspace(0, 255, len(numbers)).astype(int)])
-        for place, values in enumerate(values_L):
-            axes.plot(steps, values, color=colours(place), linewidth=1.1, marker="." if len(steps) < 3 else None)
+        for layer, values in enumerate(values_L):
+            axes.plot(steps, values, color=colours(layer), linewidth=1.1, marker="." if len(steps) < 3 else None)
         norm = BoundaryNorm(np.arange(len(numbers) + 1) - 0.5, len(numbers))
         bar = axes.figure.colorbar(ScalarMappable(norm, colours), ax=axes, pad=0.02, aspect=22)
         shown = range(0, len(numbers), math.ceil(len(numbers) / 8))
-        bar.set_ticks(list(shown), labels=[str(numbers[place]) for place in shown])
+        bar.set_ticks(list(shown), labels=[str(numbers[row]) for row in shown])
         bar.ax.tick_params(which="both", length=0)
         bar.set_label("layer")
         bar.outline.set_visible(False)
@@ -235,7 +235,7 @@ def _by_layer(metrics: Metrics, title: str, caption: str, of: Callable[[dict[str
 
 
 def _drawing(metrics: Metrics, title: str, caption: str, draw: Callable[[Axes], None]) -> Drawing:
-    """A figure over steps. Dotted lines are where the run was gone on with."""
+    """A figure over steps. Dotted lines are where the run was resumed."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5.0, 2.5), layout="constrained")
         axes = figure.subplots()
@@ -275,12 +275,12 @@ def _smooth(values: np.ndarray, memory: float = 0.9) -> np.ndarray:
 
 def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Means of neighbours, where a curve has more points than a page shows."""
-    together = math.ceil(len(steps) / _POINTS)
-    if together <= 1:
+    group = math.ceil(len(steps) / _POINTS)
+    if group <= 1:
         return steps, values
-    cuts = np.arange(0, len(steps), together)
-    sizes = np.diff([*cuts, len(steps)])
-    return np.add.reduceat(steps, cuts) / sizes, np.add.reduceat(values, cuts) / sizes
+    starts = np.arange(0, len(steps), group)
+    sizes = np.diff([*starts, len(steps)])
+    return np.add.reduceat(steps, starts) / sizes, np.add.reduceat(values, starts) / sizes
 
 
 def _layer_numbers(metrics: Metrics) -> list[int]:

@@ -7,13 +7,13 @@ from typing import Any
 
 from qwen_moe_jax.errors import ConfigError
 
-#: What is done between steps; a record of one has its `…_seconds`.
+#: Work between steps; its record has `…_seconds`.
 ASIDES = ("evaluation", "sample", "checkpoint", "profile")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """The records of a run by kind, each kind in order of steps; several `starts` where a run was gone on with."""
+    """The records of a run by kind, each kind in order of steps; several `starts` where a run was resumed."""
 
     starts: list[dict[str, Any]]
     steps: list[dict[str, Any]]
@@ -56,7 +56,7 @@ def read_metrics(file: Path) -> Metrics:
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """Every line up to one that is cut short: the line that is being written, or was when the run was stopped."""
+    """Every complete line; the last is incomplete while it is written, or where the run was killed."""
     records = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

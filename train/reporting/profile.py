@@ -8,7 +8,7 @@ import jax
 class Profiler:
     """Starts jax's profiler before the first of some steps, and stops it once the last of them has ended.
 
-    Used as a context, so that a trace that an error cuts short is written as well.
+    Used as a context, so that a trace that an error ends is written as well.
     """
 
     def __init__(self, folder: Path, steps: range) -> None:
@@ -23,7 +23,7 @@ class Profiler:
         self.stop()
 
     def before(self, step: int) -> None:
-        """Called before a step is begun. Where a run goes on amid the steps, the trace has those that are left."""
+        """Called before a step begins. Where a run is resumed amid the steps, the trace has those that are left."""
         if step in self._steps and not self._running:
             jax.profiler.start_trace(self._folder)
             self._running = True

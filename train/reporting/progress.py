@@ -1,4 +1,4 @@
-"""What a run says while it goes: a progress bar on a terminal, plain lines in a file, and metrics.jsonl for both."""
+"""The output of a running training: a progress bar on a terminal or plain lines in a file, and metrics.jsonl."""
 
 import dataclasses
 import json
@@ -34,14 +34,14 @@ class Report:
     Every line of metrics.jsonl has a `step`. Besides, it has one of: the numbers of that step (`loss` among them; its
     `step_seconds`; its `data_seconds`, in which the host got the batch, mostly while the devices computed the step
     before); `layers`, the load [L, E], entropy [L] and drops [L] of that step, now and then; `heldout_loss`; `sample`,
-    what the model made of the `prompt` beside it; `evaluation_seconds`, `sample_seconds`, `checkpoint_seconds` or
+    the model's continuation of the `prompt` next to it; `evaluation_seconds`, `sample_seconds`, `checkpoint_seconds` or
     `profile_seconds`, which are in no step's; or `start`, what the run is in numbers (`train/show/start.py`).
     """
 
     def __init__(
         self, folder: RunFolder, config: RunConfig, start: Start, *, first_step: int, schedule: optax.Schedule
     ) -> None:
-        """Expects steps `first_step + 1 … config.steps`. What an earlier start wrote after `first_step` goes away."""
+        """Expects steps `first_step + 1 … config.steps`. Records of an earlier start after `first_step` are removed."""
         self._events = Events(folder.tensorboard, first_step=first_step) if config.tensorboard else None
         self._file = _reopen(folder.metrics, first_step)
         last_step, log_every = config.steps, config.log_every
@@ -110,7 +110,7 @@ class Report:
         self.say(f"step {step}  held-out loss {loss:.3f}")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """Takes what the model wrote after `prompt`."""
+        """Takes the model's continuation of `prompt`."""
         self._write({"step": step, "prompt": prompt, "sample": text})
         lines = visible(prompt + text).splitlines()
         self.say("\n".join([f"step {step}  sample", *(f"  | {line}" for line in lines)]))
@@ -173,7 +173,7 @@ class Report:
 
 
 class NoReport:
-    """What a process reports whose numbers are reported by another: nothing."""
+    """The report of all processes but process 0: none."""
 
     def __enter__(self) -> "NoReport":
         return self
@@ -237,7 +237,7 @@ class _LineDisplay:
 
 
 class _BarDisplay:
-    """A bar that is redrawn in place, for people."""
+    """A progress bar, for terminals."""
 
     def __init__(self, last_step: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
@@ -276,8 +276,8 @@ def _status(record: dict[str, Any], seconds_left: float | None) -> str:
 
 
 def _reopen(metrics_file: Path, first_step: int) -> TextIO:
-    """Opens the file to go on after `first_step`; what an earlier start wrote beyond its checkpoint will come again."""
-    # A start from step 0 had no checkpoint to go on from: all comes again, the loss of step 0 too.
+    """Opens the file to continue after `first_step`; records beyond the checkpoint will be written again."""
+    # A start from step 0 had no checkpoint to continue from: all is written again, the loss of step 0 too.
     records = read_records(metrics_file) if first_step > 0 and metrics_file.exists() else []
     file = metrics_file.open("w", encoding="utf-8")
     file.writelines(json.dumps(record) + "\n" for record in records if record["step"] <= first_step)

@@ -1,4 +1,4 @@
-"""What the model makes of one text while it learns: shown, kept in metrics.jsonl, and listed on the run's page."""
+"""Continuations of a prompt during training: printed, kept in metrics.jsonl, and listed in the report."""
 
 from flax import nnx
 from tokenizers import Tokenizer
@@ -10,7 +10,7 @@ from train.reporting.progress import NoReport, Report
 
 
 class Sampler:
-    """Continues `run.sample_prompt` by the package's own engine, from parameters where they lie, in eval mode.
+    """Continues `run.sample_prompt` by the package's own engine, from the sharded parameters, in eval mode.
 
     The engine's programs are compiled for the first sample and serve all others. They read the parameters and keep
     none of them: the next step may take their memory.

@@ -1,4 +1,4 @@
-"""What a run is in numbers: said at its start, kept in metrics.jsonl, and shown on its page."""
+"""The numbers of a run's start: printed, kept in metrics.jsonl, and shown in the report."""
 
 import dataclasses
 import math
@@ -36,10 +36,10 @@ class Start:
         mesh: sizes of the axes.
         device_kind: as jax has it, or "simulated".
         execution: the model's `execution_in_use` in training mode.
-        weight_bytes, moment_bytes, gradient_bytes: gradients live within a step, beside the other two; fixed weights
+        weight_bytes, moment_bytes, gradient_bytes: gradients live within a step, with the other two; fixed weights
             have neither.
         text_tokens: of the training text.
-        tokens_per_step: places of a batch, padding among them.
+        tokens_per_step: positions of a batch, padding included.
         flops_per_token: model FLOPs, forward and backward.
         peak_flops: of one device in a second, in bfloat16; None where it is not known.
         versions: of what computes.
@@ -74,10 +74,10 @@ class Start:
         return math.prod(self.mesh.values())
 
 
-def describe_start(
+def start_of(
     config: TrainConfig, program: Program, mesh: Mesh, state: TrainState, fixed: Params, text_tokens: int
 ) -> Start:
-    """The numbers of a run whose state is placed."""
+    """The numbers of a run whose state is on its devices."""
     model = program.model
     device_kind = jax.devices()[0].device_kind
     trained_bytes = bytes_per_device(state.params)
@@ -93,7 +93,7 @@ def describe_start(
         execution={**dataclasses.asdict(execution), "sharding": format_sharding(execution.sharding)},
         weight_bytes=trained_bytes + bytes_per_device(fixed),
         moment_bytes=bytes_per_device(state.optimizer),
-        gradient_bytes=trained_bytes,  # they have the shapes, dtypes and places of what is trained
+        gradient_bytes=trained_bytes,  # they have the shapes, dtypes and shardings of what is trained
         text_tokens=text_tokens,
         tokens_per_step=config.data.batch_size * config.data.seq_len,
         flops_per_token=training_flops_per_token(model.config, config.data.seq_len, program.trained_share),
@@ -115,7 +115,7 @@ def introduction(start: Start, steps: int) -> str:
     return (
         f"parameters: {start.parameters_in_words}; "
         f"{start.devices} {start.device_kind} device(s): {mesh}; dispatch {start.execution['dispatch']}\n"
-        f"{format_bytes(bytes_needed)} per device besides activations: "
+        f"{format_bytes(bytes_needed)} per device without activations: "
         f"{', '.join(f'{name} {format_bytes(size)}' for name, size in split.items())}\n"
         f"{start.text_tokens / 1e6:.2f}M tokens of text, {epochs:.1f} epochs of steps of {start.tokens_per_step} tokens"
     )
@@ -129,7 +129,7 @@ def _count_trained(program: Program) -> int:
 
 
 def bytes_per_device(arrays: Any) -> int:
-    """What a device holds of a tree of placed arrays."""
+    """A device's bytes of a tree of sharded arrays."""
     return sum(
         math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in jax.tree.leaves(arrays)
     )

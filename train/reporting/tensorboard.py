@@ -1,4 +1,4 @@
-"""The same numbers as in metrics.jsonl, as TensorBoard's events (extra `tensorboard`)."""
+"""The numbers of metrics.jsonl as TensorBoard's events (extra `tensorboard`)."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,8 +46,8 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
     layers = record.get("layers")
     if layers is None:
         return found
-    for place, load_E in enumerate(np.asarray(layers["load"])):
-        found[f"entropy/{place}"] = layers["entropy"][place]
-        found[f"dropped/{place}"] = layers["dropped"][place] / max(int(load_E.sum()), 1)
-        found[f"load_imbalance/{place}"] = float(load_E.max() / max(load_E.mean(), 1e-9))
+    for layer, load_E in enumerate(np.asarray(layers["load"])):
+        found[f"entropy/{layer}"] = layers["entropy"][layer]
+        found[f"dropped/{layer}"] = layers["dropped"][layer] / max(int(load_E.sum()), 1)
+        found[f"load_imbalance/{layer}"] = float(load_E.max() / max(load_E.mean(), 1e-9))
     return found

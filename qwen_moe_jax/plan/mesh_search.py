@@ -1,18 +1,18 @@
-"""The best mesh for a step: `plan.search` with the compiler in it."""
+"""The best mesh for a step: `plan.search` with the target's compiler."""
 
 from collections.abc import Callable
 
 from jax.sharding import Mesh
 
 from qwen_moe_jax.plan.chips import chip_of
-from qwen_moe_jax.plan.compile import Step, describe_group, describe_target, plan_step
+from qwen_moe_jax.plan.compile import Step, group_of, plan_step, target_of
 from qwen_moe_jax.plan.result import Plan
 from qwen_moe_jax.plan.search import Outline, Progress, Search, search_meshes
 from qwen_moe_jax.plan.targets import TargetRequest
 from qwen_moe_jax.sharding.mesh import make_mesh
 
 
-def choose_mesh(
+def find_mesh(
     step_on: Callable[[Mesh], Step], request: TargetRequest, *, progress: Callable[[Progress], None]
 ) -> Search:
     """Tries the meshes that have all of the target's devices.
@@ -20,7 +20,7 @@ def choose_mesh(
     Args:
         step_on: the step on a mesh; nothing is allocated.
         request: the target.
-        progress: is told before each compilation.
+        progress: called before each compilation.
 
     Raises:
         ConfigError: the target's compiler is missing.
@@ -31,9 +31,9 @@ def choose_mesh(
     def mesh_of(sizes: dict[str, int]) -> Mesh:
         return make_mesh(**sizes, devices=devices)
 
-    def describe(sizes: dict[str, int]) -> Outline:
+    def outline_of(sizes: dict[str, int]) -> Outline:
         step = step_on(mesh_of(sizes))
-        groups = tuple(describe_group(name, tree) for name, tree in step.groups.items())
+        groups = tuple(group_of(name, tree) for name, tree in step.groups.items())
         return Outline(config=step.config, work=step.work, flops=step.model_flops, groups=groups)
 
     def compile_plan(sizes: dict[str, int]) -> Plan:
@@ -41,5 +41,5 @@ def choose_mesh(
         return plan_step(step_on(mesh), request, mesh)
 
     chip = None if request.platform == "cpu" else chip_of(devices[0].device_kind)
-    target = describe_target(request, make_mesh(data=len(devices), devices=devices))
-    return search_meshes(target, () if chip is None else chip.networks, describe, compile_plan, progress=progress)
+    target = target_of(request, make_mesh(data=len(devices), devices=devices))
+    return search_meshes(target, () if chip is None else chip.networks, outline_of, compile_plan, progress=progress)

@@ -1,4 +1,4 @@
-"""What the command lines do with a plan: its table, its JSON, its page; and with a search, the ranking before them."""
+"""Output of the planning commands: a plan's table, JSON and page; for a search, the ranking before them."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ def show_plan(make: Callable[[], Plan], target: str, *, json_to: str | None, htm
 
     Args:
         make: compiles.
-        target: as it was asked for.
+        target: as it was requested.
         json_to: a file, or `-`.
         html_to: a file for the page.
 
@@ -30,7 +30,7 @@ def show_plan(make: Callable[[], Plan], target: str, *, json_to: str | None, htm
     _check_folders(json_to, html_to)
     with Console(stderr=True).status(f"compiling for {target}"):
         plan = make()
-    _hand_out(plan, json_to, html_to)
+    _write(plan, json_to, html_to)
 
 
 def show_search(
@@ -48,7 +48,7 @@ def show_search(
 
     Args:
         make: searches.
-        target: as it was asked for.
+        target: as it was requested.
         set_mesh: a mesh as the command line at hand takes it.
         json_to: a file, or `-`.
         html_to: a file for the page.
@@ -62,17 +62,17 @@ def show_search(
     console = Console(stderr=json_to == "-", highlight=False)
     print_search(search, console, set_mesh)
     console.print()
-    _hand_out(search.candidates[0].plan, json_to, html_to)
+    _write(search.candidates[0].plan, json_to, html_to)
 
 
 def _check_folders(*files: str | None) -> None:
-    """Compiling takes minutes: what cannot be written is said before."""
+    """Refuses files that cannot be written before minutes of compilation."""
     for file in files:
         if file and file != "-" and not Path(file).parent.is_dir():
             raise ConfigError(f"{file}: there is no folder {Path(file).parent} to write into.")
 
 
-def _hand_out(plan: Plan, json_to: str | None, html_to: str | None) -> None:
+def _write(plan: Plan, json_to: str | None, html_to: str | None) -> None:
     try:
         if html_to:
             write_plan_page(plan, Path(html_to))

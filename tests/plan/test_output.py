@@ -6,9 +6,9 @@ import pytest
 
 from qwen_moe_jax.cli.main import main as command
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.plan.output import show_plan, show_search
 from qwen_moe_jax.plan.page import plan_page
 from qwen_moe_jax.plan.search import search_meshes
-from qwen_moe_jax.plan.show import show_plan, show_search
 from tests.plan import test_search
 from tests.plan.samples import plan
 from train.__main__ import main as train
