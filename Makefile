@@ -14,7 +14,7 @@ train: $(VENV)/.package  ## train a small Qwen3-MoE on eight simulated devices (
 	$(BIN)/python -m train $(CONFIG)
 
 pod: $(VENV)/.package  ## train by two processes, as two hosts of a pod: its first 30 steps
-	$(BIN)/python -m train.pod 2 $(CONFIG) --fresh --run.folder runs/pod --run.steps 30
+	$(BIN)/python -m train.pod 2 $(CONFIG) --fresh --run.output_dir runs/pod --run.max_steps 30
 
 test: $(VENV)/.test  ## run the whole test suite
 	$(BIN)/python -m pytest -n 2

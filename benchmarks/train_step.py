@@ -65,7 +65,7 @@ def our_step(param_dtype: str, dtype: str, dispatch: str) -> Step:
             "model": HUB_CONFIG,
             "data": {"vocab_size": HUB_CONFIG["vocab_size"], "batch_size": ROWS, "seq_len": LENGTH},
             "execution": {"dtype": dtype, "param_dtype": param_dtype, "dispatch": dispatch},
-            "optimizer": {"learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "clip_norm": CLIP},
+            "optimizer": {"learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "max_grad_norm": CLIP},
         },
         [],
         source="benchmarks/train_step.py",

@@ -1,8 +1,16 @@
 """The named refusals of the package. Every message says what was found, what was expected and the way out."""
 
+from typing import Any
+
 
 class ConfigError(ValueError):
-    """A configuration that cannot mean anything, or means something this package does not do."""
+    """A configuration that cannot mean anything, or means something this package does not do.
+
+    Attributes:
+        problems: the wrong fields (`config.checks.Problem`), where fields of a config are what is wrong.
+    """
+
+    problems: tuple[Any, ...] = ()
 
 
 class CheckpointError(ValueError):

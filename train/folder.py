@@ -13,7 +13,7 @@ from train.config import TrainConfig, differences, load_config, to_toml
 # What a run means. A run may go on with another mesh, another execution or other intervals between its reports, but
 # not as a different model on different text.
 _MEANING = ("model", "data", "loss", "optimizer", "lora")
-_MEANING_OF_RUN = ("steps", "seed", "init_from")
+_MEANING_OF_RUN = ("max_steps", "seed", "model_name_or_path")
 
 
 HUB_FOLDER = "hub"
@@ -71,7 +71,7 @@ def open_run_folder(config: TrainConfig, *, fresh: bool) -> RunFolder:
     Raises:
         ConfigError: the folder holds a run that means something else, or things that are no run at all.
     """
-    path = Path(config.run.folder)
+    path = Path(config.run.output_dir)
     folder = RunFolder(path)
     if folder.config.exists():
         if fresh:
@@ -80,8 +80,8 @@ def open_run_folder(config: TrainConfig, *, fresh: bool) -> RunFolder:
             _check_same_run(load_config(folder.config), config, path)
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(
-            f"run.folder: {path} exists and holds no config.toml, so it is no run of this program and is left alone. "
-            f"Choose another with --run.folder."
+            f"run.output_dir: {path} exists and holds no config.toml, so it is no run of this program and is left "
+            "alone. Choose another with --run.output_dir."
         )
     path.mkdir(parents=True, exist_ok=True)
     folder.config.write_text(to_toml(config), encoding="utf-8")
@@ -93,6 +93,6 @@ def _check_same_run(old: TrainConfig, new: TrainConfig, path: Path) -> None:
     changed += [line for line in differences(old, new, ("run",)) if line.split(":")[0][4:] in _MEANING_OF_RUN]
     if changed:
         raise ConfigError(
-            f"run.folder: {path} holds a run with other settings:\n  " + "\n  ".join(changed) + "\n"
-            "Add --fresh to delete that run and start anew, or give this one a place of its own: --run.folder FOLDER."
+            f"run.output_dir: {path} holds a run with other settings:\n  " + "\n  ".join(changed) + "\n"
+            "Add --fresh to delete that run and start anew, or choose another folder: --run.output_dir FOLDER."
         )

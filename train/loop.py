@@ -14,7 +14,7 @@ from qwen_moe_jax.huggingface.checkpoint import open_checkpoint
 from qwen_moe_jax.huggingface.hub import local_folder
 from qwen_moe_jax.sharding.distributed import barrier, is_process_zero, num_processes
 from train.checkpoint import Checkpoints
-from train.config import TrainConfig, profile_steps
+from train.config import TrainConfig
 from train.data.batches import Batch, Mixture, batch_at, describe_batch, heldout_batches, pack, rows_of_devices
 from train.data.corpus import Corpus, copy_tokenizer, load_corpus
 from train.folder import HUB_FOLDER, RunFolder
@@ -22,7 +22,7 @@ from train.nonfinite import NonFiniteGuard
 from train.optimizer import make_schedule
 from train.parameters import Params, merge, select
 from train.processes import stopping_together
-from train.program import assemble, batch_sharding, lora_config
+from train.program import assemble, batch_sharding
 from train.reporting.profile import Profiler
 from train.reporting.progress import NoReport, Report
 from train.reporting.samples import Sampler
@@ -44,8 +44,8 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     began = time.perf_counter()
     if config.run.tensorboard:
         require_tensorboard()
-    _check_init_from(config.run.init_from)
-    mesh = qmj.make_mesh(**{axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "expert", "tensor")})
+    _check_checkpoint_exists(config.run.model_name_or_path)
+    mesh = qmj.make_mesh(**config.mesh.sizes)
 
     # Data: documents of tokens, packed into rows of T.
     corpus = _load_corpus(folder, config)
@@ -61,7 +61,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     program = assemble(config, _model_config(config, corpus), mesh)
     sampler = Sampler(config.run, program.eval_graph, corpus.tokenizer)
 
-    with Checkpoints(folder.checkpoints, config.run.keep_checkpoints) as checkpoints:
+    with Checkpoints(folder.checkpoints, config.run.save_total_limit) as checkpoints:
         if checkpoints.latest_step is not None:
             state = checkpoints.restore_latest(like=program.state, model=program.model)
             # What is not trained is in no checkpoint: it comes from where it came from at the first start.
@@ -70,12 +70,12 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
             params = _first_weights(config, program.model)
             state, fixed = program.begin(params), select(params, like=program.fixed)
             del params  # the first step takes over the memory of what is trained
-        first_step, last_step = int(state.step), config.run.steps
+        first_step, last_step = int(state.step), config.run.max_steps
         start = start_of(config, program, mesh, state, fixed, text_tokens=rows.num_tokens)
         schedule = make_schedule(config.optimizer, last_step)
         if is_process_zero():
             report = Report(folder, config.run, start, first_step=first_step, schedule=schedule)
-            profiler = Profiler(folder.profile, profile_steps(config.run.profile))
+            profiler = Profiler(folder.profile, config.run.profile_steps)
         else:  # what process 0 reports is of all
             report, profiler = NoReport(), Profiler(folder.profile, range(0))
         with report, profiler, stop_requests() as asked:
@@ -106,13 +106,13 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
                 if profiler.ends_with(done):
                     with report.aside("profile"):
                         profiler.stop()
-                if done % config.run.eval_every == 0 and done < last_step:
+                if done % config.run.eval_steps == 0 and done < last_step:
                     with report.aside("evaluation"):
                         loss = heldout_loss(program.eval_step, merge(state.params, fixed), heldout)
                     report.heldout(done, loss)
                 sampler.sample(done, merge(state.params, fixed), report)
                 stop = asked_to_stop()
-                if done % config.run.checkpoint_every == 0 or done == last_step or stop:
+                if done % config.run.save_steps == 0 or done == last_step or stop:
                     with report.aside("checkpoint"):
                         guard.settle()
                         checkpoints.save(done, state)
@@ -126,10 +126,10 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
 
     # Export, and let the exported folder speak: what is shown is what others will load.
     trained = nnx.merge(program.eval_graph, merge(state.params, fixed))
-    if config.lora.r:
-        qmj.save_adapter(trained, folder.adapter, base=config.run.init_from)
+    if config.lora is not None:
+        qmj.save_adapter(trained, folder.adapter, base=config.run.model_name_or_path)
     if config.run.export:
-        if config.lora.r:
+        if config.lora is not None:
             qmj.merge_lora(trained)
         if is_process_zero():
             copy_tokenizer(folder.corpus / "tokenizer", folder.hub)
@@ -150,12 +150,12 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
         )
 
 
-def _check_init_from(source: str) -> None:
+def _check_checkpoint_exists(source: str) -> None:
     """Tells of a missing result of another run before anything else is made of it."""
     if Path(source).name == HUB_FOLDER and not Path(source).exists():
         raise ConfigError(
-            f"run.init_from: {source}: there is no such folder yet. It is what another run writes in the end: train "
-            "that one first (`make train` writes runs/tiny/hub)."
+            f"run.model_name_or_path: {source}: there is no such folder yet. It is what another run writes in the end: "
+            "train that one first (`make train` writes runs/tiny/hub)."
         )
 
 
@@ -174,16 +174,16 @@ def _place(batch: Batch, sharding: NamedSharding) -> Batch:
 
 def _model_config(config: TrainConfig, corpus: Corpus) -> qmj.ModelConfig:
     """That of the checkpoint to begin with, or of the config's [model] table."""
-    if config.run.init_from:
-        folder = local_folder(config.run.init_from)
+    if config.run.model_name_or_path:
+        folder = local_folder(config.run.model_name_or_path)
         model_config = open_checkpoint(folder).config
-        _check_vocabulary(f"run.init_from: {folder} has vocab_size", model_config.vocab_size, corpus)
+        _check_vocabulary(f"run.model_name_or_path: {folder} has vocab_size", model_config.vocab_size, corpus)
         return model_config
     vocab_size = config.model.get("vocab_size", corpus.vocab_size) if config.data.tokenizer else config.data.vocab_size
     _check_vocabulary("model.vocab_size: found", vocab_size, corpus)
     hub_config = {"eos_token_id": corpus.stop_ids, **config.model, "vocab_size": vocab_size}
     model_config = qmj.ModelConfig.from_pretrained(hub_config)
-    if config.loss.balancing_bias_rate > 0 and model_config.moe is not None:
+    if config.loss.router_bias_update_rate > 0 and model_config.moe is not None:
         moe = dataclasses.replace(model_config.moe, balancing_bias=True)
         model_config = dataclasses.replace(model_config, moe=moe)
     return model_config
@@ -200,10 +200,10 @@ def _check_vocabulary(found: str, vocab_size: int, corpus: Corpus) -> None:
 def _first_weights(config: TrainConfig, described: qmj.CausalLM) -> Params:
     """Those of the checkpoint to begin with, or fresh ones; adapters are fresh."""
     rngs = nnx.Rngs(config.run.seed)
-    if config.run.init_from:
-        model = qmj.from_pretrained(config.run.init_from, mesh=described.mesh, execution=described.execution)
+    if config.run.model_name_or_path:
+        model = qmj.from_pretrained(config.run.model_name_or_path, mesh=described.mesh, execution=described.execution)
     else:
         model = qmj.CausalLM(described.config, rngs=rngs, mesh=described.mesh, execution=described.execution)
-    if config.lora.r:
-        qmj.add_lora(model, lora_config(config.lora), rngs=rngs)
+    if config.lora is not None:
+        qmj.add_lora(model, config.lora, rngs=rngs)
     return nnx.to_pure_dict(nnx.state(model))

@@ -64,8 +64,8 @@ class NonFiniteGuard:
         else:
             ways_out = "--run.nonfinite skip leaves such batches out."
         raise NonFiniteError(
-            f"{found}. Nothing of it went into the weights, and {self._saved}. {ways_out} A smaller "
-            'optimizer.learning_rate, a longer warm-up, loss.z_coef or execution.router_dtype = "float32" may help.'
+            f"{found}. Nothing of it went into the weights, and {self._saved}. {ways_out} A smaller optimizer."
+            'learning_rate, a longer warm-up, loss.z_loss_coef or execution.router_dtype = "float32" may help.'
         )
 
 

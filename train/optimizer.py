@@ -38,14 +38,14 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         steps: of the whole run, for the schedule.
     """
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(
             make_schedule(config, steps),
             b1=config.beta1,
             b2=config.beta2,
             # Of the second moment float32 must be kept: in bfloat16 it could not shrink, a step of 1 - beta2 is less
             # than its rounding.
-            mu_dtype=config.moment_dtype,
+            mu_dtype=config.mu_dtype,
             weight_decay=config.weight_decay,
             mask=decays,
         ),

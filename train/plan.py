@@ -32,7 +32,7 @@ def plan_training(config: TrainConfig, target: str) -> Plan:
     """
     request = parse_target(target)
     model_config, name = planned_model(config)
-    mesh = target_mesh(request, {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "expert", "tensor")})
+    mesh = target_mesh(request, config.mesh.sizes)
     return plan_step(training_step(config, assemble(config, model_config, mesh), name), request, mesh)
 
 
@@ -76,7 +76,7 @@ def training_step(config: TrainConfig, program: Program, name: str) -> Step:
             "train",
             rows=rows,
             tokens_per_row=seq_len,
-            accumulation_steps=config.run.accumulation_steps,
+            accumulation_steps=config.run.gradient_accumulation_steps,
         ),
         model_flops=rows * seq_len * training_flops_per_token(model.config, seq_len, program.trained_share),
         gradient_bytes=trained.bytes,
@@ -92,10 +92,10 @@ def planned_model(config: TrainConfig) -> tuple[qmj.ModelConfig, str]:
     Raises:
         ConfigError: it cannot be had, or means nothing.
     """
-    source = config.run.init_from
+    source = config.run.model_name_or_path
     if not source:
         hub_config = {"eos_token_id": 0, "vocab_size": config.data.vocab_size, **config.model}
-        return qmj.ModelConfig.from_pretrained(hub_config), Path(config.run.folder).name
+        return qmj.ModelConfig.from_pretrained(hub_config), Path(config.run.output_dir).name
     published = PUBLISHED / f"{source.split('/')[-1].lower()}.json"
     if not Path(source).exists() and published.is_file():
         return qmj.ModelConfig.from_pretrained(published), source

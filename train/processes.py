@@ -34,7 +34,7 @@ def open_run_folder_together(config: TrainConfig, *, fresh: bool) -> tuple[RunFo
         ShardingError: the processes were given different settings.
     """
     require_same("the settings of the run", f"{to_toml(config)} --fresh={fresh}")
-    folder = RunFolder(open_run_folder(config, fresh=fresh).path if is_process_zero() else config.run.folder)
+    folder = RunFolder(open_run_folder(config, fresh=fresh).path if is_process_zero() else config.run.output_dir)
     mark = folder.path / f".seen-{broadcast(secrets.token_hex(8))}"
     if is_process_zero():
         mark.touch()
@@ -43,9 +43,9 @@ def open_run_folder_together(config: TrainConfig, *, fresh: bool) -> tuple[RunFo
     while not mark.exists():
         if time.monotonic() > until:
             raise ConfigError(
-                f"run.folder: {folder.path.absolute()} on {socket.gethostname()} is not the folder that process 0 "
+                f"run.output_dir: {folder.path.absolute()} on {socket.gethostname()} is not the folder that process 0 "
                 "opened, expected one that all hosts see. Put it on a file system that they share (NFS, Lustre, a "
-                "mounted bucket): --run.folder FOLDER."
+                "mounted bucket): --run.output_dir FOLDER."
             )
         time.sleep(0.2)
     barrier(f"{mark} was seen")

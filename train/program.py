@@ -11,11 +11,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.config import SHARDING_RULES
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.model.lora import is_adapter
 from qwen_moe_jax.nn.parameters import parameters_with_paths
-from train.config import ExecutionSettings, LoraSettings, ShardingSettings, TrainConfig
+from train.config import TrainConfig
 from train.data.batches import Batch
 from train.objectives.language_modelling import resolve_loss
 from train.optimizer import frozen_paths, make_optimizer
@@ -81,9 +80,9 @@ def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> 
         ConfigError: something is asked of the model that it does not have, or nothing of it is left to train.
         ShardingError: sizes do not divide over the mesh.
     """
-    model = qmj.CausalLM(model_config, rngs=None, mesh=mesh, execution=_execution(config.execution, config.sharding))
-    if config.lora.r:
-        qmj.add_lora(model, lora_config(config.lora), rngs=None)
+    model = qmj.CausalLM(model_config, rngs=None, mesh=mesh, execution=_execution(config.execution))
+    if config.lora is not None:
+        qmj.add_lora(model, config.lora, rngs=None)
     eval_graph = nnx.graphdef(model)
     model.train()
     train_graph, shapes = nnx.split(model)
@@ -92,7 +91,7 @@ def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> 
     trained, fixed = partition(shapes, _fixed_paths(config, model))
     if not trained:
         raise ConfigError(f"optimizer.frozen: {[*config.optimizer.frozen]} leaves no parameter to train.")
-    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    optimizer = make_optimizer(config.optimizer, config.run.max_steps)
     shardings = state_shardings(trained, optimizer, mesh)
     return Program(
         model=model,
@@ -106,16 +105,11 @@ def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> 
             resolve_loss(config.loss, model_config),
             shardings,
             config.run.seed,
-            config.run.accumulation_steps,
+            config.run.gradient_accumulation_steps,
         ),
         eval_step=make_eval_step(eval_graph),
         optimizer=optimizer,
     )
-
-
-def lora_config(settings: LoraSettings) -> qmj.LoraConfig:
-    """The package's form of the config's [lora] table."""
-    return qmj.LoraConfig(**dataclasses.asdict(settings))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -125,7 +119,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def _fixed_paths(config: TrainConfig, model: qmj.CausalLM) -> frozenset[str]:
     """With adapters, all but them; otherwise what the config freezes."""
-    if not config.lora.r:
+    if config.lora is None:
         return frozen_paths(config.optimizer.frozen, model)
     return frozenset(path for path in paths(nnx.to_pure_dict(nnx.state(model))) if not is_adapter(path))
 
@@ -138,19 +132,6 @@ def _describe_batch(rows: int, seq_len: int, sharding: NamedSharding) -> Batch:
     return Batch(**{**fields, "target_mask_BT": array(jnp.bool_)})
 
 
-def _execution(settings: ExecutionSettings, sharding: ShardingSettings) -> qmj.ExecutionConfig:
-    """The package's form of the config's [execution] and [sharding] tables."""
-    chosen = dataclasses.asdict(settings)
-    if settings.dispatch == "capacity":
-        chosen["dispatch"] = None  # left open, it is capacity in training mode, and eval mode drops nothing
-    if settings.buffer_factor == math.inf:
-        chosen["buffer_factor"] = None
-    return qmj.ExecutionConfig(**chosen, sharding=_sharding_rules(sharding))
-
-
-def _sharding_rules(settings: ShardingSettings) -> qmj.ShardingRules:
-    if settings.rules not in SHARDING_RULES:
-        names = ", ".join(SHARDING_RULES)
-        raise ConfigError(f"sharding.rules: found {settings.rules!r}, expected one of {names}.")
-    rows = {axis: places for axis, places in vars(settings).items() if axis != "rules" and places is not None}
-    return dataclasses.replace(SHARDING_RULES[settings.rules], **rows)
+def _execution(execution: qmj.ExecutionConfig) -> qmj.ExecutionConfig:
+    """The execution of a run: "capacity" in training mode alone, so that no token of held-out text is dropped."""
+    return dataclasses.replace(execution, dispatch=None) if execution.dispatch == "capacity" else execution

@@ -159,7 +159,7 @@ def make_train_step(
     ) -> tuple[Params, tuple[Loss, RouterStats | None]]:
         """Gradients, losses and counts of the whole batch, from one micro-batch after the other."""
         parts = (_cut(batch, accumulation_steps), jax.random.split(noise_key, accumulation_steps))
-        if loss_config.balance == "global_batch" and loss_config.balance_coef > 0:
+        if loss_config.load_balancing_type == "global_batch" and loss_config.router_aux_loss_coef > 0:
             # How even the load of the whole batch is must be known before any part of it is differentiated. The layers
             # run once more for it; the head, whose result is not read, does not.
             counts = jax.lax.map(lambda part: token_losses(merge(trained, fixed), *part).router.stats, parts)
@@ -199,9 +199,9 @@ def make_train_step(
         )
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        if loss_config.balancing_bias_rate > 0:
+        if loss_config.router_bias_update_rate > 0:
             model = nnx.merge(graphdef, merge(params, fixed))
-            model = update_balancing_biases(model, stats, loss_config.balancing_bias_rate)
+            model = update_balancing_biases(model, stats, loss_config.router_bias_update_rate)
             params = select(nnx.to_pure_dict(nnx.state(model)), like=params)
         params, moments = jax.tree.map(
             lambda new, old: jnp.where(metrics.finite, new, old), (params, moments), (state.params, state.optimizer)

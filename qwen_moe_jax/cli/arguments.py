@@ -5,15 +5,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from qwen_moe_jax.config import INFERENCE_SHARDING, SHARDING_RULES, Dispatch, Dtype, ExecutionConfig
+from qwen_moe_jax.config import DTYPES, INFERENCE_SHARDING, MESH_AXES, SHARDING_RULES, Dispatch, ExecutionConfig
+from qwen_moe_jax.config.checks import dtype_name
+from qwen_moe_jax.config.docs import first_sentence
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.hub import is_hub_name
 
 if TYPE_CHECKING:
     from qwen_moe_jax.model.causal_lm import CausalLM
-
-#: Those of `sharding.mesh`, which imports JAX; a test compares the two.
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,14 +32,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a mesh over devices, for example expert=8,data=2; axes: {', '.join(MESH_AXES)}",
     )
     add_sharding_argument(group)
-    group.add_argument(
-        "--dtype", choices=get_args(Dtype), help="of weights and activations; the checkpoint's own if not given"
-    )
-    group.add_argument(
-        "--dispatch",
-        choices=get_args(Dispatch),
-        help="how tokens reach their experts; dropless if not given. Under capacity, full experts drop tokens",
-    )
+    add_dtype_argument(group, "of weights and activations; the checkpoint's own if not given")
+    add_dispatch_argument(group)
     group.add_argument(
         "--capacity-factor",
         type=float,
@@ -48,6 +41,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --dispatch capacity: slots per expert, as a multiple of a balanced load "
         f"({ExecutionConfig.eval_capacity_factor} if not given)",
     )
+
+
+def add_dtype_argument(group: argparse._ActionsContainer, text: str) -> None:
+    """`--dtype`, as the name of a dtype or None."""
+    group.add_argument("--dtype", type=_dtype, metavar="DTYPE", help=f"{', '.join(DTYPES)}: {text}")
+
+
+def add_dispatch_argument(group: argparse._ActionsContainer) -> None:
+    """`--dispatch`."""
+    meaning = first_sentence(ExecutionConfig, "dispatch")
+    text = f"{meaning}; dropless if not given. Under capacity, full experts drop tokens"
+    group.add_argument("--dispatch", choices=get_args(Dispatch), help=text)
 
 
 def add_sharding_argument(group: argparse._ActionsContainer) -> None:
@@ -159,6 +164,13 @@ def written_ranges(numbers: tuple[int, ...]) -> str:
         else:
             runs.append([number])
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+def _dtype(text: str) -> str:
+    try:
+        return dtype_name("--dtype", text)
+    except ConfigError:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected one of {', '.join(DTYPES)}") from None
 
 
 def _folder(text: str) -> Path:

@@ -2,9 +2,8 @@
 
 import argparse
 from pathlib import Path
-from typing import get_args
 
-from qwen_moe_jax.config import Dtype
+from qwen_moe_jax.cli.arguments import add_dtype_argument
 from qwen_moe_jax.units import format_bytes
 
 SUMMARY = (
@@ -23,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="hub",
         help="hub: safetensors that transformers and vLLM load (as if not given); orbax: for many hosts",
     )
-    parser.add_argument("--dtype", choices=get_args(Dtype), help="of the weights; the checkpoint's own if not given")
+    add_dtype_argument(parser, "of the weights; the checkpoint's own if not given")
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="with --to hub, of one file (5GB if not given)"
     )

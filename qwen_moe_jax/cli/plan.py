@@ -4,10 +4,9 @@ import argparse
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
-from qwen_moe_jax.cli.arguments import add_sharding_argument, mesh_sizes
-from qwen_moe_jax.config import Dispatch, Dtype
+from qwen_moe_jax.cli.arguments import add_dispatch_argument, add_dtype_argument, add_sharding_argument, mesh_sizes
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.text import format_mesh
 
@@ -60,10 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="mesh over the target's devices, for example expert=8; the product is the number of devices",
     )
     add_sharding_argument(parser)
-    parser.add_argument(
-        "--dtype", choices=get_args(Dtype), help="of weights and activations; the config's if not given"
-    )
-    parser.add_argument("--dispatch", choices=get_args(Dispatch), help="how tokens reach their experts")
+    add_dtype_argument(parser, "of weights and activations; the config's if not given")
+    add_dispatch_argument(parser)
     parser.add_argument(
         "--search",
         action="store_true",

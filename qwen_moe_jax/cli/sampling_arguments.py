@@ -4,8 +4,21 @@ import argparse
 import dataclasses
 
 from qwen_moe_jax.config import GenerationConfig
+from qwen_moe_jax.config.docs import first_sentence
 from qwen_moe_jax.errors import ConfigError
 
+#: Arguments that are fields of `GenerationConfig`, with their types; its docstring is their help.
+_NUMBERS = {
+    "max_new_tokens": int,
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "min_p": float,
+    "repetition_penalty": float,
+    "seed": int,
+}
+#: The argument is more than the field: it chooses between sampling and greedy decoding as well.
+_TEMPERATURE = "sampling temperature; 0 is greedy"
 #: Arguments of sampling, without a meaning in greedy decoding.
 _SHAPING = ("top_k", "top_p", "min_p")
 
@@ -13,18 +26,10 @@ _SHAPING = ("top_k", "top_p", "min_p")
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `sampled`."""
     group = parser.add_argument_group("sampling", "Defaults are those of generation_config.json; greedy without one.")
-    group.add_argument("--max-new-tokens", type=int, metavar="N", help="at most so many new tokens")
-    group.add_argument("--temperature", type=float, metavar="X", help="sampling temperature; 0 is greedy")
-    group.add_argument("--top-k", type=int, metavar="N", help="sample among the N most probable tokens; 0 among all")
-    group.add_argument("--top-p", type=float, metavar="X", help="sample among the most probable tokens that sum to X")
-    group.add_argument("--min-p", type=float, metavar="X", help="sample among tokens X times as probable as the best")
-    group.add_argument(
-        "--repetition-penalty",
-        type=float,
-        metavar="X",
-        help="above 1, earlier tokens become less probable",
-    )
-    group.add_argument("--seed", type=int, metavar="N", help="of the random numbers: the same seed gives the same text")
+    for name, kind in _NUMBERS.items():
+        text = _TEMPERATURE if name == "temperature" else first_sentence(GenerationConfig, name)
+        metavar = "N" if kind is int else "X"
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
     group.add_argument(
         "--stop", action="append", dest="stop_strings", metavar="TEXT", help="ends the text before it; may be repeated"
     )
@@ -36,8 +41,7 @@ def sampled(arguments: argparse.Namespace, defaults: GenerationConfig) -> Genera
     Raises:
         ConfigError: a value outside its range, or one that has no meaning with `--temperature 0`.
     """
-    names = ("max_new_tokens", "temperature", *_SHAPING, "repetition_penalty", "seed", "stop_strings")
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    given = {name: value for name in (*_NUMBERS, "stop_strings") if (value := getattr(arguments, name)) is not None}
     shaping = [f"--{name.replace('_', '-')}" for name in _SHAPING if name in given]
     if given.get("temperature") == 0:
         if shaping:

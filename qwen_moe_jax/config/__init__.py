@@ -1,9 +1,10 @@
-"""What a model means, how it is run, how text is made: frozen dataclasses, and what their fields may be.
+"""Config classes: what a model means, how it is run and sharded, how text is generated. All are frozen dataclasses.
 
-Nothing here knows a Hub name or imports JAX: `huggingface/` translates config.json into these fields, and no layer ever
-asks which family it belongs to.
+Nothing here knows a Hub name or imports JAX: `huggingface/` translates config.json into these fields, and no layer asks
+which family it belongs to.
 """
 
+from qwen_moe_jax.config.dtypes import DTYPES, Dtype, DTypeLike
 from qwen_moe_jax.config.execution import (
     CapacityBy,
     Dispatch,
@@ -18,17 +19,19 @@ from qwen_moe_jax.config.lora import LoraConfig
 from qwen_moe_jax.config.model import (
     Activation,
     AttentionConfig,
-    Dtype,
     LayerKind,
     ModelConfig,
     MoEConfig,
     RopeConfig,
 )
-from qwen_moe_jax.config.sharding import INFERENCE_SHARDING, SHARDING_RULES, ShardingRules
+from qwen_moe_jax.config.sharding import INFERENCE_SHARDING, MESH_AXES, SHARDING_RULES, ShardingRules
 
 __all__ = [
+    "DTYPES",
     "INFERENCE_SHARDING",
+    "MESH_AXES",
     "SHARDING_RULES",
+    "DTypeLike",
     "Activation",
     "AttentionConfig",
     "CapacityBy",

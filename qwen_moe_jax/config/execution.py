@@ -1,10 +1,11 @@
-"""How a model is run."""
+"""How a model is run: dtypes, dispatch, kernels, rematerialisation and sharding."""
 
 import dataclasses
+import math
 from typing import Literal
 
-from qwen_moe_jax.config.checks import require, require_choice
-from qwen_moe_jax.config.model import Dtype
+from qwen_moe_jax.config.checks import Checks
+from qwen_moe_jax.config.dtypes import DTypeLike
 from qwen_moe_jax.config.sharding import SHARDING_RULES, ShardingRules
 
 Dispatch = Literal["dropless", "capacity", "dense"]
@@ -19,54 +20,59 @@ Remat = Literal["none", "full", "dots", "exchange"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExecutionConfig:
-    """How a model is run. Any checkpoint runs under any of these; results differ by rounding and by counted drops.
+    """How a model is run. Any checkpoint runs under any of these; results differ by rounding and by dropped tokens.
 
-    Settings that are None are chosen for the model, its mesh and its mode; `model.execution_in_use` shows the choices.
+    A field that is None is chosen for the model, its mesh and its mode; `model.execution_in_use` shows the choices.
 
     Attributes:
-        dtype: of activations and matmuls; None takes the checkpoint's. Logits are always float32.
+        dtype: of activations and matmuls; None takes the checkpoint's. Logits are always float32. Any of the dtypes is
+            given as anything `jnp.dtype` takes, and kept as its name.
         param_dtype: of the stored weights; None takes `dtype`.
-        router_dtype: of the router's matmul; None is `dtype`, as transformers has it. "float32" is steadier in bfloat16
+        router_dtype: of the router's matmul; None takes `dtype`, as in transformers. float32 is more stable in bfloat16
             training, and routes a few tokens otherwise than transformers does.
-        dispatch: how tokens reach their experts. "dropless" sorts them by expert and multiplies ragged groups;
-            "capacity" gives each expert a fixed number of places per group of tokens; "dense" runs every expert on
-            every token, the reference. None means "dropless" in eval mode (`model.eval()`, how every model starts) and
-            "capacity" in training mode (`model.train()`).
-        capacity_factor: under "capacity" in training mode, places per expert and group as a multiple of a perfectly
+        dispatch: how tokens reach their experts. dropless sorts them by expert and multiplies ragged groups; capacity
+            gives each expert a fixed number of slots per group of tokens, and drops what is left over; dense runs every
+            expert on every token, the reference. None takes dropless in eval mode (`model.eval()`, how every model
+            starts) and capacity in training mode (`model.train()`).
+        capacity_factor: under capacity in training mode, slots per expert and group as a multiple of a perfectly
             balanced load (`ceil(group_size * num_experts_per_tok / num_experts * capacity_factor)`).
         eval_capacity_factor: the same in eval mode.
-        min_capacity: places an expert has at least in every group (as many as the group has tokens are always enough).
-        group_size: tokens routed together under "capacity". The einsums that move them cost 2/3 * group_size /
+        min_capacity: slots that an expert has at least in every group (more than the group has tokens are never used).
+        group_size: tokens routed together under capacity. The einsums that move them cost 2/3 * group_size /
             moe_intermediate_size of the experts' own matmuls; small groups drop more tokens. None takes the largest
             power of two that keeps the cost at a third, or all tokens of a device where they are moved by index.
-        drop_policy: who goes without when an expert is full: "position" the last tokens of the group, "probs" those that
-            weigh it least (batch-prioritised routing, arXiv 2106.05974).
+        drop_policy: which tokens are dropped when an expert is full: position, the last ones of the group, or probs,
+            those with the smallest router weight (batch-prioritised routing, arXiv 2106.05974).
         capacity_by: "einsum" moves tokens by one-hot matmuls (GShard), "index" by gathers: the same tokens to the same
-            places. None takes "einsum" where it costs at most a third of the experts' matmuls.
+            slots. None takes "einsum" where it costs at most a third of the experts' matmuls.
         buffer_factor: under "dropless" on several expert devices in training mode, rows a device has room for, as a
             multiple of a perfectly balanced load. What does not fit is dropped and counted. None makes room for the
             worst case: nothing is ever dropped.
         eval_buffer_factor: the same in eval mode.
-        exchange: under "dropless", how rows cross the `expert` axis. "all_gather" brings every token to every device of the
-            axis and sums what they return; "all_to_all" sends each row to its expert, in buffers of fixed size;
-            "ragged_all_to_all" sends only the rows there are (not on CPUs). None takes "all_gather" where it sends less or
-            where nothing may be dropped.
-        grouped_matmul: what multiplies ragged groups: "blocks" (any device), "megablox" (TPU), "triton" (NVIDIA).
+        exchange: under dropless, how rows cross the `expert` axis. all_gather brings every token to every device of
+            the axis and sums what they return; all_to_all sends each row to its expert, in buffers of fixed size;
+            ragged_all_to_all sends only the rows there are (not on CPUs). None takes all_gather where it sends less.
+        grouped_matmul: the kernel that multiplies ragged groups: "blocks" (any device), "megablox" (TPU), "triton"
+            (NVIDIA). None takes the fastest on the platform.
         routing: "balanced" sends tokens to experts in turn, whatever the router says: for benchmarks.
-        attention: what attends, block by block: "blocks" (any device) by XLA's operations, "splash" (TPU, bfloat16 or
-            float32) by JAX's kernels, which keep the scores on the chip. None takes "splash" where it runs.
-        attention_block: tokens of the longest block of queries and of keys whose scores are there at a time, for
-            "splash" 128 at least (and 1024 at most on a v5p: scores of 2048 do not fit into its vector memory). None
-            takes 128 on CPUs and 512 elsewhere.
-        remat: what the backward pass recomputes, per layer: "none" nothing, "full" the whole layer from its input,
-            "exchange" all but what came over the `expert` axis, "dots" all but that, attention and the matmuls with
-            weights. Weights gathered over fsdp are gathered again in any case.
-        sharding: where weights lie at rest, a `ShardingRules` or the name of one (`SHARDING_RULES`).
+        attention: the attention kernel: blocks (any device), blockwise in XLA's operations, or splash (TPU, bfloat16 or
+            float32), JAX's kernel, which keeps the scores in on-chip memory. None takes splash where it runs.
+        attention_block: tokens of the longest block of queries and of keys whose scores exist at a time, for "splash"
+            128 at least (and 1024 at most on a v5p: scores of 2048 do not fit into its vector memory). None takes 128
+            on CPUs and 512 elsewhere.
+        remat: what the backward pass recomputes, per layer: none, full (the whole layer from its input), exchange (all
+            but what came over the `expert` axis) or dots (all but that, attention and the matmuls with weights).
+            Weights gathered over fsdp are gathered again in any case.
+        sharding: the mesh axes that weights are stored sharded over, a `ShardingRules` or the name of one
+            (`SHARDING_RULES`).
+
+    Raises:
+        ConfigError: values outside their ranges; the message names all of them.
     """
 
-    dtype: Dtype | None = None
-    param_dtype: Dtype | None = None
-    router_dtype: Dtype | None = None
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike | None = None
+    router_dtype: DTypeLike | None = None
     dispatch: Dispatch | None = None
     capacity_factor: float = 1.25
     eval_capacity_factor: float = 2.0
@@ -85,37 +91,16 @@ class ExecutionConfig:
     sharding: ShardingRules | str = ShardingRules()
 
     def __post_init__(self) -> None:
-        if isinstance(self.sharding, str):
-            names = ", ".join(map(repr, SHARDING_RULES))
-            require(self.sharding in SHARDING_RULES, "sharding", self.sharding, f"one of {names}, or ShardingRules")
-            object.__setattr__(self, "sharding", SHARDING_RULES[self.sharding])
-        choices = {
-            "dtype": Dtype,
-            "param_dtype": Dtype,
-            "router_dtype": Dtype,
-            "dispatch": Dispatch,
-            "drop_policy": DropPolicy,
-            "capacity_by": CapacityBy,
-            "exchange": Exchange,
-            "grouped_matmul": GroupedMatmul,
-            "routing": RoutingMode,
-            "attention": Attention,
-            "remat": Remat,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) is not None:
-                require_choice(name, getattr(self, name), allowed)
-        for name in ("capacity_factor", "eval_capacity_factor"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
-        for name in ("buffer_factor", "eval_buffer_factor"):
-            found = getattr(self, name)
-            require(
-                found is None or 1 <= found < float("inf"),
-                name,
-                found,
-                "a number of at least 1, or None for the worst case",
-            )
-        require(self.min_capacity > 0, "min_capacity", self.min_capacity, "a positive integer")
-        for name in ("group_size", "attention_block"):
-            found = getattr(self, name)
-            require(found is None or found > 0, name, found, "a positive integer")
+        with Checks(self) as check:
+            if isinstance(self.sharding, str):
+                expected = f"one of {', '.join(map(repr, SHARDING_RULES))}, or ShardingRules"
+                if check(self.sharding in SHARDING_RULES, "sharding", expected):
+                    object.__setattr__(self, "sharding", SHARDING_RULES[self.sharding])
+            check.literals()
+            check.dtypes("dtype", "param_dtype", "router_dtype")
+            for name in ("capacity_factor", "eval_capacity_factor"):
+                check(getattr(self, name) > 0, name, "a positive number")
+            for name in ("buffer_factor", "eval_buffer_factor"):
+                found = getattr(self, name)
+                check(found is None or 1 <= found < math.inf, name, "a number of at least 1, or None")
+            check.at_least(1, "min_capacity", "group_size", "attention_block")

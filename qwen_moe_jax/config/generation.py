@@ -1,4 +1,4 @@
-"""How a model's text is made."""
+"""How text is generated: sampling and stopping."""
 
 import dataclasses
 import math
@@ -6,39 +6,39 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qwen_moe_jax.config.checks import require, strings, token_ids
+from qwen_moe_jax.config.checks import Checks, require, strings, token_ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How a model's text is made and where it ends: transformers' generation_config.json, and four fields of vLLM's.
+    """How text is generated and when it ends: transformers' generation_config.json, and four fields of vLLM's.
 
-    The defaults are those that transformers 5.23 generates with where nothing is said. Sequences may be given as lists,
+    The defaults are those that transformers 5.23 generates with where nothing is set. Sequences may be given as lists,
     `logit_bias` as a mapping; they are kept as tuples, so that a config can be hashed.
 
     Attributes:
         eos_token_id: tokens that end a text.
         stop_strings: strings that end a text.
-        max_new_tokens: at most so many, the ending token included; None leaves it to the caller.
-        min_new_tokens: `eos_token_id` cannot be chosen before so many.
-        do_sample: draw tokens; otherwise the most probable one is taken, and neither temperature, top_k, top_p, min_p
-            nor seed count.
-        temperature: divides the logits. It may be 0 where nothing is drawn.
-        top_k: draw among the k most probable tokens; 0 among all.
-        top_p: draw among the fewest most probable tokens whose probabilities sum to at least this.
-        min_p: draw among the tokens at least this times as probable as the most probable one.
-        repetition_penalty: divides the positive and multiplies the negative logits of tokens that stand in the prompt
-            or in what was generated (arXiv 1909.05858).
-        presence_penalty: subtracted from the logits of tokens that were generated, as OpenAI and vLLM have it.
+        max_new_tokens: the largest number of new tokens, the ending token included; None leaves it to the caller.
+        min_new_tokens: `eos_token_id` cannot be sampled before this many new tokens.
+        do_sample: sample tokens; otherwise the most probable one is taken, and temperature, top_k, top_p, min_p and
+            seed have no effect.
+        temperature: divides the logits. It may be 0 where nothing is sampled.
+        top_k: sample among the k most probable tokens (0: among all).
+        top_p: sample among the fewest most probable tokens whose probabilities sum to at least this.
+        min_p: sample among the tokens at least this times as probable as the most probable one.
+        repetition_penalty: divides the positive and multiplies the negative logits of tokens of the prompt and of the
+            generated text (arXiv 1909.05858).
+        presence_penalty: subtracted from the logits of tokens that were generated, as in OpenAI's API and vLLM.
         frequency_penalty: the same, times how often they were generated.
-        logit_bias: (token, bias) pairs, added to the logits. In place of a token may stand a sequence of tokens: its
-            last one is biased where the others were the last to be read or generated (transformers' `sequence_bias`).
+        logit_bias: (token, bias) pairs, added to the logits. Instead of a token, a sequence of tokens biases its last
+            one where the others came immediately before (transformers' `sequence_bias`).
         bad_words_ids: sequences of tokens that are not completed. A single token that ends a text stays allowed.
         seed: of the random numbers, below 2**64; None is another one every time.
-        hub_fields: the other fields of generation_config.json as (name, JSON) pairs: kept for export, and not acted on.
+        hub_fields: the other fields of generation_config.json as (name, JSON) pairs: kept for export, otherwise unused.
 
     Raises:
-        ConfigError: a value outside its range.
+        ConfigError: values outside their ranges; the message names all of them.
     """
 
     eos_token_id: tuple[int, ...] = ()
@@ -67,24 +67,21 @@ class GenerationConfig:
         }
         for name, value in frozen.items():
             object.__setattr__(self, name, value)
-        require(all(self.bad_words_ids), "bad_words_ids", self.bad_words_ids, "at least one token in each")
-        found = self.max_new_tokens
-        require(found is None or found >= 1, "max_new_tokens", found, "a positive integer, or None")
-        for name in ("min_new_tokens", "top_k"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "zero or a positive integer")
-        for name in ("top_p", "min_p"):
-            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
-        for name in ("presence_penalty", "frequency_penalty"):
-            require(-2 <= getattr(self, name) <= 2, name, getattr(self, name), "in [-2, 2]")
-        found = self.repetition_penalty
-        require(0 < found < math.inf, "repetition_penalty", found, "a positive number (1 changes nothing)")
-        found = self.temperature
-        require(0 <= found < math.inf, "temperature", found, "a positive number")
-        require(
-            found > 0 or not self.do_sample, "temperature", found, "a positive number, or do_sample=False beside it"
-        )
-        found = self.seed
-        require(found is None or 0 <= found < 2**64, "seed", found, "between 0 and 2**64, exclusive, or None")
+        with Checks(self) as check:
+            check(all(self.bad_words_ids), "bad_words_ids", "at least one token in each")
+            check.at_least(1, "max_new_tokens")
+            check.at_least(0, "min_new_tokens", "top_k")
+            for name in ("top_p", "min_p"):
+                check(0 <= getattr(self, name) <= 1, name, "in [0, 1]")
+            for name in ("presence_penalty", "frequency_penalty"):
+                check(-2 <= getattr(self, name) <= 2, name, "in [-2, 2]")
+            expected = "a positive number (1 changes nothing)"
+            check(0 < self.repetition_penalty < math.inf, "repetition_penalty", expected)
+            if check(0 <= self.temperature < math.inf, "temperature", "a positive number"):
+                expected = "a positive number, or do_sample=False"
+                check(self.temperature > 0 or not self.do_sample, "temperature", expected)
+            seeded = self.seed is None or 0 <= self.seed < 2**64
+            check(seeded, "seed", "between 0 and 2**64, exclusive, or None")
 
 
 def _biases(field: str, found: Any) -> tuple[tuple[int | tuple[int, ...], float], ...]:

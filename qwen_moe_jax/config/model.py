@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Literal
 
-from qwen_moe_jax.config.checks import require, require_choice, require_size, token_ids
+from qwen_moe_jax.config.checks import dtype_name, require, require_choice, require_size, token_ids
+from qwen_moe_jax.config.dtypes import DTypeLike
 
 RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 AttentionKind = Literal["full", "sliding"]
 MlpKind = Literal["dense", "sparse"]
 Activation = Literal["silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,7 +159,7 @@ class ModelConfig:
     max_position_embeddings: int = 32_768
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
-    dtype: Dtype | None = None
+    dtype: DTypeLike | None = None
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -172,7 +172,7 @@ class ModelConfig:
         require(len(self.layers) > 0, "num_hidden_layers", len(self.layers), "at least one layer")
         require_choice("hidden_act", self.hidden_act, Activation)
         if self.dtype is not None:
-            require_choice("dtype", self.dtype, Dtype)
+            object.__setattr__(self, "dtype", dtype_name("dtype", self.dtype))
         sparse = any(kind.mlp == "sparse" for kind in self.layers)
         require(not sparse or self.moe is not None, "moe", self.moe, "a MoEConfig, since some layers are sparse")
         sliding = any(kind.attention == "sliding" for kind in self.layers)

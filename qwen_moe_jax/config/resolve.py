@@ -52,8 +52,8 @@ def resolve(
         return execution
     if execution.exchange == "ragged_all_to_all" and platform == "cpu":
         raise ShardingError(
-            "exchange='ragged_all_to_all' is not implemented by XLA for CPUs: use 'all_to_all', which computes the same, "
-            "or leave it open."
+            "exchange='ragged_all_to_all' is not implemented by XLA for CPUs: use 'all_to_all', which computes the "
+            "same, or leave it open."
         )
     group_size, capacity_by = _groups(execution, moe.moe_intermediate_size)
     return dataclasses.replace(

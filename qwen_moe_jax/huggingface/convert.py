@@ -4,10 +4,11 @@ import fnmatch
 import shutil
 from os import PathLike
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
-from qwen_moe_jax.config import Dtype, ExecutionConfig
-from qwen_moe_jax.errors import CheckpointError, ConfigError
+from qwen_moe_jax.config import DTypeLike, ExecutionConfig
+from qwen_moe_jax.config.checks import dtype_name, require_choice
+from qwen_moe_jax.errors import CheckpointError
 from qwen_moe_jax.huggingface.checkpoint import (
     ORBAX,
     Checkpoint,
@@ -50,7 +51,7 @@ def convert(
     target: str | PathLike[str],
     *,
     to: Format = "hub",
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     max_shard_size: int | str = "5GB",
     check_finite: bool = False,
     adapter: str | PathLike[str] | None = None,
@@ -65,7 +66,8 @@ def convert(
         target: folder to write. Weights and configs of an existing folder are replaced, its other files are kept.
         to: "hub" is safetensors under the names of the family's published checkpoints, "orbax" the format of
             `save_orbax`.
-        dtype: of the weights; None keeps the checkpoint's (of an FP8 one, the dtype that config.json names).
+        dtype: of the weights, anything that `jnp.dtype` takes; None keeps the checkpoint's (of an FP8 one, the dtype
+            that config.json names).
         max_shard_size: with "hub", bytes of a file, or for example "5GB".
         adapter: a folder of low-rank adapters in PEFT's layout, or its name on the Hub, added to the weights in float32
             and rounded once.
@@ -76,9 +78,8 @@ def convert(
         CheckpointError: tensors are missing, damaged or do not fit the config, all problems in one message; the target
             is the source.
     """
-    for value, known in ((to, get_args(Format)), (dtype or "float32", get_args(Dtype))):
-        if value not in known:
-            raise ConfigError(f"{value!r} is not known, expected one of {', '.join(known)}.")
+    require_choice("to", to, Format)
+    dtype = None if dtype is None else dtype_name("dtype", dtype)
     limit = shard_limit(max_shard_size)
     checkpoint = open_checkpoint(local_folder(source))
     target = Path(target).absolute()
@@ -109,7 +110,7 @@ def convert(
             write_shards(new, rounded, limit, advance)
 
 
-def abstract_model(checkpoint: Checkpoint, dtype: str | None = None) -> Model:
+def abstract_model(checkpoint: Checkpoint, dtype: DTypeLike | None = None) -> Model:
     """The model of a checkpoint with `jax.ShapeDtypeStruct` leaves."""
     return checkpoint.head(
         checkpoint.config,

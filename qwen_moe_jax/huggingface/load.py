@@ -9,7 +9,8 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from qwen_moe_jax.config import ExecutionConfig
+from qwen_moe_jax.config import DTypeLike, ExecutionConfig
+from qwen_moe_jax.config.checks import dtype_name
 from qwen_moe_jax.huggingface.checkpoint import (
     Checkpoint,
     open_checkpoint,
@@ -36,8 +37,8 @@ def from_pretrained(
     folder: str | PathLike[str],
     *,
     mesh: Mesh | None = None,
-    dtype: str | None = None,
-    param_dtype: str | None = None,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike | None = None,
     execution: ExecutionConfig = ExecutionConfig(),
     adapter: str | PathLike[str] | None = None,
 ) -> CausalLM:
@@ -49,7 +50,7 @@ def from_pretrained(
             is downloaded if it is not cached.
         mesh: see `make_mesh`; None is one device. Each process reads the shards of its own devices in blocks: besides
             the model, the host holds 400 to 650 MB, whatever its size.
-        dtype: of activations and matmuls; None keeps the checkpoint's.
+        dtype: of activations and matmuls, anything that `jnp.dtype` takes; None keeps the checkpoint's.
         param_dtype: of the stored weights; None is `dtype`.
         execution: how the model is run; the arguments `dtype` and `param_dtype` override its fields.
         adapter: a folder of low-rank adapters in PEFT's layout, or its name on the Hub. They are kept separate from the
@@ -74,8 +75,8 @@ def load_model(
     folder: str | PathLike[str],
     *,
     mesh: Mesh | None = None,
-    dtype: str | None = None,
-    param_dtype: str | None = None,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike | None = None,
     execution: ExecutionConfig = ExecutionConfig(),
     rngs: nnx.Rngs | None = None,
 ) -> AnyModel:
@@ -86,14 +87,13 @@ def load_model(
             ignored. None refuses such a checkpoint.
     """
     checkpoint = open_checkpoint(local_folder(folder))
-    dtype = dtype or execution.dtype
+    dtype = execution.dtype if dtype is None else dtype_name("dtype", dtype)
+    param_dtype = execution.param_dtype if param_dtype is None else dtype_name("param_dtype", param_dtype)
     abstract = model_class(
         checkpoint.config,
         rngs=None,
         mesh=mesh,
-        execution=dataclasses.replace(
-            execution, dtype=dtype, param_dtype=param_dtype or execution.param_dtype or dtype
-        ),
+        execution=dataclasses.replace(execution, dtype=dtype, param_dtype=param_dtype or dtype),
         generation_config=read_generation_config(checkpoint.folder, checkpoint.config),
     )
     optional = () if rngs is None else _init_missing_head(abstract, checkpoint, rngs)

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qwen_moe_jax.config import GenerationConfig
+from qwen_moe_jax.config import DTypeLike, GenerationConfig
 from qwen_moe_jax.errors import RequestError
 from qwen_moe_jax.inference import programs
 from qwen_moe_jax.inference.programs import DecodeOutput
@@ -49,7 +49,7 @@ def stream(
     prompts: Sequence[Sequence[int]],
     configs: Sequence[GenerationConfig],
     *,
-    cache_dtype: str | None = None,
+    cache_dtype: DTypeLike | None = None,
     enough: Callable[[Chunk], bool] = lambda chunk: False,
 ) -> Iterator[Chunk]:
     """Continues every prompt, handing out tokens as they come.
@@ -58,7 +58,7 @@ def stream(
         model: run in eval mode.
         prompts: token ids, at least one each.
         configs: one for each prompt; `max_new_tokens` None means as many as the model has positions for.
-        cache_dtype: of keys and values; None is the model's.
+        cache_dtype: of keys and values, anything that `jnp.dtype` takes; None is the model's.
         enough: asked of every chunk before it is handed out; True ends that request (its text has a stop string, say).
 
     Raises:
@@ -109,10 +109,10 @@ class Session:
         model: run in eval mode.
         max_length: tokens a row may come to, prompt and answers together.
         rows: requests at once.
-        cache_dtype: of keys and values; None is the model's.
+        cache_dtype: of keys and values, anything that `jnp.dtype` takes; None is the model's.
     """
 
-    def __init__(self, model: CausalLM, max_length: int, *, rows: int = 1, cache_dtype: str | None = None):
+    def __init__(self, model: CausalLM, max_length: int, *, rows: int = 1, cache_dtype: DTypeLike | None = None):
         model.require_weights()
         if not model.deterministic:
             model = nnx.merge(*nnx.split(model))  # a view of the same weights: the caller's stays in training mode

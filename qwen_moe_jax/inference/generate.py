@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-from qwen_moe_jax.config import GenerationConfig
+from qwen_moe_jax.config import DTypeLike, GenerationConfig
 from qwen_moe_jax.errors import RequestError
 from qwen_moe_jax.inference.detokenize import TextStream
 from qwen_moe_jax.inference.engine import Chunk, Finish, check_request, stream
@@ -45,7 +45,7 @@ def generate(
     config: GenerationConfig | Sequence[GenerationConfig] | None = None,
     *,
     tokenizer: Tokenizer | str | PathLike[str] | None = None,
-    cache_dtype: str | None = None,
+    cache_dtype: DTypeLike | None = None,
     **settings: Any,
 ) -> list[str] | list[list[int]]:
     """Continues every prompt.
@@ -55,7 +55,7 @@ def generate(
         prompts: texts, or lists of token ids. They need not be of one length.
         config: for all, or one for each; None is the model's own (generation_config.json).
         tokenizer: needed for texts and for stop strings: a tokenizer, or the checkpoint folder that holds one.
-        cache_dtype: of the cached keys and values; None is the model's.
+        cache_dtype: of the cached keys and values, anything that `jnp.dtype` takes; None is the model's.
         settings: fields of `GenerationConfig` that replace those of `config`: `max_new_tokens=100, do_sample=True,
             temperature=0.7`. Where nobody says it, `max_new_tokens` is 64.
 
@@ -77,7 +77,7 @@ def complete(
     config: GenerationConfig | Sequence[GenerationConfig] | None = None,
     *,
     tokenizer: Tokenizer | str | PathLike[str] | None = None,
-    cache_dtype: str | None = None,
+    cache_dtype: DTypeLike | None = None,
     **settings: Any,
 ) -> list[Completion]:
     """`generate` with all that is known of each completion. A request that cannot be served does not stop the others.
@@ -93,7 +93,7 @@ def _complete(
     prompts: Prompts,
     config: GenerationConfig | Sequence[GenerationConfig] | None,
     tokenizer: Tokenizer | str | PathLike[str] | None,
-    cache_dtype: str | None,
+    cache_dtype: DTypeLike | None,
     settings: Mapping[str, Any],
     *,
     strict: bool,

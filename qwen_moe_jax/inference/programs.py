@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_moe_jax.config import GenerationConfig
+from qwen_moe_jax.config import DTypeLike, GenerationConfig
+from qwen_moe_jax.config.checks import dtype_name
 from qwen_moe_jax.inference.sampling import (
     SamplingSettings,
     SamplingState,
@@ -181,7 +182,7 @@ class AbstractProgram:
 
 
 def abstract_prefill(
-    model: CausalLM, *, rows: int, prompt: int, max_length: int, cache_dtype: str | None = None
+    model: CausalLM, *, rows: int, prompt: int, max_length: int, cache_dtype: DTypeLike | None = None
 ) -> AbstractProgram:
     """The program that reads a chunk of every prompt, of the length that prompts of this length need.
 
@@ -199,7 +200,9 @@ def abstract_prefill(
     )
 
 
-def abstract_decode(model: CausalLM, *, rows: int, max_length: int, cache_dtype: str | None = None) -> AbstractProgram:
+def abstract_decode(
+    model: CausalLM, *, rows: int, max_length: int, cache_dtype: DTypeLike | None = None
+) -> AbstractProgram:
     """The program that decodes up to `DECODE_STEPS` tokens, the most probable ones; a round of its loop is one token a row.
 
     Arguments as `abstract_prefill`.
@@ -214,11 +217,11 @@ def abstract_decode(model: CausalLM, *, rows: int, max_length: int, cache_dtype:
     )
 
 
-def padded_cache(model: CausalLM, rows: int, max_length: int, cache_dtype: str | None) -> tuple[int, int, Cache]:
+def padded_cache(model: CausalLM, rows: int, max_length: int, cache_dtype: DTypeLike | None) -> tuple[int, int, Cache]:
     """Rows and tokens of a row as they are rounded up, and the abstract cache for them."""
     num_shards = math.prod(model.mesh.shape[axis] for axis in BATCH)
     rows, max_length = round_up(next_power_of_two(rows), num_shards), _cache_length(max_length)
-    dtype = cache_dtype or model.execution.dtype
+    dtype = model.execution.dtype if cache_dtype is None else dtype_name("cache_dtype", cache_dtype)
     cache = abstract_cache(
         model.config, model.mesh, batch=rows, max_length=max_length, max_write=PREFILL_BUCKETS[-1], dtype=dtype
     )

@@ -7,12 +7,13 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from qwen_moe_jax.config import MESH_AXES
 from qwen_moe_jax.errors import ShardingError
 from qwen_moe_jax.sharding.distributed import num_processes
 from qwen_moe_jax.suggest import did_you_mean
 from qwen_moe_jax.text import format_mesh
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = MESH_AXES
 
 
 def make_mesh(

@@ -160,7 +160,7 @@ def test_the_table_says_what_the_plan_holds(capacity, capsys):
 def test_planning_a_run_reads_no_text_and_makes_no_folder(tmp_path, monkeypatch, capsys):
     config = tmp_path / "run.toml"
     lines = ["[model]", *(f"{key} = {json.dumps(value)}" for key, value in golden.TINY.items())]
-    lines += ["[data]", 'folder = "nowhere"', 'tokenizer = "no/such"', "batch_size = 2", "seq_len = 16"]
+    lines += ["[data]", 'path = "nowhere"', 'tokenizer = "no/such"', "batch_size = 2", "seq_len = 16"]
     config.write_text("\n".join(lines))
     monkeypatch.chdir(tmp_path)
     assert main([str(config), "--plan", "cpu:1", "--json", "-"]) == 0
@@ -170,7 +170,7 @@ def test_planning_a_run_reads_no_text_and_makes_no_folder(tmp_path, monkeypatch,
 
 
 def test_a_checkpoint_that_is_not_here_is_planned_by_its_published_config():
-    config = build_config({"run": {"init_from": "Qwen/Qwen3-235B-A22B"}}, [], "here")
+    config = build_config({"run": {"model_name_or_path": "Qwen/Qwen3-235B-A22B"}}, [], "here")
     model_config, name = planned_model(config)
     assert (model_config.num_hidden_layers, name) == (94, "Qwen/Qwen3-235B-A22B")
 

@@ -50,17 +50,17 @@ heldout_rows = 4
 warmup_steps = 2
 
 [run]
-steps = {STEPS}
-eval_every = 20
-checkpoint_every = 3
-sample_every = 0
+max_steps = {STEPS}
+eval_steps = 20
+save_steps = 3
+sample_steps = 0
 sample_tokens = 2
 """
 
 
 def training(config: Path, folder: Path, *words: str) -> list[str]:
     """The command of a run."""
-    return ["train", str(config), "--run.folder", str(folder), *words]
+    return ["train", str(config), "--run.output_dir", str(folder), *words]
 
 
 def kill_somewhere(process: subprocess.Popen, folder: Path, moments: random.Random, within: int) -> None:

@@ -17,7 +17,7 @@ from train.step import initial_state, make_train_step, state_shardings
 
 STEPS, ROWS, LENGTH = 20, 4, 12
 OPTIMIZER = OptimizerConfig(
-    learning_rate=2e-3, final_learning_rate=1e-4, warmup_steps=4, weight_decay=0.3, beta2=0.98, clip_norm=0.7
+    learning_rate=2e-3, final_learning_rate=1e-4, warmup_steps=4, weight_decay=0.3, beta2=0.98, max_grad_norm=0.7
 )
 # Losses and weights of float32 numbers that both sides round in other orders, step after step.
 TOLERANCE = 1e-4
@@ -72,7 +72,7 @@ def trained_there(reference):
         )
         optimizer.zero_grad()
         output.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.max_grad_norm)
         optimizer.step()
         rates.step()
         seen.append((output.loss.item(), norm.item()))
@@ -90,7 +90,7 @@ def test_losses_gradient_norms_and_weights_of_twenty_steps_are_those_of_a_pytorc
     losses = [float(metrics.loss) for metrics in found]
     np.testing.assert_allclose(losses, [loss for loss, _ in expected], rtol=TOLERANCE)
     np.testing.assert_allclose([m.gradient_norm for m in found], [norm for _, norm in expected], rtol=TOLERANCE)
-    assert max(norm for _, norm in expected) > OPTIMIZER.clip_norm
+    assert max(norm for _, norm in expected) > OPTIMIZER.max_grad_norm
     assert weights.keys() == expected_weights.keys()
     distances = {name: relative_l2(weights[name], expected_weights[name]) for name in weights}
     far = {name: distance for name, distance in distances.items() if not distance <= TOLERANCE}

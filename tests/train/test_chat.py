@@ -124,7 +124,7 @@ def test_only_the_assistants_tokens_are_targets_of_a_batch_and_a_conversation_is
     source = tmp_path / "chats.jsonl"
     talks = [[SYSTEM, ONE, YES, {"role": "user", "content": f"{number}?"}, NO] for number in range(10)]
     source.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in talks))
-    config = DataConfig(folder=str(source), format="jsonl", tokenizer=str(folder), seq_len=200, heldout_fraction=0.1)
+    config = DataConfig(path=str(source), format="jsonl", tokenizer=str(folder), seq_len=200, heldout_fraction=0.1)
     corpus = load_corpus(tmp_path / "corpus", config)
     [part] = corpus.parts
     assert (len(part.heldout), len(part.training)) == (2, 18)  # each gives two documents
@@ -139,7 +139,7 @@ def test_messages_without_a_tokenizer_are_written_by_the_template_of_the_one_tha
     source = tmp_path / "chats.jsonl"
     talks = [[SYSTEM, ONE, YES, {"role": "user", "content": f"{number}?"}, NO] for number in range(10)]
     source.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in talks))
-    config = DataConfig(folder=str(source), format="jsonl", vocab_size=300, seq_len=40, heldout_fraction=0.1)
+    config = DataConfig(path=str(source), format="jsonl", vocab_size=300, seq_len=40, heldout_fraction=0.1)
     corpus = load_corpus(tmp_path / "corpus", config)
     [part] = corpus.parts
     end_id, start_id, message_end_id = (corpus.tokenizer.token_to_id(token) for token in SPECIAL_TOKENS)

@@ -49,7 +49,7 @@ def test_too_little_text_is_refused_and_leaves_no_corpus(tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.py").write_text("x = 1\n")
     with pytest.raises(ConfigError, match="Read more text"):
-        load_corpus(tmp_path / "corpus", DataConfig(folder=str(tmp_path / "text")))
+        load_corpus(tmp_path / "corpus", DataConfig(path=str(tmp_path / "text")))
     assert not (tmp_path / "corpus").exists()
 
 
@@ -62,7 +62,7 @@ def test_the_tokenizer_spells_any_text_within_its_vocabulary():
 
 def test_a_second_start_reads_the_same_documents_from_disk(made):
     folder, corpus = made
-    read = load_corpus(folder, DataConfig(folder="/nowhere"))
+    read = load_corpus(folder, DataConfig(path="/nowhere"))
     for part in ("training", "heldout"):
         pairs = zip(getattr(corpus.parts[0], part), getattr(read.parts[0], part), strict=True)
         assert all((one == two).all() for one, two in pairs)
@@ -77,7 +77,7 @@ def test_a_corpus_that_is_not_whole_is_refused(tmp_path):
 
 def test_the_heldout_documents_of_lines_are_spread_and_the_same_every_time(tmp_path):
     file = write_lines(tmp_path / "a.jsonl", [{"text": f"number {number}"} for number in range(100)])
-    config = DataConfig(folder=file, format="jsonl", vocab_size=300, seq_len=8, heldout_fraction=0.2)
+    config = DataConfig(path=file, format="jsonl", vocab_size=300, seq_len=8, heldout_fraction=0.2)
     corpora = [load_corpus(tmp_path / name, config) for name in ("one", "two")]
     heldout = [
         [int(corpus.tokenizer.decode(document).split()[1]) for document in corpus.parts[0].heldout]
@@ -92,7 +92,7 @@ def test_an_existing_tokenizer_reads_and_ends_documents_its_own_way(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", [{"text": "The quick brown fox"}] * 10)
     folder = write_tokenizer(tmp_path / "tokenizer", byte_fallback(), eos_token={"content": "</s>"})
     (tmp_path / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")
-    corpus = load_corpus(tmp_path / "corpus", DataConfig(folder=source, format="jsonl", tokenizer=folder, seq_len=4))
+    corpus = load_corpus(tmp_path / "corpus", DataConfig(path=source, format="jsonl", tokenizer=folder, seq_len=4))
     expected = [*byte_fallback().encode("The quick brown fox").ids, byte_fallback().token_to_id("</s>")]
     assert expected[0] == byte_fallback().token_to_id("<s>")
     assert corpus.parts[0].training[0].tolist() == expected
@@ -118,7 +118,7 @@ def test_token_ids_are_taken_as_they_are_and_those_of_another_tokenizer_refused(
     folder = write_tokenizer(tmp_path / "tokenizer", tokenizer, eos_token="<|im_end|>")
     documents = [[5, 6, 7, end_id], [8, end_id], [9, 10, 11, 12]]
     np.save(tmp_path / "ids.npy", np.concatenate(documents).astype(np.uint16))
-    config = DataConfig(folder=str(tmp_path / "ids.npy"), format="tokens", tokenizer=folder, seq_len=2)
+    config = DataConfig(path=str(tmp_path / "ids.npy"), format="tokens", tokenizer=folder, seq_len=2)
     [part] = load_corpus(tmp_path / "corpus", config).parts
     assert sorted([document.tolist() for document in [*part.training, *part.heldout]]) == sorted(documents)
     np.save(tmp_path / "ids.npy", np.array([1, 2, end_id, 5, 70_000]))
@@ -133,8 +133,8 @@ def test_a_mixture_keeps_its_sources_apart_and_its_tokenizer_knows_them_all(tmp_
     for number in range(8):
         (tmp_path / "texts" / f"{number}.txt").write_text("bbbb bbbb")
     sources = (
-        SourceConfig(folder=one, format="jsonl"),
-        SourceConfig(folder=str(tmp_path / "texts"), pattern="*.txt"),
+        SourceConfig(path=one, format="jsonl"),
+        SourceConfig(path=str(tmp_path / "texts"), pattern="*.txt"),
     )
     corpus = load_corpus(tmp_path / "corpus", DataConfig(sources=sources, vocab_size=264, seq_len=2))
     assert [part.name for part in corpus.parts] == [one, str(tmp_path / "texts")]

@@ -12,7 +12,7 @@ from tests.train.killed import CONFIG, STEPS, kill_somewhere, training
 
 ASKED = [signal.SIGINT, signal.SIGTERM]
 #: A run that saves nothing before it is asked to stop.
-SELDOM = ("--run.checkpoint_every", "1000")
+SELDOM = ("--run.save_steps", "1000")
 
 
 @pytest.fixture(scope="module")

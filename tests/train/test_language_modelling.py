@@ -53,7 +53,9 @@ def scored(batch, logits_BTV, router=None):
 )
 def test_training_loss_is_the_mean_over_real_targets_plus_the_weighted_other_losses(balance, field):
     batch, logits_BTV, losses = example()
-    config = LossConfig(balance=balance, balance_coef=0.01, router_z_coef=0.1, z_coef=0.001)
+    config = LossConfig(
+        load_balancing_type=balance, router_aux_loss_coef=0.01, router_z_loss_coef=0.1, z_loss_coef=0.001
+    )
     out = scored(batch, logits_BTV, ROUTER)
     loss = training_loss(out, batch, whole_batch(batch, 1), config)
     z = np.mean(np.asarray(out.logsumexp)[batch.target_mask_BT] ** 2)
@@ -78,12 +80,12 @@ DENSE = qmj.ModelConfig.from_pretrained({"model_type": "qwen3", "num_hidden_laye
 
 
 def test_a_coefficient_that_is_left_out_is_the_models():
-    assert resolve_loss(LossConfig(), SPARSE).balance_coef == 0.03
-    assert resolve_loss(LossConfig(balance_coef=0.0), SPARSE).balance_coef == 0.0
-    assert resolve_loss(LossConfig(), DENSE).balance_coef == 0.0
+    assert resolve_loss(LossConfig(), SPARSE).router_aux_loss_coef == 0.03
+    assert resolve_loss(LossConfig(router_aux_loss_coef=0.0), SPARSE).router_aux_loss_coef == 0.0
+    assert resolve_loss(LossConfig(), DENSE).router_aux_loss_coef == 0.0
 
 
-@pytest.mark.parametrize("key", ["balance_coef", "router_z_coef", "balancing_bias_rate"])
+@pytest.mark.parametrize("key", ["router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate"])
 def test_a_dense_model_has_no_router_to_ask_anything_of(key):
     with pytest.raises(qmj.ConfigError, match=f"loss.{key}: found 0.5, and the model has no router"):
         resolve_loss(LossConfig(**{key: 0.5}), DENSE)
@@ -93,5 +95,5 @@ def test_a_batch_of_padding_has_loss_zero():
     batch, logits_BTV, _ = example()
     for field in vars(batch).values():
         field[...] = 0
-    config = LossConfig(balance_coef=0.0, z_coef=0.1)
+    config = LossConfig(router_aux_loss_coef=0.0, z_loss_coef=0.1)
     assert training_loss(scored(batch, logits_BTV), batch, whole_batch(batch, 1), config).total == 0

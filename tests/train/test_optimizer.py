@@ -75,7 +75,7 @@ def test_other_schedules_fall_in_a_line_at_once_or_in_the_end(settings, expected
 
 
 def test_the_first_moment_alone_has_the_dtype_of_moments():
-    state = make_optimizer(OptimizerConfig(moment_dtype="bfloat16"), steps=100).init(PARAMS)
+    state = make_optimizer(OptimizerConfig(mu_dtype="bfloat16"), steps=100).init(PARAMS)
     assert {leaf.dtype for leaf in jax.tree.leaves(state[1][0].mu)} == {jnp.dtype("bfloat16")}
     assert {leaf.dtype for leaf in jax.tree.leaves(state[1][0].nu)} == {jnp.dtype("float32")}
 

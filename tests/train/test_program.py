@@ -51,7 +51,7 @@ def first_step(frozen: list[str]):
         data={**TABLES["data"], "batch_size": 8},
         execution={"dispatch": "dense"},  # compiles in half the time, and has the same parameters
         optimizer={"frozen": frozen, "warmup_steps": 0},
-        run={"accumulation_steps": 2},
+        run={"gradient_accumulation_steps": 2},
     )
     model = qmj.CausalLM(
         program.model.config, rngs=nnx.Rngs(0), mesh=program.model.mesh, execution=program.model.execution
@@ -115,7 +115,7 @@ def test_one_row_of_a_table_of_sharding_rules_is_changed_by_its_key():
     "sharding, message",
     [
         ({"rules": "expert+fdsp"}, r"sharding.rules: found 'expert\+fdsp', expected one of expert\+fsdp, fsdp"),
-        ({"embed": ["pipeline"]}, "sharding rule embed=.*'pipeline'.*data, fsdp, expert, tensor"),
+        ({"embed": ["pipeline"]}, "sharding.embed.0.: found 'pipeline'.*'data', 'fsdp', 'expert', 'tensor'"),
     ],
 )
 def test_rules_that_mean_nothing_are_refused_by_key(sharding, message):

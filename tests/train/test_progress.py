@@ -10,7 +10,7 @@ import pytest
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.moe.stats import RouterStats
 from tests.train.recorded import START
-from train.config import RunConfig, build_config, profile_steps
+from train.config import RunConfig, build_config
 from train.folder import RunFolder
 from train.loop import train
 from train.reporting.metrics import read_metrics
@@ -38,7 +38,7 @@ def step_metrics() -> StepMetrics:
 def report_of(folder: RunFolder, *, steps: int, first_step: int = 0, **changes) -> None:
     """Reports steps that take no time, on a chip whose peak is known."""
     folder.path.mkdir(exist_ok=True)
-    config = RunConfig(**{"steps": steps, "log_every": 2, **changes})
+    config = RunConfig(**{"max_steps": steps, "logging_steps": 2, **changes})
     with Report(folder, config, START, first_step=first_step, schedule=lambda step: 0.1 * step) as report:
         for step in range(first_step + 1, steps + 1):
             with report.fetching():
@@ -58,10 +58,10 @@ def test_a_line_and_a_record_have_mfu_where_the_peak_is_known(tmp_path, capsys):
 
 
 def test_layers_are_written_with_progress_lines_and_in_long_runs_rarely():
-    assert layers_every(log_every=10, steps=60) == 10
-    assert layers_every(log_every=10, steps=2000) == 10
-    assert layers_every(log_every=10, steps=2001) == 20
-    assert layers_every(log_every=7, steps=1_000_000) == 5005  # a multiple of 7
+    assert layers_every(logging_steps=10, steps=60) == 10
+    assert layers_every(logging_steps=10, steps=2000) == 10
+    assert layers_every(logging_steps=10, steps=2001) == 20
+    assert layers_every(logging_steps=7, steps=1_000_000) == 5005  # a multiple of 7
 
 
 def test_going_on_keeps_what_was_and_writes_another_start(tmp_path):
@@ -116,8 +116,8 @@ def test_a_record_s_numbers_are_scalars_and_its_place_is_none():
 
 @pytest.mark.parametrize("text", ["10", "10:", ":3", "13:10", "5:5", "0:2", "-1:3", "1.5:3", "a:b", "1:2:3"])
 def test_a_range_of_no_steps_is_refused(text):
-    with pytest.raises(ConfigError, match="run.profile: found .*expected first:end, as 10:13"):
-        profile_steps(text)
+    with pytest.raises(ConfigError, match="profile=.*expected first:end .*as 10:13"):
+        RunConfig(profile=text)
 
 
 def test_a_trace_begins_with_its_first_step_that_is_run_and_ends_with_its_last(tmp_path, monkeypatch):
@@ -127,7 +127,7 @@ def test_a_trace_begins_with_its_first_step_that_is_run_and_ends_with_its_last(t
 
     def trace(profile: str, steps: range) -> list:
         calls.clear()
-        with Profiler(tmp_path, profile_steps(profile)) as profiler:
+        with Profiler(tmp_path, RunConfig(profile=profile).profile_steps) as profiler:
             for step in steps:
                 profiler.before(step)
                 calls.append(step)

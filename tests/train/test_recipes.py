@@ -25,7 +25,7 @@ from train.reporting.start import bytes_per_device
 
 for recipe, source in json.loads(sys.argv[1]):
     config = load_config(recipe)
-    mesh = qmj.make_mesh(**{axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "expert", "tensor")})
+    mesh = qmj.make_mesh(**config.mesh.sizes)
     program = assemble(config, qmj.ModelConfig.from_pretrained(source), mesh)
     trained = bytes_per_device(program.state.params)
     held = [trained + bytes_per_device(program.fixed), bytes_per_device(program.state.optimizer), trained]
@@ -36,9 +36,13 @@ for recipe, source in json.loads(sys.argv[1]):
 def model_of(recipe: Path) -> str | dict:
     """What the run's model config is read from: of a checkpoint, the published file of that name."""
     config = load_config(recipe)
-    name = Path(config.run.init_from).name.lower()
+    name = Path(config.run.model_name_or_path).name.lower()
     if name == "hub":  # what another recipe leaves
-        [maker] = [path for path in RECIPES if load_config(path).run.folder == str(Path(config.run.init_from).parent)]
+        [maker] = [
+            path
+            for path in RECIPES
+            if load_config(path).run.output_dir == str(Path(config.run.model_name_or_path).parent)
+        ]
         return model_of(maker)
     return str(ROOT / f"configs/models/{name}.json") if name else {**config.model, "vocab_size": config.data.vocab_size}
 

@@ -54,10 +54,10 @@ learning_rate = 1e-2
 warmup_steps = 2
 
 [run]
-steps = 12
-log_every = 4
-eval_every = 6
-checkpoint_every = 4
+max_steps = 12
+logging_steps = 4
+eval_steps = 6
+save_steps = 4
 sample_tokens = 4
 """
 
@@ -76,7 +76,7 @@ def config_file(tmp_path_factory):
 def start(config_file, folder, *words):
     """`python -m train` in this process: its exit code, what it printed and what it complained of."""
     with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as complaint:
-        code = main([str(config_file), "--run.folder", str(folder), *words])
+        code = main([str(config_file), "--run.output_dir", str(folder), *words])
     return code, output.getvalue(), complaint.getvalue()
 
 
@@ -114,7 +114,7 @@ def test_piped_output_is_whole_lines_with_time_share_done_speed_drops_and_eta(fi
 def test_the_start_says_the_mesh_the_parameters_and_what_a_device_holds(finished):
     folder, output = finished
     [start] = [record["start"] for record in metrics(folder) if "start" in record]
-    assert "4 simulated device(s): data 2 x expert 2" in output and "per device besides activations: " in output
+    assert "4 simulated device(s): data=2, expert=2" in output and "per device besides activations: " in output
     assert f"parameters: {start['parameters']:,}, {start['active_parameters']:,} active per token; " in output
     assert start["tokens_per_step"] == 4 * 32 and start["sparse_layers"] == [0, 1] and start["peak_flops"] is None
     # Experts and dense weights are cut in two; moments are twice the weights, and a few counters.
@@ -137,7 +137,7 @@ def test_metrics_have_every_step_its_time_and_now_and_then_every_expert(finished
 
     by_step = {record["step"]: record for record in steps}
     layers = {record["step"]: record["layers"] for record in records if "layers" in record}
-    assert list(layers) == [1, 4, 8, 12]  # log_every
+    assert list(layers) == [1, 4, 8, 12]  # logging_steps
     for step, layer in layers.items():
         loads_LE = np.array(layer["load"])
         assert loads_LE.shape == (2, 4) and (loads_LE.sum(axis=1) == 2 * by_step[step]["tokens"]).all()
@@ -183,7 +183,7 @@ def test_starting_a_finished_run_again_says_so_and_how_to_start_afresh(finished,
 
 
 def without_model(config_file, file):
-    """The same run for --run.init_from."""
+    """The same run for --run.model_name_or_path."""
     tables = tomllib.loads(config_file.read_text())
     del tables["model"], tables["data"]["vocab_size"]
     lines = [f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
@@ -196,8 +196,14 @@ def test_a_chat_fine_tune_learns_the_answers_alone_and_leaves_a_hub_folder_to_ch
     finished, config_file, tmp_path
 ):
     hub, folder = finished[0] / "hub", tmp_path / "chat"
-    words = ["--run.init_from", str(hub), "--data.format=docstrings", "--data.pattern=[t-z]*.py", "--run.steps=3"]
-    words += ["--data.seq_len=64", "--data.megabytes=0.3", "--run.sample_every=0", "--run.eval_every=9"]
+    words = [
+        "--run.model_name_or_path",
+        str(hub),
+        "--data.format=docstrings",
+        "--data.pattern=[t-z]*.py",
+        "--run.max_steps=3",
+    ]
+    words += ["--data.seq_len=64", "--data.megabytes=0.3", "--run.sample_steps=0", "--run.eval_steps=9"]
     code, output, complaint = start(without_model(config_file, tmp_path / "chat.toml"), folder, *words)
     assert code == 0, complaint
     assert "read 0.3 of " in output and "MB of Python's standard library (data.megabytes)" in output
@@ -229,7 +235,7 @@ def test_a_chat_fine_tune_learns_the_answers_alone_and_leaves_a_hub_folder_to_ch
 
 def test_a_fine_tune_of_a_run_that_was_not_trained_yet_says_which_comes_first(config_file, tmp_path):
     file = without_model(config_file, tmp_path / "tune.toml")
-    code, _, complaint = start(file, tmp_path / "run", "--run.init_from", str(tmp_path / "other" / "hub"))
+    code, _, complaint = start(file, tmp_path / "run", "--run.model_name_or_path", str(tmp_path / "other" / "hub"))
     assert code == 2 and "other/hub: there is no such folder yet" in complaint and "`make train`" in complaint
 
 
@@ -237,14 +243,14 @@ def test_a_run_begins_with_a_checkpoint_and_its_tokenizer_and_never_goes_back_to
     """Resumed weights come before those to begin with, and those before fresh ones."""
     hub = finished[0] / "hub"
     file, folder = without_model(config_file, tmp_path / "tune.toml"), tmp_path / "tuned"
-    words = ["--run.init_from", str(hub), "--run.steps=4", "--run.checkpoint_every=2", "--run.sample_every=2"]
+    words = ["--run.model_name_or_path", str(hub), "--run.max_steps=4", "--run.save_steps=2", "--run.sample_steps=2"]
     code, output, complaint = start(file, folder, *words, "--run.export=false")
     assert code == 0, complaint
     before = [record["heldout_loss"] for record in metrics(finished[0]) if "heldout_loss" in record][-1]
     first = [record["heldout_loss"] for record in metrics(folder) if "heldout_loss" in record][0]
     assert first == pytest.approx(before, abs=1e-4)  # the same text under the same tokenizer, on the same weights
     samples = {record["step"]: record["sample"] for record in metrics(folder) if "sample" in record}
-    assert list(samples) == [0, 2]  # run.sample_every
+    assert list(samples) == [0, 2]  # run.sample_steps
     assert samples[0] == json.loads((finished[0] / "result.json").read_text())["sample"]
     assert (folder / "corpus" / "tokenizer" / "tokenizer.json").read_bytes() == (hub / "tokenizer.json").read_bytes()
 
@@ -256,8 +262,17 @@ def test_a_run_begins_with_a_checkpoint_and_its_tokenizer_and_never_goes_back_to
 
 def test_a_run_with_balancing_biases_exports_nothing_and_samples_all_the_same(config_file, tmp_path):
     folder = tmp_path / "biased"
-    words = ["--run.steps=3", "--run.export=false", "--execution.dispatch=dropless", "--loss.balance=sequence"]
-    words += ["--loss.balancing_bias_rate=0.01", "--loss.balance_coef=1e-4", "--loss.router_z_coef=1e-3"]
+    words = [
+        "--run.max_steps=3",
+        "--run.export=false",
+        "--execution.dispatch=dropless",
+        "--loss.load_balancing_type=sequence",
+    ]
+    words += [
+        "--loss.router_bias_update_rate=0.01",
+        "--loss.router_aux_loss_coef=1e-4",
+        "--loss.router_z_loss_coef=1e-3",
+    ]
     code, output, complaint = start(config_file, folder, *words)
     assert code == 0, complaint
     assert "The model goes on from" in output and "Hub folder" not in output
@@ -270,9 +285,9 @@ def test_a_run_with_balancing_biases_exports_nothing_and_samples_all_the_same(co
 def test_a_dense_run_has_events_a_trace_of_the_steps_asked_for_and_no_experts(config_file, tmp_path):
     pytest.importorskip("tensorboardX", reason="the extra `tensorboard` is not installed")
     folder = tmp_path / "dense"
-    words = ["--run.steps=4", "--run.export=false", "--run.tensorboard=true", "--run.profile=2:3"]
-    words += ["--model.model_type=qwen3", "--mesh.expert=1", "--run.eval_every=9", "--run.checkpoint_every=9"]
-    words += ["--run.sample_every=0"]
+    words = ["--run.max_steps=4", "--run.export=false", "--run.tensorboard=true", "--run.profile=2:3"]
+    words += ["--model.model_type=qwen3", "--mesh.expert=1", "--run.eval_steps=9", "--run.save_steps=9"]
+    words += ["--run.sample_steps=0"]
     code, _, complaint = start(config_file, folder, *words)
     assert code == 0, complaint
     records = metrics(folder)
@@ -289,10 +304,10 @@ def test_a_run_that_goes_astray_skips_so_many_steps_then_stops_and_names_the_las
         "--optimizer.learning_rate=1e38",
         "--run.nonfinite=skip",
         "--run.max_skipped=1",
-        "--run.checkpoint_every=1",
+        "--run.save_steps=1",
     ]
-    words += ["--mesh.data=1", "--run.accumulation_steps=2", "--optimizer.frozen=['norm', '^lm_head|embed']"]
-    words += ["--optimizer.schedule=wsd", "--optimizer.decay_steps=2", "--optimizer.moment_dtype=bfloat16"]
+    words += ["--mesh.data=1", "--run.gradient_accumulation_steps=2", "--optimizer.frozen=['norm', '^lm_head|embed']"]
+    words += ["--optimizer.schedule=wsd", "--optimizer.decay_steps=2", "--optimizer.mu_dtype=bfloat16"]
     words += ["--optimizer.warmup_steps=1"]  # the first step has a rate of zero, the second leads astray
     code, output, complaint = start(config_file, folder, *words)
     assert code == 1
@@ -334,7 +349,7 @@ def test_a_stopped_run_goes_on_to_bit_equal_parameters_and_metrics(finished, con
         file.write('{"step": 1')  # cut short in the middle of a line
 
     # How a run is carried out may change on the way, here only how it reports; what it means may not.
-    code, output, complaint = start(config_file, folder, "--run.log_every", "3")
+    code, output, complaint = start(config_file, folder, "--run.logging_steps", "3")
     assert code == 0, complaint
     assert "going on from the checkpoint of step 8" in output
 

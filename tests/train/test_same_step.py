@@ -46,7 +46,9 @@ def first_state_and_step(accumulation_steps: int, mesh):
     optimizer = optax.sgd(0.1)
     params = jax.tree.map(jnp.copy, nnx.to_pure_dict(params))  # a step takes its state's memory
     shardings = state_shardings(params, optimizer, mesh)
-    loss = LossConfig(balance="global_batch", balance_coef=0.5, router_z_coef=0.1, z_coef=0.01)
+    loss = LossConfig(
+        load_balancing_type="global_batch", router_aux_loss_coef=0.5, router_z_loss_coef=0.1, z_loss_coef=0.01
+    )
     step = make_train_step(graph, optimizer, loss, shardings, seed=0, accumulation_steps=accumulation_steps)
     return initial_state(params, optimizer, shardings), step
 
@@ -144,7 +146,7 @@ def test_shares_of_all_losses_sum_to_those_of_the_batch_and_the_pooled_one_is_a_
             router=RouterOutput(stats=stats, losses=router_losses(stats)),
         )
         part = jax.tree.map(lambda x: x[rows], batch)
-        return training_loss(out, part, counts, LossConfig(balance=balance, balance_coef=0.5))
+        return training_loss(out, part, counts, LossConfig(load_balancing_type=balance, router_aux_loss_coef=0.5))
 
     expected = {
         "pooled": (load_balancing_loss(first) + load_balancing_loss(second)) / 2,

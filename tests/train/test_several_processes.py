@@ -28,9 +28,9 @@ SMALLER = {
     "data = 2": "data = 1",
     "expert = 2": "expert = 8",  # tokens travel between the processes
     "steps = 40": f"steps = {STEPS}",
-    "eval_every = 20": "eval_every = 10\nkeep_checkpoints = 99",
-    "checkpoint_every = 3": "checkpoint_every = 4",
-    "sample_every = 0": "sample_every = 10",
+    "eval_steps = 20": "eval_steps = 10\nsave_total_limit = 99",
+    "save_steps = 3": "save_steps = 4",
+    "sample_steps = 0": "sample_steps = 10",
 }
 PROMPT = "def read(self"
 
@@ -100,7 +100,7 @@ def config(tmp_path_factory):
 def by_one(config):
     """The run's folder, by one process of eight devices: this one."""
     folder = config.parent / "one"
-    assert main([str(config), "--run.folder", str(folder)]) == 0
+    assert main([str(config), "--run.output_dir", str(folder)]) == 0
     return folder
 
 
@@ -125,7 +125,7 @@ def pair(config, stopped_early):
     place = config.parent
 
     def training(folder: str) -> list[str]:
-        return ["train", str(config), "--run.folder", str(place / folder)]
+        return ["train", str(config), "--run.output_dir", str(place / folder)]
 
     asked = ["--prompt", PROMPT, "--max-new-tokens", "6", "--json", "--mesh", "expert=8"]
     commands = {"two": training("two"), "generate": ["qwen-moe-jax", "generate", str(place / "two" / "hub"), *asked]}
@@ -146,9 +146,9 @@ def pair(config, stopped_early):
 def second_pair(config, pair):
     """Two processes that go on where one of the first pair died, and then are given unlike words."""
     place = config.parent
-    going_on = ["train", str(config), "--run.folder", str(place / "killed")]
-    unlike = ["train", str(config), "--run.folder", str(place / "unlike")]
-    pair = Pair(place, {"going on": going_on, "unlike": unlike}, of_the_second=("--run.steps=19",))
+    going_on = ["train", str(config), "--run.output_dir", str(place / "killed")]
+    unlike = ["train", str(config), "--run.output_dir", str(place / "unlike")]
+    pair = Pair(place, {"going on": going_on, "unlike": unlike}, of_the_second=("--run.max_steps=19",))
     pair.finish()
     return pair
 

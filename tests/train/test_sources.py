@@ -28,7 +28,7 @@ def test_the_standard_library_is_read_up_to_the_asked_size_in_the_same_order():
 def test_a_source_that_is_cut_short_says_how_much_was_read_of_how_much(tmp_path):
     def said(megabytes, **source):
         notes = []
-        list(read_records(SourceConfig(folder=str(tmp_path), **source), megabytes, cut_short=notes.append))
+        list(read_records(SourceConfig(path=str(tmp_path), **source), megabytes, cut_short=notes.append))
         return notes
 
     for name, size in {"a": 1_400_000, "b": 300_000, "c": 200_000}.items():
@@ -64,7 +64,7 @@ async def wait():
     """Waits."""
 '''
     )
-    records = list(read_records(SourceConfig(folder=str(tmp_path), format="docstrings"), 1))
+    records = list(read_records(SourceConfig(path=str(tmp_path), format="docstrings"), 1))
     said = dict([message["content"] for message in record.content.messages] for record in records)
     assert said == {
         "What is pack?": "A package.",
@@ -75,7 +75,7 @@ async def wait():
     assert len({record.name for record in records}) == 4  # each is held out or not for itself
     (tmp_path / "pack" / "old.py").write_text("print 3")
     with pytest.raises(ConfigError, match=r"old.py: this cannot be read as Python .*leave it out by data.pattern"):
-        list(read_records(SourceConfig(folder=str(tmp_path), format="docstrings"), 1))
+        list(read_records(SourceConfig(path=str(tmp_path), format="docstrings"), 1))
 
 
 def test_the_standard_library_answers_for_itself():
@@ -88,23 +88,23 @@ def test_own_files_can_be_named(tmp_path):
     (tmp_path / "tests").mkdir()
     for name, text in {"a.md": "one", "tests/b.md": "two", "c.py": "three", "empty.md": " "}.items():
         (tmp_path / name).write_text(text)
-    assert sorted(texts(folder=str(tmp_path), pattern="*.md")) == ["one", "two"]
-    assert texts(folder=str(tmp_path / "c.py")) == ["three"]
-    with pytest.raises(ConfigError, match=r"data.folder: .* holds no readable text of at most 1.0 MB .*\*.txt"):
-        texts(folder=str(tmp_path), pattern="*.txt")
+    assert sorted(texts(path=str(tmp_path), pattern="*.md")) == ["one", "two"]
+    assert texts(path=str(tmp_path / "c.py")) == ["three"]
+    with pytest.raises(ConfigError, match=r"data.path: .* holds no readable text of at most 1.0 MB .*\*.txt"):
+        texts(path=str(tmp_path), pattern="*.txt")
     with pytest.raises(ConfigError, match="nowhere: there is no such file or folder"):
-        texts(folder=str(tmp_path / "nowhere"))
+        texts(path=str(tmp_path / "nowhere"))
 
 
 def test_lines_hold_texts_or_conversations(tmp_path):
     lines = [{"text": "one"}, {"messages": [QUESTION, ANSWER], "text": None}, {"text": " "}, {"text": "é", "id": 3}]
     file = tmp_path / "a.jsonl"
     file.write_text("\n\n".join(map(json.dumps, lines)))
-    one, two, three = read_records(SourceConfig(folder=str(tmp_path), format="jsonl"), megabytes=1)
+    one, two, three = read_records(SourceConfig(path=str(tmp_path), format="jsonl"), megabytes=1)
     assert (one.content, three.content) == ("one", "é")
     assert two.content.messages == [QUESTION, ANSWER]
     assert two.place == f"{file}, line 3" and two.name == "a.jsonl:3"
-    assert texts(20e-6, folder=str(file), format="jsonl") == ["one"]
+    assert texts(20e-6, path=str(file), format="jsonl") == ["one"]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_bad_line_is_refused_by_its_file_and_number(tmp_path, line, expected):
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"text": "fine"}\n' + (line if isinstance(line, bytes) else line.encode()) + b"\n")
     with pytest.raises(ConfigError) as refusal:
-        texts(folder=str(file), format="jsonl")
+        texts(path=str(file), format="jsonl")
     assert str(refusal.value).startswith(f"{file}, line 2: ")
     for part in expected.split(".*"):
         assert part in str(refusal.value)
@@ -139,7 +139,7 @@ def test_a_bad_line_is_refused_by_its_file_and_number(tmp_path, line, expected):
 def test_a_text_in_another_encoding_is_refused_by_its_file_and_place(tmp_path):
     (tmp_path / "latin.md").write_bytes(b"caf\xe9")
     with pytest.raises(ConfigError, match="latin.md: found byte 0xe9 at offset 3, expected text in UTF-8"):
-        texts(folder=str(tmp_path), pattern="*.md")
+        texts(path=str(tmp_path), pattern="*.md")
 
 
 @pytest.mark.parametrize(
@@ -154,14 +154,14 @@ def test_an_array_that_holds_no_ids_is_refused(tmp_path, array, expected):
     file = tmp_path / "ids.npy"
     file.write_bytes(array) if isinstance(array, bytes) else np.save(file, array)
     with pytest.raises(ConfigError) as refusal:
-        list(read_records(SourceConfig(folder=str(tmp_path), format="tokens"), 1, end_id=0))
+        list(read_records(SourceConfig(path=str(tmp_path), format="tokens"), 1, end_id=0))
     assert str(file) in str(refusal.value) and expected in str(refusal.value)
 
 
 def test_without_the_datasets_library_a_dataset_is_refused_with_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match="pip install 'qwen-moe-jax"):
-        texts(folder=str(tmp_path), format="datasets")
+        texts(path=str(tmp_path), format="datasets")
 
 
 def test_rows_of_a_dataset_are_read_as_lines_are(monkeypatch):
@@ -176,7 +176,7 @@ def test_rows_of_a_dataset_are_read_as_lines_are(monkeypatch):
     library.exceptions = ModuleType("datasets.exceptions")
     library.exceptions.DatasetsError = RuntimeError
     monkeypatch.setitem(sys.modules, "datasets", library)
-    found = read_records(SourceConfig(folder="owner/name", format="datasets", split="validation"), 1)
+    found = read_records(SourceConfig(path="owner/name", format="datasets", split="validation"), 1)
     assert next(found).content == "one"
     assert next(found).content.messages == [QUESTION, ANSWER]
     with pytest.raises(ConfigError, match="owner/name, row 2 of validation: found the keys id, expected"):
@@ -192,6 +192,6 @@ def test_datasets_are_opened_from_a_saved_folder_and_from_parquet(tmp_path):
     (tmp_path / "parquet").mkdir()
     dataset.to_parquet(tmp_path / "parquet" / "a.parquet")
     for folder, split in [("saved", "train"), ("splits", "test"), ("parquet", "train")]:
-        assert texts(folder=str(tmp_path / folder), format="datasets", split=split) == ["one", "two"]
+        assert texts(path=str(tmp_path / folder), format="datasets", split=split) == ["one", "two"]
     with pytest.raises(ConfigError, match="splits: datasets cannot open it .KeyError"):
-        texts(folder=str(tmp_path / "splits"), format="datasets")
+        texts(path=str(tmp_path / "splits"), format="datasets")

@@ -52,7 +52,7 @@ def setting():
     batch = batch_at(pack(documents, 16), step=0, batch_size=8, seed=0)
     eval_step = make_eval_step(eval_graph)
     loss_before = heldout_loss(eval_step, params, [batch])
-    train_step = make_train_step(graph, optimizer, LossConfig(balance_coef=0.01), shardings, seed=0)
+    train_step = make_train_step(graph, optimizer, LossConfig(router_aux_loss_coef=0.01), shardings, seed=0)
     old = state
     state, metrics = train_step(state, {}, batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old)), "the old state's memory should have been reused"
@@ -124,7 +124,7 @@ def test_a_step_does_not_hold_the_logits_of_all_its_tokens(monkeypatch):
     shardings = state_shardings(params, optimizer, mesh)
     state = initial_state(params, optimizer, shardings)
     batch = batch_at(pack([np.arange(512)], 16), step=0, batch_size=32, seed=0)
-    step = make_train_step(graph, optimizer, LossConfig(balance_coef=0.0, z_coef=1e-4), shardings, seed=0)
+    step = make_train_step(graph, optimizer, LossConfig(router_aux_loss_coef=0.0, z_loss_coef=1e-4), shardings, seed=0)
     memory = step.lower(state, {}, batch).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 512 * 4096 * 4
     assert memory.alias_size_in_bytes > 0.9 * memory.output_size_in_bytes  # parameters and moments stay in their place
@@ -149,7 +149,7 @@ def test_a_step_moves_the_balancing_bias_by_its_rule_alone():
     model = qmj.CausalLM(config, rngs=nnx.Rngs(0), mesh=qmj.make_mesh(data=2, expert=2))
     [bias] = [leaf for leaf in jax.tree.leaves(model, is_leaf=is_variable) if not isinstance(leaf, nnx.Param)]
     bias.set_value(bias.get_value() + 0.25)  # weight decay would shrink it
-    after, batch, _ = one_step(model, LossConfig(balance_coef=0.0, balancing_bias_rate=0.125), seed=0)
+    after, batch, _ = one_step(model, LossConfig(router_aux_loss_coef=0.0, router_bias_update_rate=0.125), seed=0)
     stats = model(batch.tokens_BT, segment_ids=batch.segment_ids_BT).router.stats
     for layer, loads_E in enumerate(np.asarray(stats.tokens_per_expert)):
         np.testing.assert_array_equal(biases(after)[layer], 0.25 + 0.125 * np.sign(loads_E.mean() - loads_E))
@@ -160,7 +160,7 @@ def test_jitter_is_drawn_from_the_seed():
     settings = {key: value for key, value in HUB_CONFIG.items() if key not in ("num_experts", "norm_topk_prob")}
     settings |= {"model_type": "mixtral", "num_local_experts": 4, "router_jitter_noise": 0.1, "intermediate_size": 16}
     model = qmj.CausalLM(qmj.ModelConfig.from_pretrained(settings), rngs=nnx.Rngs(0))
-    losses = [one_step(model, LossConfig(balance_coef=0.0), seed)[2].loss for seed in (0, 0, 1)]
+    losses = [one_step(model, LossConfig(router_aux_loss_coef=0.0), seed)[2].loss for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
 
 

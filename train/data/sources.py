@@ -78,14 +78,14 @@ def read_records(
     if empty:
         pattern = source.pattern or FORMATS[source.format]
         raise ConfigError(
-            f"data.folder: {_root(source)} holds no readable {source.format} of at most {megabytes} MB in files named "
-            f"{pattern}; point data.folder and data.pattern at some text."
+            f"data.path: {_root(source)} holds no readable {source.format} of at most {megabytes} MB in files named "
+            f"{pattern}; point data.path and data.pattern at some text."
         )
 
 
 def describe_source(source: SourceConfig) -> str:
     """What messages call it."""
-    return source.folder or "Python's standard library"
+    return source.path or "Python's standard library"
 
 
 def _read_texts(source: SourceConfig, room: float, end_id: int | None, cut_short: _Say) -> Iterator[Record]:
@@ -143,7 +143,7 @@ def _read_jsonl(source: SourceConfig, room: float, end_id: int | None, cut_short
 def _read_datasets(source: SourceConfig, room: float, end_id: int | None, cut_short: _Say) -> Iterator[Record]:
     rows = _open_dataset(source)
     for number, row in enumerate(rows):
-        place = f"{source.folder}, row {number} of {source.split}"
+        place = f"{source.path}, row {number} of {source.split}"
         found = {key: value for key, value in row.items() if key in ("text", "messages", "tools")}
         for record in _as_record(found or row, place, str(number)):
             text = record.content
@@ -162,7 +162,7 @@ def _open_dataset(source: SourceConfig) -> Any:
             "data.format: datasets needs Hugging Face's library, which is not installed: "
             "pip install 'qwen-moe-jax[hf]', or datasets by itself."
         )
-    folder = Path(source.folder)
+    folder = Path(source.path)
     try:
         if (folder / "dataset_dict.json").exists():
             return datasets.load_from_disk(str(folder))[source.split]
@@ -171,9 +171,9 @@ def _open_dataset(source: SourceConfig) -> Any:
         if folder.exists():
             files = [str(file) for file, _ in _files(source)]
             return datasets.load_dataset("parquet", data_files=files, split="train") if files else []
-        return datasets.load_dataset(source.folder, split=source.split)
+        return datasets.load_dataset(source.path, split=source.split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        _refuse(f"data.folder: {source.folder}: datasets cannot open it ({type(error).__name__}: {error}).")
+        _refuse(f"data.path: {source.path}: datasets cannot open it ({type(error).__name__}: {error}).")
 
 
 def _read_tokens(source: SourceConfig, room: float, end_id: int | None, cut_short: _Say) -> Iterator[Record]:
@@ -210,7 +210,7 @@ def _megabytes(size: int) -> str:
 
 
 def _root(source: SourceConfig) -> Path:
-    return Path(source.folder or sysconfig.get_path("stdlib"))
+    return Path(source.path or sysconfig.get_path("stdlib"))
 
 
 def _files(source: SourceConfig) -> list[tuple[Path, str]]:
@@ -222,8 +222,8 @@ def _files(source: SourceConfig) -> list[tuple[Path, str]]:
     if root.is_file():
         return [(root, root.name)]
     if not root.is_dir():
-        _refuse(f"data.folder: {root}: there is no such file or folder.")
-    skipped = () if source.folder else _SKIPPED_IN_STDLIB
+        _refuse(f"data.path: {root}: there is no such file or folder.")
+    skipped = () if source.path else _SKIPPED_IN_STDLIB
     pattern = source.pattern or FORMATS[source.format]
     files = []
     for folder, subfolders, names in os.walk(root):

@@ -26,7 +26,7 @@ class Loss:
         total: the cross entropy, plus the others times their coefficients.
         cross_entropy: the mean over the targets.
         z: the mean over the targets of logsumexp(logits)².
-        balance: which balance loss that is says `loss.balance` of the config.
+        balance: which balance loss that is says `loss.load_balancing_type` of the config.
         router_z: of the router's logits.
     """
 
@@ -77,13 +77,14 @@ def resolve_loss(config: LossConfig, model: ModelConfig) -> LossConfig:
     if model.num_sparse_layers:
         model_coef = model.moe.router_aux_loss_coef
         return dataclasses.replace(
-            config, balance_coef=model_coef if config.balance_coef is None else config.balance_coef
+            config,
+            router_aux_loss_coef=model_coef if config.router_aux_loss_coef is None else config.router_aux_loss_coef,
         )
-    for key in ("balance_coef", "router_z_coef", "balancing_bias_rate"):
+    for key in ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate"):
         found = getattr(config, key)
         if found:
             raise ConfigError(f"loss.{key}: found {found}, and the model has no router. Leave it out.")
-    return dataclasses.replace(config, balance_coef=0.0)
+    return dataclasses.replace(config, router_aux_loss_coef=0.0)
 
 
 def sum_over_targets(x_BT: jax.Array, batch: Batch) -> jax.Array:
@@ -109,10 +110,13 @@ def training_loss(out: TokenLosses, batch: Batch, whole: WholeBatch, config: Los
     z = sum_over_targets(out.logsumexp**2, batch) / targets
     balance = router_z = jnp.float32(0)
     if out.router is not None:
-        balance = _balance_loss(out.router.stats, whole, config.balance)
+        balance = _balance_loss(out.router.stats, whole, config.load_balancing_type)
         router_z = router_z_loss(_of_whole(out.router.stats, whole))
     return Loss(
-        total=cross_entropy + config.z_coef * z + config.balance_coef * balance + config.router_z_coef * router_z,
+        total=cross_entropy
+        + config.z_loss_coef * z
+        + config.router_aux_loss_coef * balance
+        + config.router_z_loss_coef * router_z,
         cross_entropy=cross_entropy,
         z=z,
         balance=balance,

@@ -187,7 +187,9 @@ def _balance(metrics: Metrics) -> Drawing:
         _plot_smoothed(axes, *_series(metrics.steps, "balance_loss"))
         _legend(axes)
 
-    return _drawing(metrics, "Balance loss", "of the kind that loss.balance names, without its coefficient", draw)
+    return _drawing(
+        metrics, "Balance loss", "of the kind that loss.load_balancing_type names, without its coefficient", draw
+    )
 
 
 def _imbalance(metrics: Metrics) -> Drawing:

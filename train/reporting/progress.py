@@ -41,15 +41,15 @@ class Report:
     def __init__(
         self, folder: RunFolder, config: RunConfig, start: Start, *, first_step: int, schedule: optax.Schedule
     ) -> None:
-        """Expects steps `first_step + 1 … config.steps`. Records of an earlier start after `first_step` are removed."""
+        """Expects steps `first_step + 1 … config.max_steps`. Records of steps after `first_step` are removed."""
         self._events = Events(folder.tensorboard, first_step=first_step) if config.tensorboard else None
         self._file = _reopen(folder.metrics, first_step)
-        last_step, log_every = config.steps, config.log_every
-        self._display = _BarDisplay(last_step) if sys.stdout.isatty() else _LineDisplay(log_every, last_step)
+        last_step, logging_steps = config.max_steps, config.logging_steps
+        self._display = _BarDisplay(last_step) if sys.stdout.isatty() else _LineDisplay(logging_steps, last_step)
         self._schedule = schedule
         self._start = start
         self._last_step = last_step
-        self._layers_every = layers_every(log_every, last_step)
+        self._layers_every = layers_every(logging_steps, last_step)
         self._step = first_step
         self._pending: tuple[int, StepMetrics, float] | None = None
         self._clock = time.perf_counter()  # when the step that is reported next was begun
@@ -200,9 +200,9 @@ class NoReport:
         pass
 
 
-def layers_every(log_every: int, steps: int) -> int:
+def layers_every(logging_steps: int, steps: int) -> int:
     """Steps between two records of `layers`: those of progress lines, thinned out until a long run has few of them."""
-    return log_every * math.ceil(steps / (_LAYER_RECORDS * log_every))
+    return logging_steps * math.ceil(steps / (_LAYER_RECORDS * logging_steps))
 
 
 def _layers(stats: RouterStats) -> dict[str, list]:
@@ -216,8 +216,8 @@ def _layers(stats: RouterStats) -> dict[str, list]:
 class _LineDisplay:
     """Whole lines, for pipes, files and CI."""
 
-    def __init__(self, log_every: int, last_step: int) -> None:
-        self._log_every = log_every
+    def __init__(self, logging_steps: int, last_step: int) -> None:
+        self._logging_steps = logging_steps
         self._last_step = last_step
         self._losses: list[float] = []
 
@@ -226,7 +226,7 @@ class _LineDisplay:
 
     def step(self, step: int, record: dict[str, Any], seconds_left: float | None) -> None:
         self._losses.append(record["cross_entropy"])
-        if step % self._log_every == 0 or step == self._last_step:
+        if step % self._logging_steps == 0 or step == self._last_step:
             mean = sum(self._losses) / len(self._losses)  # one step's loss is noisy
             self._losses.clear()
             done = f"step {step}/{self._last_step} {step / self._last_step:4.0%}"

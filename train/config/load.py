@@ -1,0 +1,158 @@
+"""A TOML file and the words of a command line → `TrainConfig`."""
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, get_origin
+
+from qwen_moe_jax.config import SHARDING_RULES
+from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.suggest import did_you_mean
+from train.config.kinds import described, hints, type_name
+from train.config.problems import KeyProblem, dotted
+from train.config.renamed import API_ONLY
+from train.config.run_config import SECTIONS, TRAINER_DEFAULTS, TrainConfig
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
+    """Reads a TOML file and lays `--section.key value` words over it.
+
+    Args:
+        path: the TOML file.
+        overrides: `["--run.max_steps=20", "--mesh.expert=4"]`, as `split_overrides` gives them.
+
+    Raises:
+        ConfigError: the file is missing or no TOML; a section or key is unknown; a value has the wrong type or is out
+          of range. The message has a line for each problem, with the file (or the option) and the key, what was found
+          and what was expected.
+    """
+    path = Path(path)
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        near = sorted(str(other) for other in path.parent.glob("*.toml"))
+        found = f" In that folder: {', '.join(near)}." if near else ""
+        raise ConfigError(f"{path}: there is no such file.{found}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: this is no TOML: {error}.") from None
+    return build_config(tables, overrides or [], source=str(path))
+
+
+def build_config(tables: dict[str, Any], overrides: list[str], source: str) -> TrainConfig:
+    """`load_config` on tables that were read already; `source` is named in messages. Raises ConfigError as it does."""
+    from train.config.validate import validate  # imports pydantic, which --help and a wrong path do not wait for
+
+    problems = [
+        KeyProblem((section,), f"found {described(table)}, expected a section, [{section}]")
+        for section, table in tables.items()
+        if not isinstance(table, dict)
+    ]
+    tables = {section: dict(table) for section, table in tables.items() if isinstance(table, dict)}
+    options, refused = _override(tables, overrides)
+    model = tables.pop("model", {})
+    problems += refused + _choose_rules(tables)
+    for section, defaults in TRAINER_DEFAULTS.items():
+        tables[section] = {**defaults, **tables.get(section, {})}
+    sections, found = validate(tables)
+    problems += found
+
+    if "sharding" in sections:
+        execution = sections.get("execution", TrainConfig.execution)
+        sections["execution"] = dataclasses.replace(execution, sharding=sections.pop("sharding"))
+    try:
+        config = TrainConfig(model=model, **sections)
+    except ConfigError as error:
+        wrong = [dotted(problem.path[:2]) for problem in problems]
+        across = [KeyProblem.of(problem) for problem in error.problems]
+        problems += [problem for problem in across if not problem.follows_from(wrong)]
+    if problems:
+        lines = [f"{options.get(dotted(one.path[:2]), f'{source}: {one.key}')}: {one.text}." for one in problems]
+        raise ConfigError("\n".join(dict.fromkeys(lines)))
+    return config
+
+
+def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
+    """Takes the `--section.key value` words out of a command line.
+
+    Returns:
+        the overrides, each as one word `--section.key=value`, and all other words, both in their order.
+
+    Raises:
+        ConfigError: a value is missing.
+    """
+    overrides, others = [], []
+    rest = iter(words)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        if not (option.startswith("--") and "." in option):
+            others.append(word)
+            continue
+        if not equals:
+            value = next(rest, None)
+            if value is None:
+                raise ConfigError(f"{option}: found no value, expected one after it.")
+        overrides.append(f"{option}={value}")
+    return overrides, others
+
+
+def _override(tables: dict[str, Any], overrides: list[str]) -> tuple[dict[str, str], list[KeyProblem]]:
+    """Lays the overrides over the tables, in place.
+
+    Returns:
+        the option that set a key, by dotted key, and overrides of [model] that are refused.
+    """
+    options, problems = {}, []
+    for override in overrides:
+        option, _, word = override.partition("=")
+        key = option.removeprefix("--")
+        section, _, field = key.partition(".")
+        options[key] = option
+        table = tables.setdefault(section, {})
+        if section == "model":
+            problems += _override_model(table, field, word)
+        else:
+            types = hints(SECTIONS[section]) if section in SECTIONS else {}
+            table[field] = _from_word(word, types.get(field, str))
+    return options, problems
+
+
+def _override_model(table: dict[str, Any], key: str, word: str) -> list[KeyProblem]:
+    # A Hub config may hold many keys that no list here knows. Only those that the file sets can be changed from the
+    # command line, so that a misspelt key cannot pass as a new one.
+    path = ("model", key)
+    if key not in table:
+        return [
+            KeyProblem(path, f"not set by the file's [model] table; {did_you_mean(key, table)}set: {', '.join(table)}")
+        ]
+    old = table[key]
+    new = _from_word(word, type(old))
+    if type(new) is not type(old) and not (type(old) is float and type(new) is int):
+        expected = f"{type_name(type(old))} as in the file ({old!r})"
+        return [KeyProblem(path, f"found {described(new)}, expected {expected}")]
+    table[key] = type(old)(new)
+    return []
+
+
+def _from_word(word: str, hint: Any) -> Any:
+    """A word of the command line as the type of its key; left as text, for the validator to refuse, if it is none."""
+    if hint in (str, Any) or get_origin(hint) is Literal:
+        return word
+    try:
+        return tomllib.loads(f"value = {word}")["value"]
+    except tomllib.TOMLDecodeError:
+        return word
+
+
+def _choose_rules(tables: dict[str, Any]) -> list[KeyProblem]:
+    """Replaces `sharding.rules`, the name of a table of rules, by that table's rows, under those that are given."""
+    table = tables.get("sharding", {})
+    if "rules" not in table:
+        return []
+    name = table.pop("rules")
+    if name not in SHARDING_RULES:
+        question = did_you_mean(str(name), SHARDING_RULES).strip()
+        text = f"found {name!r}, expected one of {', '.join(SHARDING_RULES)}"
+        return [KeyProblem(("sharding", "rules"), f"{text}; {question}" if question else text)]
+    rows = dataclasses.asdict(SHARDING_RULES[name])
+    tables["sharding"] = {**{row: axes for row, axes in rows.items() if f"sharding.{row}" not in API_ONLY}, **table}
+    return []

@@ -1,0 +1,126 @@
+"""One run, whole: the sections together, and the checks that need several of them."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from qwen_moe_jax.config import ExecutionConfig, LoraConfig, ShardingRules
+from qwen_moe_jax.config.checks import Checks
+from train.config.sections import DataConfig, LossConfig, MeshConfig, OptimizerConfig, RunConfig
+
+#: What a run from a TOML file has otherwise than the package's config classes; the file's tables are laid over it.
+TRAINER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "execution": {"dtype": "float32", "param_dtype": "float32", "remat": "dots"},
+}
+
+#: The typed sections of a TOML file, in the order of `--help`. [model] is a Hub config.json.
+SECTIONS: dict[str, type] = {
+    "mesh": MeshConfig,
+    "execution": ExecutionConfig,
+    "sharding": ShardingRules,
+    "data": DataConfig,
+    "loss": LossConfig,
+    "optimizer": OptimizerConfig,
+    "lora": LoraConfig,
+    "run": RunConfig,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run.
+
+    Attributes:
+        model: a Hub config.json as a table; empty where `run.model_name_or_path` names a checkpoint.
+        mesh: the devices.
+        execution: how the model is run; [sharding] is its `sharding`.
+        data: documents, tokenizer and batches.
+        loss: what is minimised besides the cross entropy.
+        optimizer: AdamW and its schedule.
+        lora: low-rank adapters, which are trained instead of the weights; None trains the weights.
+        run: steps, checkpoints and reports.
+
+    Raises:
+        ConfigError: sections that contradict each other; the message names all contradictions.
+    """
+
+    model: dict[str, Any]
+    mesh: MeshConfig = MeshConfig()
+    execution: ExecutionConfig = ExecutionConfig(**TRAINER_DEFAULTS["execution"])
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig | None = None
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self) -> None:
+        if self.run.model_name_or_path and not self.data.tokenizer:
+            data = dataclasses.replace(self.data, tokenizer=self.run.model_name_or_path)
+            object.__setattr__(self, "data", data)
+        with Checks(self) as check:
+            self._check_model(check)
+            self._check_batch(check)
+            self._check_schedule(check)
+            self._check_trained(check)
+
+    def _check_model(self, check: Checks) -> None:
+        source = self.run.model_name_or_path
+        if bool(self.model) == bool(source):
+            both = "a [model] table", "run.model_name_or_path"
+            expected = (
+                "one of them: the keys of a Hub config.json, model_type first, or a checkpoint to start from, whose "
+                "config it is then"
+            )
+            found = f"both {both[0]} and {both[1]}" if source else f"neither {both[0]} nor {both[1]}"
+            check(False, "model", expected, found=found, given=("run.model_name_or_path",))
+        for number, text in enumerate(self.data.mixture):
+            field = f"data.sources[{number}].format" if self.data.sources else "data.format"
+            expected = "another one, or the tokenizer of the token ids: name it in data.tokenizer"
+            check(text.format != "tokens" or self.data.tokenizer != "", field, expected, found="'tokens'")
+        size = self.model.get("vocab_size", self.data.vocab_size)
+        expected = f"it to be left out: the tokenizer decides it, and data.vocab_size is {self.data.vocab_size}"
+        holds = self.data.tokenizer != "" or size == self.data.vocab_size
+        check(holds, "model.vocab_size", expected, found=repr(size), given=("data.vocab_size", "data.tokenizer"))
+
+    def _check_batch(self, check: Checks) -> None:
+        mesh, rows, shards = self.mesh, self.data.batch_size, self.mesh.batch_shards
+        axes = ("mesh.data", "mesh.fsdp", "mesh.expert")
+        expected = (
+            f"a multiple of {shards}, the mesh's data x fsdp x expert ({mesh.data} x {mesh.fsdp} x {mesh.expert}), "
+            "which share the rows evenly"
+        )
+        if check(rows % shards == 0, "data.batch_size", expected, given=axes):
+            micro_batches = self.run.gradient_accumulation_steps
+            expected = (
+                f"a divisor of {rows // shards}, the rows of data.batch_size ({rows}) that each of the mesh's "
+                f"data x fsdp x expert ({shards}) has"
+            )
+            given = ("data.batch_size", *axes)
+            check(rows % (shards * micro_batches) == 0, "run.gradient_accumulation_steps", expected, given=given)
+
+    def _check_schedule(self, check: Checks) -> None:
+        optimizer, steps = self.optimizer, self.run.max_steps
+        expected = f"fewer than run.max_steps ({steps})"
+        check(optimizer.warmup_steps < steps, "optimizer.warmup_steps", expected, given=("run.max_steps",))
+        if optimizer.decay_steps is not None:
+            left = steps - optimizer.warmup_steps
+            expected = f"at most run.max_steps - optimizer.warmup_steps ({left})"
+            given = ("run.max_steps", "optimizer.warmup_steps")
+            check(optimizer.decay_steps <= left, "optimizer.decay_steps", expected, given=given)
+
+    def _check_trained(self, check: Checks) -> None:
+        """Adapters leave everything else as it is, and a Hub folder cannot hold a balancing bias."""
+        biased = self.loss.router_bias_update_rate > 0
+        if self.lora is not None:
+            expected = "none with a [lora] table, for only the adapters are trained. Leave one of the two out"
+            check(not self.optimizer.frozen, "optimizer.frozen", expected, given=("lora",))
+            expected = expected.replace("none", "0")
+            check(not biased, "loss.router_bias_update_rate", expected, given=("lora",))
+        expected = (
+            "0 with run.export = true: a Hub folder cannot hold a balancing bias. Set run.export to false (the "
+            "checkpoints hold the model), or the rate to 0"
+        )
+        check(not (biased and self.run.export), "loss.router_bias_update_rate", expected, given=("run.export",))
+        expected = "0 with run.model_name_or_path: the routers of a Hub checkpoint have no bias. Leave one of them out"
+        given = ("run.model_name_or_path",)
+        check(not (biased and self.run.model_name_or_path), "loss.router_bias_update_rate", expected, given=given)

@@ -1,0 +1,298 @@
+"""The sections of a run's TOML file that belong to training, one frozen dataclass each.
+
+Their `Attributes:` are the help of `python -m train --help`. `[execution]`, `[sharding]` and `[lora]` are the package's
+own `ExecutionConfig`, `ShardingRules` and `LoraConfig`.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from qwen_moe_jax.config import DTypeLike
+from qwen_moe_jax.config.checks import Checks
+
+#: Ranges that several fields have, in words.
+ABOVE_ZERO, NOT_NEGATIVE = "a number above 0", "0 or more"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """The number of devices along each mesh axis.
+
+    Attributes:
+        data: devices that share the batch and hold a copy of everything else.
+        fsdp: devices that share the batch and split the weights.
+        expert: devices that share the batch and split the experts.
+        tensor: devices that split attention heads, the width of feed-forward layers and the vocabulary.
+        simulated: simulate data x fsdp x expert x tensor devices on this machine's CPU.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+    simulated: bool = False
+
+    def __post_init__(self) -> None:
+        with Checks(self) as check:
+            check.at_least(1, "data", "fsdp", "expert", "tensor")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the axes by name, as `qmj.make_mesh` takes them."""
+        return {"data": self.data, "fsdp": self.fsdp, "expert": self.expert, "tensor": self.tensor}
+
+    @property
+    def batch_shards(self) -> int:
+        """The number of devices that share the rows of a batch."""
+        return self.data * self.fsdp * self.expert
+
+    @property
+    def devices(self) -> int:
+        """The number of devices of the mesh."""
+        return self.batch_shards * self.tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The losses besides the cross entropy, and the balancing of experts.
+
+    Attributes:
+        load_balancing_type: what the load-balancing loss evens out: pooled (the load of all layers together, as in
+            transformers), global_batch (the load of each layer) or sequence (of each layer within each row).
+        router_aux_loss_coef: weight of the load-balancing loss; left out, the model's own router_aux_loss_coef.
+        z_loss_coef: weight of the mean squared logsumexp of the model's logits (z-loss; 1e-4 in PaLM).
+        router_z_loss_coef: weight of the mean squared logsumexp of the router's logits.
+        router_bias_update_rate: above 0, routers have a bias that only chooses experts, changed by this much a step
+            (DeepSeek-V3's balancing without a loss); needs run.export = false.
+    """
+
+    load_balancing_type: Literal["pooled", "global_batch", "sequence"] = "pooled"
+    router_aux_loss_coef: float | None = None
+    z_loss_coef: float = 0.0
+    router_z_loss_coef: float = 0.0
+    router_bias_update_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        with Checks(self) as check:
+            check.literals()
+            for field in ("router_aux_loss_coef", "z_loss_coef", "router_z_loss_coef", "router_bias_update_rate"):
+                check((getattr(self, field) or 0.0) >= 0, field, NOT_NEGATIVE)
+
+
+#: The values of data.format, and which files of a folder are read where data.pattern is left out.
+FORMATS = {"text": "*.py", "docstrings": "*.py", "jsonl": "*.jsonl", "tokens": "*.npy", "datasets": "*.parquet"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Where documents come from.
+
+    Attributes:
+        path: a folder or file of documents; left out, Python's own standard library.
+        pattern: file names that are read in the folder; left out, *.py, *.jsonl, *.npy or *.parquet, by format.
+        format: text (a document per file), docstrings (of Python files: conversations that ask what a name is or does
+            and answer with the start of its docstring), jsonl (a document per line, with `text` or `messages`), tokens
+            (.npy of ids, documents split by the end id) or datasets (Hugging Face's: a folder of save_to_disk or of
+            parquet, or a name on the Hub).
+        split: with format datasets, the split that is read.
+    """
+
+    path: str = ""
+    pattern: str | None = None
+    format: Literal["text", "docstrings", "jsonl", "tokens", "datasets"] = "text"
+    split: str = "train"
+
+    def __post_init__(self) -> None:
+        with Checks(self) as check:
+            self._check_text(check)
+
+    def _check_text(self, check: Checks) -> None:
+        check.literals()
+        if self.format not in ("text", "docstrings"):
+            check(self.path != "", "path", f"the file or folder to read as {self.format}", given=("format",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(TextConfig):
+    """One source of a mixture.
+
+    Attributes:
+        weight: its share of the rows, relative to the weights of the other sources.
+    """
+
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        with Checks(self) as check:
+            self._check_text(check)
+            check(0 < self.weight < math.inf, "weight", ABOVE_ZERO)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(TextConfig):
+    """The documents, their tokenizer and the shape of a batch.
+
+    Attributes:
+        sources: a mixture instead of one source: tables of path, pattern, format, split and weight.
+        megabytes: of each source, stop reading after this much text; inf for all of it.
+        tokenizer: a folder with tokenizer.json, or a model's name on the Hub; left out, one is trained on the text.
+        vocab_size: entries of the byte-level BPE that is trained on the text, and of the model.
+        seq_len: tokens in a row, T.
+        batch_size: rows of a step on all devices together, B; a multiple of data x fsdp x expert.
+        heldout_fraction: share of each source's documents that is held out of training, for evaluation.
+        heldout_rows: rows of held-out documents, evenly spread, that the held-out loss is computed on.
+    """
+
+    sources: tuple[SourceConfig, ...] = ()
+    megabytes: float = 6.0
+    tokenizer: str = ""
+    vocab_size: int = 4096
+    seq_len: int = 256
+    batch_size: int = 16
+    heldout_fraction: float = 0.05
+    heldout_rows: int = 64
+
+    def __post_init__(self) -> None:
+        with Checks(self) as check:
+            self._check_text(check)
+            check.at_least(1, "batch_size", "heldout_rows")
+            check(self.megabytes > 0, "megabytes", ABOVE_ZERO)
+            check(0 < self.heldout_fraction < 1, "heldout_fraction", "a number between 0 and 1, exclusive")
+            check(self.seq_len >= 2, "seq_len", "at least 2, a token and the one after it")
+            least = "at least 259: all bytes, the end of a text, and the two marks around a message"
+            check(self.vocab_size >= 259, "vocab_size", least)
+            for field in dataclasses.fields(TextConfig):
+                own = self.sources and getattr(self, field.name) != field.default
+                expected = f"one of {field.name} and sources. Give each source of the mixture its own {field.name}"
+                check(not own, field.name, expected, given=("sources",))
+
+    @property
+    def mixture(self) -> tuple[SourceConfig, ...]:
+        """The sources that are read, of which a config without `sources` has one."""
+        if self.sources:
+            return self.sources
+        return (SourceConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(TextConfig)}),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up and a decay.
+
+    Attributes:
+        learning_rate: the highest rate, after the warm-up.
+        final_learning_rate: the rate at the last step.
+        warmup_steps: steps from zero to the highest rate.
+        schedule: how the rate decays after the warm-up: cosine, linear, or wsd (stays constant, then linear).
+        decay_steps: with schedule wsd, the number of last steps in which the rate decays.
+        weight_decay: of matrices; norms and biases have none.
+        beta1: decay rate of the first moment.
+        beta2: decay rate of the second moment.
+        max_grad_norm: gradients with a larger norm, over all parameters, are scaled down to it.
+        mu_dtype: of the first moment, float32 or bfloat16; left out, that of the parameters.
+        frozen: regular expressions; parameters with matching names on the Hub are not trained and have no moments.
+    """
+
+    learning_rate: float = 3e-3
+    final_learning_rate: float = 3e-4
+    warmup_steps: int = 40
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    decay_steps: int | None = None
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    mu_dtype: DTypeLike | None = None
+    frozen: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        with Checks(self) as check:
+            check.literals()
+            for field in ("learning_rate", "max_grad_norm"):
+                check(getattr(self, field) > 0, field, ABOVE_ZERO)
+            check(self.warmup_steps >= 0, "warmup_steps", NOT_NEGATIVE)
+            if self.schedule == "wsd":
+                found = self.decay_steps
+                check(
+                    found is not None, "decay_steps", "the steps of the decay, with schedule wsd", given=("schedule",)
+                )
+                check(found is None or found >= 1, "decay_steps", "at least 1")
+            else:
+                expected = f"none with schedule {self.schedule}: it belongs to wsd"
+                check(self.decay_steps is None, "decay_steps", expected, given=("schedule",))
+            check.dtypes("mu_dtype")
+            check(self.mu_dtype != "float16", "mu_dtype", "float32 or bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long to train, what to save and what to report.
+
+    Attributes:
+        output_dir: folder that receives config.toml, metrics.jsonl, checkpoints/ and hub/.
+        max_steps: optimizer steps in all.
+        seed: of the initial weights and of the order of the data.
+        model_name_or_path: a checkpoint to start from, a folder or a name on the Hub, instead of a [model] table and
+            random weights; its tokenizer is the data's, unless data.tokenizer names one.
+        gradient_accumulation_steps: micro-batches that the rows of a step are split into, to save memory; loss and
+            gradient are those of all rows together. Of the load-balancing losses, pooled becomes the mean over
+            micro-batches, as in transformers; global_batch stays exact, for one more pass through the layers.
+        nonfinite: what to do where the loss or the gradient is not finite: stop, or skip the step. Neither changes
+            the weights.
+        max_skipped: with nonfinite skip, the run stops after more skipped steps than this since its start.
+        logging_steps: steps between two progress lines, and between two records of the load of every expert.
+        eval_steps: steps between two evaluations of the held-out loss.
+        save_steps: steps between two checkpoints; the last step always has one.
+        save_total_limit: the newest checkpoints that are kept.
+        sample_prompt: text that the model continues at intervals and in the end.
+        sample_tokens: tokens that it adds.
+        sample_steps: steps between two such samples; left out, with every evaluation; 0, only in the end.
+        export: write hub/, for transformers, in the end, with adapters merged; adapters are also written to adapter/.
+        tensorboard: write TensorBoard's events to tensorboard/ as well (extra `tensorboard`).
+        profile: first:end, as 10:13 for steps 10, 11 and 12: write JAX's trace of them to profile/.
+    """
+
+    output_dir: str = "runs/default"
+    max_steps: int = 500
+    seed: int = 0
+    model_name_or_path: str = ""
+    gradient_accumulation_steps: int = 1
+    nonfinite: Literal["stop", "skip"] = "stop"
+    max_skipped: int = 10
+    logging_steps: int = 10
+    eval_steps: int = 100
+    save_steps: int = 200
+    save_total_limit: int = 2
+    sample_prompt: str = "def"
+    sample_tokens: int = 96
+    sample_steps: int | None = None
+    export: bool = True
+    tensorboard: bool = False
+    profile: str = ""
+
+    def __post_init__(self) -> None:
+        with Checks(self) as check:
+            check.literals()
+            check.at_least(1, "max_steps", "gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps")
+            check.at_least(1, "save_total_limit", "sample_tokens")
+            for field in ("max_skipped", "sample_steps"):
+                check((getattr(self, field) or 0) >= 0, field, NOT_NEGATIVE)
+            check(self.sample_prompt != "", "sample_prompt", "at least one character to continue")
+            expected = "first:end with 1 <= first < end, as 10:13 for steps 10, 11 and 12"
+            check(_steps(self.profile) is not None, "profile", expected)
+
+    @property
+    def profile_steps(self) -> range:
+        """The steps, counted from 1, that `profile` asks a trace of; none where it is empty."""
+        return _steps(self.profile) or range(0)
+
+
+def _steps(text: str) -> range | None:
+    """`first:end` as a range; None where it is none."""
+    if not text:
+        return range(0)
+    first, colon, end = text.partition(":")
+    if not (colon and first.isdecimal() and end.isdecimal() and 1 <= int(first) < int(end)):
+        return None
+    return range(int(first), int(end))
