@@ -73,6 +73,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
         first_step, last_step = int(state.step), config.run.max_steps
         start = start_of(config, program, mesh, state, fixed, text_tokens=rows.num_tokens)
         schedule = make_schedule(config.optimizer, last_step)
+        report: Report | NoReport
         if is_process_zero():
             report = Report(folder, config.run, start, first_step=first_step, schedule=schedule)
             profiler = Profiler(folder.profile, config.run.profile_steps)

@@ -57,8 +57,8 @@ def attend_by_splash(
 
 
 def _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, blocks: Blocks, interpret: bool):
-    def attend(*inputs: jax.Array) -> jax.Array:
-        return _attend(*inputs, segment_ids_BT, blocks, interpret)
+    def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+        return _attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, blocks, interpret)
 
     with as_precise_as(q_BTNH.dtype):
         return jax.vjp(attend, q_BTNH, k_BTKH, v_BTKH)
@@ -101,6 +101,7 @@ def _kernel(heads: int, blocks: Blocks, interpret: bool):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     block, whole = blocks.length, (blocks.count * blocks.length,) * 2
+    mask: masks.CausalMask | masks.LocalMask
     if blocks.window is None:
         mask = masks.CausalMask(whole)
     else:

@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
                 print(f"prompt {number}: {error}", file=sys.stderr)
     answers = {number: Answer(TextStream(tokenizer, generation.stop_strings)) for number in requests}
     if not is_process_zero():
-        output = _Silent()
+        output: _Silent | _Lines | _Texts = _Silent()
     elif arguments.json:
         output = _Lines(prompts, answers, refusals)
     else:

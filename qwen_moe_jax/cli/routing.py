@@ -157,7 +157,7 @@ def trace_routing(
     config, execution = model.config, model.execution_in_use
     sparse, wanted = routed_layers(config, None), routed_layers(config, layers)
     ids = encode_prompt(tokenizer, prompt, config.vocab_size)
-    router = jax.device_get(model([ids], output_router_logits=True).router)
+    router = jax.device_get(model(np.asarray([ids]), output_router_logits=True).router)
     trace, stats = router.trace, router.stats
 
     def routing(layer: int) -> LayerRouting:

@@ -67,12 +67,12 @@ def _experts_table(routing: PromptRouting, layer: LayerRouting, width: int) -> G
         tokens = [_numbered(choice, _shortened(routing.tokens[choice.token], width)) for choice in choices]
         table.add_row(expert, load, _flow(tokens, rest, LINES_PER_EXPERT))
     others = [len(choices) for choices in received.values()][EXPERTS_LISTED:]
-    rest = []
+    unlisted = []
     if others:
-        rest.append(f"{_counted(len(others), 'more expert')} with {_span(min(others), max(others))} each")
+        unlisted.append(f"{_counted(len(others), 'more expert')} with {_span(min(others), max(others))} each")
     if idle := routing.num_experts - len(received):
-        rest.append(f"{_counted(idle, 'expert')} with none")
-    return Group(table, Text(", ".join(rest), style="dim")) if rest else Group(table)
+        unlisted.append(f"{_counted(idle, 'expert')} with none")
+    return Group(table, Text(", ".join(unlisted), style="dim")) if unlisted else Group(table)
 
 
 def _table(columns: dict[str, list[Text]], width: int) -> tuple[Table, int]:

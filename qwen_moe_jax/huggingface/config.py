@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_moe_jax.config import AttentionConfig, LayerKind, ModelConfig, RopeConfig
+from qwen_moe_jax.config.model import AttentionKind
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.families import Family, family_of
 from qwen_moe_jax.huggingface.fields import Fields, freeze, read_json
@@ -18,7 +19,7 @@ from qwen_moe_jax.huggingface.quantisation import fp8_block
 #: More means a damaged config, which is refused before anything is allocated per layer.
 MOST_LAYERS = 1000
 
-LAYER_TYPES = {"full_attention": "full", "sliding_attention": "sliding"}
+LAYER_TYPES: dict[str, AttentionKind] = {"full_attention": "full", "sliding_attention": "sliding"}
 
 
 def read_config(source: str | PathLike[str] | Mapping[str, Any]) -> ModelConfig:

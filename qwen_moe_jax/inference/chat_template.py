@@ -216,8 +216,8 @@ class _Namespace(jinja2.utils.Namespace):
     """`namespace` for templates, which takes no names that could mean Python's internals."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # so that a template may name one of its values `self`
-        self, *args = args
-        values = dict(*args, **kwargs)
+        self, *others = args
+        values = dict(*others, **kwargs)
         for name in values:
             _refuse_internal(name)
         jinja2.utils.Namespace.__init__(self, values)

@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 
 import tokenizers
 
-from qwen_moe_jax.config import INFERENCE_SHARDING, DTypeLike, ExecutionConfig, GenerationConfig, ModelConfig
+from qwen_moe_jax.config import INFERENCE_SHARDING, Dispatch, DTypeLike, ExecutionConfig, GenerationConfig, ModelConfig
 from qwen_moe_jax.errors import CheckpointError, RequestError
 from qwen_moe_jax.huggingface.fields import read_json
 from qwen_moe_jax.huggingface.hub import local_folder
@@ -81,7 +81,7 @@ class Harness:
         folder: str | PathLike[str],
         *,
         dtype: DTypeLike | None = None,
-        dispatch: str | None = None,
+        dispatch: Dispatch | None = None,
         sharding: str = INFERENCE_SHARDING,
         data: int = 1,
         fsdp: int = 1,
@@ -100,16 +100,19 @@ class Harness:
         folder = local_folder(folder)
         tokenizer = load_tokenizer(folder)
         prefix_token = prefix_of(folder, tokenizer, ModelConfig.from_pretrained(folder))
-        sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
-        mesh = make_mesh(**sizes) if set(sizes.values()) != {1} else None
+        one_device = {data, fsdp, expert, tensor} == {1}
+        mesh = None if one_device else make_mesh(data=data, fsdp=fsdp, expert=expert, tensor=tensor)
         execution = ExecutionConfig(dtype=dtype, dispatch=dispatch, sharding=sharding)
         model = from_pretrained(folder, mesh=mesh, execution=execution)
-        limits = {
-            "max_length": max_length,
-            "max_gen_toks": max_gen_toks,
-            "generated_together": generated_together,
-        }
-        return cls(model, tokenizer, folder=folder, prefix_token=prefix_token, **limits)
+        return cls(
+            model,
+            tokenizer,
+            folder=folder,
+            prefix_token=prefix_token,
+            max_length=max_length,
+            max_gen_toks=max_gen_toks,
+            generated_together=generated_together,
+        )
 
     @property
     def tokenizer_name(self) -> str:
@@ -226,9 +229,9 @@ class Harness:
                 f"{budget} new tokens leave no room for a prompt with max_length={self.max_length}: raise max_length, "
                 "or lower max_gen_toks."
             )
-        drawn = {"do_sample": given.get("temperature", 0.0) > 0, "seed": seed}
-        stops = {"stop_strings": tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)}
-        return dataclasses.replace(self._model.generation_config, **{**drawn, **given}, **stops, max_new_tokens=budget)
+        fields = {"do_sample": given.get("temperature", 0.0) > 0, "seed": seed, **given}
+        fields["stop_strings"] = tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
+        return dataclasses.replace(self._model.generation_config, **{**fields, "max_new_tokens": budget})
 
 
 def prefix_of(folder: str | PathLike[str], tokenizer: tokenizers.Tokenizer, config: ModelConfig) -> int:

@@ -168,11 +168,11 @@ def initial_state(settings: SamplingSettings, prompts: Sequence[Sequence[int]]) 
         row[window - len(last) :] = last
     prompted_BV = counts_BV = None
     if settings.penalties is not None:
-        prompted_BV = np.zeros((rows, settings.vocab_size), bool)
+        read_BV = np.zeros((rows, settings.vocab_size), bool)
         counts_BV = jnp.asarray(np.zeros((rows, settings.vocab_size), np.int32))
-        for row, prompt in zip(prompted_BV, prompts, strict=True):
+        for row, prompt in zip(read_BV, prompts, strict=True):
             row[np.asarray(prompt, np.int64)] = True
-        prompted_BV = jnp.asarray(prompted_BV)
+        prompted_BV = jnp.asarray(read_BV)
     return SamplingState(
         generated_B=jnp.asarray(np.zeros(rows, np.int32)),
         recent_BW=jnp.asarray(recent_BW),
@@ -250,7 +250,7 @@ def _drawing(configs: Sequence[GenerationConfig], vocab_size: int) -> Drawing:
     return Drawing(
         drawn_B=_array(configs, "do_sample", bool),
         # Threefry by name: under vmap it gives each row what it would get alone, which other generators do not.
-        key_B=jax.random.wrap_key_data(halves, impl="threefry2x32"),
+        key_B=jax.random.wrap_key_data(jnp.asarray(halves), impl="threefry2x32"),
         temperature_B=_array(active, "temperature", np.float32),
         top_k_B=jnp.asarray(np.array(top_k, np.int32)),
         top_p_B=_array(active, "top_p", np.float32),

@@ -131,13 +131,13 @@ def score(
     vocab_size = model.config.vocab_size
     if contexts is None:
         arrays = [token_array(f"sequence {number}", tokens, vocab_size) for number, tokens in enumerate(sequences)]
-        for number, tokens in enumerate(arrays):
-            if len(tokens) < 2:
+        for number, array in enumerate(arrays):
+            if len(array) < 2:
                 raise RequestError(
                     f"sequence {number} has one token, expected at least 2: nothing predicts the first. "
                     "Pass contexts=… to score it after something."
                 )
-        return _score(model, [_Task(tokens, 1) for tokens in arrays], progress)
+        return _score(model, [_Task(array, 1) for array in arrays], progress)
     if len(contexts) != len(sequences):
         raise RequestError(f"there are {len(contexts)} contexts for {len(sequences)} sequences, expected one for each.")
     tasks = []

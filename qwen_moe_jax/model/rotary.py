@@ -22,6 +22,7 @@ def rotary_tables(
 ) -> RotaryTables:
     """The tables for these positions. Angles are float32; cosines and sines are rounded to `dtype` afterwards."""
     if rope.rope_type == "dynamic":
+        inv_freq: jax.typing.ArrayLike
         inv_freq, scaling = _dynamic(rope, head_dim, max_position_embeddings, positions_BT), 1.0
     else:
         inv_freq, scaling = inverse_frequencies(rope, head_dim)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import get_args
+from typing import cast, get_args
 
 import numpy as np
 
@@ -72,7 +72,7 @@ def _collective(module: Module, run: Run, mesh: Mapping[str, int], platform: str
         "collective-permute": size,
     }.get(kind, size * (devices - 1) // devices)
     return Collective(
-        kind=kind,
+        kind=cast(CollectiveKind, kind),
         axes=axes,
         devices=devices,
         dtype=largest.dtype,
@@ -101,7 +101,8 @@ def replica_groups(instruction: Instruction, devices: int) -> list[list[int]]:
     if match := re.match(r"mesh\[(.*?)\](?:, device_ids=\((.*?\]?(?:T\([\d,]+\))?)\))? \{(.*?)\}", text):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
         order = _range(match[2]) if match[2] else np.arange(math.prod(sizes.values()))
-        shape, chosen = [], []
+        shape: list[int] = []
+        chosen: list[int] = []
         parts = {
             name: (int(before), int(size)) for name, before, size in re.findall(r"'(\w+)':\((\d+)\)(\d+)", match[3])
         }

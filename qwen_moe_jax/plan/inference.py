@@ -1,6 +1,7 @@
 """Steps to plan: the engine's prefill and decode programs, and a plain forward pass."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from qwen_moe_jax.plan.work import work_of
 from qwen_moe_jax.sharding.rules import BATCH
 
 
-def prefill_step(config: ModelConfig, name: str, mesh: Mesh, execution: ExecutionConfig, **sizes: int) -> Step:
+def prefill_step(config: ModelConfig, name: str, mesh: Mesh, execution: ExecutionConfig, **sizes: Any) -> Step:
     """The prefill of the prompts' last chunk.
 
     Args:
@@ -35,7 +36,7 @@ def prefill_step(config: ModelConfig, name: str, mesh: Mesh, execution: Executio
     return _engine_step(model, name, "prefill", described, flops + described.rows * head)  # the last token's logits
 
 
-def decode_step(config: ModelConfig, name: str, mesh: Mesh, execution: ExecutionConfig, **sizes: int) -> Step:
+def decode_step(config: ModelConfig, name: str, mesh: Mesh, execution: ExecutionConfig, **sizes: Any) -> Step:
     """One token for every row, with the cache full. Arguments as `prefill_step`, without prompt."""
     model = CausalLM(config, rngs=None, mesh=mesh, execution=execution)
     described = abstract_decode(model, **sizes)

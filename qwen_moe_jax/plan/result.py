@@ -6,7 +6,7 @@ fullest. Seconds of the roofline are estimates; those of `CompileCost` were meas
 
 import dataclasses
 import json
-from typing import Literal
+from typing import Any, Literal
 
 Purpose = Literal["train", "prefill", "decode", "forward"]
 
@@ -14,6 +14,10 @@ Purpose = Literal["train", "prefill", "decode", "forward"]
 CollectiveKind = Literal[
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"
 ]
+
+
+#: What a step waits for.
+Bound = Literal["compute", "memory", "network"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +88,7 @@ class Work:
     dtype: str
     param_dtype: str
     sharding: str
-    execution: dict[str, str | int | float | None]
+    execution: dict[str, Any]
 
     @property
     def tokens(self) -> int:
@@ -278,7 +282,7 @@ class Roofline:
     memory_bytes: int
     traffic: tuple[AxisTraffic, ...]
     network: float
-    bound: Literal["compute", "memory", "network"]
+    bound: Bound
     seconds: float
     seconds_without_overlap: float
     tokens_per_second: float

@@ -8,7 +8,7 @@ import numpy as np
 
 from qwen_moe_jax.plan.chips import Chip, Network
 from qwen_moe_jax.plan.hlo import Module
-from qwen_moe_jax.plan.result import AxisTraffic, Collective, Roofline, Target
+from qwen_moe_jax.plan.result import AxisTraffic, Bound, Collective, Roofline, Target
 
 if TYPE_CHECKING:
     from qwen_moe_jax.plan.compile import Step
@@ -34,7 +34,7 @@ def roofline_of(
     memory = memory_bytes / target.memory_bandwidth
     traffic = traffic_of(collectives, chip.networks, mesh)
     network = sum(one.seconds or 0.0 for one in traffic)
-    parts = {"compute": compute, "memory": memory, "network": network}
+    parts: dict[Bound, float] = {"compute": compute, "memory": memory, "network": network}
     bound = max(parts, key=parts.__getitem__)
     seconds = parts[bound]
     return Roofline(

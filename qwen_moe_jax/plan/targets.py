@@ -9,7 +9,7 @@ import importlib.util
 import math
 import os
 import re
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qwen_moe_jax.errors import ConfigError
 
@@ -72,7 +72,7 @@ runtime_version {{ major: 13 }}
 """
 
 
-_HOPPER = dict(
+_HOPPER: dict[str, Any] = dict(
     capability="major: 9",
     core_count=132,
     fpus_per_core=128,

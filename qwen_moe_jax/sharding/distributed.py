@@ -58,7 +58,7 @@ def initialize_distributed(
     global _watch
     if jax.distributed.is_initialized():
         return
-    if jax.config.jax_cpu_collectives_implementation in (None, "none"):
+    if jax.config.jax_cpu_collectives_implementation in (None, "none"):  # type: ignore[attr-defined]
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     waiting = threading.Timer(timeout, _give_up, [coordinator_address, num_processes, process_id, timeout])
     waiting.daemon = True

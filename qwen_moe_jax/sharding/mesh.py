@@ -94,7 +94,7 @@ def _offer_simulated_devices(count: int) -> None:
     Each of several processes brings its share.
     """
     share = count // num_processes()
-    if jax.config.jax_num_cpu_devices < share:
+    if jax.config.jax_num_cpu_devices < share:  # type: ignore[attr-defined]
         try:
             jax.config.update("jax_num_cpu_devices", share)
         except RuntimeError:

@@ -68,7 +68,7 @@ class FirstWatch:
                     line = self._welcome()
                     if line is not None:
                         selector.register(line, selectors.EVENT_READ)
-                else:
+                elif isinstance(key.fileobj, socket.socket):
                     selector.unregister(key.fileobj)
                     self._hear(key.fileobj)
 

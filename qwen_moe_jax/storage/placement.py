@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def place(
     """
     blocks_of = [_blocks(number, *pair) for number, pair in enumerate(zip(tensors, abstract, strict=True))]
     # Allocated first, so that a model that does not fit fails before anything is read.
-    arrays = [
+    arrays: list[Any] = [
         None if first.is_whole_shard else _empty(array)()
         for (first, *_), array in zip(blocks_of, abstract, strict=True)
     ]
@@ -69,7 +70,7 @@ def place(
         sharding = block.array.sharding
         placed = [jax.device_put(values, device) for values, devices in parts for device in devices]
         shape = _global_shape(index_shape(block.window), block.array)
-        array = jax.make_array_from_single_device_arrays(shape, sharding, placed)
+        array: jax.Array = jax.make_array_from_single_device_arrays(shape, sharding, placed)
         if not block.is_whole_shard:
             begin = tuple(part.start for part in block.window)
             array = _overwrite(sharding)(arrays[block.number], array, begin)
@@ -89,6 +90,7 @@ def unpadded(array: jax.Array, shape: Sequence[int]) -> jax.Array:
     """
     if array.shape == tuple(shape):
         return array
+    assert isinstance(array.sharding, NamedSharding)
     mesh, spec = array.sharding.mesh, [mesh_axes(entry) for entry in array.sharding.spec]
     spec += [()] * (array.ndim - len(spec))
     padded = [axis for axis in range(array.ndim) if array.shape[axis] != shape[axis]]
@@ -163,7 +165,7 @@ def _empty(abstract: jax.ShapeDtypeStruct) -> Callable[[], jax.Array]:
 def _overwrite(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, tuple[int, ...]], jax.Array]:
     """A function (array, block, begin) → the array, updated in place with the block at `begin` of every shard."""
 
-    def local(array: jax.Array, block: jax.Array, begin: tuple[jax.Array, ...]) -> jax.Array:
+    def local(array: jax.Array, block: jax.Array, begin: tuple[Any, ...]) -> jax.Array:
         # As integers: XLA on CPUs would convert the whole bfloat16 array to float32 and back for every block.
         return _as_dtype(jax.lax.dynamic_update_slice(_as_bits(array), _as_bits(block), begin), array.dtype)
 
@@ -201,7 +203,7 @@ class DeviceTensor(StoredTensor):
         return "the model"
 
     def read_into(self, index: Index, out: np.ndarray) -> None:
-        shards = {}
+        shards: dict[tuple[tuple[int, int], ...], jax.Array] = {}
         for shard in self.array.addressable_shards:
             bounds = tuple(part.indices(size)[:2] for part, size in zip(shard.index, self.shape, strict=True))
             shards.setdefault(bounds, shard.data)

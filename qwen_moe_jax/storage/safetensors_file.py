@@ -67,7 +67,7 @@ class OpenFile:
 
     def fill(self, data: np.ndarray, position: int) -> None:
         """Fills a uint8 array with the file's bytes from `position` on."""
-        wanted = memoryview(data)
+        wanted = memoryview(data.data)
         while len(wanted):
             try:
                 found = os.preadv(self.descriptor, [wanted], position)
@@ -254,6 +254,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], advance: 
 
 
 def _write(file: BinaryIO, data: bytes | np.ndarray) -> None:
-    remaining = memoryview(data)
+    remaining = memoryview(data.data if isinstance(data, np.ndarray) else data)
     while len(remaining):
         remaining = remaining[file.write(remaining) :]

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import ml_dtypes  # noqa: F401  registers bfloat16 and the float8 types with NumPy
 import numpy as np
@@ -28,9 +29,14 @@ class StoredTensor(abc.ABC):
         source: name of the file (or device array) that holds it, for messages.
     """
 
-    shape: tuple[int, ...]
-    dtype: str
-    source: str
+    if TYPE_CHECKING:  # in words only: a subclass has them as fields or as properties
+
+        @property
+        def shape(self) -> tuple[int, ...]: ...
+        @property
+        def dtype(self) -> str: ...
+        @property
+        def source(self) -> str: ...
 
     @abc.abstractmethod
     def read_into(self, index: Index, out: np.ndarray) -> None:

@@ -188,7 +188,7 @@ def describe_batch(rows: Rows | Mixture, step: int, batch_size: int, seed: int) 
 
 def rows_of_devices(devices: Collection[jax.Device], sharding: jax.sharding.Sharding, batch_size: int) -> list[int]:
     """Which rows of a batch of this size these devices hold, in their order: all that their process has to read."""
-    held = set()
+    held: set[int] = set()
     for device, (rows, *_) in sharding.devices_indices_map((batch_size, 1)).items():
         if device in devices:
             held.update(range(batch_size)[rows])

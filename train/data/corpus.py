@@ -155,7 +155,7 @@ def _texts(config: DataConfig) -> Iterator[str]:
         for record in read_records(source, config.megabytes):
             if isinstance(record.content, str):
                 yield record.content
-            else:
+            elif isinstance(record.content, Conversation):
                 yield from (message.get("content") or "" for message in record.content.messages)
 
 
@@ -196,18 +196,18 @@ def _encode(
                 ids = np.array(next(encodings).ids, np.int64)
                 ids = ids if ids.size and ids[-1] == end_id else np.append(ids, end_id)
             else:
-                ids = _checked_ids(record, vocab_size)
+                ids = _checked_ids(record.content, record.place, vocab_size)
             yield record, Turns(ids, np.ones(len(ids), bool))
 
 
-def _checked_ids(record: Record, vocab_size: int) -> np.ndarray:
-    outside = np.flatnonzero((record.content < 0) | (record.content >= vocab_size))
+def _checked_ids(ids: np.ndarray, place: str, vocab_size: int) -> np.ndarray:
+    outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
     if outside.size:
         raise ConfigError(
-            f"{record.place}: found token id {record.content[outside[0]]}, expected ids from 0 to {vocab_size - 1}, "
+            f"{place}: found token id {ids[outside[0]]}, expected ids from 0 to {vocab_size - 1}, "
             f"those of data.tokenizer. Were these ids made with another tokenizer?"
         )
-    return record.content
+    return ids
 
 
 def _vocab_size(tokenizer: Tokenizer) -> int:

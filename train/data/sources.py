@@ -147,7 +147,7 @@ def _read_datasets(source: SourceConfig, room: float, end_id: int | None, cut_sh
         found = {key: value for key, value in row.items() if key in ("text", "messages", "tools")}
         for record in _as_record(found or row, place, str(number)):
             text = record.content
-            room -= len(text.encode()) if isinstance(text, str) else len(json.dumps(text.messages))
+            room -= len(json.dumps(text.messages)) if isinstance(text, Conversation) else len(str(text).encode())
             if room < 0:
                 cut_short(f"{number:,} of {len(rows):,} rows")
                 return

@@ -27,7 +27,7 @@ _LOADS = ListedColormap(matplotlib.colormaps["RdBu_r"](np.linspace(0.08, 0.92, 2
 _MAPS = 6  # of the load, over the run
 _POINTS = 1000  # of a curve
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "font.size": 9,
     "axes.edgecolor": _LINE,
