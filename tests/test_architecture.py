@@ -84,3 +84,12 @@ def test_only_huggingface_knows_model_names():
                 literals = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
                 told = [text for text in literals if isinstance(text, str) and text.startswith(families)]
                 assert not told, f"{name}:{node.lineno} decides by model name {told}"
+
+
+def test_private_modules_of_jax_are_used_in_one_file_at_most():
+    private = [
+        path.relative_to(ROOT).as_posix()
+        for path in SOURCES
+        if any(module.startswith("jax._src") for module in imported_modules(path))
+    ]
+    assert set(private) <= {"qwen_moe_jax/sharding/distributed.py"}

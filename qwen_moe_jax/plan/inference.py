@@ -14,7 +14,7 @@ from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.plan.compile import Step
 from qwen_moe_jax.plan.flops import extend_flops_per_token
 from qwen_moe_jax.plan.result import Purpose
-from qwen_moe_jax.plan.work import work_of
+from qwen_moe_jax.plan.work import check_rows, work_of
 from qwen_moe_jax.sharding.rules import BATCH
 
 
@@ -48,7 +48,12 @@ def decode_step(config: ModelConfig, name: str, mesh: Mesh, execution: Execution
 def forward_step(
     config: ModelConfig, name: str, mesh: Mesh, execution: ExecutionConfig, *, rows: int, length: int
 ) -> Step:
-    """Logits of `rows` sequences of `length` tokens, without a cache."""
+    """Logits of `rows` sequences of `length` tokens, without a cache.
+
+    Raises:
+        ShardingError: the rows do not divide over the mesh.
+    """
+    check_rows(rows, mesh.shape)
     model = CausalLM(config, rngs=None, mesh=mesh, execution=execution)
     tokens_BT = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=NamedSharding(mesh, P(BATCH, None)))
     return Step(

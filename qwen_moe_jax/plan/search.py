@@ -30,6 +30,7 @@ from qwen_moe_jax.errors import ConfigError, ShardingError
 from qwen_moe_jax.plan.chips import Network
 from qwen_moe_jax.plan.result import Group, PlacedArray, Plan, Target, Work
 from qwen_moe_jax.plan.roofline import network_of
+from qwen_moe_jax.plan.work import check_rows
 from qwen_moe_jax.sharding.mesh import AXES
 from qwen_moe_jax.sharding.rules import BATCH
 from qwen_moe_jax.text import format_mesh
@@ -219,7 +220,7 @@ def draft_meshes(
     for mesh in meshes_of(target.devices):
         try:
             outline = outline_of(dict(mesh))
-            _check_batch(outline.work, mesh)
+            check_rows(outline.work.rows, mesh, outline.work.accumulation_steps)
         except ShardingError as error:
             refused.append((mesh, str(error)))
             continue
@@ -293,16 +294,6 @@ def draft_of(outline: Outline, mesh: Mapping[str, int], target: Target, networks
         traffic=traffic,
         seconds=seconds,
     )
-
-
-def _check_batch(work: Work, mesh: Mapping[str, int]) -> None:
-    ways = math.prod(mesh[axis] for axis in BATCH) * work.accumulation_steps
-    if work.rows % ways:
-        micro = f" and {work.accumulation_steps} micro-batches" if work.accumulation_steps > 1 else ""
-        raise ShardingError(
-            f"a batch of {work.rows} rows does not divide over data={mesh['data']}, fsdp={mesh['fsdp']}, "
-            f"expert={mesh['expert']}{micro}: expected a multiple of {ways}."
-        )
 
 
 def _nothing_divides(target: Target, refused: Sequence[tuple[dict[str, int], str]]) -> ShardingError:

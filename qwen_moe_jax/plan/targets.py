@@ -215,17 +215,8 @@ def _tpus(request: TargetRequest) -> list["jax.Device"]:
 
 
 def _gpus(request: TargetRequest) -> list["jax.Device"]:
-    from jax._src import xla_bridge
     from jax.experimental import topologies
 
-    # JAX looks for a GPU to learn that "gpu" means CUDA here (jax-ml/jax#23971), so it is told.
-    canonical = xla_bridge.canonicalize_platform
-    if canonical.__name__ != "_canonical":
-
-        def _canonical(platform: str) -> str:
-            return "cuda" if platform == "gpu" else canonical(platform)
-
-        xla_bridge.canonicalize_platform = _canonical
     # Nodes of eight, joined within by NVLink.
     count = request.shape[0]
     shape = f"1x{count // 8}x8" if count % 8 == 0 else f"1x1x{count}"

@@ -1,10 +1,14 @@
 """One step of a model as plain data: `Work` from the model's execution in use."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 
 from qwen_moe_jax.config import SHARDING_RULES, ShardingRules
+from qwen_moe_jax.errors import ShardingError
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.plan.result import Purpose, Work
+from qwen_moe_jax.sharding.rules import BATCH
 
 
 def work_of(
@@ -30,6 +34,26 @@ def work_of(
         sharding=format_sharding(model.execution.sharding),
         execution=execution,
     )
+
+
+def check_rows(rows: int, mesh: Mapping[str, int], accumulation_steps: int = 1) -> None:
+    """Refuses a batch that the devices do not share evenly.
+
+    Args:
+        rows: of a step, over all devices.
+        mesh: sizes of the axes.
+        accumulation_steps: micro-batches of the step.
+
+    Raises:
+        ShardingError: `rows` is no multiple of the devices that share them, times the micro-batches.
+    """
+    shards = math.prod(mesh[axis] for axis in BATCH) * accumulation_steps
+    if rows % shards:
+        micro = f" and {accumulation_steps} micro-batches" if accumulation_steps > 1 else ""
+        over = ", ".join(f"{axis}={mesh[axis]}" for axis in BATCH)
+        raise ShardingError(
+            f"a batch of {rows} rows does not divide over {over}{micro}: expected a multiple of {shards}."
+        )
 
 
 def format_sharding(rules: ShardingRules) -> str:

@@ -12,7 +12,7 @@ from qwen_moe_jax.errors import ConfigError, ShardingError
 from qwen_moe_jax.huggingface.hub import config_file
 from qwen_moe_jax.moe.dispatch.capacity import expert_capacity
 from qwen_moe_jax.plan.compile import group_of, plan_step, refused_bytes, target_mesh
-from qwen_moe_jax.plan.inference import decode_step, prefill_step
+from qwen_moe_jax.plan.inference import decode_step, forward_step, prefill_step
 from qwen_moe_jax.plan.remarks import remarks_on
 from qwen_moe_jax.plan.result import Collective, Memory
 from qwen_moe_jax.plan.table import print_plan
@@ -103,6 +103,16 @@ def test_prefill_is_the_chunk_that_a_session_would_run():
         ModelConfig.from_pretrained(golden.TINY), "x", mesh, ExecutionConfig(), rows=3, prompt=700, max_length=700
     )
     assert (step.work.rows, step.work.tokens_per_row, step.work.context) == (4, 512, 1024)
+
+
+def test_a_forward_pass_of_rows_that_do_not_divide_is_refused():
+    request = parse_target("cpu:2")
+    mesh = target_mesh(request, {"expert": 2})
+    config = ModelConfig.from_pretrained(golden.TINY)
+    with pytest.raises(
+        ShardingError, match="a batch of 3 rows does not divide over .*expert=2.*: expected a multiple of 2"
+    ):
+        forward_step(config, "tiny", mesh, ExecutionConfig(), rows=3, length=16)
 
 
 def test_a_mesh_of_another_size_is_refused_with_proposals():
