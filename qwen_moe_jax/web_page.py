@@ -1,4 +1,4 @@
-"""HTML pages of one file: Jinja2 templates with autoescape, their style sheets inlined, no script and no network.
+"""Self-contained HTML pages: Jinja2 templates with autoescape, their style sheets inlined, no script and no network.
 
 A page extends `templates/page.html.j2`, whose content security policy forbids it to load or run anything. Templates
 are next to the module that renders them (`plan/templates`, `cli/templates`, …) and are given one typed context, `page`;
@@ -34,7 +34,7 @@ FILTERS = {
 
 
 def render(template: str, folder: Path, page: Any) -> str:
-    """The text of a template.
+    """Renders a template.
 
     Args:
         template: its file name.

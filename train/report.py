@@ -129,7 +129,7 @@ def _state(folder: RunFolder) -> str:
 
 
 def _results(metrics: Metrics) -> dict[str, str]:
-    """What a run has come to, the last of each number; speed is the median of the last steps."""
+    """The run's latest numbers; speed is the median of the last steps."""
     last = metrics.steps[-1]
     results = {"step": f"{last['step']:,}", "tokens": f"{sum(record['tokens'] for record in metrics.steps):,}"}
     results["training loss"] = f"{_mean(record['cross_entropy'] for record in metrics.steps[-20:]):.3f}"
@@ -149,7 +149,7 @@ def _results(metrics: Metrics) -> dict[str, str]:
 
 
 def _time_split(metrics: Metrics) -> str:
-    """Shares of the time that was spent: in steps, in compiling, which is the first steps', and between steps."""
+    """Shares of the run's time: steps, compilation (the first step of each start) and work between steps."""
     timed = sum(record["step_seconds"] for record in metrics.timed_steps)
     spent = {
         "steps": timed,

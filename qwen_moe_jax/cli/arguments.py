@@ -56,7 +56,7 @@ def add_dispatch_argument(group: argparse._ActionsContainer) -> None:
 
 
 def add_sharding_argument(group: argparse._ActionsContainer) -> None:
-    """`--sharding`, for commands with `--mesh`. All of them run a model forward, so the default gathers no weights."""
+    """`--sharding`. Its commands run a model forward, so that the default gathers no weights."""
     group.add_argument(
         "--sharding",
         choices=SHARDING_RULES,
@@ -85,7 +85,7 @@ def add_host_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def join_processes(arguments: argparse.Namespace) -> bool:
-    """Joins the other processes, if `add_host_arguments` was given any; returns whether it was. Before JAX is used.
+    """Joins the other processes, if arguments of `add_host_arguments` say so, and returns whether. Call it before JAX.
 
     Raises:
         ShardingError: as `initialize_distributed`.
@@ -107,7 +107,7 @@ def end_all_processes(code: int, reason: str) -> None:
 
 
 def load_model(arguments: argparse.Namespace) -> "CausalLM":
-    """The checkpoint that `add_model_arguments` asked for, in eval mode.
+    """The checkpoint of `add_model_arguments`, in eval mode.
 
     Raises:
         ConfigError, CheckpointError, ShardingError: as `from_pretrained` and `make_mesh`.
@@ -155,8 +155,8 @@ def number_ranges(text: str) -> tuple[int, ...]:
     return tuple(sorted(numbers))
 
 
-def written_ranges(numbers: tuple[int, ...]) -> str:
-    """(0, 3, 4, 5) as `0,3-5`: what `number_ranges` reads."""
+def format_ranges(numbers: tuple[int, ...]) -> str:
+    """(0, 3, 4, 5) as `0,3-5`: the format of `number_ranges`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

@@ -6,21 +6,19 @@ from pathlib import Path
 from qwen_moe_jax.cli.arguments import add_dtype_argument
 from qwen_moe_jax.units import format_bytes
 
-SUMMARY = (
-    "write a checkpoint in another form: the Hub's safetensors, or an Orbax folder; memory holds a few blocks of it"
-)
+SUMMARY = "write a checkpoint in another form: the Hub's safetensors, or an Orbax folder; memory holds a few blocks"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", metavar="SRC", help="a Hub folder (safetensors or .bin), a native one, or a name on the Hub"
     )
-    parser.add_argument("target", type=Path, metavar="DST", help="folder to write; it is whole or not there")
+    parser.add_argument("target", type=Path, metavar="DST", help="folder to write; it is complete or not there")
     parser.add_argument(
         "--to",
         choices=("hub", "orbax"),
         default="hub",
-        help="hub: safetensors that transformers and vLLM load (as if not given); orbax: for many hosts",
+        help="hub: safetensors that transformers and vLLM load (the default); orbax: for many hosts",
     )
     add_dtype_argument(parser, "of the weights; the checkpoint's own if not given")
     parser.add_argument(
@@ -29,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         metavar="FOLDER",
-        help="low-rank adapters in PEFT's layout: the weights are written with them added",
+        help="LoRA adapters in PEFT's layout, merged into the weights",
     )
     parser.add_argument(
         "--check-finite", action="store_true", help="first read all weights and refuse infinities and NaN"
@@ -37,14 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Converts, and says what was written.
+    """Converts, and prints the size of the result.
 
     Raises:
         ConfigError, CheckpointError: as `convert`; the target is untouched then.
     """
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # nothing is computed: an accelerator is left to others
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed: no accelerator is needed
 
     from qwen_moe_jax.huggingface.convert import convert
 

@@ -16,13 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "words",
         nargs=argparse.REMAINDER,
         metavar="…",
-        help="all that `lm-eval run` knows, --help too; how the model is run goes into --model_args, for example "
+        help="arguments of `lm-eval run`, --help included; execution and mesh are --model_args, for example "
         "--model_args dtype=float32 expert=8 max_length=2048",
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Hands over to lm-eval's own command line.
+    """Runs lm-eval's own command line.
 
     Raises:
         RequestError: lm-eval is not installed.

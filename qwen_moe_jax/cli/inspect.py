@@ -1,4 +1,4 @@
-"""`qwen-moe-jax inspect`: what a checkpoint consists of, and whether it loads."""
+"""`qwen-moe-jax inspect`: a checkpoint's tensors and sizes, and whether it loads."""
 
 import argparse
 import dataclasses
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # shapes only: an accelerator is left to others
+    jax.config.update("jax_platforms", "cpu")  # shapes only: no accelerator is needed
 
     from qwen_moe_jax.huggingface.summary import summarize
 
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def print_summary(summary: "Summary") -> None:
-    """Prints a headline and a table; in a pipe nothing but text."""
+    """Prints a headline and a table; plain text in a pipe."""
     from rich.console import Console
     from rich.table import Table
 
@@ -69,7 +69,7 @@ def print_summary(summary: "Summary") -> None:
     console.print(f"{format_count(summary.parameters)} parameters{active} · {format_bytes(summary.nbytes)}{dtype}")
     console.print(summary.layers)
     console.print()
-    # A column that says the same of every row costs names the width they need.
+    # A column with the same value in every row takes width from the names.
     headings = ["shape", "×", "bytes", *(["dtype"] if len(dtypes) > 1 else [])]
     table = Table(box=None, pad_edge=False)
     table.add_column("tensors", overflow="fold")

@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints the plan, or writes it.
+    """Compiles, and prints or writes the plan.
 
     Raises:
         ConfigError: no such target or model, or arguments that have no meaning together.
@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _mesh_argument(sizes: Mapping[str, int]) -> str:
-    """What `mesh_sizes` reads."""
+    """A mesh as an argument that `mesh_sizes` parses."""
     words = format_mesh(sizes, separator=",") if math.prod(sizes.values()) > 1 else "data=1"
     return f"--mesh {words}"
 

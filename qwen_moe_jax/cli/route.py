@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints the tables, or writes the files that were asked for.
+    """Prints the tables, or writes the requested files.
 
     Raises:
         RequestError: a prompt, layers or files that cannot be; nothing has been loaded or written then.
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def routing_json(routing: "PromptRouting") -> str:
-    """All of it as JSON: the fields of `PromptRouting`, arrays as nested lists."""
+    """The routing as JSON: the fields of `PromptRouting`, arrays as nested lists."""
     content = {"written_by": MARK, **dataclasses.asdict(routing)}
     return json.dumps(content, ensure_ascii=False, default=lambda array: array.tolist()) + "\n"
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import tokenizers
 
-from qwen_moe_jax.cli.arguments import written_ranges
+from qwen_moe_jax.cli.arguments import format_ranges
 from qwen_moe_jax.cli.token_text import readable_tokens
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import RequestError
@@ -64,7 +64,7 @@ class LayerRouting:
 
     @property
     def busiest(self) -> int:
-        """The expert most tokens chose."""
+        """The expert that most tokens chose."""
         return int(np.argmax(self.load))
 
     @property
@@ -73,14 +73,14 @@ class LayerRouting:
         return float(self.load.max() / self.load.mean())
 
     def choices(self) -> list[Choice]:
-        """Every token's every choice, T * A of them, in order of token and rank."""
+        """All T * A choices, in order of token and rank."""
         return [
             Choice(token, int(self.experts[token, rank]), rank, float(self.weights[token, rank]), bool(dropped))
             for (token, rank), dropped in np.ndenumerate(self.dropped)
         ]
 
     def choices_by_expert(self) -> dict[int, list[Choice]]:
-        """The same by expert, the busiest first; experts that no token chose are left out."""
+        """The choices by expert, the busiest first; experts that no token chose are left out."""
         found: dict[int, list[Choice]] = {int(expert): [] for expert in np.argsort(-self.load, kind="stable")}
         for choice in self.choices():
             found[choice.expert].append(choice)
@@ -114,7 +114,7 @@ class PromptRouting:
 
     @property
     def choices_per_layer(self) -> int:
-        """T * A."""
+        """T * A, the number of (token, expert) choices."""
         return self.layers[0].experts.size
 
 
@@ -130,7 +130,7 @@ def routed_layers(config: ModelConfig, wanted: Sequence[int] | None) -> tuple[in
     for layer in wanted or ():
         if layer not in sparse:
             what = "has no router" if layer < len(config.layers) else "does not exist"
-            raise RequestError(f"--layers: layer {layer} {what}, expected some of {written_ranges(sparse)}.")
+            raise RequestError(f"--layers: layer {layer} {what}, expected some of {format_ranges(sparse)}.")
     return tuple(wanted or sparse)
 
 

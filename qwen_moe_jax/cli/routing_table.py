@@ -44,7 +44,7 @@ def _headline(routing: PromptRouting, layer: LayerRouting) -> Text:
 
 
 def _tokens_table(routing: PromptRouting, layer: LayerRouting, width: int) -> Table:
-    """One row per token: its experts and what each counts, the strongest first."""
+    """One row per token: its experts with their weights, the largest first."""
     numbers = [Text(str(number), style="dim") for number in range(len(routing.tokens))]
     tokens = [_shortened(token, width) for token in routing.tokens]
     table, rest = _table({"#": numbers, "token": tokens, "experts and their weights": []}, width)
@@ -119,7 +119,7 @@ def _span(least: int, most: int) -> str:
 
 
 def _flow(words: Sequence[Text], width: int, max_lines: int | None = None) -> Text:
-    """Words set in lines, none broken; where the lines do not suffice, the last one counts what is missing."""
+    """Words wrapped into lines; where there are more than `max_lines`, the last line counts the rest."""
     lines: list[list[Text]] = [[]]
     for word in words:
         if lines[-1] and _length([*lines[-1], word]) > width:

@@ -1,4 +1,4 @@
-"""How `generate` and `chat` ask for text: arguments that override generation_config.json."""
+"""Sampling arguments of `generate` and `chat`, which override generation_config.json."""
 
 import argparse
 import dataclasses

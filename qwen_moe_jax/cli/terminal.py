@@ -10,7 +10,7 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line
 
 
 def show(text: str) -> None:
-    """Prints a piece of a model's text at once; on a terminal with control characters replaced by their codes."""
+    """Prints a piece of a model's text, unbuffered; on a terminal with codes for control characters."""
     print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 

@@ -26,7 +26,7 @@ def readable(text: str) -> str:
 
 
 def _text(tokenizer: tokenizers.Tokenizer, token: int) -> str:
-    """What a token adds to a text, bytes that are no whole character as lone surrogates."""
+    """The text that a token adds; bytes of incomplete characters as lone surrogates."""
     # Some decoders drop the space at the start of a text: what the token adds shows behind another one, itself.
     alone, twice = (tokenizer.decode([token] * times, skip_special_tokens=False) for times in (1, 2))
     text = twice.removeprefix(alone) if twice.startswith(alone) else alone
@@ -47,7 +47,7 @@ def _bytes(piece: str) -> bytes | None:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """How byte-level BPE writes bytes, since GPT-2: the printable ones of Latin-1 as they are, the rest from U+0100."""
+    """The byte alphabet of byte-level BPE since GPT-2: printable Latin-1 as it is, the rest from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}

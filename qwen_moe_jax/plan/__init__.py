@@ -1,1 +1,1 @@
-"""Any step, compiled without its hardware: does it fit, what does it send, what bounds it."""
+"""Planner: compiles any step without its hardware, and reports its memory, collectives and bounds."""

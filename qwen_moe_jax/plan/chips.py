@@ -20,7 +20,7 @@ class Network:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One device, as jax counts them.
+    """An accelerator: one device of JAX.
 
     Attributes:
         name: for people.
@@ -143,7 +143,7 @@ CHIPS = (
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that jax calls so (`jax.devices()[0].device_kind`), by the longest beginning that fits.
+    """The chip of a `device_kind` of JAX, by the longest prefix that matches.
 
     None for a CPU or an unknown one.
     """
@@ -152,6 +152,6 @@ def chip_of(device_kind: str) -> Chip | None:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of such a device; None for a CPU or an unknown one."""
+    """Dense bfloat16 FLOP/s of a device of this kind; None for a CPU or an unknown one."""
     chip = chip_of(device_kind)
     return None if chip is None else chip.peak_flops

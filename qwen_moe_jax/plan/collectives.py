@@ -140,7 +140,7 @@ def mesh_axes(groups: list[list[int]], mesh: Mapping[str, int]) -> tuple[str, ..
 
 
 def _narrower(module: Module, run: Run) -> str | None:
-    """The dtype of the numbers, where they were widened to float32 for this collective alone; None where they were not.
+    """The dtype before the CPU's compiler widened the numbers to float32 for this collective; None where it did not.
 
     What goes in was bfloat16 a moment before, or what comes out is at once made bfloat16 again.
     """

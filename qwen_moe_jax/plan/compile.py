@@ -97,7 +97,7 @@ def target_mesh(request: TargetRequest, sizes: Mapping[str, int]) -> Mesh:
 
 
 def _proposals(sizes: Mapping[str, int], devices: int) -> list[str]:
-    """Meshes of that many devices that differ from this one in one axis."""
+    """Meshes of so many devices that differ from this one in a single axis, as values of `--mesh`."""
     found = []
     for axis in ("fsdp", "data", "expert"):
         others = math.prod(size for name, size in sizes.items() if name != axis)
@@ -154,7 +154,7 @@ def plan_step(step: Step, request: TargetRequest, mesh: Mesh) -> Plan:
 
 
 def target_of(request: TargetRequest, mesh: Mesh) -> Target:
-    """The hardware, with the numbers of the table of chips."""
+    """The target of a request, with the published numbers of its chip."""
     chip = chip_of(mesh.devices.flat[0].device_kind) if request.platform != "cpu" else None
     return Target(
         name=request.name,
@@ -188,7 +188,7 @@ def group_of(name: str, tree: Any) -> Group:
 
 
 def layer_repeats(config: ModelConfig) -> frozenset[int]:
-    """How many steps the scans over layers have. One of a single step is no loop."""
+    """Trip counts of the scans over layers. A scan of a single step is no loop."""
     return frozenset(segment.repeats for segment in plan_segments(config.layers) if segment.repeats > 1)
 
 

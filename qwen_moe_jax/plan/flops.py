@@ -7,7 +7,7 @@ from qwen_moe_jax.config import LayerKind, ModelConfig
 
 
 def training_flops_per_token(config: ModelConfig, seq_len: int, trained_share: float = 1.0) -> float:
-    """FLOPs of one token, forward and backward (which is twice the forward), in a causal row of `seq_len` tokens.
+    """FLOPs of one token, forward and backward (twice the forward), in a causal row of `seq_len` tokens.
 
     A row that holds several documents attends to less, which is not taken off.
 
@@ -22,7 +22,7 @@ def training_flops_per_token(config: ModelConfig, seq_len: int, trained_share: f
 
 
 def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """A multiply and an add for each weight a token meets, the head's too and the embedding's not; and its attention.
+    """FLOPs of one token, forward: a multiply and an add for each weight but the embedding's, and its attention.
 
     Each key that a query sees costs a product of `head_dim` numbers in every head, and its value another.
     """
@@ -30,7 +30,7 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 
 def extend_flops_per_token(config: ModelConfig, before: int, new: int) -> float:
-    """The mean over `new` tokens that follow `before` others, whose keys and values are there already."""
+    """FLOPs of one token, the mean over `new` tokens after `before` cached ones."""
     weights = 2 * config.num_active_parameters(exclude_embeddings=True)
     attention = config.attention
     per_key = 4 * attention.num_attention_heads * attention.head_dim
@@ -39,7 +39,7 @@ def extend_flops_per_token(config: ModelConfig, before: int, new: int) -> float:
 
 
 def _keys_per_query(kind: LayerKind, sliding_window: int | None, before: int, new: int) -> float:
-    """The mean over the new queries: the query at position t, counted from 1, sees t keys, or the window."""
+    """Mean number of keys over the new queries: the query at position t, counted from 1, sees t keys, or the window."""
     window = sliding_window if kind.attention == "sliding" else before + new
     growing = max(min(window, before + new) - before, 0)  # queries that see all there is
     return (growing * before + growing * (growing + 1) / 2 + (new - growing) * window) / new

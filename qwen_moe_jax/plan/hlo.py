@@ -34,11 +34,11 @@ _SPLASH = re.compile(rf"{PRODUCT_FLOPS}(\d+).*\bsplash_mha_({'|'.join(_SPLASH_PR
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array in the text.
+    """An array in the program's text: dtype and shape of one device's shard.
 
     Attributes:
         dtype: XLA's name of it: "bf16", "f32", "s32".
-        shape: of one device's part.
+        shape: of one device's shard.
     """
 
     dtype: str
@@ -46,7 +46,7 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """Without the padding of a layout."""
+        """Bytes of the array, without the padding of a layout."""
         if self.dtype in ("token", "opaque"):
             return 0
         size = _BYTES.get(self.dtype)
@@ -58,7 +58,7 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """A line of a program.
+    """An instruction of a program.
 
     Attributes:
         name: its own.
@@ -77,7 +77,7 @@ class Instruction:
     root: bool
 
     def attribute(self, name: str) -> str | None:
-        """A word or a {…} list after `name=`."""
+        """The word or {…} list after `name=`; None without one."""
         found = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^,\s]+)", self.attributes)
         return found[1] if found else None
 
@@ -108,7 +108,7 @@ class Run:
 
 
 class Module:
-    """A program's text, read.
+    """A parsed program.
 
     Args:
         text: of `compiled.as_text()`.
@@ -160,7 +160,7 @@ class Module:
         return [bare for word in words if word and (bare := _bare(word)) in self.computations]
 
     def trips(self, loop: Instruction, around: dict[str, Instruction]) -> int | None:
-        """How often a loop's body runs: as the text has it, or by its counter, from 0 in steps of 1 to a constant."""
+        """A loop's trip count: as the text states it, or by its counter, from 0 in steps of 1 to a constant."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known[1])
         condition = self.computations.get(_bare(loop.attribute("condition")), {})
@@ -182,7 +182,7 @@ class Module:
         return [array for one in found if one is not None for array in one.results]
 
     def matmul_flops(self) -> float | None:
-        """Of a step on one device: two for each multiply-and-add of a dot or a convolution, and what kernels state.
+        """FLOPs of a step on one device: two for each multiply-and-add of a dot or convolution, and what kernels state.
 
         None where a kernel does not state its FLOPs, or a loop around one has an unknown trip count.
         """
@@ -354,7 +354,7 @@ def _written_bytes(root: Instruction, fused: dict[str, Instruction]) -> int:
 
 
 def _convolution_flops(instruction: Instruction, left: Array, right: Array) -> float:
-    """Two for each pair of a kernel's number and an input's; the zeros of padding and dilation are no work."""
+    """FLOPs: two for each pair of a kernel element and an input element; zeros of padding and dilation do not count."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     window = instruction.attribute("window") or ""
     inputs, kernel, result = labels.groups()

@@ -152,7 +152,7 @@ class _Layout:
                     ellipses.append((at_x + CELL / 2, at_y + CELL / 2))
                     continue
                 position = {self.x: x, self.y: y, self.block_x: block[0], self.block_y: block[1]}
-                by_name = {axis.name: place for axis, place in position.items()}
+                by_name = {axis.name: index for axis, index in position.items()}
                 title = ", ".join(f"{name} {by_name.get(name, 0)}" for name in self.mesh)
                 kind, letter = _kind(position)
                 cells.append(Cell(x=at_x, y=at_y, kind=kind, letter=letter, title=title))
@@ -172,7 +172,7 @@ class _Layout:
 
 def _kind(position: Mapping[_Axis, int]) -> tuple[str, str]:
     """CSS classes and letter of a square: device 0, one that differs from it in one axis, or another."""
-    differing = [axis for axis, place in position.items() if place]
+    differing = [axis for axis, index in position.items() if index]
     if not differing:
         return "first", "0"
     if len(differing) == 1:

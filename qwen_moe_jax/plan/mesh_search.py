@@ -15,7 +15,7 @@ from qwen_moe_jax.sharding.mesh import make_mesh
 def find_mesh(
     step_on: Callable[[Mesh], Step], request: TargetRequest, *, progress: Callable[[Progress], None]
 ) -> Search:
-    """Tries the meshes that have all of the target's devices.
+    """Searches the meshes of all of the target's devices.
 
     Args:
         step_on: the step on a mesh; nothing is allocated.

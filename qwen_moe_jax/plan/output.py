@@ -16,7 +16,7 @@ from qwen_moe_jax.web_page import write_whole
 
 
 def show_plan(make: Callable[[], Plan], target: str, *, json_to: str | None, html_to: str | None) -> None:
-    """Makes a plan, and prints its table; or its JSON to standard output, for `-`; or writes that to a file as well.
+    """Makes a plan and prints its table, or its JSON for `-`; writes JSON and page to the files that are given.
 
     Args:
         make: compiles.
@@ -66,7 +66,7 @@ def show_search(
 
 
 def _check_folders(*files: str | None) -> None:
-    """Refuses files that cannot be written before minutes of compilation."""
+    """Refuses files without a folder, before minutes of compilation."""
     for file in files:
         if file and file != "-" and not Path(file).parent.is_dir():
             raise ConfigError(f"{file}: there is no folder {Path(file).parent} to write into.")

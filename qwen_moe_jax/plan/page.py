@@ -134,7 +134,7 @@ class ArrayRow:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupTable:
-    """A group of arrays."""
+    """A group of arrays, such as the parameters, as a table."""
 
     group: Group
     rows: tuple[ArrayRow, ...]
@@ -313,7 +313,7 @@ def _limit(plan: Plan) -> str:
 
 
 def _traffic(plan: Plan) -> list[AxisTraffic]:
-    """By axes, most bytes first: the roofline's, or summed here where there is none."""
+    """Traffic by axes, most bytes first: the roofline's, or summed here where there is none."""
     traffic = traffic_of(plan.collectives, (), plan.mesh) if plan.roofline is None else plan.roofline.traffic
     return sorted(traffic, key=lambda row: -row.bytes)
 

@@ -14,7 +14,7 @@ WASTE = 1.5
 
 
 def remarks_on(plan: Plan) -> tuple[Remark, ...]:
-    """All of them, what matters most first."""
+    """All remarks on a plan, the most important first."""
     checks = (_memory, _replicated, _gathered_experts, _gathered_for_a_token, _whole_sums, _flops, _padding)
     return tuple(remark for check in checks for remark in check(plan))
 
@@ -45,7 +45,7 @@ def _memory(plan: Plan) -> Iterator[Remark]:
 
 
 def _other_sharding(plan: Plan) -> str:
-    """What would take less memory than weights that are replicated so that none are gathered."""
+    """The shardings that take less memory than replicated weights, in words; empty where none would."""
     if plan.work.sharding != INFERENCE_SHARDING:
         return ""
     replicated = sum(array.bytes for array in _parameters(plan) if _copies(array, plan) > plan.mesh["data"])
@@ -164,7 +164,7 @@ def _parameters(plan: Plan) -> tuple[PlacedArray, ...]:
 
 
 def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
-    """In any order, without ones: layouts transpose."""
+    """Sizes of the dimensions, sorted and without ones, since layouts transpose."""
     return tuple(sorted(size for size in shape if size != 1))
 
 

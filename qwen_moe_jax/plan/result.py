@@ -45,7 +45,7 @@ class Target:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """What is run.
+    """The model that is planned.
 
     Attributes:
         name: of the checkpoint, config file or run.
@@ -67,7 +67,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """One step of it.
+    """One step of the model.
 
     Attributes:
         purpose: which program.
@@ -129,7 +129,7 @@ class Group:
 
     @property
     def bytes(self) -> int:
-        """Of all of them."""
+        """Bytes of all arrays."""
         return sum(array.bytes for array in self.arrays)
 
 
@@ -174,7 +174,7 @@ class Memory:
 
     @property
     def fits(self) -> bool | None:
-        """Whether it does; None where a device's memory is not known."""
+        """Whether the step fits into a device's memory; None where a device's memory is not known."""
         if self.temporaries is None:
             return False
         return None if self.available is None else self.total <= self.available
@@ -200,7 +200,7 @@ class Flops:
 
     @property
     def ratio(self) -> float | None:
-        """Program over model: recomputation, one-hot einsums, masked-out scores, padding and second copies."""
+        """Program over model FLOPs: recomputation, one-hot einsums, masked-out scores, padding and second copies."""
         return None if self.program is None else self.program / self.model
 
 
@@ -235,7 +235,7 @@ class Collective:
 
     @property
     def bytes_per_step(self) -> int | None:
-        """Times `count`."""
+        """`bytes` times `count`; None where the count is not known."""
         return None if self.count is None else self.bytes * self.count
 
 
@@ -319,7 +319,7 @@ class CompileCost:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All of it.
+    """The result of compiling one step for a target.
 
     Attributes:
         target: the hardware.

@@ -1,4 +1,4 @@
-"""How fast a step could be at best: an estimate from published numbers, whose assumptions `Roofline` lists."""
+"""The least time of a step: an estimate from published numbers, whose assumptions `Roofline` lists."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ def roofline_of(
     module: Module,
     collectives: Sequence[Collective],
 ) -> Roofline | None:
-    """The estimate; None for a chip whose numbers are not known.
+    """The estimate of a step; None for a chip whose numbers are not known.
 
     Where the program's FLOPs are not known, the model's are used.
     """
@@ -54,7 +54,7 @@ def roofline_of(
 def traffic_of(
     collectives: Sequence[Collective], networks: Sequence[Network], mesh: Mapping[str, int]
 ) -> tuple[AxisTraffic, ...]:
-    """Bytes a step by the axes they are sent along, most first. What a loop does not count counts once."""
+    """Bytes a step by the axes they are sent along, most first. Collectives of unknown count count once."""
     sent: dict[tuple[str, ...], int] = {}
     for one in collectives:
         sent[one.axes] = sent.get(one.axes, 0) + one.bytes * (1 if one.count is None else one.count)
@@ -74,7 +74,7 @@ def traffic_of(
 
 
 def network_of(axes: tuple[str, ...], networks: Sequence[Network], mesh: Mapping[str, int]) -> Network | None:
-    """The nearest that joins all devices of a group, devices being numbered along the mesh."""
+    """The nearest network that joins all devices of a group; devices are numbered along the mesh."""
     numbers = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values()))
     group = numbers[tuple(slice(None) if axis in axes or not axes else 0 for axis in mesh)]
     last = int(group.max())

@@ -81,17 +81,17 @@ class Draft:
 
     @property
     def total(self) -> int:
-        """Bytes of all."""
+        """Bytes of arguments and workspace."""
         return self.arguments + self.workspace
 
     @property
     def fits(self) -> bool | None:
-        """Whether it may; None where a device's memory is not known."""
+        """Whether the step may fit; None where a device's memory is not known."""
         return None if self.available is None else self.total <= self.available
 
     @property
     def sent(self) -> int:
-        """Bytes over all axes."""
+        """Bytes sent over all axes."""
         return sum(self.traffic.values())
 
 
@@ -124,13 +124,13 @@ class Search:
 
     @property
     def best(self) -> Candidate | None:
-        """The first that was compiled, if it fits or a device's memory is not known."""
+        """The first compiled candidate, if it fits or a device's memory is not known."""
         first = self.candidates[0]
         return None if first.plan.memory.fits is False else first
 
     @property
     def compiled(self) -> tuple[Candidate, ...]:
-        """Those with a plan."""
+        """Candidates with a plan."""
         return tuple(candidate for candidate in self.candidates if candidate.plan is not None)
 
 
@@ -187,7 +187,7 @@ def search_meshes(
 
 
 def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Compiled ones, those that fit first.
+    """Compiled candidates in order, those that fit first.
 
     Of equals the one with more free memory comes first, then the one that came first. What does not fit is in the
     order of what is missing.
@@ -311,7 +311,7 @@ def _recomputes(work: Work) -> bool:
 
 
 def _passes(work: Work) -> int:
-    """Over the layers: forward, backward, and forward again where it is recomputed."""
+    """Passes over the layers: forward, backward, and forward again where it is recomputed."""
     return 1 if work.purpose != "train" else 3 if _recomputes(work) else 2
 
 
@@ -389,7 +389,7 @@ def _rows_per_token(outline: Outline) -> float:
 
 
 def _workspace(outline: Outline, mesh: Mapping[str, int], platform: str) -> int:
-    """Gradients, the activations that are kept, those of the layer at hand, and its gathered weights."""
+    """Bytes of gradients, saved activations, one layer's activations and its gathered weights."""
     work, config, parameters = outline.work, outline.config, _parameters(outline)
     attention, tensor = config.attention, mesh["tensor"]
     width = _width(work.dtype)
@@ -421,7 +421,7 @@ def _workspace(outline: Outline, mesh: Mapping[str, int], platform: str) -> int:
 
 
 def _read(outline: Outline, mesh: Mapping[str, int]) -> float:
-    """Bytes that come from a device's memory: the weights as used, in each pass, and the rest, there and back."""
+    """Bytes that come from a device's memory: the weights as used, in each pass, and the rest, read and written."""
     work, parameters, used = outline.work, _parameters(outline), _used(outline, mesh)
     others = sum(group.bytes for group in outline.groups if group is not parameters)
     return used * _passes(work) * work.accumulation_steps + (2 if work.purpose == "train" else 1) * others
@@ -434,7 +434,7 @@ def _used(outline: Outline, mesh: Mapping[str, int]) -> float:
 
 
 def _used_bytes(array: PlacedArray, work: Work) -> float:
-    """Of a stored weight in the dtype of the activations: it is cast before it is gathered, and so is its gradient."""
+    """Bytes of a stored weight in the activations' dtype: weights and gradients are cast before they are sent."""
     return array.bytes * _width(work.dtype) / _width(array.dtype)
 
 

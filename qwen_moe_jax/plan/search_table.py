@@ -16,7 +16,7 @@ SHOWN_DRAFTS = 12
 
 
 def print_search(search: Search, console: Console, set_mesh: Callable[[Mapping[str, int]], str]) -> None:
-    """Prints the ranking and the words that set the best mesh.
+    """Prints the ranking and the argument that sets the best mesh.
 
     Args:
         search: what to print.
@@ -51,7 +51,7 @@ def _outcome(search: Search, set_mesh: Callable[[Mapping[str, int]], str]) -> st
 
 
 def search_table(search: Search) -> Table:
-    """The ranking: compiled plans, then drafts, whose numbers carry a ~."""
+    """The ranking: compiled plans, then drafts, whose numbers are marked by ~."""
     target = search.target
     table = Table(title=f"Meshes of {target.devices} × {escape(target.chip)}", title_justify="left", box=None)
     table.padding = (0, 1, 0, 0)

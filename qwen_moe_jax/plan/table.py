@@ -1,4 +1,4 @@
-"""A plan in a terminal."""
+"""A plan as tables in a terminal."""
 
 from rich.console import Console
 from rich.table import Table

@@ -1,4 +1,4 @@
-"""Compilation targets: how a command line names hardware, and the compile-only devices that stand in for it.
+"""Compilation targets: how a command line names hardware, and its compile-only devices.
 
 `parse_target` parses the name and imports nothing. `TargetRequest.devices` makes the devices in this process, which
 must not have used JAX before: it sets the environment that JAX, libtpu and XLA read when they start.
@@ -43,7 +43,7 @@ class _Gpu:
     shared_memory_per_core: int
 
     def to_proto_text(self) -> str:
-        """As text for XLA's CUDA compiler; versions are those of CUDA 13."""
+        """The description as text for XLA's CUDA compiler; versions are those of CUDA 13."""
         return f"""
 gpu_device_info {{
   cuda_compute_capability {{ {self.capability} }}
@@ -141,7 +141,7 @@ class TargetRequest:
 
 
 def parse_target(text: str) -> TargetRequest:
-    """Reads `cpu:8`, `tpu:v5p:4x8x8` or `gpu:h200:8`.
+    """Parses `cpu:8`, `tpu:v5p:4x8x8` or `gpu:h200:8`.
 
     Raises:
         ConfigError: it is none of these.

@@ -95,7 +95,7 @@ class FakeEngine:
 
 
 def install(monkeypatch, *texts: str, **settings) -> FakeEngine:
-    """Puts an engine in the place of the real one, and "the model" in the place of a model."""
+    """Replaces the engine by a fake one, and the model by "the model"."""
     engine = FakeEngine(list(texts), **settings)
     module = types.SimpleNamespace(Chunk=Chunk, stream=engine.stream, Session=engine.session, compilations=lambda: 3)
     monkeypatch.setitem(sys.modules, "qwen_moe_jax.inference.engine", module)

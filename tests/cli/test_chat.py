@@ -133,11 +133,11 @@ def test_stop_string_ends_the_answer(tmp_path, monkeypatch, capsys):
     assert turn("assistant", "the lazy dog.") in asked(engine)[1]
 
 
-@pytest.mark.parametrize("words, told", [(["--max-length", "0"], "--max-length 0"), ([], "found no chat template")])
-def test_what_cannot_be_is_refused_before_weights_are_read(tmp_path, monkeypatch, capsys, words, told):
+@pytest.mark.parametrize("words, message", [(["--max-length", "0"], "--max-length 0"), ([], "found no chat template")])
+def test_what_cannot_be_is_refused_before_weights_are_read(tmp_path, monkeypatch, capsys, words, message):
     install(monkeypatch)
     monkeypatch.setattr("qwen_moe_jax.cli.chat.load_model", lambda arguments: pytest.fail("loaded"))
     folder = write_folder(tmp_path / "tiny")
     (folder / "tokenizer_config.json").unlink()
     assert chat(monkeypatch, folder, "a", *words) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err

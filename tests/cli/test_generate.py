@@ -1,4 +1,4 @@
-"""`qwen-moe-jax generate`: prompts in, texts out, in order; what cannot be served stands in no other's way."""
+"""`qwen-moe-jax generate`: prompts in, texts out, in order; refused prompts do not affect the others."""
 
 import io
 import json
@@ -61,7 +61,7 @@ def test_json_lines(folder, monkeypatch, capsys):
         "prompt": "1",
         "text": " fox",
         "token_ids": ids,
-        "log_probs": [place / -8 for place in range(len(ids))],
+        "log_probs": [index / -8 for index in range(len(ids))],
         "finish_reason": "stop",
     }
     assert second["finish_reason"] == "length"
@@ -75,14 +75,14 @@ def test_prompts_that_cannot_be_served_do_not_stop_the_others(folder, monkeypatc
     prompts = [word for prompt in ("a", "", "\udce4", "d") for word in ("--prompt", prompt)]
     assert generate(folder, *words, *prompts) == 2
     out, err = capsys.readouterr()
-    told = ["the prompt is empty, expected at least one token.", "the prompt is not valid UTF-8, expected a text."]
-    assert f"prompt 2: {told[0]}\nprompt 3: {told[1]}\n" in err
+    message = ["the prompt is empty, expected at least one token.", "the prompt is not valid UTF-8, expected a text."]
+    assert f"prompt 2: {message[0]}\nprompt 3: {message[1]}\n" in err
     assert err.endswith("qwen-moe-jax generate: error: 2 of 4 prompts could not be served: see above.\n")
     assert [prompt for prompt, _ in engine.asked] == ["a", "d"]
     if words:
         lines = [json.loads(line) for line in out.splitlines()]
         assert [line.get("text") for line in lines] == ["one", None, None, "four"]
-        assert lines[1] == {"number": 2, "prompt": "", "error": told[0]}
+        assert lines[1] == {"number": 2, "prompt": "", "error": message[0]}
     else:
         assert out == "── 1 ──\none\n── 4 ──\nfour\n"
 
@@ -95,17 +95,17 @@ def test_nothing_is_loaded_for_nothing(folder, monkeypatch, capsys):
     assert "absent.txt: cannot be read (No such file or directory)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content, told", [(b"The quick", None), (b"\xe4\xbd", "not valid UTF-8"), (b"", "empty")])
-def test_prompt_from_standard_input(folder, monkeypatch, capsys, content, told):
+@pytest.mark.parametrize("content, message", [(b"The quick", None), (b"\xe4\xbd", "not valid UTF-8"), (b"", "empty")])
+def test_prompt_from_standard_input(folder, monkeypatch, capsys, content, message):
     engine = install(monkeypatch, f"fox{END}")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
-    assert generate(folder) == (2 if told else 0)
+    assert generate(folder) == (2 if message else 0)
     out, err = capsys.readouterr()
-    assert told in err if told else (out, engine.asked[0][0]) == ("fox\n", "The quick")
+    assert message in err if message else (out, engine.asked[0][0]) == ("fox\n", "The quick")
 
 
 def test_stop_strings_end_texts_before_the_engine_does(folder, monkeypatch, capsys):
-    """The token that completes one is the last that counts; nobody waits for the rest."""
+    """The token that completes one is the last; decoding does not continue."""
     chunks = []
     texts = ["over the lazy dog. The end, and so on and on and on and on and on", "a stop. And more"]
     install(monkeypatch, *texts, size=1, on_chunk=lambda: chunks.append(1))
@@ -147,7 +147,7 @@ def test_drawing_is_asked_for_by_what_shapes_it(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "words, message",
     [
         (
             ["--temperature", "0", "--top-p", "0.9", "--min-p", "0.1"],
@@ -158,8 +158,8 @@ def test_drawing_is_asked_for_by_what_shapes_it(folder, monkeypatch):
         (["--stop", ""], "stop_strings"),
     ],
 )
-def test_settings_that_cannot_be_are_refused_before_weights_are_read(folder, monkeypatch, capsys, words, told):
+def test_settings_that_cannot_be_are_refused_before_weights_are_read(folder, monkeypatch, capsys, words, message):
     install(monkeypatch)
     monkeypatch.setattr("qwen_moe_jax.cli.generate.load_model", lambda arguments: pytest.fail("loaded"))
     assert generate(folder, "--prompt", "x", *words) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err

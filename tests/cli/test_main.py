@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from qwen_moe_jax.cli.arguments import MESH_AXES, mesh_sizes, number_ranges, written_ranges
+from qwen_moe_jax.cli.arguments import MESH_AXES, format_ranges, mesh_sizes, number_ranges
 from qwen_moe_jax.cli.main import COMMANDS, main
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.sharding.mesh import AXES
@@ -14,7 +14,7 @@ from qwen_moe_jax.sharding.mesh import AXES
 
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
 def test_help_answers_without_jax(words):
-    """JAX takes a second to import: nobody should wait for it to read how a command is called."""
+    """JAX takes a second to import: help should not wait for it."""
     program = (
         "import sys; from qwen_moe_jax.cli.main import main\n"
         f"try: main({words})\n"
@@ -41,7 +41,7 @@ def test_refusal_of_the_package_is_one_message(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "words, message",
     [
         (["--layers", "3-1"], "argument --layers: found '3-1' in '3-1', expected numbers from 0 and rising ranges"),
         (["--layers", "0,,2"], "argument --layers: found '' in '0,,2'"),
@@ -53,11 +53,11 @@ def test_refusal_of_the_package_is_one_message(monkeypatch, capsys, tmp_path):
         (["--dispatch", "nearest"], "invalid choice: 'nearest'"),
     ],
 )
-def test_bad_arguments_are_refused_with_what_was_found_and_expected(tmp_path, capsys, words, told):
+def test_bad_arguments_are_refused_with_what_was_found_and_expected(tmp_path, capsys, words, message):
     with pytest.raises(SystemExit) as end:
         main(["route", str(tmp_path), "--prompt", "x", *words])
     assert end.value.code == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_folder_that_is_none(capsys):
@@ -77,7 +77,7 @@ def test_mesh_axes_are_those_of_the_mesh():
 )
 def test_ranges_are_read_and_written(text, numbers, back):
     assert number_ranges(text) == numbers
-    assert written_ranges(numbers) == back
+    assert format_ranges(numbers) == back
 
 
 def test_other_signs_than_digits_are_no_number():

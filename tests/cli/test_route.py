@@ -61,7 +61,7 @@ def route(folder, *words: str, prompt: str = PROMPT) -> int:
 
 
 def printed_layers(text: str) -> dict[int, str]:
-    """What stands below each layer's headline, by the layer's number."""
+    """The text below each layer's headline, by the layer's number."""
     parts = re.split(r"^Layer (\d+) · ", text, flags=re.MULTILINE)
     return {int(number): part for number, part in zip(parts[1::2], parts[2::2], strict=True)}
 
@@ -250,7 +250,7 @@ def test_narrow_terminals_and_many_experts(width):
 
 
 @pytest.mark.parametrize(
-    "words, prompt, told",
+    "words, prompt, message",
     [
         ([], "", "the prompt is empty"),
         ([], "a\udce4", "not valid UTF-8"),
@@ -262,11 +262,11 @@ def test_narrow_terminals_and_many_experts(width):
         (["--html", "/nowhere/at/all.html"], "x", "there is no folder /nowhere/at"),
     ],
 )
-def test_refusals(folder, capsys, words, prompt, told):
+def test_refusals(folder, capsys, words, prompt, message):
     assert route(folder, *words, prompt=prompt) == 2
     out, error = capsys.readouterr()
     assert out == ""
-    assert error.startswith("qwen-moe-jax route: error: ") and told in error
+    assert error.startswith("qwen-moe-jax route: error: ") and message in error
 
 
 def test_model_without_routers(tmp_path, capsys):

@@ -34,11 +34,11 @@ def of_package(folder, window: int, stride: int):
 def test_table(folder, file, capsys):
     """By default the model's own window, and half of it as stride."""
     assert main(["score", str(folder), str(file)]) == 0
-    expected, told = of_package(folder, 96, 48), capsys.readouterr()
-    assert told.err == ""  # no bar where there is no terminal
-    assert f"{expected.num_tokens + 1:,} tokens, {len(TEXT.encode())} bytes; window 96, stride 48" in told.out
-    assert f"perplexity      {expected.perplexity:.4f}" in told.out
-    assert f"bits per byte   {expected.bits_per_byte:.4f}" in told.out
+    expected, message = of_package(folder, 96, 48), capsys.readouterr()
+    assert message.err == ""  # no bar where there is no terminal
+    assert f"{expected.num_tokens + 1:,} tokens, {len(TEXT.encode())} bytes; window 96, stride 48" in message.out
+    assert f"perplexity      {expected.perplexity:.4f}" in message.out
+    assert f"bits per byte   {expected.bits_per_byte:.4f}" in message.out
 
 
 @pytest.mark.parametrize("mesh", [[], ["--mesh", "data=2,expert=2"]], ids=["one device", "mesh"])
@@ -51,7 +51,7 @@ def test_json(folder, file, capsys, mesh):
 
 
 @pytest.mark.parametrize(
-    "content, words, told",
+    "content, words, message",
     [
         (b"", [], "is empty"),
         (b"ab\xff", [], "byte 2 is not UTF-8"),
@@ -60,13 +60,13 @@ def test_json(folder, file, capsys, mesh):
         (None, [], "cannot be read (No such file or directory)"),
     ],
 )
-def test_refusals_come_before_the_weights(folder, tmp_path, capsys, monkeypatch, content, words, told):
+def test_refusals_come_before_the_weights(folder, tmp_path, capsys, monkeypatch, content, words, message):
     monkeypatch.setattr("qwen_moe_jax.cli.score.load_model", None)
     file = tmp_path / "text.txt"
     if content is not None:
         file.write_bytes(content)
     assert main(["score", str(folder), str(file), *words]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_eval_without_lm_eval(folder, capsys, monkeypatch):

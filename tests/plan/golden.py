@@ -1,4 +1,4 @@
-"""Where published models lie on reference meshes, as text that is compared in review: `tests/plan/golden/*.txt`.
+"""Shardings of published models on reference meshes, as text that is compared in review: `tests/plan/golden/*.txt`.
 
 `python -m tests.plan.golden --write` writes them anew; without `--write` it says which of them differ.
 """
@@ -64,8 +64,8 @@ def placed(model: str, mesh: dict[str, int]) -> str:
     return "\n".join([*lines, f"in all, bytes a device: {group.bytes:,}"]) + "\n"
 
 
-def spec(places: tuple[tuple[str, ...], ...]) -> str:
-    return "P(" + ", ".join("·" if not place else "×".join(place) for place in places) + ")"
+def spec(dimensions: tuple[tuple[str, ...], ...]) -> str:
+    return "P(" + ", ".join("·" if not axes else "×".join(axes) for axes in dimensions) + ")"
 
 
 def abstract_mesh(sizes: dict[str, int]):
@@ -122,7 +122,7 @@ def sent(name: str) -> str:
 
 
 def cases() -> dict[str, Callable[[], str]]:
-    """File name → what should stand in it."""
+    """File name → its content."""
     found: dict[str, Callable[[], str]] = {}
     for model, meshes in PLACED.items():
         for mesh in meshes:

@@ -1,4 +1,4 @@
-"""Plans by hand: of the form and size that a real one has, with numbers that are nobody's measurements."""
+"""Plans by hand: of the form and size that a real one has, with invented numbers."""
 
 import dataclasses
 

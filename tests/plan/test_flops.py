@@ -1,4 +1,4 @@
-"""Model FLOPs agree with a count by hand and with what XLA counts; chips are told apart by how jax names them."""
+"""Model FLOPs agree with a count by hand and with what XLA counts; chips are recognised by JAX's names for them."""
 
 import jax
 import jax.numpy as jnp

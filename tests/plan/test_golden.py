@@ -1,4 +1,4 @@
-"""Where parameters lie and what a step sends, beside what was reviewed: `python -m tests.plan.golden --write`."""
+"""Shardings and collectives are those that were reviewed: `python -m tests.plan.golden --write` renews them."""
 
 import pytest
 

@@ -137,13 +137,13 @@ def test_small_collectives_unfold():
     assert "4 smaller ones" in Page(plan_page(many)).text
 
 
-def test_shardings_name_the_axes_that_cut():
+def test_shardings_name_the_axes():
     html = plan_page(PLANS["fits"])
     row = html[html.index("experts.gate_proj</th>") :]
     row = row[: row.index("</tr>")]
     assert Page(f"<table>{row.partition('</th>')[2]}</table>").text.split(" bfloat16")[0].split() == (
         "94 × 128 expert × 1536 × 4096 fsdp".split()
-    ), "tensor is of size 1 here and cuts nothing"
+    ), "tensor is of size 1 here and shards nothing"
     assert "on every device" in html
 
 
@@ -169,7 +169,7 @@ def test_a_mesh_is_drawn_with_the_first_device_and_its_peers(mesh, peers):
     assert svg.count('class="first"') == 1
     assert {letter: text.count(letter) for letter in "dfet" if letter in text} == peers
     for axis, size in mesh.items():
-        assert (f"{axis} {size}" in text) == (size > 1), "an axis that splits has its name and size beside it"
+        assert (f"{axis} {size}" in text) == (size > 1), "an axis that splits has its name and size next to it"
     assert svg.count("<title>") <= 512, "long axes leave out their middle"
 
 

@@ -33,12 +33,12 @@ def capacity():
 
 
 def test_parameters_are_as_many_bytes_as_arithmetic_says():
-    """Weights are cut over all devices; norms and routers lie whole."""
+    """Weights are sharded over all devices; norms and routers are replicated."""
     config = ModelConfig.from_pretrained(golden.MODELS / "qwen3-235b-a22b.json")
     described = qmj.CausalLM(config, rngs=None, mesh=golden.abstract_mesh(dict(fsdp=32, expert=8)))
     whole = config.num_hidden_layers * (2 * 4096 + 2 * 128 + 128 * 4096 // 256) + 4096
-    cut = config.num_parameters() - config.num_hidden_layers * (2 * 4096 + 2 * 128 + 128 * 4096) - 4096
-    assert group_of("parameters", described).bytes == 2 * (whole + cut // 256)
+    sharded = config.num_parameters() - config.num_hidden_layers * (2 * 4096 + 2 * 128 + 128 * 4096) - 4096
+    assert group_of("parameters", described).bytes == 2 * (whole + sharded // 256)
 
 
 def test_memory_is_its_parts(capacity):
@@ -52,10 +52,10 @@ def test_memory_is_its_parts(capacity):
 
 
 def test_the_exchange_sends_what_theory_says(capacity):
-    """Two all-to-alls of every layer forward and two backward, of [E, G, C, D] cut over the devices."""
+    """Two all-to-alls of every layer forward and two backward, of [E, G, C, D] sharded over the devices."""
     rows, ways, devices = golden.ROWS * golden.LENGTH, 4, 8
-    places = expert_capacity(64, ACTIVE, EXPERTS, 1.25, 4)
-    size = EXPERTS * (rows // 64) * places * WIDTH * 4 // devices
+    slots = expert_capacity(64, ACTIVE, EXPERTS, 1.25, 4)
+    size = EXPERTS * (rows // 64) * slots * WIDTH * 4 // devices
     sent = [one for one in capacity.collectives if one.kind == "all-to-all" and one.in_layers]
     assert {one.axes for one in sent} == {("expert",)}
     assert {one.bytes for one in sent} == {size * (ways - 1) // ways}

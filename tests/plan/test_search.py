@@ -57,7 +57,7 @@ def work(**changes):
 
 
 def describe(mesh, **changes):
-    """Two weights cut as the rules cut them, by way of the rules' refusals."""
+    """Two weights sharded by the rules, with the rules' refusals."""
 
     def placed(name, shape, spec):
         ways = [math.prod(mesh[axis] for axis in axes) for axes in spec]
@@ -157,8 +157,8 @@ def test_over_tensor_the_rows_of_the_experts_are_summed_and_not_the_tokens_alone
     mesh = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 2}
     draft = draft_of(describe(mesh), mesh, target(2), CHIP.networks)
     hidden = 16 * 128 * 64 * 2
-    # Two layers; forward and backward, 4 sums of hidden rows in attention and 3 of the 2 * 2 rows that a token has room
-    # for in the experts; an all-reduce over two sends what it sums once.
+    # Two layers; forward and backward, 4 sums of hidden rows in attention and 3 of the 2 * 2 rows of a token
+    # in the experts' buffers; an all-reduce over two sends what it sums once.
     assert draft.traffic == {("tensor",): 2 * (4 + 3 * 4) * hidden}
     mesh["tensor"], mesh["data"] = 1, 2
     dense = dataclasses.replace(describe(mesh), work=work(purpose="decode", tokens_per_row=1))

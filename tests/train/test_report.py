@@ -80,7 +80,7 @@ def test_a_page_needs_nothing_besides_itself_and_escapes_what_it_quotes(page):
     references.feed(page)
     assert references.found == []
     assert "a &lt;run&gt;" in page and "&lt;b&gt;&amp;" in page and "<b>" not in page
-    # Its figures have the page's colours, and no stand-ins are left of them.
+    # Its figures have the page's colours, and no placeholders are left.
     assert "var(--dim)" in page and not re.search("#010203|#040506|#070809", page)
 
 

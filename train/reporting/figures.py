@@ -1,4 +1,4 @@
-"""The figures of a run's page, drawn by matplotlib (extra `plot`) and written as SVG that takes the page's colours."""
+"""The figures of a run's page, drawn by matplotlib (extra `plot`) and written as SVG in the page's colours."""
 
 import io
 import math
@@ -61,12 +61,12 @@ class Drawing:
 
 
 def curves(metrics: Metrics) -> list[Drawing]:
-    """What every run has: losses, gradient, learning rate, speed, time."""
+    """Curves of every run: losses, gradient, learning rate, speed, time."""
     return [_loss(metrics), _speed(metrics), _gradient(metrics), _learning_rate(metrics), _time(metrics)]
 
 
 def router_curves(metrics: Metrics) -> list[Drawing]:
-    """What the routers did over the run; nothing for a dense model."""
+    """Curves of the routers; none for a dense model."""
     if not metrics.layers:
         return []
     return [_balance(metrics), _imbalance(metrics), _drops(metrics), _entropy(metrics)]
@@ -252,12 +252,12 @@ def _drawing(metrics: Metrics, title: str, caption: str, draw: Callable[[Axes], 
 
 
 def _legend(axes: Axes) -> None:
-    """In a row above the curves, where it hides none."""
+    """The legend in a row above the curves, where it hides none."""
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.1, handlelength=1.4)
 
 
 def _plot_smoothed(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str = "") -> None:
-    """Every step, pale, and what they come to."""
+    """Every step in grey, and their exponential mean."""
     axes.plot(*_thinned(steps, values), color=_GREY, linewidth=0.8, label=f"{label}each step")
     axes.plot(*_thinned(steps, _smooth(values)), color=_BLUE, label=f"{label}smoothed")
 
@@ -267,7 +267,7 @@ def _series(records: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.nda
 
 
 def _smooth(values: np.ndarray, memory: float = 0.9) -> np.ndarray:
-    """An exponential mean that is no nearer to zero at its beginning."""
+    """An exponential mean, corrected for its bias towards zero at the beginning."""
     smooth, weight, total = [], 0.0, 0.0
     for value in values:
         weight, total = memory * weight + 1, memory * total + value

@@ -76,13 +76,13 @@ class Report:
         return self._timed_tokens / self._timed_seconds if self._timed_seconds else None
 
     def say(self, text: str) -> None:
-        """Shows a line, or several."""
+        """Shows one or several lines."""
         for line in text.splitlines():
             self._display.line(line)
 
     @contextmanager
     def fetching(self) -> Iterator[None]:
-        """Around getting the next batch, while the devices compute the step before it."""
+        """A context for getting the next batch, while the devices compute the step before it."""
         start = time.perf_counter()
         yield
         self._data_seconds = time.perf_counter() - start
@@ -95,7 +95,7 @@ class Report:
 
     @contextmanager
     def aside(self, what: Literal["evaluation", "sample", "checkpoint", "profile"]) -> Iterator[None]:
-        """Around work between two steps, which have ended by then: its time is none of the steps'."""
+        """A context for work between two steps; its time is counted in neither."""
         self._flush()
         start = time.perf_counter()
         yield
@@ -156,7 +156,7 @@ class Report:
         self._display.step(step, shown, left)
 
     def _speed(self, tokens_per_second: float | None) -> dict[str, float]:
-        """In each of the units there are: model FLOPs utilisation where the devices' peak is known."""
+        """Speed in all units; with model FLOPs utilisation where the devices' peak is known."""
         if tokens_per_second is None:
             return {}
         per_device = tokens_per_second / self._start.devices
@@ -214,7 +214,7 @@ def _layers(stats: RouterStats) -> dict[str, list]:
 
 
 class _LineDisplay:
-    """Whole lines, for pipes, files and CI."""
+    """Progress as whole lines, for pipes, files and CI."""
 
     def __init__(self, logging_steps: int, last_step: int) -> None:
         self._logging_steps = logging_steps

@@ -64,13 +64,13 @@ class Start:
 
     @property
     def parameters_in_words(self) -> str:
-        """How many, and how many of them count for a token and, where not all are, are trained."""
+        """Parameters, active parameters and, where not all are trained, trained parameters, in words."""
         trained = "" if self.trained_parameters == self.parameters else f", {self.trained_parameters:,} trained"
         return f"{self.parameters:,}, {self.active_parameters:,} active per token{trained}"
 
     @property
     def devices(self) -> int:
-        """How many devices the mesh has."""
+        """Devices of the mesh."""
         return math.prod(self.mesh.values())
 
 
@@ -107,7 +107,7 @@ def start_of(
 
 
 def introduction(start: Start, steps: int) -> str:
-    """The same in three lines."""
+    """The start in three lines, for the terminal."""
     mesh = format_mesh(start.mesh)
     bytes_needed = start.weight_bytes + start.moment_bytes + start.gradient_bytes
     split = {"weights": start.weight_bytes, "moments": start.moment_bytes, "gradients": start.gradient_bytes}

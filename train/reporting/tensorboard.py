@@ -13,23 +13,23 @@ class Events:
     """Writes the records of a run as scalars under their own names."""
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
-        """What an earlier start wrote after `first_step` is hidden."""
+        """Hides events of an earlier start after `first_step`."""
         from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else 0)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Takes one record of metrics.jsonl."""
+        """Writes a record of metrics.jsonl."""
         for name, value in scalars(record).items():
             self._writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Flushes and closes the file."""
         self._writer.close()
 
 
 def require_tensorboard() -> None:
-    """Looks for the library, before a run has cost anything.
+    """Checks for tensorboardX before the run begins.
 
     Raises:
         ConfigError: tensorboardX is not installed.
@@ -41,7 +41,7 @@ def require_tensorboard() -> None:
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """What of a record is one number; of each layer, three, the largest load of an expert over the mean among them."""
+    """The scalars of a record; three for each layer: entropy, share of drops, largest load over the mean."""
     found = {key: value for key, value in record.items() if key != "step" and isinstance(value, int | float)}
     layers = record.get("layers")
     if layers is None:
