@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -45,7 +46,8 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     if config.run.tensorboard:
         require_tensorboard()
     _check_checkpoint_exists(config.run.model_name_or_path)
-    mesh = qmj.make_mesh(**config.mesh.sizes)
+    sizes: dict[str, Any] = config.mesh.sizes
+    mesh = qmj.make_mesh(**sizes)
 
     # Data: documents of tokens, packed into rows of T.
     corpus = _load_corpus(folder, config)

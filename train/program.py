@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,8 +86,8 @@ def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> 
         qmj.add_lora(model, config.lora, rngs=None)
     eval_graph = nnx.graphdef(model)
     model.train()
-    train_graph, shapes = nnx.split(model)
-    shapes = nnx.to_pure_dict(shapes)
+    train_graph, abstract = nnx.split(model)
+    shapes = nnx.to_pure_dict(abstract)
 
     trained, fixed = partition(shapes, _fixed_paths(config, model))
     if not trained:
@@ -128,7 +129,7 @@ def _describe_batch(rows: int, seq_len: int, sharding: NamedSharding) -> Batch:
     def array(dtype: type) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, seq_len), dtype, sharding=sharding)
 
-    fields = {field.name: array(jnp.int32) for field in dataclasses.fields(Batch)}
+    fields: dict[str, Any] = {field.name: array(jnp.int32) for field in dataclasses.fields(Batch)}
     return Batch(**{**fields, "target_mask_BT": array(jnp.bool_)})
 
 

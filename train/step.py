@@ -4,6 +4,7 @@ import dataclasses
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def state_shardings(params: Params, optimizer: optax.GradientTransformation, mes
     Args:
         params: that are trained: placed arrays, or shapes with shardings.
     """
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    everywhere: Any = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda array: array.sharding, params)
     return TrainState(
         step=everywhere,
@@ -105,7 +106,7 @@ def abstract_state(params: Params, optimizer: optax.GradientTransformation, shar
     Args:
         params: that are trained: shapes with shardings.
     """
-    step = jax.ShapeDtypeStruct((), jnp.int32)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     shapes = TrainState(step=step, params=params, optimizer=jax.eval_shape(optimizer.init, params))
     return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, shardings)
 

@@ -90,6 +90,12 @@ class ExecutionConfig:
     remat: Remat = "none"
     sharding: ShardingRules | str = ShardingRules()
 
+    @property
+    def rules(self) -> ShardingRules:
+        """`sharding` as a table of rules."""
+        assert isinstance(self.sharding, ShardingRules)  # a name was replaced by its table
+        return self.sharding
+
     def __post_init__(self) -> None:
         with Checks(self) as check:
             if isinstance(self.sharding, str):

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -158,9 +158,11 @@ class Session:
         if self._spans_processes:
             configs = [_with_common_seed(config) for config in configs]
         settings = sampling_settings([*configs, *[GenerationConfig()] * absent], model.config.vocab_size)
+        token_B: Any = np.zeros(self._rows, np.int32)
+        left_B: Any = np.array([*budgets, *[0] * absent], np.int32)
         state = programs.DecodeState(
-            token_B=np.zeros(self._rows, np.int32),
-            left_B=np.array([*budgets, *[0] * absent], np.int32),
+            token_B=token_B,
+            left_B=left_B,
             sampling=initial_state(settings, rows),
         )
         with self._or_clear():

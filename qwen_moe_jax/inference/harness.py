@@ -163,7 +163,7 @@ class Harness:
             while len(texts) < len(requests):
                 batch = longest_first[len(texts) :][: self._generated_together]
                 chosen = [prompts[number] for number in batch], [configs[number] for number in batch]
-                written = generate(self._model, *chosen, tokenizer=self._tokenizer)
+                written: list[Any] = generate(self._model, *chosen, tokenizer=self._tokenizer)
                 for number, ids in zip(batch, written, strict=True):
                     texts[number] = cut_at(decode(self._tokenizer, ids), configs[number].stop_strings)
                 advance(len(texts), len(requests))

@@ -8,6 +8,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -159,7 +160,7 @@ def _output(
 
 def compilations() -> int:
     """How many programs the engine has compiled in this process."""
-    return sum(program._cache_size() for program in (prefill, first, decode))
+    return sum(program._cache_size() for program in (prefill, first, decode))  # type: ignore[attr-defined]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,7 +210,7 @@ def abstract_decode(
     """
     rows, max_length, cache = padded_cache(model, rows, max_length, cache_dtype)
     settings = sampling_settings([GenerationConfig()] * rows, model.config.vocab_size)
-    numbers_B = np.zeros(rows, np.int32)
+    numbers_B: Any = np.zeros(rows, np.int32)
     state = DecodeState(token_B=numbers_B, left_B=numbers_B, sampling=initial_state(settings, [[]] * rows))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, settings))
     return AbstractProgram(

@@ -69,7 +69,7 @@ class Model(nnx.Module):
         """Creates more of the model's parameters, here or in `model.lora`."""
         return ParameterFactory(
             mesh=self.mesh,
-            rules=self.execution.sharding,
+            rules=self.execution.rules,
             dtype=self.execution.param_dtype,
             initializer_range=self.config.initializer_range,
             rngs=rngs,

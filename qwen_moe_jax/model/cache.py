@@ -8,6 +8,7 @@ written at once.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from qwen_moe_jax.model.segments import plan_segments
 from qwen_moe_jax.sharding.rules import BATCH
 
 #: Keys and values [L, B, S, K, H] are sharded as their rows and heads are: attention needs no collective.
-STORED = P(None, BATCH, None, "tensor", None)
+STORED: Any = P(None, BATCH, None, "tensor", None)
 #: Queries, keys and values [B, T, heads, H] of new tokens.
 HEADS = P(BATCH, None, "tensor", None)
 
@@ -55,7 +56,8 @@ class Cache:
     def specs(self) -> "Cache":
         """The `PartitionSpec` of every array."""
         segments = jax.tree.map(lambda _: STORED, self.segments)
-        return Cache(segments=segments, lengths_B=P(BATCH))
+        rows: Any = P(BATCH)
+        return Cache(segments=segments, lengths_B=rows)
 
 
 @jax.tree_util.register_dataclass
@@ -103,15 +105,16 @@ def abstract_cache(
     def abstract(kind: LayerKind, repeats: int) -> KeyValues:
         num_slots = slots(config, kind, max_length, max_write)
         shape = (repeats, batch, num_slots, attention.num_key_value_heads, attention.head_dim)
-        one = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, STORED))
+        one: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, STORED))
         return KeyValues(keys_LBSKH=one, values_LBSKH=one)
 
+    lengths_B: Any = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=NamedSharding(mesh, P(BATCH)))
     return Cache(
         segments=tuple(
             tuple(abstract(kind, segment.repeats) for kind in segment.period)
             for segment in plan_segments(config.layers)
         ),
-        lengths_B=jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=NamedSharding(mesh, P(BATCH))),
+        lengths_B=lengths_B,
     )
 
 

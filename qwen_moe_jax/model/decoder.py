@@ -147,7 +147,7 @@ class LayerStack(nnx.Module):
         keep_inputs: bool,
     ) -> DecoderOutput:
         """Runs the layers; see `Decoder.__call__`. The hidden states it returns are those before the final norm."""
-        run_layer = functools.partial(_run_layer, execution=execution)
+        run_layer: Callable[..., Any] = functools.partial(_run_layer, execution=execution)
         if cache is None:  # with a cache nothing is differentiated
             run_layer = self._with_remat(run_layer, execution)
 
@@ -218,7 +218,7 @@ def _index_layers(run_period, carry, layers: list[DecoderLayer], keys: jax.Array
 def layer_at(stacked: DecoderLayer, index: jax.Array) -> DecoderLayer:
     """One layer of a stack. Its experts' weights stay in the stack, with the index: a few tokens need a few of them."""
     layer = jax.tree.map(lambda x: rows_at(x, index, 1)[0], stacked)
-    if stacked.kind.mlp == "sparse":
+    if isinstance(layer.mlp, SparseMoeBlock) and isinstance(stacked.mlp, SparseMoeBlock):
         layer.mlp.experts = LayerOfExperts(stacked=stacked.mlp.experts, layer=index)
     return layer
 
@@ -257,7 +257,7 @@ def sparse_blocks(layers: LayerStack, x_LE: jax.Array) -> Iterator[tuple[SparseM
     """Each stacked sparse block with its layers' part, [repeats, …], of an array in layer order [L_sparse, …]."""
     start = 0
     for segment, period in zip(layers.plan, layers.segments, strict=True):
-        blocks = [layer.mlp for layer in period if layer.kind.mlp == "sparse"]
+        blocks = [layer.mlp for layer in period if isinstance(layer.mlp, SparseMoeBlock)]
         end = start + segment.repeats * len(blocks)
         for position, block in enumerate(blocks):
             yield block, x_LE[start + position : end : len(blocks)]

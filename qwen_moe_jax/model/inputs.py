@@ -34,12 +34,14 @@ class ModelInputs:
 
 
 #: How they are sharded: rows over the mesh axes that share the batch.
+_SPEC_BT: Any = P(BATCH, None)
+_SPEC_B: Any = P(BATCH)
 INPUT_SPECS = ModelInputs(
-    tokens_BT=P(BATCH, None),
-    segment_ids_BT=P(BATCH, None),
-    positions_BT=P(BATCH, None),
-    targets_BT=P(BATCH, None),
-    logits_at_B=P(BATCH),
+    tokens_BT=_SPEC_BT,
+    segment_ids_BT=_SPEC_BT,
+    positions_BT=_SPEC_BT,
+    targets_BT=_SPEC_BT,
+    logits_at_B=_SPEC_B,
 )
 
 

@@ -42,6 +42,7 @@ class DecoderLayer(nnx.Module):
         self.input_layernorm = RMSNorm(f"{name}.input_layernorm", width, eps, make)
         self.self_attn = Attention(f"{name}.self_attn", config, make)
         self.post_attention_layernorm = RMSNorm(f"{name}.post_attention_layernorm", width, eps, make)
+        self.mlp: SparseMoeBlock | MLP
         if kind.mlp == "sparse":
             self.mlp = SparseMoeBlock(f"{name}.mlp", config, make)
         else:
@@ -63,8 +64,10 @@ class DecoderLayer(nnx.Module):
         attended_BTD, cache = self.self_attn(normed_BTD, context, self.sliding_window, execution, cache)
         hidden_BTD = hidden_BTD + attended_BTD
         normed_BTD = self.post_attention_layernorm(hidden_BTD)
-        if self.kind.mlp == "dense":
-            mixed_BTD, stats, trace = self.mlp(normed_BTD), None, None
-        else:
+        stats: RouterStats | None = None
+        trace: RouterTrace | None = None
+        if isinstance(self.mlp, SparseMoeBlock):
             mixed_BTD, stats, trace = self.mlp(normed_BTD, context.token_mask_BT, execution, noise_key)
+        else:
+            mixed_BTD = self.mlp(normed_BTD)
         return LayerOutput(hidden_BTD=hidden_BTD + mixed_BTD, cache=cache, stats=stats, trace=trace)

@@ -90,9 +90,10 @@ class ParameterFactory:
         stored = jax.ShapeDtypeStruct(
             padded_shape(shape, axes, self.mesh, self.rules), jnp.dtype(self.dtype), sharding=sharding
         )
+        value: jax.Array | jax.ShapeDtypeStruct = stored
         if self.rngs is not None:
-            stored = _initializer(kind, shape, stored, zero_row)(self.rngs.params(), self.initializer_range)
-        return nnx.Param(stored, axes=axes, spec=sharding.spec, unpadded_shape=shape)
+            value = _initializer(kind, shape, stored, zero_row)(self.rngs.params(), self.initializer_range)
+        return nnx.Param(value, axes=axes, spec=sharding.spec, unpadded_shape=shape)
 
 
 def parameters_with_paths(module: Any) -> Iterator[tuple[str, nnx.Variable]]:

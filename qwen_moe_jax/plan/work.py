@@ -31,7 +31,7 @@ def work_of(
         accumulation_steps=accumulation_steps,
         dtype=execution.pop("dtype"),
         param_dtype=execution.pop("param_dtype"),
-        sharding=format_sharding(model.execution.sharding),
+        sharding=format_sharding(model.execution.rules),
         execution=execution,
     )
 

@@ -31,7 +31,7 @@ class Documents(Sequence):
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, number: int) -> np.ndarray:
+    def __getitem__(self, number: int) -> np.ndarray:  # type: ignore[override]  # there are no slices of documents
         return self.tokens[self._span(number)]
 
     def learned_in(self, number: int) -> np.ndarray:

@@ -175,6 +175,8 @@ class Report:
 class NoReport:
     """The report of all processes but process 0: none."""
 
+    tokens_per_second = 0.0
+
     def __enter__(self) -> "NoReport":
         return self
 

@@ -30,4 +30,4 @@ class Sampler:
                 [text] = qmj.generate(
                     model, [self._prompt], max_new_tokens=self._max_new_tokens, tokenizer=self._tokenizer
                 )
-            report.sample(step, self._prompt, text)
+            report.sample(step, self._prompt, str(text))

@@ -90,7 +90,7 @@ def start_of(
         sparse_layers=[number for number, kind in enumerate(model.config.layers) if kind.mlp == "sparse"],
         mesh={axis: int(size) for axis, size in mesh.shape.items()},
         device_kind="simulated" if config.mesh.simulated else device_kind,
-        execution={**dataclasses.asdict(execution), "sharding": format_sharding(execution.sharding)},
+        execution={**dataclasses.asdict(execution), "sharding": format_sharding(execution.rules)},
         weight_bytes=trained_bytes + bytes_per_device(fixed),
         moment_bytes=bytes_per_device(state.optimizer),
         gradient_bytes=trained_bytes,  # they have the shapes, dtypes and shardings of what is trained
