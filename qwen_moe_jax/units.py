@@ -13,8 +13,10 @@ def format_count(number: int) -> str:
     return str(number)
 
 
-def format_bytes(number: int) -> str:
-    """61064245248 as "61.06 GB"; negative numbers with a minus sign."""
+def format_bytes(number: int | None) -> str:
+    """61064245248 as "61.06 GB"; negative numbers with a minus sign; None as "unknown"."""
+    if number is None:
+        return "unknown"
     if number < 0:
         return f"−{format_bytes(-number)}"
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):

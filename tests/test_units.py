@@ -11,7 +11,7 @@ from qwen_moe_jax.units import format_bytes, format_clock, format_seconds, parse
 def test_bytes_are_said_for_people():
     said = [format_bytes(size) for size in (12, 1500, 2_000_000, 3_140_000_000)]
     assert said == ["12 B", "1.50 kB", "2.00 MB", "3.14 GB"]
-    assert format_bytes(-1500) == "−1.50 kB"
+    assert (format_bytes(-1500), format_bytes(None)) == ("−1.50 kB", "unknown")
 
 
 def test_sizes_are_read_as_transformers_writes_them():

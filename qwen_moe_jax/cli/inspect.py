@@ -77,7 +77,8 @@ def print_summary(summary: "Summary") -> None:
         table.add_column(heading, justify="right" if heading in ("×", "bytes") else "left", no_wrap=True)
     layers = ""
     for row in summary.rows:
-        prefix, name = _LAYERS.fullmatch(row.names).groups("")
+        parts = _LAYERS.fullmatch(row.names)
+        prefix, name = parts.groups("") if parts else ("", row.names)
         if prefix != layers and prefix:
             table.add_row(prefix, style="dim")
         layers = prefix

@@ -175,8 +175,8 @@ def trace_routing(
     return PromptRouting(
         model=name,
         num_layers=config.num_hidden_layers,
-        num_experts=config.moe.num_experts,
-        dispatch=execution.dispatch,
+        num_experts=len(stats.tokens_per_expert[0]),
+        dispatch=str(execution.dispatch),
         capacity_factor=execution.capacity_factor if execution.dispatch == "capacity" else None,
         prompt=prompt,
         token_ids=tuple(ids),

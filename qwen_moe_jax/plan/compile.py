@@ -119,7 +119,7 @@ def plan_step(step: Step, request: TargetRequest, mesh: Mesh) -> Plan:
     program_flops: float | None = None
     roofline: Roofline | None = None
     if compiled is not None:
-        module = Module(compiled.as_text(), layer_repeats(step.config), step.open_loop_times)
+        module = Module(compiled.as_text() or "", layer_repeats(step.config), step.open_loop_times)
         collectives = collectives_of(module, sizes, request.platform)
         flops = module.matmul_flops()
         program_flops = None if flops is None else flops * target.devices
@@ -172,9 +172,9 @@ def group_of(name: str, tree: Any) -> Group:
     arrays = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         shape, sharding = tuple(np.shape(leaf)), getattr(leaf, "sharding", None)
-        placed = isinstance(sharding, NamedSharding)
-        spec = tuple(sharding.spec) if placed else ()
-        local = sharding.shard_shape(shape) if placed else shape
+        named = sharding if isinstance(sharding, NamedSharding) else None
+        spec = () if named is None else tuple(named.spec)
+        local = shape if named is None else named.shard_shape(shape)
         arrays.append(
             PlacedArray(
                 name=jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"),

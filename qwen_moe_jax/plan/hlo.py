@@ -141,8 +141,9 @@ class Module:
                 if trips is None and not looped:
                     trips = self._open_loop_times
                 body = _bare(instruction.attribute("body"))
-                over_layers = trips in self._layer_repeats and "shard_map" not in instruction.source
-                inside = trips if over_layers and not layers else layers
+                inside = layers
+                if trips in self._layer_repeats and not layers and "shard_map" not in instruction.source:
+                    inside = trips or 0
                 rounds = None if trips is None or times is None else times * trips
                 yield from self._walk(body, rounds, inside, fused, True)
             for called in self._called(instruction):
@@ -172,7 +173,7 @@ class Module:
             start = around.get(loop.operands[0])
             if start is None or start.opcode != "tuple":
                 return None
-            limit = around.get(start.operands[int(limit.attribute("index"))])
+            limit = around.get(start.operands[int(limit.attribute("index") or 0)])
         value = re.match(r"(\d+)\)", limit.attributes) if limit is not None and limit.opcode == "constant" else None
         return int(value[1]) if value else None
 
@@ -357,6 +358,8 @@ def _convolution_flops(instruction: Instruction, left: Array, right: Array) -> f
     """FLOPs: two for each pair of a kernel element and an input element; zeros of padding and dilation do not count."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     window = instruction.attribute("window") or ""
+    if labels is None:
+        raise ValueError(f"convolution {instruction.name} has no dim_labels: found {instruction.attributes!r}.")
     inputs, kernel, result = labels.groups()
     spatial = sorted(set(inputs) & set("0123456789"))
 

@@ -62,7 +62,7 @@ def show_search(
     console = Console(stderr=json_to == "-", highlight=False)
     print_search(search, console, set_mesh)
     console.print()
-    _write(search.candidates[0].plan, json_to, html_to)
+    _write(search.candidates[0].compiled_plan, json_to, html_to)
 
 
 def _check_folders(*files: str | None) -> None:

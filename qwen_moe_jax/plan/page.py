@@ -289,12 +289,12 @@ def _parts(plan: Plan) -> Iterator[tuple[str, int, str]]:
             rest = max(memory.needed - memory.arguments, 0)
             yield "everything else", rest, "the compiler’s own total, less the above"
         return
-    yield "padding", memory.padding, "of the arguments, by their layouts"
+    yield "padding", memory.padding or 0, "of the arguments, by their layouts"
     gradients = min(memory.gradients, memory.temporaries)
     yield "gradients", gradients, ""
     yield "temporaries", memory.temporaries - gradients, "activations, buffers of collectives"
-    yield "results", memory.outputs, "that do not reuse an argument’s memory"
-    yield "code", memory.code, "the program itself"
+    yield "results", memory.outputs or 0, "that do not reuse an argument’s memory"
+    yield "code", memory.code or 0, "the program itself"
 
 
 def _limit(plan: Plan) -> str:
@@ -383,7 +383,7 @@ def _times(plan: Plan, roofline: Roofline, axes: Mapping[str, Axis]) -> Iterator
         name = "" if row.axes else "no axis of the mesh"
         note = f"{row.network}, {format_bytes(row.bytes)}"
         alone = len(rows) == 1 and network_is_bound
-        yield bar(name, note, row.seconds, alone, _color(row, axes), _colored(row.axes, axes))
+        yield bar(name, note, row.seconds or 0.0, alone, _color(row, axes), _colored(row.axes, axes))
 
 
 # Shardings.

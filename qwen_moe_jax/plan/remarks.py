@@ -30,17 +30,18 @@ def _memory(plan: Plan) -> Iterator[Remark]:
         elif plan.work.purpose != "train" and plan.target.devices > 1:
             text += _other_sharding(plan)
         yield Remark(about="memory", text=text)
-    elif memory.free is not None and memory.free < 0.05 * memory.available:
+    elif memory.free is not None and memory.available is not None and memory.free < 0.05 * memory.available:
         yield Remark(
             about="memory",
             text=f"It fits with {format_bytes(memory.free)} a device free, less than a twentieth: another "
             "version of the compiler may need more.",
         )
-    if plan.target.platform == "gpu" and memory.fits and memory.total > 0.75 * memory.available:
+    used = memory.total / memory.available if memory.total and memory.available else 0.0
+    if plan.target.platform == "gpu" and memory.fits and used > 0.75:
         yield Remark(
             about="memory",
             text="JAX takes three quarters of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise; "
-            f"this needs {memory.total / memory.available:.2f}.",
+            f"this needs {used:.2f}.",
         )
 
 

@@ -170,14 +170,14 @@ class Memory:
         """Bytes at the peak; None where the compiler refused the program and gave no number."""
         if self.temporaries is None:
             return self.needed
-        return self.arguments + self.padding + self.outputs + self.temporaries + self.code
+        return self.arguments + self.temporaries + (self.padding or 0) + (self.outputs or 0) + (self.code or 0)
 
     @property
     def fits(self) -> bool | None:
         """Whether the step fits into a device's memory; None where a device's memory is not known."""
         if self.temporaries is None:
             return False
-        return None if self.available is None else self.total <= self.available
+        return None if self.free is None else self.free >= 0
 
     @property
     def free(self) -> int | None:

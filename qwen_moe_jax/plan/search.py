@@ -107,6 +107,17 @@ class Candidate:
         """Sizes of all axes."""
         return self.draft.mesh
 
+    @property
+    def compiled_plan(self) -> Plan:
+        """The plan of a candidate that was compiled.
+
+        Raises:
+            ValueError: it was not.
+        """
+        if self.plan is None:
+            raise ValueError(f"the mesh {format_mesh(self.mesh)} was not compiled.")
+        return self.plan
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search:
@@ -126,7 +137,7 @@ class Search:
     def best(self) -> Candidate | None:
         """The first compiled candidate, if it fits or a device's memory is not known."""
         first = self.candidates[0]
-        return None if first.plan.memory.fits is False else first
+        return None if first.compiled_plan.memory.fits is False else first
 
     @property
     def compiled(self) -> tuple[Candidate, ...]:
@@ -194,13 +205,13 @@ def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
     """
 
     def key(candidate: Candidate) -> tuple[float, ...]:
-        plan = candidate.plan
+        plan = candidate.compiled_plan
         total = math.inf if plan.memory.total is None else plan.memory.total
         if plan.memory.fits is False:
-            return (1, total)
+            return (1.0, total)
         if plan.roofline is not None:
-            return (0, plan.roofline.seconds_without_overlap, total)
-        return (0, sum(item.bytes_per_step or 0 for item in plan.collectives), total)
+            return (0.0, plan.roofline.seconds_without_overlap, total)
+        return (0.0, sum(item.bytes_per_step or 0 for item in plan.collectives), total)
 
     return sorted(candidates, key=key)
 
@@ -279,12 +290,13 @@ def draft_of(outline: Outline, mesh: Mapping[str, int], target: Target, networks
     work, groups = outline.work, outline.groups
     traffic = _traffic(outline, mesh)
     seconds = None
-    over = {axes: network_of(axes, networks, mesh) for axes in traffic}
-    if target.peak_flops is not None and target.memory_bandwidth is not None and None not in over.values():
+    found = {axes: network_of(axes, networks, mesh) for axes in traffic}
+    over = {axes: network.bandwidth for axes, network in found.items() if network is not None}
+    if target.peak_flops is not None and target.memory_bandwidth is not None and len(over) == len(traffic):
         recomputed = 4 / 3 if _recomputes(work) else 1
         compute = outline.flops * recomputed / (target.devices * target.peak_flops)
         memory = _read(outline, mesh) / target.memory_bandwidth
-        seconds = compute + memory + sum(sent / over[axes].bandwidth for axes, sent in traffic.items())
+        seconds = compute + memory + sum(sent / over[axes] for axes, sent in traffic.items())
     return Draft(
         mesh=dict(mesh),
         tokens=work.tokens,

@@ -42,7 +42,7 @@ def _outcome(search: Search, set_mesh: Callable[[Mapping[str, int]], str]) -> st
     if search.best is not None:
         return f"Best: [bold]{escape(set_mesh(search.best.mesh))}[/]"
     nearest = search.candidates[0]
-    missing = nearest.plan.memory.free
+    missing = nearest.compiled_plan.memory.free
     lacks = "" if missing is None or missing >= 0 else f"; {format_bytes(-missing)} a device are missing"
     return (
         f"None of the compiled ones fits. The nearest is {escape(format_mesh(nearest.mesh))}{lacks}. More devices, "
@@ -89,10 +89,11 @@ def print_progress(progress: Progress) -> None:
 
 
 def _cells_of_plan(candidate: Candidate, timed: bool) -> tuple[str, ...]:
-    plan, memory, roofline = candidate.plan, candidate.plan.memory, candidate.plan.roofline
+    plan = candidate.compiled_plan
+    memory, roofline = plan.memory, plan.roofline
     held = (
         {True: "yes", False: "no", None: "?"}[memory.fits],
-        "unknown" if memory.total is None else format_bytes(memory.total),
+        format_bytes(memory.total),
         _free(memory.free),
     )
     if not timed:

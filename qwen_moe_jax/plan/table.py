@@ -81,7 +81,7 @@ def _verdict(plan: Plan) -> Text:
     of = f"{format_bytes(memory.total)} of {format_bytes(memory.available)} a device"
     if memory.fits:
         return Text(f"It fits: {of}, {format_bytes(memory.free)} free.", style="green")
-    return Text(f"It does not fit: {of}, {format_bytes(-memory.free)} too much.", style="red")
+    return Text(f"It does not fit: {of}, {format_bytes(-(memory.free or 0))} too much.", style="red")
 
 
 def _memory_table(memory: Memory) -> Table:
@@ -91,13 +91,13 @@ def _memory_table(memory: Memory) -> Table:
     for group in memory.groups:
         table.add_row(group.name, format_bytes(group.bytes))
     if memory.temporaries is not None:
-        if memory.padding > 0:
+        if (memory.padding or 0) > 0:
             table.add_row("padding of the layouts", format_bytes(memory.padding))
         table.add_row("temporaries", format_bytes(memory.temporaries))
     if memory.gradients:
         table.add_row("  gradients among them", format_bytes(memory.gradients), style="dim")
     if memory.temporaries is not None:
-        if memory.outputs > 0:
+        if (memory.outputs or 0) > 0:
             table.add_row("results", format_bytes(memory.outputs))
         if memory.code:
             table.add_row("the program", format_bytes(memory.code))
@@ -132,7 +132,8 @@ def _collective_table(plan: Plan) -> Table:
         if size < SMALL * total:
             small, kinds = small + size, kinds + 1
             continue
-        times = "?" if any(each.count is None for each in alike) else f"{sum(each.count for each in alike)}"
+        counts = [each.count for each in alike if each.count is not None]
+        times = f"{sum(counts)}" if len(counts) == len(alike) else "?"
         table.add_row(
             one.kind,
             "×".join(one.axes) or "other groups",

@@ -56,8 +56,10 @@ def check_rows(rows: int, mesh: Mapping[str, int], accumulation_steps: int = 1) 
         )
 
 
-def format_sharding(rules: ShardingRules) -> str:
+def format_sharding(rules: ShardingRules | str) -> str:
     """The name of a table of rules, or its rows: "vocab over tensor; …; embed over nothing"."""
+    if isinstance(rules, str):
+        return rules
     for name, table in SHARDING_RULES.items():
         if table == rules:
             return name
