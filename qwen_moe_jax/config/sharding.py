@@ -20,7 +20,7 @@ class ShardingRules:
     shard is replicated.
 
     Attributes:
-        vocab: rows of the token embedding and of the head; "tensor" first.
+        vocab: rows of the token embedding and of the head; "tensor" first. Padded with zeros where it does not divide.
         heads: rows of q, k and v, columns of o; "tensor" first.
         ffn: the width of MLPs and of experts; "tensor" first.
         embed: the hidden axis of all weights but the routed experts'.

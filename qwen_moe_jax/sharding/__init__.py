@@ -1,1 +1,1 @@
-"""Meshes, and the one table that says which axis of an array lies along which axis of the mesh."""
+"""Meshes, and the table of which mesh axes each logical axis is sharded over."""

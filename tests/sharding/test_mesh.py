@@ -164,7 +164,7 @@ def test_inside_the_mesh_of_the_model_it_runs_and_inside_another_it_is_refused()
         model(TOKENS_BT)
 
 
-def test_tokens_placed_by_the_user_are_taken_where_they_lie():
+def test_tokens_that_the_user_has_sharded_are_taken():
     mesh = qmj.make_mesh(data=2, expert=4)
     tokens_BT = np.tile(TOKENS_BT, (4, 1))
     placed = jax.device_put(tokens_BT, NamedSharding(mesh, P(("data", "fsdp", "expert"))))

@@ -12,6 +12,7 @@ import qwen_moe_jax as qmj
 from qwen_moe_jax.huggingface.convert import convert
 from qwen_moe_jax.huggingface.tensors import hub_parameters
 from qwen_moe_jax.plan.compile import group_of
+from qwen_moe_jax.storage import placement
 from tests.distance import assert_near
 from tests.subject import hub_arrays
 
@@ -154,6 +155,14 @@ def test_every_form_of_checkpoint_is_without_padding_and_loads_onto_any_mesh(tmp
     ):
         model = qmj.from_pretrained(tmp_path / folder, mesh=qmj.make_mesh(**axes), execution=execution)
         assert bits(model) == expected and not any(rows.any() for rows in padding(model))
+
+
+def test_padding_is_filled_in_whatever_the_blocks_that_are_read(tmp_path, monkeypatch):
+    """Blocks of five rows of the two shards of 106: the last one has four rows of tokens and one of padding."""
+    qmj.save_pretrained(build(), tmp_path)
+    monkeypatch.setattr(placement, "BLOCK", 2 * 5 * 16 * 4)
+    model = qmj.from_pretrained(tmp_path, mesh=qmj.make_mesh(tensor=2))
+    assert bits(model) == bits(build()) and not any(rows.any() for rows in padding(model))
 
 
 @pytest.mark.parametrize("head", [qmj.TokenClassifier, qmj.SequenceClassifier])

@@ -1,4 +1,4 @@
-"""Where weights lie at rest is a choice that changes no number."""
+"""The sharding of stored weights changes no number."""
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ CONFIG = qmj.ModelConfig.from_pretrained(
         "initializer_range": 0.2,
     }
 )
-#: The hidden axis of everything whole, and the other axis cut over what cut it: all that no table of rules does.
+#: The hidden axis not sharded, and its mesh axes given to the other axis: what no named table of rules does.
 CROSSWISE = qmj.ShardingRules(
     embed=(), expert_embed=(), vocab=("tensor", "expert"), heads=("tensor", "fsdp"), ffn=("tensor", "fsdp")
 )
@@ -54,7 +54,7 @@ def alone():
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_where_weights_lie_changes_neither_losses_nor_gradients(name, alone):
+def test_rules_change_neither_losses_nor_gradients(name, alone):
     loss, gradients = losses_and_gradients(build(RULES[name], **MESH))
     assert loss == pytest.approx(alone[0], rel=1e-6)
     for found, wanted in zip(gradients, alone[1], strict=True):
@@ -65,12 +65,12 @@ def test_where_weights_lie_changes_neither_losses_nor_gradients(name, alone):
 def test_a_device_holds_what_the_rules_leave_on_it():
     """Of q_proj [L, 32 rows over heads, 32 columns over embed], as shares of the whole; fsdp 2, expert 2, tensor 2."""
     shares = {"expert+fsdp": 8, "fsdp": 4, "expert": 4, "expert+tensor": 2, "crosswise": 4}
-    for name, cut in shares.items():
+    for name, num_shards in shares.items():
         execution = qmj.ExecutionConfig(sharding=RULES[name])
         model = qmj.CausalLM(CONFIG, rngs=None, mesh=qmj.make_mesh(**MESH), execution=execution)
         [[layer]] = model.model.layers.segments
         weight = layer.self_attn.q_proj.weight.get_value()
-        assert np.prod(weight.shape) == cut * np.prod(weight.sharding.shard_shape(weight.shape)), name
+        assert np.prod(weight.shape) == num_shards * np.prod(weight.sharding.shard_shape(weight.shape)), name
 
 
 def test_expert_tensor_gathers_no_weight():
@@ -82,7 +82,7 @@ def test_expert_tensor_gathers_no_weight():
     assert gathered and max(gathered) <= tokens < smallest_weight
 
 
-def test_generation_is_the_same_where_weights_lie_crosswise():
+def test_generation_is_the_same_under_rules_of_the_users_own():
     prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]
     [wanted, found] = [
         [answer.token_ids for answer in qmj.complete(build(rules, **axes), prompts, max_new_tokens=6)]
