@@ -421,4 +421,4 @@ def _planning(plan: Plan) -> dict[str, str]:
 
 
 def _share(part: int, whole: int) -> str:
-    return "< 0.1%" if 0 < part < whole / 1000 else f"{part / whole:.1%}"
+    return "< 0.1%" if 0 < abs(part) < whole / 1000 else f"{part / whole:.1%}"
