@@ -1,4 +1,4 @@
-"""`python -m train CONFIG [--section.key value ...]`. Arguments are understood before anything heavy is imported."""
+"""`python -m train CONFIG [--section.key value ...]`. Arguments are parsed before JAX is imported."""
 
 import argparse
 import sys
@@ -8,46 +8,27 @@ from train.config import TrainConfig, describe_keys, load_config, split_override
 
 
 def main(words: list[str]) -> int:
-    """Runs the training that the command line asks for; returns the exit code.
+    """Runs the training that the command line asks for.
 
-    0; 1 where the numbers are no longer finite; 2 for a refusal; 130 for Ctrl-C and 143 for SIGTERM, after either of
-    which the same command goes on. Of several processes, all end with the code of the one that fails; with 75 where one
-    was killed or crashed, or its host is gone; rarely with 134, where JAX was the first to notice. After these two, the
-    same command goes on from the last checkpoint.
+    Args:
+        words: of the command line, without the program's name.
+
+    Returns:
+        The exit code: 0; 1 where loss or gradient are not finite; 2 for a refusal; 130 for Ctrl-C and 143 for SIGTERM,
+        after either of which the same command resumes the run. Of several processes, all end with the code of the one
+        that fails; with 75 where one was killed or crashed, or its host is gone; rarely with 134, where JAX was the
+        first to notice. After these two, the same command resumes from the last checkpoint.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m train",
-        description="Train a Qwen, Qwen-MoE or Mixtral model from one TOML file, for example configs/train/tiny.toml.",
-        epilog="settings: every key of the file can be changed as --section.key value\n\n" + describe_keys(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("config", metavar="CONFIG", help="a TOML file")
-    parser.add_argument("--fresh", action="store_true", help="delete the run that is in the run folder and start anew")
-    add_host_arguments(parser)
-    parser.add_argument(
-        "--plan",
-        metavar="TARGET",
-        help="instead of running, compile a step for hardware that need not be here, and say what it needs, sends and "
-        "takes: cpu:8, tpu:v5p:4x8x8, gpu:h200:8",
-    )
-    parser.add_argument(
-        "--search",
-        action="store_true",
-        help="with --plan: instead of the file's mesh, draft all that the target's devices admit, compile the most "
-        "promising, and show the best",
-    )
-    parser.add_argument("--json", metavar="FILE", help="with --plan: write all of it there; - for standard output")
-    parser.add_argument("--html", metavar="FILE", help="with --plan: write a page that needs nothing besides itself")
+    parser = _parser()
     if {"-h", "--help"} & set(words):
-        parser.parse_args(["--help"])  # answers and leaves
+        parser.parse_args(["--help"])  # answers and exits
 
     from qwen_moe_jax.errors import CheckpointError, ConfigError, ShardingError
     from train.errors import NonFiniteError
     from train.folder import open_run_folder
     from train.stopping import Stopped
 
-    leads = True  # of several processes, the first speaks
+    process_zero = True  # which reports for all
     try:
         overrides, others = split_overrides(words)
         arguments = parser.parse_args(others)
@@ -56,42 +37,33 @@ def main(words: list[str]) -> int:
                 raise ConfigError(f"--{name} has a meaning with --plan only.")
         config = load_config(arguments.config, overrides)
         if arguments.plan:
-            from qwen_moe_jax.plan.output import show_plan, show_search
-            from train.plan import mesh_overrides, plan_training, search_training
-
-            target, files = arguments.plan, {"json_to": arguments.json, "html_to": arguments.html}
-            if arguments.search:
-                show_search(lambda: search_training(config, target), target, mesh_overrides, **files)
-            else:
-                show_plan(lambda: plan_training(config, target), target, **files)
+            _plan(config, arguments)
             return 0
         if join_processes(arguments):
             from train.processes import open_run_folder_together
 
             _simulate_devices(config)
-            folder, finished, leads = open_run_folder_together(config, fresh=arguments.fresh)
+            folder, finished, process_zero = open_run_folder_together(config, fresh=arguments.fresh)
         else:
             folder = open_run_folder(config, fresh=arguments.fresh)
             finished = folder.finished
-        if finished:
-            if leads:
-                print(f"The run in {folder.path} is finished; --fresh trains it anew.")
-                print(folder.describe_result())
-            return 0
-        _simulate_devices(config)
-        from train.loop import train
+        if not finished:
+            _simulate_devices(config)
+            from train.loop import train
 
-        train(config, folder)
-        if leads:
+            train(config, folder)
+        elif process_zero:
+            print(f"The run in {folder.path} is finished; --fresh trains it anew.")
+        if process_zero:
             print(folder.describe_result())
     except (CheckpointError, ConfigError, ShardingError) as error:
         return _failed(2, f"{type(error).__name__}: {error}")
     except Stopped as stopped:
-        if leads:
+        if process_zero:
             print(f"Stopped after step {stopped.step}, saved. The same command goes on from there.", file=sys.stderr)
         return 128 + stopped.signal
     except NonFiniteError as error:
-        if leads:
+        if process_zero:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -99,8 +71,48 @@ def main(words: list[str]) -> int:
     return 0
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m train",
+        description="Train a Qwen, Qwen-MoE or Mixtral model from one TOML file, for example configs/train/tiny.toml.",
+        epilog="keys: every key of the file can be changed as --section.key value\n\n" + describe_keys(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a TOML file")
+    parser.add_argument("--fresh", action="store_true", help="delete the run in run.output_dir and start a new one")
+    add_host_arguments(parser)
+    parser.add_argument(
+        "--plan",
+        metavar="TARGET",
+        help="instead of training, compile a step for hardware that need not be present, and report its memory, "
+        "communication and time: cpu:8, tpu:v5p:4x8x8, gpu:h200:8",
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="with --plan: instead of the file's mesh, estimate all meshes of the target's devices, compile the most "
+        "promising, and show the best",
+    )
+    parser.add_argument("--json", metavar="FILE", help="with --plan: write the plan as JSON; - for standard output")
+    parser.add_argument("--html", metavar="FILE", help="with --plan: write a self-contained page")
+    return parser
+
+
+def _plan(config: TrainConfig, arguments: argparse.Namespace) -> None:
+    """Plans the run's step for `--plan`, on the config's mesh or, with `--search`, on the best one."""
+    from qwen_moe_jax.plan.output import show_plan, show_search
+    from train.plan import mesh_overrides, plan_training, search_training
+
+    target, files = arguments.plan, {"json_to": arguments.json, "html_to": arguments.html}
+    if arguments.search:
+        show_search(lambda: search_training(config, target), target, mesh_overrides, **files)
+    else:
+        show_plan(lambda: plan_training(config, target), target, **files)
+
+
 def _failed(code: int, reason: str) -> int:
-    """Says why; of several processes, this may be the only one that knows."""
+    """Prints the reason and ends the other processes, which may not have one."""
     print(reason, file=sys.stderr)
     end_all_processes(code, reason)
     return code
@@ -110,7 +122,7 @@ def _simulate_devices(config: TrainConfig) -> None:
     if config.mesh.simulated:
         from qwen_moe_jax.sharding.mesh import simulate_devices
 
-        simulate_devices(config.mesh.devices)  # must come before JAX looks for its devices
+        simulate_devices(config.mesh.devices)  # before JAX looks for devices
 
 
 if __name__ == "__main__":

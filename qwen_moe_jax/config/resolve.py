@@ -77,7 +77,7 @@ def _groups(execution: ExecutionConfig, width: int) -> tuple[int, CapacityBy]:
         elif group_size < SMALLEST_GROUP:
             return WHOLE_DEVICE, "index"
     group_size = group_size or WHOLE_DEVICE
-    by = "einsum" if einsum_cost(group_size, width) <= EINSUM_SHARE else "index"
+    by: CapacityBy = "einsum" if einsum_cost(group_size, width) <= EINSUM_SHARE else "index"
     return group_size, execution.capacity_by or by
 
 

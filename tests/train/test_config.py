@@ -77,6 +77,7 @@ def build(tables=None, *overrides):
         ({"execution": {"dtype": "int8"}}, ["execution.dtype: found 'int8'", "'float32', 'bfloat16', 'float16'"]),
         ({"execution": {"dtype": "bfloat"}}, ["execution.dtype: found 'bfloat'", "'float32', 'bfloat16', 'float16'"]),
         ({"sharding": {"rules": "expert+fdsp"}}, ["sharding.rules: found 'expert+fdsp'", "mean 'expert+fsdp'", "fsdp"]),
+        ({"sharding": {"rules": ["fsdp"]}}, ["sharding.rules: found ['fsdp'], expected one of expert+fsdp, fsdp"]),
         ({"sharding": {"embed": ["pipeline"]}}, ["sharding.embed[0]: found 'pipeline'", "data", "fsdp", "tensor"]),
         ({"loss": {"load_balancing_type": "global"}}, ["loss.load_balancing_type", "mean 'global_batch'", "sequence"]),
         ({"loss": {"router_aux_loss_coef": "some"}}, ["loss.router_aux_loss_coef", "'some' (text)", "a number"]),
@@ -192,7 +193,7 @@ def test_sections_are_the_package_s_config_classes_over_one_preset():
     ("override", "parts"),
     [
         ("--run.max_stepz=3", ["--run.max_stepz: unknown key", "did you mean 'max_steps'"]),
-        ("--runn.max_steps=3", ["unknown section", "did you mean 'run'"]),
+        ("--runn.max_steps=3", ["--runn.max_steps: unknown section", "did you mean 'run'"]),
         ("--run.max_steps=three", ["--run.max_steps", "'three'", "expected an integer"]),
         ("--model.hiden_size=3", ["--model.hiden_size", "did you mean 'hidden_size'"]),
         ("--model.hidden_size=3.5", ["--model.hidden_size", "3.5", "expected an integer", "64"]),
@@ -232,6 +233,7 @@ def test_overrides_may_stand_anywhere_on_the_command_line():
     overrides, others = split_overrides(words)
     assert overrides == ["--run.max_steps=-5", "--mesh.expert=4", "--run.sample_prompt=--x"]
     assert others == ["a.toml", "--fresh"]
+    assert split_overrides(["--data.tokenizer", ""]) == (["--data.tokenizer="], [])
     with pytest.raises(ConfigError, match="--run.max_steps: found no value, expected one after it"):
         split_overrides(["a.toml", "--run.max_steps"])
 

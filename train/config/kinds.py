@@ -31,7 +31,7 @@ def type_name(hint: Any) -> str:
         return "a list of " + ("tables" if dataclasses.is_dataclass(item) else "text")
     if hint is Any:
         return "a dtype"
-    return "a table" if dataclasses.is_dataclass(hint) else _NAMES[hint]
+    return "a table" if dataclasses.is_dataclass(hint) else _NAMES.get(hint, hint.__name__)
 
 
 def described(value: Any) -> str:

@@ -87,11 +87,10 @@ def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
         if not (option.startswith("--") and "." in option):
             others.append(word)
             continue
-        if not equals:
-            value = next(rest, None)
-            if value is None:
-                raise ConfigError(f"{option}: found no value, expected one after it.")
-        overrides.append(f"{option}={value}")
+        given = value if equals else next(rest, None)
+        if given is None:
+            raise ConfigError(f"{option}: found no value, expected one after it.")
+        overrides.append(f"{option}={given}")
     return overrides, others
 
 
@@ -107,6 +106,8 @@ def _override(tables: dict[str, Any], overrides: list[str]) -> tuple[dict[str, s
         key = option.removeprefix("--")
         section, _, field = key.partition(".")
         options[key] = option
+        if section not in tables:
+            options[section] = option  # an unknown section is refused by this option
         table = tables.setdefault(section, {})
         if section == "model":
             problems += _override_model(table, field, word)
@@ -149,7 +150,7 @@ def _choose_rules(tables: dict[str, Any]) -> list[KeyProblem]:
     if "rules" not in table:
         return []
     name = table.pop("rules")
-    if name not in SHARDING_RULES:
+    if not isinstance(name, str) or name not in SHARDING_RULES:
         question = did_you_mean(str(name), SHARDING_RULES).strip()
         text = f"found {name!r}, expected one of {', '.join(SHARDING_RULES)}"
         return [KeyProblem(("sharding", "rules"), f"{text}; {question}" if question else text)]

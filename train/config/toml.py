@@ -35,7 +35,7 @@ def as_table(config: TrainConfig, section: str) -> dict[str, Any]:
     """A section as the keys of a TOML file, those that are None left out."""
     if section == "model":
         return config.model
-    value = config.execution.sharding if section == "sharding" else getattr(config, section)
+    value: Any = config.execution.sharding if section == "sharding" else getattr(config, section)
     if value is None:
         return {}
     table = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import ValidationError, create_model
+from pydantic import ConfigDict, ValidationError, create_model
 
 from qwen_moe_jax.suggest import did_you_mean
 from train.config.kinds import described, hint_at, hints, type_name
@@ -18,11 +18,8 @@ from train.config.run_config import SECTIONS
 #: By section and key, as `tomllib` reads them.
 Tables = dict[str, dict[str, Any]]
 
-_Schema: Any = create_model(
-    "TrainFile",
-    __config__={"extra": "forbid", "strict": True},
-    **{section: (cls | None, None) for section, cls in SECTIONS.items()},
-)
+_SECTION_FIELDS: dict[str, Any] = {section: (cls | None, None) for section, cls in SECTIONS.items()}
+_Schema = create_model("TrainFile", __config__=ConfigDict(extra="forbid", strict=True), **_SECTION_FIELDS)
 
 
 def validate(tables: Tables) -> tuple[dict[str, Any], list[KeyProblem]]:
@@ -59,7 +56,10 @@ def _problems(detail: Any) -> list[KeyProblem]:
     """One of pydantic's errors in our words."""
     path, kind = detail["loc"], detail["type"]
     if kind == "value_error":  # raised by the class itself
-        return [KeyProblem.of(problem, path) for problem in detail["ctx"]["error"].problems]
+        error = detail["ctx"]["error"]
+        return [KeyProblem.of(problem, path) for problem in getattr(error, "problems", ())] or [
+            KeyProblem(path, str(error).removesuffix("."))
+        ]
     if kind == "extra_forbidden":
         return [KeyProblem(path, unknown("section", path[0], ["model", *SECTIONS]))]
     if kind == "unexpected_keyword_argument":
@@ -78,7 +78,7 @@ def _unknown_key(path: tuple[str | int, ...]) -> str:
     new = RENAMED.get(".".join(step for step in path if isinstance(step, str)))
     if new is not None:
         return f"this key is named {new} now"
-    owner = hint_at(SECTIONS[path[0]], path[1:-1])
+    owner = hint_at(SECTIONS[str(path[0])], path[1:-1])
     known = [field for field in hints(owner) if f"{path[0]}.{field}" not in API_ONLY]
     return unknown("key", str(path[-1]), [*(["rules"] if path[0] == "sharding" else []), *known])
 
