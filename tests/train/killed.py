@@ -36,7 +36,6 @@ simulated = true
 
 [execution]
 dispatch = "dropless"
-buffer_factor = inf
 
 [data]
 megabytes = 0.03
