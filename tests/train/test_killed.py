@@ -78,7 +78,7 @@ def test_a_run_goes_on_on_half_the_devices(runs):
     place, reached, _ = runs
     last, half = reached["SIGTERM"], said(place, "half")
     assert half.code == 0 and f"going on from the checkpoint of step {last}" in half.out, half
-    assert "2 simulated device(s): data 2" in half.out
+    assert "2 simulated device(s): data=2" in half.out
     expected, found = losses(place / "whole"), losses(place / "half")
     for step in range(1, last + 6):
         assert found[step] == pytest.approx(expected[step], rel=1e-5), step
