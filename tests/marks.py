@@ -3,19 +3,20 @@
 import inspect
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 #: Modules that come with the extra `test` on one Python version alone, or not at all.
 REFEREES = {"torch", "transformers", "peft", "datasets", "lm_eval", "tests.referee"}
 
-#: Beginnings of the node ids of tests that take more than a few seconds, measured in CPU seconds (`--durations`).
-SLOW: tuple[str, ...] = ()
+#: Tests of more than about 1.5 CPU seconds, or 5 in all of their cases, as `pytest --durations=0` lists them.
+SLOW = tuple(Path(__file__).with_name("slow_tests.txt").read_text(encoding="utf-8").split())
 
 
 def mark(item: pytest.Item) -> None:
     """Adds the markers to one collected test."""
-    if item.nodeid.startswith(SLOW):
+    if item.nodeid.split("[")[0].startswith(SLOW):
         item.add_marker("slow")
     if not isinstance(item, pytest.Function):
         return

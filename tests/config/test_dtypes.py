@@ -65,7 +65,7 @@ def test_dtypes_that_are_not_supported_are_refused_by_name_with_the_choices(fiel
         qmj.ExecutionConfig(**{field: given})
 
 
-@pytest.mark.parametrize("given", ["bf16", "fp32", "", 3, [1], object(), jnp.sin], ids=str)
+@pytest.mark.parametrize("given", ["bf16", "fp32", "", 3, [1], object(), jnp.sin], ids=lambda one: type(one).__name__)
 def test_what_is_no_dtype_is_refused_as_it_was_given(given):
     with pytest.raises(TypeError):
         jnp.dtype(given)
