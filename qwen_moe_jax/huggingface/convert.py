@@ -88,7 +88,10 @@ def convert(
     abstract = abstract_model(checkpoint, dtype)
     parameters = hub_parameters(abstract)
     require_no_problems(checkpoint.folder, problems_of(checkpoint, parameters))
-    tensors = checkpoint.tensors if adapter is None else merged(checkpoint.tensors, open_adapter(adapter))
+    if adapter is not None:
+        checkpoint = merged(checkpoint, open_adapter(adapter, checkpoint.config))
+        abstract = abstract_model(checkpoint, dtype)
+        parameters = hub_parameters(abstract)
     stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     if check_finite:
         with bytes_bar(f"Checking {checkpoint.folder.name}", stored) as advance:
@@ -100,11 +103,11 @@ def convert(
         if to == "orbax":
             from qwen_moe_jax.storage.orbax_stream import stream_tensors
 
-            stacked = {parameter.path: stacked_tensor(parameter, tensors) for parameter in parameters}
+            stacked = {parameter.path: stacked_tensor(parameter, checkpoint.tensors) for parameter in parameters}
             stream_tensors(new / ORBAX, stacked, advance=advance)
         else:
             rounded = {
-                name: CastTensor(tensors[name], str(parameter.leaf.dtype))
+                name: CastTensor(checkpoint.tensors[name], str(parameter.leaf.dtype))
                 for name, parameter, _ in hub_tensors(parameters)
             }
             write_shards(new, rounded, limit, advance)

@@ -32,7 +32,7 @@ def tokenizer_folder(source: str | PathLike[str]) -> Path:
 
 def adapter_folder(source: str | PathLike[str]) -> Path:
     """`local_folder` of low-rank adapters in PEFT's layout."""
-    return _local(source, weights=("adapter_model*.safetensors",))
+    return _local(source, weights=("adapter_model*.safetensors", "adapter_model.bin"))
 
 
 def config_file(source: str | PathLike[str]) -> Path:

@@ -74,13 +74,14 @@ def tied(tensors: dict[str, StoredTensor], *, readable: bool) -> tuple[dict[str,
     """
     if HEAD not in tensors:
         return tensors, True
-    if EMBEDDING in tensors and readable and not _equal(tensors[EMBEDDING], tensors[HEAD]):
+    if EMBEDDING in tensors and readable and not equal(tensors[EMBEDDING], tensors[HEAD]):
         return tensors, False
     one = {EMBEDDING: tensors[HEAD]} | {name: tensor for name, tensor in tensors.items() if name != HEAD}
     return one, True
 
 
-def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+def equal(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors have the same bits, block by block."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     parts = blocks(one.shape, np.dtype(one.dtype).itemsize, _COMPARED)

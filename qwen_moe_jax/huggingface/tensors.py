@@ -103,7 +103,7 @@ def natural_order(name: str) -> list[tuple[int, int | str]]:
 def _names(path: str, leaf: Any, model: Model, rename: Callable[[str], str]) -> np.ndarray:
     stacked = _STACKED.fullmatch(path)
     if stacked is None:
-        return np.array(rename(path), dtype=object)
+        return np.array(rename(re.sub(r"\.lora\.(lora_[AB])$", r".\1.weight", path)), dtype=object)
     segment = model.model.layers.plan[int(stacked[1])]
     position, rest = int(stacked[2]), stacked[3]
     layers = [f"model.layers.{segment.layer_index(position, repeat)}" for repeat in range(segment.repeats)]

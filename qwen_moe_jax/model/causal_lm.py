@@ -14,6 +14,7 @@ from qwen_moe_jax.model.inputs import ModelInputs, checked_inputs
 from qwen_moe_jax.model.output import TokenLosses
 from qwen_moe_jax.nn.embedding import TABLE, without_padding
 from qwen_moe_jax.nn.linear import Linear
+from qwen_moe_jax.nn.lora import LoraAdapter
 from qwen_moe_jax.nn.matmul import weight_einsum
 from qwen_moe_jax.nn.parameters import ParameterFactory
 from qwen_moe_jax.sharding.rules import BATCH, partition_spec
@@ -62,7 +63,15 @@ class CausalLM(Model):
         out = P(BATCH, None, *partition_spec(TABLE[:1]))
         # float32 results from the dtype of the model: the logits are not rounded once more.
         logits_BTV = weight_einsum("BTD,VD->BTV", hidden_BTD, self.table_VD, TABLE, out, jnp.float32)
+        if self.lora_head is not None:
+            added_BTV = self.lora_head(hidden_BTD, "BTD,VD->BTV", "BTr", P(BATCH, None, None), out)
+            logits_BTV = logits_BTV + added_BTV.astype(jnp.float32)
         return without_padding(logits_BTV, self.config.vocab_size)
+
+    @property
+    def lora_head(self) -> LoraAdapter | None:
+        """The head's low-rank adapter, if it has one."""
+        return None if self.lm_head is None else self.lm_head.lora
 
     @property
     def table_VD(self) -> jax.Array:
@@ -83,6 +92,7 @@ class LossesOf(ReadOut):
                 out.hidden_BTD,
                 model.table_VD,
                 inputs.targets_BT,
+                lora=model.lora_head,
                 vocab_size=model.config.vocab_size,
                 chunk=self.chunk,
             )

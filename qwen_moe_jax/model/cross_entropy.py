@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.nn.embedding import TABLE
+from qwen_moe_jax.nn.lora import LoraAdapter
 from qwen_moe_jax.sharding.rules import BATCH, all_gather_weight, spec_of
 
 #: How many logits (float32, 256 MiB) a device may hold at a time. The gradient of the table is accumulated once per
@@ -28,7 +29,13 @@ _MASKED = jnp.finfo(jnp.float32).min
 
 
 def target_log_probs(
-    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *, vocab_size: int, chunk: int | None
+    hidden_BTD: jax.Array,
+    table_VD: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    vocab_size: int,
+    chunk: int | None,
+    lora: LoraAdapter | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target under `softmax(hidden @ table.T)`, on arrays with explicit axes.
 
@@ -41,22 +48,33 @@ def target_log_probs(
         targets_BT: int32; one outside the vocabulary becomes NaN.
         vocab_size: of the model.
         chunk: tokens of each row whose logits are held at a time; None chooses by `MAX_LOGITS`.
+        lora: low-rank adapter of the head.
 
     Returns:
         log p(target) and the logsumexp of the logits, float32 [B, T] each.
     """
     # Each of the X devices of `tensor` computes with its shard of the vocabulary.
     per_shard_XBT = P("tensor", BATCH, None)
-    table_spec = spec_of(table_VD)
+    # Factors of the logits: hidden states and table; and those of the head's adapter, A x and B.
+    hidden, tables, axes = [hidden_BTD], [table_VD], [TABLE]
+    if lora is not None:
+        hidden.append(lora.narrowed(hidden_BTD, "BTD,rD->BTr", P(BATCH, None, None)))
+        tables.append(lora.lora_B[...])
+        axes.append(lora.b_axes)
+    table_specs = [spec_of(table) for table in tables]
     device_log_probs = functools.partial(
-        _device_log_probs, vocab_size=vocab_size, table_rows=table_VD.shape[0], table_spec=table_spec, chunk=chunk
+        _device_log_probs,
+        vocab_size=vocab_size,
+        table_rows=table_VD.shape[0],
+        stored=list(zip(table_specs, axes, strict=True)),
+        chunk=chunk,
     )
     target_XBT, logsumexp_XBT = jax.shard_map(
         device_log_probs,
-        in_specs=(P(BATCH, None, None), table_spec, P(BATCH, None)),
+        in_specs=([P(BATCH, None, None)] * len(hidden), table_specs, P(BATCH, None)),
         out_specs=(per_shard_XBT, per_shard_XBT),
         check_vma=False,
-    )(hidden_BTD, table_VD, targets_BT)
+    )(hidden, tables, targets_BT)
     # X numbers per token, gathered on every device.
     target_XBT, logsumexp_XBT = (jax.sharding.reshard(x, P(None, BATCH, None)) for x in (target_XBT, logsumexp_XBT))
     logsumexp_BT = jax.nn.logsumexp(logsumexp_XBT, axis=0)
@@ -65,18 +83,21 @@ def target_log_probs(
 
 
 def _device_log_probs(
-    hidden_BTD: jax.Array,
-    table_VD: jax.Array,
+    hidden: list[jax.Array],
+    tables: list[jax.Array],
     targets_BT: jax.Array,
     *,
     vocab_size: int,
     table_rows: int,
-    table_spec: P,
+    stored: list[tuple[P, tuple[str, ...]]],
     chunk: int | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """One shard: logits of the targets in it (0 of the others), and logsumexp over it; [1, B, T] each."""
-    batch, length, _ = hidden_BTD.shape
-    dtype = hidden_BTD.dtype
+    """One shard: logits of the targets in it (0 of the others), and logsumexp over it; [1, B, T] each.
+
+    The logits are the sum of `hidden @ table.T` over the pairs; `stored` has the spec and the axes of each table.
+    """
+    batch, length, _ = hidden[0].shape
+    dtype = hidden[0].dtype
     rows = table_rows // jax.lax.axis_size("tensor")
     first = jax.lax.axis_index("tensor") * rows
 
@@ -89,14 +110,18 @@ def _device_log_probs(
 
     # Nor is the gathered table kept, as no weight is. It is widened again, so that its gradient is summed in float32.
     @recomputed
-    def all_chunks(table_VD: jax.Array, hidden_NBCD: jax.Array, targets_NBC: jax.Array):
-        whole_VD = all_gather_weight(table_VD.astype(dtype), table_spec, TABLE).astype(jnp.float32)
+    def all_chunks(tables: list[jax.Array], hidden_chunks: list[jax.Array], targets_NBC: jax.Array):
+        gathered = [
+            all_gather_weight(table.astype(dtype), spec, axes).astype(jnp.float32)
+            for table, (spec, axes) in zip(tables, stored, strict=True)
+        ]
         vocabulary_V = first + jnp.arange(rows)
 
         @recomputed
-        def one_chunk(whole_VD: jax.Array, hidden_BCD: jax.Array, targets_BC: jax.Array):
-            logits_BCV = jnp.einsum(
-                "BCD,VD->BCV", hidden_BCD, whole_VD.astype(dtype), preferred_element_type=jnp.float32
+        def one_chunk(gathered: list[jax.Array], hidden: list[jax.Array], targets_BC: jax.Array):
+            logits_BCV = sum(
+                jnp.einsum("BCD,VD->BCV", x_BCD, table_VD.astype(dtype), preferred_element_type=jnp.float32)
+                for x_BCD, table_VD in zip(hidden, gathered, strict=True)
             )
             logits_BCV = checkpoint_name(logits_BCV, LOGITS)
             if table_rows > vocab_size:
@@ -105,12 +130,14 @@ def _device_log_probs(
             target_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), axis=-1)
             return target_BC, jax.nn.logsumexp(logits_BCV, axis=-1)
 
-        def body(_: None, part: tuple[jax.Array, jax.Array]):
-            return None, one_chunk(whole_VD, *part)
+        def body(_: None, part: tuple[list[jax.Array], jax.Array]):
+            return None, one_chunk(gathered, *part)
 
-        return jax.lax.scan(body, None, (hidden_NBCD, targets_NBC))[1]
+        return jax.lax.scan(body, None, (hidden_chunks, targets_NBC))[1]
 
-    target_NBC, logsumexp_NBC = all_chunks(table_VD, _split(hidden_BTD, chunks), _split(targets_BT, chunks))
+    target_NBC, logsumexp_NBC = all_chunks(
+        tables, [_split(x_BTD, chunks) for x_BTD in hidden], _split(targets_BT, chunks)
+    )
     return _joined(target_NBC, length)[None], _joined(logsumexp_NBC, length)[None]
 
 

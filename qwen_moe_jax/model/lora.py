@@ -11,28 +11,29 @@ from qwen_moe_jax.config import LoraConfig
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.moe.experts import MATRICES, Experts
+from qwen_moe_jax.nn.embedding import Embedding
 from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.lora import LoraAdapter
 from qwen_moe_jax.suggest import did_you_mean
 
-#: What "all-linear" leaves out: the router, and the gate of the shared expert.
-_GATES = ("gate", "shared_expert_gate")
+#: What "all-linear" leaves out: the router, the gate of the shared expert, the token table and the head.
+_NOT_LINEAR = ("gate", "shared_expert_gate", "embed_tokens", "lm_head")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """A matrix of all layers of one kind, [layers, …, out, in], and where its adapter is kept.
+    """A matrix that can have an adapter: one of all layers of a kind, [layers, …, out, in]; the token table; the head.
 
     Attributes:
-        segment, position: of `LayerStack.segments`.
-        path: within the layer, as "self_attn.q_proj" or "mlp.experts.gate_proj".
+        segment, position: of `LayerStack.segments`; None outside the layers.
+        path: within the layer, as "self_attn.q_proj" or "mlp.experts.gate_proj"; "embed_tokens" or "lm_head".
         owner: the module that it is in.
     """
 
-    segment: int
-    position: int
+    segment: int | None
+    position: int | None
     path: str
-    owner: Linear | Experts
+    owner: Linear | Experts | Embedding
 
     @property
     def name(self) -> str:
@@ -52,6 +53,8 @@ class Matrix:
 
     @property
     def _layer(self) -> str:
+        if self.segment is None:
+            return "model." if isinstance(self.owner, Embedding) else ""
         return f"model.layers.segments.{self.segment}.{self.position}."
 
     @property
@@ -101,10 +104,13 @@ def add_lora(model: Model, config: LoraConfig, *, rngs: nnx.Rngs | None) -> None
     _check_targets(config.target_modules, [matrix.path for matrix in found])
     for matrix in found:
         if any(_is_meant(target, matrix.path) for target in config.target_modules):
+            own, sizes = config.of_matrix(matrix.path), matrix.weight.unpadded_shape
+            if matrix.segment is None:
+                matrix.attach(LoraAdapter(matrix.path, matrix.axes, sizes, own, make))
+                continue
             segment = model.model.layers.plan[matrix.segment]
             name = f"model.layers.{segment.start + matrix.position}.{matrix.path}"
-            sizes = matrix.weight.unpadded_shape[1:]
-            matrix.attach(LoraAdapter(name, matrix.axes, sizes, config, make.stacked(segment.repeats)))
+            matrix.attach(LoraAdapter(name, matrix.axes, sizes[1:], own, make.stacked(segment.repeats)))
     model.lora = config
 
 
@@ -133,7 +139,7 @@ def remove_lora(model: Model) -> None:
 
 
 def matrices(model: Model) -> Iterator[Matrix]:
-    """Every matrix of the layers that can have an adapter, in order."""
+    """Every matrix that can have an adapter: the layers' in order, then the token table and a language model's head."""
     for number, period in enumerate(model.model.layers.segments):
         for position, layer in enumerate(period):
             for keys, module in nnx.iter_modules(layer):
@@ -143,6 +149,9 @@ def matrices(model: Model) -> Iterator[Matrix]:
                 elif isinstance(module, Experts):
                     for name in MATRICES:
                         yield Matrix(segment=number, position=position, path=f"{path}.{name}", owner=module)
+    yield Matrix(segment=None, position=None, path="embed_tokens", owner=model.model.embed_tokens)
+    if getattr(model, "lm_head", None) is not None:
+        yield Matrix(segment=None, position=None, path="lm_head", owner=model.lm_head)
 
 
 def is_adapter(path: str) -> bool:
@@ -156,15 +165,16 @@ def _merged(weight: jax.Array, lora: LoraAdapter) -> jax.Array:
 
 def _is_meant(target: str, path: str) -> bool:
     if target == "all-linear":
-        return path.rpartition(".")[2] not in _GATES
+        return path.rpartition(".")[2] not in _NOT_LINEAR
     return f".{target}." in f".{path}."
 
 
 def _check_targets(targets: tuple[str, ...], paths: list[str]) -> None:
     for target in targets:
         if not any(_is_meant(target, path) for path in paths):
-            names = sorted({word for path in paths for word in path.split(".")[1:]})
+            names = sorted({word for path in paths for word in path.split(".")[1:] or [path]})
             raise ConfigError(
                 f"target_modules: found {target!r}, which is in no matrix of this model; "
-                f"{did_you_mean(target, names)}expected some of {', '.join(names)}, a path as {paths[0]!r}, or 'all-linear'."
+                f"{did_you_mean(target, names)}expected some of {', '.join(names)}, a path as {paths[0]!r}, "
+                "or 'all-linear'."
             )

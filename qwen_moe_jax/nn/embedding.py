@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from qwen_moe_jax.nn.lora import LoraAdapter
+from qwen_moe_jax.nn.matmul import weight_einsum
 from qwen_moe_jax.nn.parameters import ParameterFactory
 from qwen_moe_jax.sharding.rules import BATCH, mesh_axes, spec_of
 
@@ -26,6 +28,8 @@ class Embedding(nnx.Module):
     def __init__(self, name: str, vocab_size: int, hidden_size: int, padding_idx: int | None, make: ParameterFactory):
         self.weight = make.normal(f"{name}.weight", (vocab_size, hidden_size), TABLE, zero_row=padding_idx)
         self.padding_idx = padding_idx
+        self.axes = TABLE
+        self.lora: LoraAdapter | None = nnx.data(None)  # set by `model.lora.add_lora`
 
     def __call__(self, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """[B, T] to [B, T, D].
@@ -45,7 +49,16 @@ class Embedding(nnx.Module):
         if self.padding_idx is not None:
             frozen_BT1 = (tokens_BT == self.padding_idx)[..., None]
             hidden_BTD = jnp.where(frozen_BT1, jax.lax.stop_gradient(hidden_BTD), hidden_BTD)
-        return jax.sharding.reshard(hidden_BTD, P(BATCH, None, None))
+        hidden_BTD = jax.sharding.reshard(hidden_BTD, P(BATCH, None, None))
+        if self.lora is None:
+            return hidden_BTD
+        rows_BTr = self.lora.lora_B.at[tokens_BT].get(
+            out_sharding=P(batch, None, None), mode="fill", fill_value=jnp.nan
+        )
+        rows_BTr = jax.sharding.reshard(rows_BTr.astype(dtype) * self.lora.scaling, P(BATCH, None, None))
+        return hidden_BTD + weight_einsum(
+            "BTr,rD->BTD", rows_BTr, self.lora.lora_A[...], self.lora.a_axes, P(BATCH, None, None)
+        )
 
 
 def without_padding(logits_BTV: jax.Array, vocab_size: int) -> jax.Array:

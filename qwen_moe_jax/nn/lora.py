@@ -49,10 +49,12 @@ class LoraAdapter(nnx.Module):
         activations, matrix, result = letters.replace("->", ",").split(",")
         *lead, row, column = matrix
         stack = "".join(lead)
-        x_r = weight_einsum(f"{activations},{stack}r{column}->{narrow}", x, self.lora_A[...], self.a_axes, narrow_spec)
-        return weight_einsum(
-            f"{narrow},{stack}{row}r->{result}", x_r * self.scaling, self.lora_B[...], self.b_axes, out
-        )
+        x_r = self.narrowed(x, f"{activations},{stack}r{column}->{narrow}", narrow_spec)
+        return weight_einsum(f"{narrow},{stack}{row}r->{result}", x_r, self.lora_B[...], self.b_axes, out)
+
+    def narrowed(self, x: jax.Array, letters: str, narrow_spec: P) -> jax.Array:
+        """`scaling · A x`, by the einsum letters of (activations, A) -> result."""
+        return weight_einsum(letters, x, self.lora_A[...], self.a_axes, narrow_spec) * self.scaling
 
     def product(self) -> jax.Array:
         """`scaling · B A`, [layers, …, out, in] in float32: what merging adds to the matrix."""

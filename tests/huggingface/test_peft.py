@@ -104,8 +104,8 @@ def test_a_list_of_last_words_where_that_is_all_and_a_pattern_where_others_end_i
     [
         ({"peft_type": "IA3"}, "peft_type='IA3'"),
         ({"use_dora": True}, "use_dora=True is not supported"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"r": 8}, r"shape: .*lora_A.weight is \[4, 32\], expected \[8, 32\]"),
+        ({"rank_pattern": {"q_proj": 2}}, r"q_proj has lora_A \[4, 32\] and lora_B \[32, 4\], expected rank 2 of both"),
+        ({"r": 8}, r"q_proj has lora_A \[4, 32\] and lora_B \[32, 4\], expected rank 8 of both"),
     ],
 )
 def test_an_adapter_of_another_kind_is_refused_and_the_model_left_as_it_was(saved, tmp_path, change, message):

@@ -38,6 +38,7 @@ API_ONLY: dict[str, str] = {
         )
     },
     "execution.sharding": "a [sharding] table",
+    **{f"lora.{field}": f"dataclasses.replace(config.lora, {field}=…)" for field in ("rank_pattern", "alpha_pattern")},
     **{
         f"sharding.{field}": f"dataclasses.replace(config.execution, sharding=ShardingRules({field}=…))"
         for field in ("vocab", "heads", "ffn")
