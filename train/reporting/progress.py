@@ -35,7 +35,7 @@ class Report:
     `step_seconds`; its `data_seconds`, in which the host got the batch, mostly while the devices computed the step
     before); `layers`, the load [L, E], entropy [L] and drops [L] of that step, now and then; `heldout_loss`; `sample`,
     the model's continuation of the `prompt` next to it; `evaluation_seconds`, `sample_seconds`, `checkpoint_seconds` or
-    `profile_seconds`, which are in no step's; or `start`, what the run is in numbers (`train/show/start.py`).
+    `profile_seconds`, which are in no step's; or `start`, what the run is in numbers (`train/reporting/start.py`).
     """
 
     def __init__(
