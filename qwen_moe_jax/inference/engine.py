@@ -22,6 +22,7 @@ from qwen_moe_jax.inference.sampling import initial_state, sampling_settings
 from qwen_moe_jax.model.cache import Cache, empty_cache
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.sharding.distributed import broadcast
+from qwen_moe_jax.sharding.explicit import apart_from_callers_mesh
 from qwen_moe_jax.sharding.rules import BATCH
 
 Finish = Literal["stop", "length"]
@@ -119,7 +120,7 @@ class Session:
             model.eval()
         self._model = model
         self._rows, self.max_length, self._abstract = programs.padded_cache(model, rows, max_length, cache_dtype)
-        self._cache: Cache | None = empty_cache(self._abstract)
+        self._cache: Cache | None = None
         self._cached: list[list[int]] = [[] for _ in range(self._rows)]
         self._per_row = NamedSharding(model.mesh, P(BATCH))
         self._spans_processes = not self._per_row.is_fully_addressable
@@ -188,7 +189,8 @@ class Session:
     def _or_clear(self) -> Iterator[None]:
         """Clears the session where a program is interrupted: its cache was donated, or holds more than the host has seen."""
         try:
-            yield
+            with apart_from_callers_mesh(self._model.mesh):
+                yield
         except BaseException:
             self._cache, self._cached = None, [[] for _ in range(self._rows)]
             raise

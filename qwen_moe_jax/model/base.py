@@ -21,7 +21,7 @@ from qwen_moe_jax.model.output import ModelOutput, RouterOutput
 from qwen_moe_jax.moe.losses import router_losses
 from qwen_moe_jax.nn.matmul import as_precise_as
 from qwen_moe_jax.nn.parameters import ParameterFactory
-from qwen_moe_jax.sharding.explicit import with_explicit_axes
+from qwen_moe_jax.sharding.explicit import apart_from_callers_mesh, with_explicit_axes
 from qwen_moe_jax.sharding.mesh import checked_mesh
 from qwen_moe_jax.sharding.rules import BATCH
 
@@ -149,7 +149,8 @@ class Model(nnx.Module):
             _check_trainable(self.config)
         if cache is not None:
             _check_cached(cache, inputs, math.prod(self.mesh.shape[axis] for axis in BATCH))
-        return _forward(self, inputs, cache, self._checked_noise_key(noise_key), read_out=read_out)
+        with apart_from_callers_mesh(self.mesh):
+            return _forward(self, inputs, cache, self._checked_noise_key(noise_key), read_out=read_out)
 
     @property
     def execution_in_use(self) -> ExecutionConfig:
@@ -213,7 +214,9 @@ class LogitsOf(ReadOut):
         """See `ReadOut`."""
         hidden_BTD, hidden_states = out.hidden_BTD, None
         if self.output_hidden_states:
-            hidden_states = jnp.concatenate([out.inputs_LBTD, hidden_BTD[None]])
+            # A single row has two spellings of its sharding on a single device.
+            parts = (jax.sharding.reshard(x, P(None, BATCH, None, None)) for x in (out.inputs_LBTD, hidden_BTD[None]))
+            hidden_states = jnp.concatenate([*parts])
         if inputs.logits_at_B is not None:
             hidden_BTD = token_at(hidden_BTD, inputs.logits_at_B)[:, None]
         with jax.named_scope("head"):

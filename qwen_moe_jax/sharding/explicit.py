@@ -5,7 +5,9 @@ no mesh context. Inside, every axis is `Explicit`: shardings are part of the typ
 a mistake is an error at trace time instead of a silent all-gather.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -33,7 +35,8 @@ def with_explicit_axes(function: Callable[..., Any], mesh: Mesh, in_specs: Seque
     """
 
     def wrapped(module: nnx.Module, *args: Any) -> Any:
-        _check_context(mesh)
+        if not _fits(mesh):
+            raise _refusal(mesh)
         # Shardings are given leaf by leaf: the module and the arguments are flattened here and put together inside.
         leaves, treedef = jax.tree.flatten((module, args))
         specs = [param.spec for param in jax.tree.leaves(module, is_leaf=_is_param)]
@@ -51,13 +54,33 @@ def with_explicit_axes(function: Callable[..., Any], mesh: Mesh, in_specs: Seque
     return wrapped
 
 
-def _check_context(mesh: Mesh) -> None:
+def apart_from_callers_mesh(mesh: Mesh) -> AbstractContextManager:
+    """A context in which a compiled function runs on this mesh, whatever mesh the caller has set (`jax.set_mesh`).
+
+    Raises:
+        ShardingError: a program or a gradient is being traced under another mesh: one program cannot have both.
+    """
+    if _fits(mesh):
+        return contextlib.nullcontext()
+    try:
+        return jax.set_mesh(None)
+    except ValueError:
+        raise _refusal(mesh) from None
+
+
+def _fits(mesh: Mesh) -> bool:
+    """Whether no mesh is set, or one with the axes of this one."""
     current = jax.sharding.get_abstract_mesh()
-    if not current.empty and current.shape_tuple != mesh.abstract_mesh.shape_tuple:
-        raise ShardingError(
-            f"the model is on a mesh of {dict(mesh.shape)}, and the mesh that is set is {dict(current.shape)}. Set "
-            "that of the model, jax.set_mesh(model.mesh), or call the model where no mesh is set."
-        )
+    return current.empty or current.shape_tuple == mesh.abstract_mesh.shape_tuple
+
+
+def _refusal(mesh: Mesh) -> ShardingError:
+    current = jax.sharding.get_abstract_mesh()
+    return ShardingError(
+        f"the model is on a mesh of {dict(mesh.shape)}, and a program or a gradient around it is traced under another, "
+        f"{dict(current.shape)}: one program cannot have both. Set the model's own, jax.set_mesh(model.mesh), or trace "
+        "where no mesh is set."
+    )
 
 
 def _is_explicit(mesh: Mesh) -> bool:
