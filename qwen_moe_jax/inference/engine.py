@@ -78,7 +78,8 @@ def check_request(model: CausalLM, name: str, prompt: Sequence[int], config: Gen
     """Refuses what cannot be served.
 
     Raises:
-        RequestError: naming the request: an empty prompt, a token id outside the vocabulary, no position left for a new token.
+        RequestError: naming the request: an empty prompt, a token id outside the vocabulary, no position for a
+            new token.
     """
     vocab_size, positions = model.config.vocab_size, model.config.max_position_embeddings
     if len(prompt) == 0:
@@ -158,23 +159,19 @@ class Session:
         budgets = [new_tokens(model, *request) for request in zip(prompts, configs, strict=True)]
         if self._spans_processes:
             configs = [_with_common_seed(config) for config in configs]
-        settings = sampling_settings([*configs, *[GenerationConfig()] * absent], model.config.vocab_size)
         token_B: Any = np.zeros(self._rows, np.int32)
         left_B: Any = np.array([*budgets, *[0] * absent], np.int32)
-        state = programs.DecodeState(
-            token_B=token_B,
-            left_B=left_B,
-            sampling=initial_state(settings, rows),
-        )
         with self._or_clear():
+            settings = sampling_settings([*configs, *[GenerationConfig()] * absent], model.config.vocab_size)
+            state = programs.DecodeState(token_B=token_B, left_B=left_B, sampling=initial_state(settings, rows))
             state, output = programs.first(self._read(rows), state, settings)
             output = self._on_host(output)
         alive = set(range(len(prompts)))
         yield from self._chunks(output, alive, enough)
         while alive:
             continues_B = np.isin(np.arange(self._rows), sorted(alive))
-            state = dataclasses.replace(state, left_B=jnp.where(continues_B, state.left_B, 0))
             with self._or_clear():
+                state = dataclasses.replace(state, left_B=jnp.where(continues_B, state.left_B, 0))
                 self._cache, state, output = programs.decode(model, self._cache, state, settings)
                 output = self._on_host(output)
             yield from self._chunks(output, alive, enough)
@@ -187,7 +184,7 @@ class Session:
 
     @contextlib.contextmanager
     def _or_clear(self) -> Iterator[None]:
-        """Clears the session where a program is interrupted: its cache was donated, or holds more than the host has seen."""
+        """Clears the session where a program is interrupted: its cache was donated, or is ahead of the host."""
         try:
             with apart_from_callers_mesh(self._model.mesh):
                 yield

@@ -49,3 +49,11 @@ def test_a_mesh_that_the_caller_has_set_makes_no_difference(model, kind):
             jax.jit(lambda model: model(TOKENS_BT).logits)(model)
     with jax.set_mesh(model.mesh):
         np.testing.assert_array_equal(np.asarray(model(TOKENS_BT).logits), expected_BTV)
+
+
+def test_generation_takes_the_models_mesh_whatever_the_caller_has_set(model):
+    prompts = [[5, 6, 7], [8, 9]]
+    expected = qmj.complete(model, prompts, max_new_tokens=3)
+    with jax.set_mesh(jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))):
+        found = qmj.complete(model, prompts, max_new_tokens=3)
+    assert [row.token_ids for row in found] == [row.token_ids for row in expected]

@@ -151,17 +151,16 @@ def test_a_checkpoint_loads_onto_a_mesh_of_the_users_own_making_and_generates(tm
     np.testing.assert_array_equal(model(placed).logits, model(tokens_BT).logits)
 
 
-def test_inside_the_mesh_of_the_model_it_runs_and_inside_another_it_is_refused():
+def test_a_model_runs_inside_any_mesh_and_a_program_traced_inside_another_is_refused():
     mesh = jax.make_mesh((2, 4), ("data", "expert"), axis_types=(AUTO, AUTO))
     model = build(mesh)
     expected = model(TOKENS_BT).logits
     with jax.set_mesh(model.mesh):
         np.testing.assert_array_equal(model(TOKENS_BT).logits, expected)
-    with (
-        jax.set_mesh(mesh),
-        pytest.raises(qmj.ShardingError, match=r"mesh of .*'tensor': 1.* jax.set_mesh\(model.mesh"),
-    ):
-        model(TOKENS_BT)
+    with jax.set_mesh(mesh):
+        np.testing.assert_array_equal(np.asarray(model(TOKENS_BT).logits), expected)
+        with pytest.raises(qmj.ShardingError, match=r"mesh of .*'tensor': 1.* jax.set_mesh\(model.mesh"):
+            jax.jit(lambda model: model(TOKENS_BT).logits)(model)
 
 
 def test_tokens_that_the_user_has_sharded_are_taken():
