@@ -213,7 +213,7 @@ def test_generate_names_every_prompt_that_it_refuses_and_runs_none(small, never_
     [
         (dict(max_tokens=5), "max_tokens=5: there is no such setting of generation; did you mean 'max_new_tokens'?"),
         (dict(temprature=0.5), "did you mean 'temperature'?"),
-        (dict(zzz=1), "Expected some of eos_token_id, stop_strings, max_new_tokens"),
+        (dict(zzz=1), "expected one of eos_token_id, stop_strings, max_new_tokens"),
     ],
 )
 def test_an_unknown_setting_is_refused_with_the_one_that_was_meant(small, never_run, settings, message):
