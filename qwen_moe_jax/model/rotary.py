@@ -59,8 +59,12 @@ def _base_frequencies(theta: float, head_dim: int) -> np.ndarray:
 
 
 def _dynamic(rope: RopeConfig, head_dim: int, longest: int, positions_BT: jax.Array) -> jax.Array:
-    """NTK scaling: beyond the pretrained length the base grows with the longest sequence of the batch."""
-    length = jnp.maximum(jnp.max(positions_BT) + 1, longest).astype(jnp.float32)
+    """NTK scaling, [B, 1, H/2]: beyond the pretrained length the base grows with a row's longest segment.
+
+    Each row has a base of its own, that of the row alone in transformers, which lets the longest row of a batch decide.
+    """
+    length_B11 = jnp.maximum(jnp.max(positions_BT, axis=1)[:, None, None] + 1, longest)
+    length = length_B11.astype(jnp.float32)
     growth = (rope.factor * length / longest) - (rope.factor - 1)
     theta = rope.rope_theta * growth ** (head_dim / (head_dim - 2))
     return 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))

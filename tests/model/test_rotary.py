@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.model.rotary import inverse_frequencies
+from tests.cases import CASES
 
 PUBLISHED = Path(__file__).parents[2] / "configs" / "models"
 
@@ -36,3 +38,17 @@ def test_yarn_without_pretraining_length_scales_from_the_longest_position():
     given, _ = inverse_frequencies(yarn_of_qwen3(original_max_position_embeddings=40_960).rope, 128)
     absent, _ = inverse_frequencies(yarn_of_qwen3().rope, 128)
     np.testing.assert_array_equal(absent, given)
+
+
+def test_under_a_dynamic_rope_a_text_does_not_depend_on_its_batch():
+    """The base grows beyond 8 positions: with the row's own length, not with that of a longer row."""
+    config = qmj.ModelConfig.from_pretrained(
+        {**CASES["qwen3_moe-dynamic_past_maximum"].config, "vocab_size": 96, "initializer_range": 0.3}
+    )
+    model = qmj.CausalLM(config, rngs=nnx.Rngs(0))
+    short, long = np.arange(10), np.arange(10, 40)
+    tokens_BT = np.stack([np.pad(short, (0, 20)), long])
+    mask_BT = np.stack([np.arange(30) < 10, np.ones(30, bool)])
+    together = np.asarray(model(tokens_BT, mask_BT).logits)
+    np.testing.assert_allclose(together[0, :10], model(short[None]).logits[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(together[1], model(long[None]).logits[0], rtol=1e-4, atol=1e-5)
