@@ -68,7 +68,7 @@ def report(target: str, devices: list[jax.Device]) -> None:
     """Compiles every method for four of these devices and prints a line for each."""
     mesh = Mesh(np.array(devices[:WAYS]).reshape(1, 1, WAYS, 1), AXES, axis_types=(AxisType.Auto,) * 4)
     make = ParameterFactory(mesh=mesh, dtype="bfloat16", initializer_range=0.02, rngs=None)
-    block = SparseMoeBlock("mlp", CONFIG, make)
+    block = SparseMoeBlock(CONFIG.hidden_size, CONFIG.moe, act=CONFIG.hidden_act, make=make)
     spread = NamedSharding(mesh, P(BATCH))
     hidden_BTD = jax.ShapeDtypeStruct((WAYS, TOKENS, compile_kernels.D), jnp.bfloat16, sharding=spread)
     token_mask_BT = jax.ShapeDtypeStruct((WAYS, TOKENS), bool, sharding=spread)

@@ -244,7 +244,7 @@ def our_block(subject: Subject) -> SparseMoeBlock:
     config = ModelConfig.from_pretrained(subject.hub)
     scale, rngs = config.initializer_range, nnx.Rngs(0)
     make = ParameterFactory(mesh=mesh(), dtype=subject.dtype, initializer_range=scale, rngs=rngs)
-    block = SparseMoeBlock("mlp", config, make)
+    block = SparseMoeBlock(config.hidden_size, config.moe, act=config.hidden_act, make=make)
     router = block.gate.weight[...]
     block.gate.weight[...] = jax.device_put(jnp.eye(*router.shape, dtype=router.dtype), router.sharding)
     return block

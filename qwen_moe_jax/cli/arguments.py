@@ -3,11 +3,12 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
-from qwen_moe_jax.config import DTYPES, INFERENCE_SHARDING, MESH_AXES, SHARDING_RULES, Dispatch, ExecutionConfig
+from qwen_moe_jax.config import DTYPES, INFERENCE_SHARDING, MESH_AXES, SHARDING_RULES, ExecutionConfig
 from qwen_moe_jax.config.checks import dtype_name
 from qwen_moe_jax.config.docs import first_sentence
+from qwen_moe_jax.config.execution import DISPATCHERS
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.hub import is_hub_name
 
@@ -52,7 +53,7 @@ def add_dispatch_argument(group: argparse._ActionsContainer) -> None:
     """`--dispatch`."""
     meaning = first_sentence(ExecutionConfig, "dispatch")
     text = f"{meaning}; dropless if not given. Under capacity, full experts drop tokens"
-    group.add_argument("--dispatch", choices=get_args(Dispatch), help=text)
+    group.add_argument("--dispatch", choices=DISPATCHERS, help=text)
 
 
 def add_sharding_argument(group: argparse._ActionsContainer) -> None:

@@ -7,7 +7,6 @@ which family it belongs to.
 from qwen_moe_jax.config.dtypes import DTYPES, Dtype, DTypeLike
 from qwen_moe_jax.config.execution import (
     CapacityBy,
-    Dispatch,
     DropPolicy,
     Exchange,
     ExecutionConfig,
@@ -35,7 +34,6 @@ __all__ = [
     "Activation",
     "AttentionConfig",
     "CapacityBy",
-    "Dispatch",
     "DropPolicy",
     "Dtype",
     "Exchange",

@@ -7,8 +7,14 @@ from typing import Literal
 from qwen_moe_jax.config.checks import Checks
 from qwen_moe_jax.config.dtypes import DTypeLike
 from qwen_moe_jax.config.sharding import SHARDING_RULES, ShardingRules
+from qwen_moe_jax.suggest import did_you_mean
 
-Dispatch = Literal["dropless", "capacity", "dense"]
+#: Names of dispatchers; `moe.dispatch.register_dispatcher` adds to them.
+DISPATCHERS = ["dropless", "capacity", "dense"]
+
+#: Rows of a dropless buffer as a multiple of a balanced load, where none is asked for.
+BUFFER_FACTOR = 2.0
+
 CapacityBy = Literal["einsum", "index"]
 DropPolicy = Literal["position", "probs"]
 Exchange = Literal["all_gather", "all_to_all", "ragged_all_to_all"]
@@ -31,9 +37,9 @@ class ExecutionConfig:
         router_dtype: of the router's matmul; None takes `dtype`, as in transformers. float32 is more stable in bfloat16
             training, and routes a few tokens otherwise than transformers does.
         dispatch: how tokens reach their experts. dropless sorts them by expert and multiplies ragged groups; capacity
-            gives each expert a fixed number of slots per group of tokens, and drops what is left over; dense runs every
-            expert on every token, the reference. None takes dropless in eval mode (`model.eval()`, how every model
-            starts) and capacity in training mode (`model.train()`).
+            gives each expert a fixed number of slots per group of tokens, and drops the rest; dense runs every expert
+            on every token, the reference; or a name given to `moe.dispatch.register_dispatcher`. None takes dropless in
+            eval mode (`model.eval()`, how every model starts) and capacity in training mode (`model.train()`).
         capacity_factor: under capacity in training mode, slots per expert and group as a multiple of a perfectly
             balanced load (`ceil(group_size * num_experts_per_tok / num_experts * capacity_factor)`).
         eval_capacity_factor: the same in eval mode.
@@ -45,10 +51,9 @@ class ExecutionConfig:
             those with the smallest router weight (batch-prioritised routing, arXiv 2106.05974).
         capacity_by: "einsum" moves tokens by one-hot matmuls (GShard), "index" by gathers: the same tokens to the same
             slots. None takes "einsum" where it costs at most a third of the experts' matmuls.
-        buffer_factor: under "dropless" on several expert devices in training mode, rows a device has room for, as a
-            multiple of a perfectly balanced load. What does not fit is dropped and counted. None makes room for the
-            worst case: nothing is ever dropped.
-        eval_buffer_factor: the same in eval mode.
+        buffer_factor: under dropless on several expert devices, rows of a device's buffer as a multiple of a perfectly
+            balanced load. Nothing is dropped: rows beyond the buffer are served in further rounds. None sizes buffers
+            for the worst case where that is at most 1024 rows, and otherwise takes 2.
         exchange: under dropless, how rows cross the `expert` axis. all_gather brings every token to every device of
             the axis and sums what they return; all_to_all sends each row to its expert, in buffers of fixed size;
             ragged_all_to_all sends only the rows there are (not on CPUs). None takes all_gather where it sends less.
@@ -73,15 +78,14 @@ class ExecutionConfig:
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike | None = None
     router_dtype: DTypeLike | None = None
-    dispatch: Dispatch | None = None
+    dispatch: str | None = None
     capacity_factor: float = 1.25
     eval_capacity_factor: float = 2.0
     min_capacity: int = 4
     group_size: int | None = None
     drop_policy: DropPolicy = "position"
     capacity_by: CapacityBy | None = None
-    buffer_factor: float | None = 2.0
-    eval_buffer_factor: float | None = None
+    buffer_factor: float | None = None
     exchange: Exchange | None = None
     grouped_matmul: GroupedMatmul | None = None
     routing: RoutingMode = "learned"
@@ -102,11 +106,14 @@ class ExecutionConfig:
                 expected = f"one of {', '.join(map(repr, SHARDING_RULES))}, or ShardingRules"
                 if check(self.sharding in SHARDING_RULES, "sharding", expected):
                     object.__setattr__(self, "sharding", SHARDING_RULES[self.sharding])
+            names = ", ".join(map(repr, DISPATCHERS))
+            hint = did_you_mean(str(self.dispatch), DISPATCHERS)
+            expected = f"one of {names}, a name given to register_dispatcher before, or None. {hint}".rstrip()
+            check(self.dispatch is None or self.dispatch in DISPATCHERS, "dispatch", expected)
             check.literals()
             check.dtypes("dtype", "param_dtype", "router_dtype")
             for name in ("capacity_factor", "eval_capacity_factor"):
                 check(getattr(self, name) > 0, name, "a positive number")
-            for name in ("buffer_factor", "eval_buffer_factor"):
-                found = getattr(self, name)
-                check(found is None or 1 <= found < math.inf, name, "a number of at least 1, or None")
+            factor = self.buffer_factor
+            check(factor is None or 1 <= factor < math.inf, "buffer_factor", "a number of at least 1, or None")
             check.at_least(1, "min_capacity", "group_size", "attention_block")

@@ -3,6 +3,7 @@
 import dataclasses
 
 from qwen_moe_jax.config import CapacityBy, Exchange, ExecutionConfig, GroupedMatmul, MoEConfig
+from qwen_moe_jax.config.execution import BUFFER_FACTOR
 from qwen_moe_jax.errors import ConfigError, ShardingError
 from qwen_moe_jax.rounding import previous_power_of_two
 
@@ -27,8 +28,7 @@ def resolve(
 ) -> ExecutionConfig:
     """The same execution with nothing left open.
 
-    What belongs to eval mode (`eval_capacity_factor`, `eval_buffer_factor`) takes the place of its training
-    counterpart, so that no layer needs to know the mode.
+    In eval mode `capacity_factor` becomes `eval_capacity_factor`, so that no layer needs to know the mode.
 
     Args:
         execution: with its dtype.
@@ -43,11 +43,7 @@ def resolve(
     """
     execution = resolve_attention(execution, platform)
     if not training:
-        execution = dataclasses.replace(
-            execution,
-            capacity_factor=execution.eval_capacity_factor,
-            buffer_factor=execution.eval_buffer_factor,
-        )
+        execution = dataclasses.replace(execution, capacity_factor=execution.eval_capacity_factor)
     if moe is None:
         return execution
     if execution.exchange == "ragged_all_to_all" and platform == "cpu":
@@ -83,7 +79,7 @@ def _groups(execution: ExecutionConfig, width: int) -> tuple[int, CapacityBy]:
 
 def _exchange(execution: ExecutionConfig, moe: MoEConfig, num_shards: int, platform: str) -> Exchange:
     """Gathering sends X - 1 times a device's tokens, all-to-all A * buffer_factor * (X - 1) / X times."""
-    if execution.buffer_factor is None or num_shards <= moe.num_experts_per_tok * execution.buffer_factor:
+    if num_shards <= moe.num_experts_per_tok * (execution.buffer_factor or BUFFER_FACTOR):
         return "all_gather"
     return "all_to_all" if platform == "cpu" else "ragged_all_to_all"
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 
 import tokenizers
 
-from qwen_moe_jax.config import INFERENCE_SHARDING, Dispatch, DTypeLike, ExecutionConfig, GenerationConfig, ModelConfig
+from qwen_moe_jax.config import INFERENCE_SHARDING, DTypeLike, ExecutionConfig, GenerationConfig, ModelConfig
 from qwen_moe_jax.errors import CheckpointError, RequestError
 from qwen_moe_jax.huggingface.fields import read_json
 from qwen_moe_jax.huggingface.hub import local_folder
@@ -81,7 +81,7 @@ class Harness:
         folder: str | PathLike[str],
         *,
         dtype: DTypeLike | None = None,
-        dispatch: Dispatch | None = None,
+        dispatch: str | None = None,
         sharding: str = INFERENCE_SHARDING,
         data: int = 1,
         fsdp: int = 1,

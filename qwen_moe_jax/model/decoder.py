@@ -23,7 +23,8 @@ from qwen_moe_jax.model.layer import DecoderLayer, LayerOutput
 from qwen_moe_jax.model.rotary import rotary_tables
 from qwen_moe_jax.model.segments import Segment, plan_segments
 from qwen_moe_jax.moe.block import SparseMoeBlock
-from qwen_moe_jax.moe.experts import EXCHANGED, LayerOfExperts
+from qwen_moe_jax.moe.dispatch.rows import EXCHANGED
+from qwen_moe_jax.moe.experts import layer_of
 from qwen_moe_jax.moe.stats import RouterStats, RouterTrace
 from qwen_moe_jax.nn.bits import rows_at
 from qwen_moe_jax.nn.embedding import Embedding
@@ -219,7 +220,7 @@ def layer_at(stacked: DecoderLayer, index: jax.Array) -> DecoderLayer:
     """One layer of a stack. Its experts' weights stay in the stack, with the index: a few tokens need a few of them."""
     layer = jax.tree.map(lambda x: rows_at(x, index, 1)[0], stacked)
     if isinstance(layer.mlp, SparseMoeBlock) and isinstance(stacked.mlp, SparseMoeBlock):
-        layer.mlp.experts = LayerOfExperts(stacked=stacked.mlp.experts, layer=index)
+        layer.mlp.experts = layer_of(stacked.mlp.experts, index)
     return layer
 
 

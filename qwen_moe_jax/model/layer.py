@@ -44,7 +44,7 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(f"{name}.post_attention_layernorm", width, eps, make)
         self.mlp: SparseMoeBlock | MLP
         if kind.mlp == "sparse":
-            self.mlp = SparseMoeBlock(f"{name}.mlp", config, make)
+            self.mlp = SparseMoeBlock(width, config.moe, act=config.hidden_act, make=make, name=f"{name}.mlp")
         else:
             self.mlp = MLP(f"{name}.mlp", width, config.intermediate_size, config.hidden_act, make)
         self.kind = kind

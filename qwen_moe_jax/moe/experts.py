@@ -1,4 +1,4 @@
-"""The routed experts: stacked SwiGLU weights, and their matmuls over tokens that are already in place."""
+"""The routed experts: stacked SwiGLU weights, and their matmuls over rows that a dispatcher laid out."""
 
 import dataclasses
 import functools
@@ -11,12 +11,26 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import Activation, GroupedMatmul, MoEConfig
+from qwen_moe_jax.moe.dispatch.overflow import serve_overflow
+from qwen_moe_jax.moe.dispatch.rows import (
+    GATHERED_TOKENS,
+    SLOTS,
+    AllTokens,
+    Assignments,
+    Rows,
+    SingleToken,
+    Slots,
+    SortedRows,
+    add_device_axis,
+    drop_device_axis,
+    per_device,
+)
+from qwen_moe_jax.moe.kernels.cpu import matrix_at
 from qwen_moe_jax.moe.kernels.grouped_matmul import grouped_matmul
-from qwen_moe_jax.nn.bits import rows_at
 from qwen_moe_jax.nn.matmul import WEIGHT_MATMUL, weight_einsum
 from qwen_moe_jax.nn.mlp import ACTIVATIONS
 from qwen_moe_jax.nn.parameters import ParameterFactory
-from qwen_moe_jax.sharding.rules import all_gather_weight, needs_gather, spec_of
+from qwen_moe_jax.sharding.rules import all_gather_weight, needs_gather, spec_of, with_single_axes
 
 #: The three matrices of an expert, with their logical axes.
 MATRICES = {
@@ -25,172 +39,126 @@ MATRICES = {
     "down_proj": ("expert", "expert_embed", "ffn"),
 }
 
-#: Places [E, G, C, D] lie with their experts; [E, G, C, F] between the matmuls.
-SLOTS = P("expert", ("data", "fsdp"), None, None)
+#: Sharding of slots [E, G, C, F] and of all tokens [B, T, E, F] between an expert's matmuls, and of
+#: [B, T, E, r] between those of an adapter.
 WIDE_SLOTS = P("expert", ("data", "fsdp"), None, "tensor")
-
-#: Tokens [B, T, D] gathered over `expert`, for methods that bring every token to every expert.
-GATHERED_TOKENS = P(("data", "fsdp"), None, None)
 WIDE_TOKENS = P(("data", "fsdp"), None, "expert", "tensor")
 NARROW_TOKENS = P(("data", "fsdp"), None, "expert", None)
 
-#: Rows per expert up to which a layer's experts stay in the stack of all layers. With more, the products outweigh the
-#: copy that cutting them out costs, and blocks sized for one layer's experts are better filled. Measured on CPUs in
-#: float32: at 8 cutting out takes half as long again, at 16 the two are nearly even (benchmarks/results/decode-cpu.md).
-FEW_ROWS = 16
-
-#: The name that remat policies know the arrays by that came over the `expert` axis.
-EXCHANGED = "exchanged"
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stacked:
-    """One array of all experts as it is stored; inside a shard_map, one device's part.
-
-    Attributes:
-        value: [E, out, in]; of a layer that is left in the stack of all, with a leading axis of layers.
-        spec: how the whole lies.
-        axes: the logical axes of the last three.
-    """
-
-    value: jax.Array
-    spec: P = dataclasses.field(metadata={"static": True})
-    axes: tuple[str, ...] = dataclasses.field(metadata={"static": True})
-
-    @property
-    def cut(self) -> bool:
-        """Whether a device has to gather it, inside a shard_map."""
-        return needs_gather(self.spec[-3:], self.axes)
-
-    def used(self, value: jax.Array) -> jax.Array:
-        """One layer's part of it, gathered for use, inside a shard_map."""
-        return all_gather_weight(value, self.spec[-3:], self.axes)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExpertMatrix:
-    """One of the three matrices of every expert, and its low-rank adapter, (A, B), if it has one."""
-
-    weight: Stacked
-    adapter: tuple[Stacked, Stacked] | None = None
-    scaling: float = dataclasses.field(default=1.0, metadata={"static": True})
-
-    def times(self, multiply: Callable[[jax.Array, Stacked], jax.Array], x: jax.Array) -> jax.Array:
-        """The matrix times `x`, by whatever multiplies rows with one of its arrays."""
-        y = multiply(x, self.weight)
-        if self.adapter is None:
-            return y
-        a, b = self.adapter
-        return y + multiply(multiply(x, a) * self.scaling, b)
+Multiply = Callable[[jax.Array, jax.Array, P, tuple[str, ...]], jax.Array]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertWeights:
-    """The weights of experts as plain arrays; inside a shard_map, one device's part.
+    """The weights of experts as plain arrays; inside a shard_map, one device's shards.
 
     Attributes:
         gate_proj, up_proj, down_proj: [E, F, D], [E, F, D], [E, D, F]; of a `layer`, with a leading axis of all layers.
+        lora: for each matrix that has a low-rank adapter, A and B, stacked likewise.
         layer: int32 []; which of the stacked layers is meant. None where they are not stacked.
+        scaling: of each adapter, as pairs (name of the matrix, factor).
         act: between the matmuls.
     """
 
-    gate_proj: ExpertMatrix
-    up_proj: ExpertMatrix
-    down_proj: ExpertMatrix
+    gate_proj: jax.Array
+    up_proj: jax.Array
+    down_proj: jax.Array
+    lora: dict[str, tuple[jax.Array, jax.Array]]
     layer: jax.Array | None = None
+    scaling: tuple[tuple[str, float], ...] = dataclasses.field(metadata={"static": True})
     act: Activation = dataclasses.field(metadata={"static": True})
 
-    def specs(self) -> "ExpertWeights":
-        """How all of it lies at rest, for a shard_map to take it in."""
-        arrays = dataclasses.replace(self, layer=None)
-        specs = jax.tree.map(lambda array: dataclasses.replace(array, value=array.spec), arrays, is_leaf=_is_stacked)
-        return dataclasses.replace(specs, layer=None if self.layer is None else P())
+    def swiglu(self, x: jax.Array, specs: "ExpertWeights", multiply: Multiply) -> jax.Array:
+        """`down(act(gate(x)) * up(x))`, adapters included, inside a shard_map.
 
-    def on_rows(self, rows_RD: jax.Array, sizes_E: jax.Array, backend: GroupedMatmul) -> jax.Array:
+        Args:
+            x: rows.
+            specs: how the arrays are stored, as a tree of the same form.
+            multiply: rows with one of the arrays, given its partition spec and logical axes.
+        """
+
+        def project(name: str, x: jax.Array) -> jax.Array:
+            lead, rows, columns = MATRICES[name]
+            y = multiply(x, getattr(self, name), getattr(specs, name), MATRICES[name])
+            if name not in self.lora:
+                return y
+            (a, b), (a_spec, b_spec) = self.lora[name], specs.lora[name]
+            x_r = multiply(x, a, a_spec, (lead, "rank", columns))
+            return y + multiply(x_r * dict(self.scaling)[name], b, b_spec, (lead, rows, "rank"))
+
+        return project("down_proj", ACTIVATIONS[self.act](project("gate_proj", x)) * project("up_proj", x))
+
+    def on_rows(
+        self, rows_RD: jax.Array, sizes_E: jax.Array, specs: "ExpertWeights", backend: GroupedMatmul
+    ) -> jax.Array:
         """Each row through its expert, [R, D] to the same, inside a shard_map.
 
-        Over `tensor`, which splits F, the results are partial sums. Weights are gathered over fsdp, here and again in
+        Over `tensor`, which shards F, the results are partial sums. Weights are gathered over fsdp, here and again in
         the backward pass.
 
         Args:
             rows_RD: rows sorted by expert; see `grouped_matmul`.
             sizes_E: rows of each of the device's experts.
+            specs: as in `swiglu`.
             backend: of `grouped_matmul`.
         """
 
-        def multiply(x: jax.Array, array: Stacked) -> jax.Array:
+        def multiply(x: jax.Array, array: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array:
             @functools.partial(jax.checkpoint, prevent_cse=False)
             def product(x: jax.Array, weight: jax.Array) -> jax.Array:
-                if self.layer is None:
-                    return grouped_matmul(x, array.used(weight.astype(x.dtype)), sizes_E, backend)
-                layers, experts = weight.shape[:2]
-                if weight.dtype != x.dtype or array.cut or len(x) > FEW_ROWS * experts:
-                    own = jax.lax.dynamic_index_in_dim(weight, self.layer, keepdims=False)
-                    return grouped_matmul(x, array.used(own.astype(x.dtype)), sizes_E, backend)
-                # All layers' experts in a row, of which those of the other layers have no rows: to cut this layer's out
-                # of the stack would copy all of them, and a few tokens ask for few.
-                sizes_N = jnp.zeros(layers * experts, sizes_E.dtype)
-                sizes_N = jax.lax.dynamic_update_slice_in_dim(sizes_N, sizes_E, self.layer * experts, axis=0)
-                return grouped_matmul(x, weight.reshape(layers * experts, *weight.shape[2:]), sizes_N, backend)
+                layer = self.layer
+                if layer is not None and (weight.dtype != x.dtype or needs_gather(spec[-3:], axes)):
+                    weight, layer = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False), None
+                if layer is None:
+                    weight = all_gather_weight(weight.astype(x.dtype), spec[-3:], axes)
+                return grouped_matmul(x, weight, sizes_E, backend, layer)
 
-            return checkpoint_name(product(x, array.value), WEIGHT_MATMUL)
+            return checkpoint_name(product(x, array), WEIGHT_MATMUL)
 
-        gated_RF = self.gate_proj.times(multiply, rows_RD)
-        raised_RF = self.up_proj.times(multiply, rows_RD)
-        return self.down_proj.times(multiply, ACTIVATIONS[self.act](gated_RF) * raised_RF)
+        return self.swiglu(rows_RD, specs, multiply)
 
-    def on_token(self, x_TD: jax.Array, experts_A: jax.Array, weights_A: jax.Array) -> jax.Array:
-        """One token through its experts on CPUs, [1, D] to their weighted sum, inside a shard_map.
+    def on_token(
+        self, x_TD: jax.Array, experts_A: jax.Array, weights_A: jax.Array, specs: "ExpertWeights"
+    ) -> jax.Array:
+        """One token through its experts, [1, D] to their weighted sum, on CPUs inside a shard_map.
 
-        Decoding one text is this and little else: no rows are sorted, and the loop reads each chosen expert once, where
-        it lies. Over `tensor` the result is a partial sum.
+        Nothing is sorted, and each chosen expert is read once, from the stack of all layers. Over `tensor` the result
+        is a partial sum.
 
         Args:
             x_TD: the token, T is 1.
             experts_A: int32; the device's experts it chose; a number past them is none.
             weights_A: what each counts.
+            specs: as in `swiglu`.
         """
-        experts = self.gate_proj.weight.value.shape[-3]
-        first = 0 if self.layer is None else self.layer * experts
+
+        num_experts = self.gate_proj.shape[-3]
+        first = 0 if self.layer is None else self.layer * num_experts
 
         def add(choice: jax.Array, sum_TD: jax.Array) -> jax.Array:
             expert = experts_A[choice]
-            at = first + jnp.minimum(expert, experts - 1)
+            at = first + jnp.minimum(expert, num_experts - 1)
 
-            def times(x_TI: jax.Array, array: Stacked) -> jax.Array:
-                matrices = array.value.reshape(-1, *array.value.shape[-2:])
-                matrix_OI = rows_at(matrices, at, 1)[0].astype(x_TI.dtype)
+            def multiply(x_TI: jax.Array, array: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array:
+                matrix_OI = matrix_at(array, at).astype(x_TI.dtype)
+                matrix_OI = all_gather_weight(matrix_OI, spec[-2:], axes[-2:])
                 product_TO = jnp.einsum("TI,OI->TO", x_TI, matrix_OI, preferred_element_type=jnp.float32)
                 return product_TO.astype(x_TI.dtype)
 
-            gated_TF, raised_TF = self.gate_proj.times(times, x_TD), self.up_proj.times(times, x_TD)
-            mixed_TD = self.down_proj.times(times, ACTIVATIONS[self.act](gated_TF) * raised_TF)
-            return sum_TD + jnp.where(expert < experts, mixed_TD * weights_A[choice], 0)
+            result_TD = self.swiglu(x_TD, specs, multiply)
+            return sum_TD + jnp.where(expert < num_experts, result_TD * weights_A[choice], 0)
 
         sum_TD = jnp.zeros(x_TD.shape, jnp.result_type(x_TD, weights_A))
         return jax.lax.fori_loop(0, len(experts_A), add, sum_TD)
-
-    def lies_ready(self, x_TD: jax.Array) -> bool:
-        """Whether the weights can be multiplied with as they are stored: in this dtype, and whole but for `tensor`.
-
-        Adapters may be of another dtype: a row or two of them is soon cast.
-        """
-        arrays = jax.tree.leaves(dataclasses.replace(self, layer=None), is_leaf=_is_stacked)
-        return not any(array.cut for array in arrays) and self.gate_proj.weight.value.dtype == x_TD.dtype
-
-
-def _is_stacked(node: object) -> bool:
-    return isinstance(node, Stacked)
 
 
 class Experts(nnx.Module):
     """Weights of all experts of a layer, each in the Hub's [out, in] order: [E, F, D], [E, F, D], [E, D, F].
 
-    They are cut over `expert` and never gathered over it: tokens travel instead. `lora` has the low-rank adapters of
-    those that have one, by name.
+    They are sharded over `expert` and never gathered over it: tokens travel instead. `lora` has the low-rank adapters
+    of those that have one, by name. With a `layer_index`, int32 [], the arrays are those of all layers, stacked, and
+    the index says which layer this is: in decoding, a few tokens then read the few experts they need (`layer_of`).
     """
 
     def __init__(self, name: str, hidden_size: int, moe: MoEConfig, act: Activation, make: ParameterFactory):
@@ -199,72 +167,104 @@ class Experts(nnx.Module):
         self.up_proj = make.normal(f"{name}.up_proj", (count, width, hidden_size), MATRICES["up_proj"])
         self.down_proj = make.normal(f"{name}.down_proj", (count, hidden_size, width), MATRICES["down_proj"])
         self.lora = nnx.Dict()
+        self.layer_index: jax.Array | None = nnx.data(None)
         self.act = act
 
-    def weights(self) -> ExpertWeights:
-        """The stored arrays, to be handed to a shard_map with their `specs`."""
-        return ExpertWeights(**{name: self._matrix(name) for name in MATRICES}, act=self.act)
+    def __call__(self, rows: Rows, backend: GroupedMatmul) -> Rows:
+        """Each row through its expert; the result has the same layout.
 
-    def per_expert(self, x_EGCD: jax.Array) -> jax.Array:
-        """Each expert on its own places: [E, G, C, D] to the same, E over `expert` and G over data and fsdp."""
+        Args:
+            rows: as a dispatcher laid them out. The results are not weighted, except those of `AllTokens` and
+                `SingleToken`, which are summed over the experts.
+            backend: of `grouped_matmul`, for `SortedRows`.
+        """
+        if isinstance(rows, Slots):
+            return Slots(x_EGCD=layer_alone(self)._per_slot(rows.x_EGCD))
+        if isinstance(rows, AllTokens):
+            summed_BTD = layer_alone(self)._all_experts(rows.x_BTD, rows.weights_BTE)
+            return dataclasses.replace(rows, x_BTD=summed_BTD)
+        weights = self.weights()
+        specs = jax.tree.map(spec_of, weights)
+        local = functools.partial(
+            _single_token if isinstance(rows, SingleToken) else _sorted_rows, specs=specs, backend=backend
+        )
+        in_specs = jax.tree.map(with_single_axes, specs)
+        return jax.shard_map(local, in_specs=(per_device(), in_specs), out_specs=per_device(), check_vma=False)(
+            rows, jax.tree.map(jax.sharding.reshard, weights, in_specs)
+        )
+
+    def weights(self) -> ExpertWeights:
+        """The stored arrays."""
+        return ExpertWeights(
+            **{name: getattr(self, name)[...] for name in MATRICES},
+            lora={name: (lora.lora_A[...], lora.lora_B[...]) for name, lora in self.lora.items()},
+            layer=self.layer_index,
+            scaling=tuple((name, lora.scaling) for name, lora in self.lora.items()),
+            act=self.act,
+        )
+
+    def _per_slot(self, x_EGCD: jax.Array) -> jax.Array:
+        """Each expert on its own slots: [E, G, C, D] to the same, E over `expert` and G over data and fsdp."""
         between = "EGCr", SLOTS
-        gated_EGCF = self._times("gate_proj", "EGCD,EFD->EGCF", x_EGCD, *between, WIDE_SLOTS)
-        raised_EGCF = self._times("up_proj", "EGCD,EFD->EGCF", x_EGCD, *between, WIDE_SLOTS)
-        hidden_EGCF = ACTIVATIONS[self.act](gated_EGCF) * raised_EGCF
+        gate_EGCF = self._times("gate_proj", "EGCD,EFD->EGCF", x_EGCD, *between, WIDE_SLOTS)
+        up_EGCF = self._times("up_proj", "EGCD,EFD->EGCF", x_EGCD, *between, WIDE_SLOTS)
+        hidden_EGCF = ACTIVATIONS[self.act](gate_EGCF) * up_EGCF
         return self._times("down_proj", "EGCF,EDF->EGCD", hidden_EGCF, *between, SLOTS)
 
-    def every_expert(self, x_BTD: jax.Array, weights_BTE: jax.Array) -> jax.Array:
+    def _all_experts(self, x_BTD: jax.Array, weights_BTE: jax.Array) -> jax.Array:
         """All experts on all tokens, weighted and summed: [B, T, D] to the same, B over data and fsdp."""
         between = "BTEr", NARROW_TOKENS
-        gated_BTEF = self._times("gate_proj", "BTD,EFD->BTEF", x_BTD, *between, WIDE_TOKENS)
-        raised_BTEF = self._times("up_proj", "BTD,EFD->BTEF", x_BTD, *between, WIDE_TOKENS)
-        hidden_BTEF = ACTIVATIONS[self.act](gated_BTEF) * raised_BTEF
+        gate_BTEF = self._times("gate_proj", "BTD,EFD->BTEF", x_BTD, *between, WIDE_TOKENS)
+        up_BTEF = self._times("up_proj", "BTD,EFD->BTEF", x_BTD, *between, WIDE_TOKENS)
+        hidden_BTEF = ACTIVATIONS[self.act](gate_BTEF) * up_BTEF
         weighted_BTEF = (hidden_BTEF * weights_BTE[..., None]).astype(x_BTD.dtype)
         return self._times("down_proj", "BTEF,EDF->BTD", weighted_BTEF, *between, GATHERED_TOKENS)
 
     def _times(self, name: str, letters: str, x: jax.Array, narrow: str, narrow_spec: P, out: P) -> jax.Array:
-        """A matrix times `x`, in explicitly sharded arrays; `narrow` is what an adapter has between its two."""
+        """A matrix times `x`, in explicitly sharded arrays; `narrow` are the letters between an adapter's A and B."""
         y = weight_einsum(letters, x, getattr(self, name)[...], MATRICES[name], out)
         return y + self.lora[name](x, letters, narrow, narrow_spec, out) if name in self.lora else y
 
-    def _matrix(self, name: str) -> ExpertMatrix:
-        weight = _stacked(getattr(self, name), MATRICES[name])
-        if name not in self.lora:
-            return ExpertMatrix(weight=weight)
-        lora = self.lora[name]
-        adapter = (_stacked(lora.lora_A, lora.a_axes), _stacked(lora.lora_B, lora.b_axes))
-        return ExpertMatrix(weight=weight, adapter=adapter, scaling=lora.scaling)
+
+def layer_of(stacked: Experts, index: jax.Array) -> Experts:
+    """One layer's experts, whose weights stay in the stack of all layers."""
+    experts = jax.tree.map(lambda x: x, stacked)
+    experts.layer_index = index
+    return experts
 
 
-def _stacked(param: nnx.Param, axes: tuple[str, ...]) -> Stacked:
-    value = param[...]
-    return Stacked(value=value, spec=spec_of(value), axes=axes)
+def layer_alone(experts: Experts) -> Experts:
+    """The same experts, copied out of the stack of all layers if they are in one."""
+    index = experts.layer_index
+    if index is None:
+        return experts
+    stacked = jax.tree.map(lambda x: x, experts)
+    stacked.layer_index = None
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stacked)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerOfExperts:
-    """The experts of one layer, left in the stack of all of them: what `Experts` is to the dispatch methods.
+def _sorted_rows(
+    rows: SortedRows, weights: ExpertWeights, *, specs: ExpertWeights, backend: GroupedMatmul
+) -> SortedRows:
+    """One device's rows of the first round, and all of the further ones."""
+    rows = drop_device_axis(rows)
+    served_TD = None
+    if (overflow := rows.overflow) is not None:
 
-    Attributes:
-        stacked: weights with a leading axis of layers.
-        layer: int32 []; which of them.
-    """
+        def serve(turn: jax.Array, tokens: Assignments, weights: ExpertWeights) -> jax.Array:
+            sent, plan = overflow.exchange.send(turn, tokens)
+            y_RD = weights.on_rows(sent.x_XRD, sent.sizes_XE, specs, backend)
+            return overflow.exchange.receive(y_RD, plan)
 
-    stacked: Experts
-    layer: jax.Array
+        weights, served_TD = serve_overflow(serve, overflow.rounds_X, overflow.tokens, weights)
+    y_RD = weights.on_rows(rows.x_XRD, rows.sizes_XE, specs, backend)
+    return add_device_axis(SortedRows(x_XRD=y_RD, sizes_XE=rows.sizes_XE, served_XTD=served_TD))
 
-    def weights(self) -> ExpertWeights:
-        """As `Experts.weights`, with the layer beside them."""
-        return dataclasses.replace(self.stacked.weights(), layer=self.layer)
 
-    def per_expert(self, x_EGCD: jax.Array) -> jax.Array:
-        """See `Experts.per_expert`."""
-        return self._alone().per_expert(x_EGCD)
-
-    def every_expert(self, x_BTD: jax.Array, weights_BTE: jax.Array) -> jax.Array:
-        """See `Experts.every_expert`."""
-        return self._alone().every_expert(x_BTD, weights_BTE)
-
-    def _alone(self) -> Experts:
-        """Cut out of the stack, for methods that need all of them anyway."""
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False), self.stacked)
+def _single_token(
+    rows: SingleToken, weights: ExpertWeights, *, specs: ExpertWeights, backend: GroupedMatmul
+) -> SingleToken:
+    """One device's token."""
+    rows = drop_device_axis(rows)
+    summed_TD = weights.on_token(rows.x_XTD, rows.experts_XA, rows.weights_XA, specs)
+    return add_device_axis(dataclasses.replace(rows, x_XTD=summed_TD))

@@ -12,21 +12,21 @@ from qwen_moe_jax.moe.router import Routing
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Drops:
-    """Which assignments of real tokens did not reach their expert, bool [B, T, A] each.
+    """What a dispatcher reports.
 
     Attributes:
-        by_capacity_BTA: the expert had no place left in the token's group.
-        by_buffer_BTA: the expert's device had no room left for rows.
+        dropped_BTA: bool; assignments of real tokens that did not reach their expert.
+        rounds: int32 []; how often buffers were filled until every row was served, on the fullest device of the mesh.
+            1 except under dropless, where a load exceeded its buffer.
     """
 
-    by_capacity_BTA: jax.Array
-    by_buffer_BTA: jax.Array
+    dropped_BTA: jax.Array
+    rounds: jax.Array
 
 
 def no_drops(routing: Routing) -> Drops:
-    """Every token reached its experts."""
-    nothing_BTA = jnp.zeros_like(routing.experts_BTA, dtype=bool)
-    return Drops(by_capacity_BTA=nothing_BTA, by_buffer_BTA=nothing_BTA)
+    """Every token reached its experts, in one round."""
+    return Drops(dropped_BTA=jnp.zeros_like(routing.experts_BTA, dtype=bool), rounds=jnp.int32(1))
 
 
 @jax.tree_util.register_dataclass
@@ -37,9 +37,8 @@ class RouterStats:
     Attributes:
         tokens: int32 []; real tokens routed.
         tokens_per_expert: int32 [E]; tokens that chose the expert. Sums to `tokens * num_experts_per_tok`.
-        dropped_by_capacity: int32 [E]; of those, the ones it had no place for (`dispatch="capacity"`).
-        dropped_by_buffer: int32 [E]; of those, the ones its device had no room for (`dispatch="dropless"` with a
-            `buffer_factor`, on several expert devices).
+        dropped_per_expert: int32 [E]; of those, the ones it had no slot for (`dispatch="capacity"`).
+        rounds: int32 []; rounds of the fullest device (`Drops.rounds`), above 1 where dropless exceeded its buffers.
         probs_per_expert: float32 [E]; sum of the router's probabilities (differentiable).
         squared_logsumexp: float32 []; sum over the tokens of logsumexp(logits)² (differentiable).
         sequences: int32 []; rows of the batch that hold a real token.
@@ -51,19 +50,14 @@ class RouterStats:
 
     tokens: jax.Array
     tokens_per_expert: jax.Array
-    dropped_by_capacity: jax.Array
-    dropped_by_buffer: jax.Array
+    dropped_per_expert: jax.Array
+    rounds: jax.Array
     probs_per_expert: jax.Array
     squared_logsumexp: jax.Array
     sequences: jax.Array
     sequence_balance: jax.Array
     entropy: jax.Array
     max_logit: jax.Array
-
-    @property
-    def dropped_per_expert(self) -> jax.Array:
-        """int32 [E]; tokens that chose the expert and did not reach it, for whatever reason."""
-        return self.dropped_by_capacity + self.dropped_by_buffer
 
     @property
     def load_imbalance(self) -> jax.Array:
@@ -77,8 +71,8 @@ def count(logits_BTE: jax.Array, routing: Routing, drops: Drops) -> RouterStats:
 
     Args:
         logits_BTE: of the router.
-        routing: what came of them.
-        drops: what was lost on the way.
+        routing: of these logits.
+        drops: of the dispatcher.
     """
     num_experts, chosen = routing.probs_BTE.shape[-1], routing.experts_BTA.shape[-1]
 
@@ -99,8 +93,8 @@ def count(logits_BTE: jax.Array, routing: Routing, drops: Drops) -> RouterStats:
     return RouterStats(
         tokens=tokens,
         tokens_per_expert=jnp.sum(assigned_BE, axis=0),
-        dropped_by_capacity=jnp.sum(per_row(drops.by_capacity_BTA), axis=0),
-        dropped_by_buffer=jnp.sum(per_row(drops.by_buffer_BTA), axis=0),
+        dropped_per_expert=jnp.sum(per_row(drops.dropped_BTA), axis=0),
+        rounds=drops.rounds,
         probs_per_expert=jnp.sum(probs_BE, axis=0),
         squared_logsumexp=jnp.sum(squared_BT),
         sequences=jnp.sum(tokens_B > 0, dtype=jnp.int32),
@@ -120,6 +114,7 @@ def sum_stats(steps: Sequence[RouterStats]) -> RouterStats:
     summed = jax.tree.map(lambda *parts: sum(parts), *steps)
     return dataclasses.replace(
         summed,
+        rounds=jnp.stack([step.rounds for step in steps]).max(axis=0),
         entropy=sum(step.entropy * step.tokens for step in steps) / jnp.maximum(tokens, 1),
         max_logit=jnp.stack([step.max_logit for step in steps]).max(axis=0),
     )
@@ -128,7 +123,7 @@ def sum_stats(steps: Sequence[RouterStats]) -> RouterStats:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterTrace:
-    """What the router said of every token, for one sparse layer, or stacked [L, …] for all of them.
+    """The router's decisions about every token, for one sparse layer, or stacked [L, …] for all of them.
 
     Attributes:
         logits: [B, T, E] in the dtype of the router.

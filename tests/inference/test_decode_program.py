@@ -11,7 +11,7 @@ from qwen_moe_jax.inference import programs
 from qwen_moe_jax.inference.sampling import initial_state, sampling_settings
 from qwen_moe_jax.model.cache import abstract_cache
 from qwen_moe_jax.model.causal_lm import CausalLM
-from qwen_moe_jax.moe import experts
+from qwen_moe_jax.moe.kernels import cpu
 from tests.cases import CASES
 
 L, E, F, D = 4, 128, 24, 40
@@ -60,7 +60,7 @@ def test_decoding_reads_the_experts_it_needs_where_they_lie(batch, dtype):
 
 
 def test_such_a_copy_would_be_seen(monkeypatch):
-    monkeypatch.setattr(experts, "FEW_ROWS", 0)
+    monkeypatch.setattr(cpu, "FEW_ROWS", 0)
     program = compiled_step(4, "float32")  # a batch that was not compiled the other way before
     assert made(program.as_text(), at_least=E * F * D)
     assert program.memory_analysis().temp_size_in_bytes > E * F * D * 4

@@ -38,7 +38,7 @@ def build_block(config: ModelConfig, mesh, router: float | None = None) -> Spars
     make = ParameterFactory(
         mesh=mesh, dtype="float32", initializer_range=config.initializer_range, rngs=nnx.Rngs(0), stack=None
     )
-    block = SparseMoeBlock("mlp", config, make)
+    block = SparseMoeBlock(config.hidden_size, config.moe, make=make)
     if router is not None:
         block.gate.weight.set_value(jax.numpy.full_like(block.gate.weight.get_value(), router))
     return block

@@ -1,5 +1,6 @@
 """What the compiled program sends over the network: read from the HLO of the very code that runs on a pod."""
 
+import dataclasses
 import re
 
 import jax
@@ -24,10 +25,35 @@ METHODS = {
 }
 
 
-def collectives(compiled) -> list[tuple[str, int]]:
-    """(kind, bytes per device) of every collective of a compiled program."""
-    found = []
+@dataclasses.dataclass(frozen=True)
+class Collectives:
+    """(kind, bytes per device) of every collective: outside of loops, and in the loop over further rounds."""
+
+    outside: list[tuple[str, int]]
+    in_loops: list[tuple[str, int]]
+
+
+def collectives(compiled) -> Collectives:
+    """The collectives of a compiled program."""
+    lines: dict[str, list[str]] = {}
     for line in compiled.as_text().splitlines():
+        if start := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*{$", line):
+            computation = lines.setdefault(start[1], [])
+        elif line.startswith(" "):
+            computation.append(line)
+    text = {name: "\n".join(body) for name, body in lines.items()}
+    looped = set(re.findall(r"body=%?([\w.\-]+)", "\n".join(text.values())))
+    for _ in lines:  # what a loop's body calls is in the loop
+        looped |= {called for name in looped for called in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", text[name])}
+    return Collectives(
+        outside=[one for name in lines if name not in looped for one in collectives_in(lines[name])],
+        in_loops=[one for name in lines if name in looped for one in collectives_in(lines[name])],
+    )
+
+
+def collectives_in(lines: list[str]) -> list[tuple[str, int]]:
+    found = []
+    for line in lines:
         match = re.search(rf"= (.+?) ({KINDS})(?:-start)?\(", line)
         if match:
             arrays = re.findall(r"\b[a-z]+(\d+)\[([\d,]*)\]", match[1])
@@ -42,13 +68,13 @@ def of_kind(found: list[tuple[str, int]], kind: str, at_least: int = 0) -> list[
 
 @pytest.fixture(scope="module")
 def programs():
-    """(method, "forward" or "both" passes, remat) → its collectives; compiled on first use."""
+    """(method, "forward" or "both" passes, remat) → its `Collectives`; compiled on first use."""
     mesh, config, known = qmj.make_mesh(**MESH), block_config(), {}
     block = build_block(config, mesh)
     hidden_BTD = jax.ShapeDtypeStruct((B, T, config.hidden_size), np.float32)
     token_mask_BT = np.ones((B, T), bool)
 
-    def get(method: str, passes: str, remat: str = "none") -> list[tuple[str, int]]:
+    def get(method: str, passes: str, remat: str = "none") -> Collectives:
         key = method, passes, remat
         if key not in known:
             execution = qmj.ExecutionConfig(
@@ -94,15 +120,15 @@ def exchange_bytes(method: str) -> int:
 @pytest.mark.parametrize("method", ["einsum", "index", "all-to-all"])
 def test_tokens_are_exchanged_with_two_all_to_alls_forward_and_two_backward(method, programs):
     size = exchange_bytes(method)
-    assert of_kind(programs(method, "forward"), "all-to-all", CHOICES) == [size] * 2
-    assert of_kind(programs(method, "both"), "all-to-all", CHOICES) == [size] * 4
-    counts = of_kind(programs(method, "both"), "all-to-all")[:-4]
+    assert of_kind(programs(method, "forward").outside, "all-to-all", CHOICES) == [size] * 2
+    assert of_kind(programs(method, "both").outside, "all-to-all", CHOICES) == [size] * 4
+    counts = of_kind(programs(method, "both").outside, "all-to-all")[:-4]
     assert counts == ([E * 4] if method == "all-to-all" else []), "dropless also tells how many rows come"
 
 
 def test_gathered_tokens_come_once_and_their_sums_go_once(programs):
     """All-gather there and reduce-scatter back; in the backward pass the other way round."""
-    forward, both = programs("gather", "forward"), programs("gather", "both")
+    forward, both = programs("gather", "forward").outside, programs("gather", "both").outside
     assert not of_kind(both, "all-to-all")
     assert of_kind(forward, "all-gather", TOKENS) == [WAYS * TOKENS]
     assert of_kind(forward, "reduce-scatter") == [TOKENS]
@@ -116,19 +142,39 @@ def test_nothing_larger_than_the_routers_scores_is_gathered(method, programs):
     router = E * WIDTH * 4
     scores = B * T // DEVICES * E * 4
     for passes in ("forward", "both"):
-        assert all(size <= max(router, scores) for size in of_kind(programs(method, passes), "all-gather"))
+        found = programs(method, passes)
+        assert all(size <= max(router, scores) for size in of_kind(found.outside + found.in_loops, "all-gather"))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_expert_weights_are_never_gathered_over_the_expert_axis(method, programs):
     weight = E * WIDTH * block_config().moe.moe_intermediate_size * 4
     for passes in ("forward", "both"):
-        gathered = of_kind(programs(method, passes), "all-gather")
+        found = programs(method, passes)
+        gathered = of_kind(found.outside + found.in_loops, "all-gather")
         assert all(size != weight and size <= WAYS * TOKENS for size in gathered)
 
 
 @pytest.mark.parametrize("method", ["einsum", "index", "all-to-all"])
 def test_the_backward_pass_repeats_the_exchange_only_under_full_remat(method, programs):
-    assert len(of_kind(programs(method, "both", "full"), "all-to-all", CHOICES)) > 4
-    assert len(of_kind(programs(method, "both", "exchange"), "all-to-all", CHOICES)) == 4
-    assert len(of_kind(programs(method, "both", "dots"), "all-to-all", CHOICES)) == 4
+    assert len(of_kind(programs(method, "both", "full").outside, "all-to-all", CHOICES)) > 4
+    assert len(of_kind(programs(method, "both", "exchange").outside, "all-to-all", CHOICES)) == 4
+    assert len(of_kind(programs(method, "both", "dots").outside, "all-to-all", CHOICES)) == 4
+
+
+def test_a_further_round_sends_what_the_first_one_sends(programs):
+    """Rows beyond the buffers go in loops; the backward one repeats its round's exchange before it reverses it."""
+    rows = exchange_bytes("all-to-all")
+    forward, both = programs("all-to-all", "forward").in_loops, programs("all-to-all", "both").in_loops
+    assert of_kind(forward, "all-to-all", CHOICES) == [rows] * 2
+    assert of_kind(both, "all-to-all", CHOICES) == [rows] * (2 + 4)
+    assert {kind for kind, _ in both} == {"all-to-all"}
+    forward, both = programs("gather", "forward").in_loops, programs("gather", "both").in_loops
+    assert of_kind(forward, "reduce-scatter") == [TOKENS]
+    assert not of_kind(forward, "all-gather", TOKENS), "the first round has gathered the tokens"
+    assert {kind for kind, _ in both} <= {"all-gather", "reduce-scatter"}
+
+
+@pytest.mark.parametrize("method", ["einsum", "index"])
+def test_only_dropless_has_a_loop_with_collectives(method, programs):
+    assert not programs(method, "both").in_loops

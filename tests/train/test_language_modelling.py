@@ -15,8 +15,8 @@ from train.objectives.language_modelling import resolve_loss, training_loss, who
 STATS = RouterStats(
     tokens=jnp.array([12, 12]),
     tokens_per_expert=jnp.array([[20, 4], [9, 15]]),
-    dropped_by_capacity=jnp.zeros((2, 2), jnp.int32),
-    dropped_by_buffer=jnp.zeros((2, 2), jnp.int32),
+    dropped_per_expert=jnp.zeros((2, 2), jnp.int32),
+    rounds=jnp.ones(2, jnp.int32),
     probs_per_expert=jnp.array([[8.0, 4.0], [5.0, 7.0]]),
     squared_logsumexp=jnp.array([30.0, 20.0]),
     sequences=jnp.array([3, 3]),

@@ -33,7 +33,6 @@ API_ONLY: dict[str, str] = {
             "grouped_matmul",
             "routing",
             "eval_capacity_factor",
-            "eval_buffer_factor",
             "attention_block",
         )
     },

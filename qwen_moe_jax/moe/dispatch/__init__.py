@@ -1,1 +1,69 @@
-"""How tokens reach their experts and come back: one module a method."""
+"""Dispatchers: how tokens reach their experts and come back, by name.
+
+A dispatcher is anything with two functions, a module for example:
+
+    rows, plan = dispatcher.dispatch(hidden_BTD, routing, execution)
+    rows = experts(rows, execution.grouped_matmul)
+    combined_BTD, drops = dispatcher.combine(rows, plan)
+
+`rows` is one of the layouts that `Experts` multiplies (`moe.dispatch.rows`); `plan` is whatever `combine` needs, a
+pytree. Both functions are called while tracing, with explicitly sharded arrays.
+"""
+
+from typing import Any, Protocol
+
+import jax
+
+from qwen_moe_jax.config import ExecutionConfig
+from qwen_moe_jax.config.execution import DISPATCHERS
+from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.moe.dispatch import capacity, dense, dropless
+from qwen_moe_jax.moe.dispatch.rows import Rows
+from qwen_moe_jax.moe.router import Routing
+from qwen_moe_jax.moe.stats import Drops
+from qwen_moe_jax.suggest import did_you_mean
+
+
+class Dispatcher(Protocol):
+    """The two functions of a dispatcher."""
+
+    def dispatch(self, hidden_BTD: jax.Array, routing: Routing, execution: ExecutionConfig) -> tuple[Rows, Any]:
+        """Tokens, B sharded over `BATCH`, to rows on their experts' devices, and the plan of the way back."""
+
+    def combine(self, rows: Rows, plan: Any) -> tuple[jax.Array, Drops]:
+        """The experts' results to each token's weighted sum [B, T, D], and which assignments were dropped."""
+
+
+_REGISTERED: dict[str, Dispatcher] = {"capacity": capacity, "dense": dense, "dropless": dropless}
+
+
+def register_dispatcher(name: str, dispatcher: Dispatcher) -> None:
+    """Makes a dispatcher known as `ExecutionConfig(dispatch=name)`. Do so before the config is created.
+
+    Raises:
+        ConfigError: it lacks one of the two functions, or another dispatcher has the name.
+    """
+    missing = [verb for verb in ("dispatch", "combine") if not callable(getattr(dispatcher, verb, None))]
+    if missing:
+        raise ConfigError(
+            f"dispatcher {name!r}: found no function {' and '.join(missing)}, expected dispatch and combine."
+        )
+    if _REGISTERED.get(name, dispatcher) is not dispatcher:
+        raise ConfigError(f"dispatcher {name!r}: another one is registered under this name. Choose another name.")
+    _REGISTERED[name] = dispatcher
+    if name not in DISPATCHERS:
+        DISPATCHERS.append(name)
+
+
+def get_dispatcher(name: str) -> Dispatcher:
+    """The dispatcher of this name.
+
+    Raises:
+        ConfigError: none is registered under it; the message suggests near names.
+    """
+    if name not in _REGISTERED:
+        raise ConfigError(
+            f"dispatch: found {name!r}, expected one of {', '.join(map(repr, _REGISTERED))}."
+            f" {did_you_mean(name, _REGISTERED)}Register your own by qwen_moe_jax.moe.dispatch.register_dispatcher."
+        )
+    return _REGISTERED[name]

@@ -1,21 +1,155 @@
-"""Moving tokens to rows that lie with their experts, and back, by index.
+"""The layouts of rows that `Experts` multiplies, and moving tokens to rows and back by index.
 
 A `RowPlan` holds the two inverse maps. With both at hand every movement is a gather, forward and backward: a scatter
 would serialise on most devices.
+
+Arrays that belong to one device each have a leading axis X, one entry per device of the whole mesh, sharded over all
+mesh axes (`per_device`).
 """
 
 import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.nn.bits import as_bits, from_bits
+
+#: Sharding of slots [E, G, C, D] on their experts' devices.
+SLOTS = P("expert", ("data", "fsdp"), None, None)
+
+#: Sharding of tokens [B, T, D] gathered over `expert`, for dispatchers that bring every token to every expert.
+GATHERED_TOKENS = P(("data", "fsdp"), None, None)
+
+#: The name that remat policies know the arrays by that came over the `expert` axis.
+EXCHANGED = "exchanged"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slots:
+    """A fixed number of slots per expert and group of tokens.
+
+    Attributes:
+        x_EGCD: what is in them, E sharded over `expert` and G over data and fsdp (`SLOTS`); zeros in empty ones.
+    """
+
+    x_EGCD: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AllTokens:
+    """Every token for every expert.
+
+    Attributes:
+        x_BTD: tokens, B sharded over data and fsdp (`GATHERED_TOKENS`); after the experts, the weighted sums.
+        weights_BTE: what each expert counts for a token, E sharded over `expert`; 0 for one that it did not choose.
+    """
+
+    x_BTD: jax.Array
+    weights_BTE: jax.Array
+
+
+class Exchange(Protocol):
+    """What serves the rounds after the first; see `overflow.serve_overflow`."""
+
+    def send(self, turn: jax.Array, tokens: "Assignments") -> tuple["SortedRows", object]:
+        """One device's tokens to the rows of round `turn`, inside a shard_map."""
+
+    def receive(self, y_RD: jax.Array, plan: object) -> jax.Array:
+        """The experts' results back to the tokens' weighted sums [T, D], inside a shard_map."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assignments:
+    """One device's tokens and the experts they chose; between shard_maps, each with a leading axis X.
+
+    Attributes:
+        x_TD: tokens.
+        experts_TA: int32; the number of experts for padding.
+        weights_TA: what each expert counts.
+    """
+
+    x_TD: jax.Array
+    experts_TA: jax.Array
+    weights_TA: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Overflow:
+    """The rounds after the first, for assignments beyond the buffers.
+
+    Attributes:
+        tokens: of each device.
+        rounds_X: int32; how many rounds there are, the first included; the same on all devices.
+        exchange: how a round sends and receives.
+    """
+
+    tokens: Assignments
+    rounds_X: jax.Array
+    exchange: Exchange = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SortedRows:
+    """Rows sorted by expert, on the device of their expert. Inside a shard_map, without the axis X.
+
+    Attributes:
+        x_XRD: R of `buffer_rows`; rows past the sum of the sizes mean nothing.
+        sizes_XE: int32; rows of each of the device's experts.
+        overflow: the rounds after the first; None where one always suffices.
+        served_XTD: after the experts, the sums of those rounds for the device's own tokens; None without `overflow`.
+    """
+
+    x_XRD: jax.Array
+    sizes_XE: jax.Array
+    overflow: Overflow | None = None
+    served_XTD: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SingleToken:
+    """One token per device and the experts it chose, unsorted: how CPUs decode one text.
+
+    Attributes:
+        x_XTD: the token, T is 1; after the experts, its weighted sum.
+        experts_XA: int32; the number of experts for none.
+        weights_XA: what each counts.
+    """
+
+    x_XTD: jax.Array
+    experts_XA: jax.Array
+    weights_XA: jax.Array
+
+
+Rows = Slots | AllTokens | SortedRows | SingleToken
+
+
+def per_device() -> P:
+    """The partition spec of arrays with a leading axis X."""
+    return P(jax.sharding.get_abstract_mesh().axis_names)
+
+
+def add_device_axis(tree):
+    """Arrays of one device, inside a shard_map, as they leave it under `per_device`."""
+    return jax.tree.map(lambda x: x[None], tree)
+
+
+def drop_device_axis(tree):
+    """The inverse of `add_device_axis`."""
+    return jax.tree.map(lambda x: x[0], tree)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowPlan:
-    """Which assignment stands in which row.
+    """Which assignment is in which row.
 
     Attributes:
         assignment_R: int32; the assignment (token * A + choice) in each row; T * A for an empty row.
@@ -65,7 +199,7 @@ def sort_rows(keys_TA: jax.Array, num_keys: int, num_rows: int) -> tuple[RowPlan
 
 
 def plan_rows(row_TA: jax.Array, num_rows: int) -> RowPlan:
-    """The plan in which each assignment stands in the given row, `num_rows` meaning none."""
+    """The plan in which each assignment is in the given row, `num_rows` meaning none."""
     assignments = jnp.arange(row_TA.size, dtype=jnp.int32)
     empty_R = jnp.full(num_rows, row_TA.size, jnp.int32)
     assignment_R = empty_R.at[row_TA.reshape(-1)].set(assignments, mode="drop")

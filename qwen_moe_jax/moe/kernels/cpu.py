@@ -1,8 +1,8 @@
-"""Blocks of sorted rows, each multiplied with one expert's weights, in a loop: for any device, made for CPUs.
+"""Grouped matmuls in XLA's own operations, for any device and made for CPUs: a loop over blocks of sorted rows.
 
-The loop runs over the blocks there are, so what it costs follows the rows, not the room for them. A block starts where
-its expert's rows start and may reach into the next expert's; what it writes there is overwritten, since the next
-expert's blocks come later. Matrices accumulate in float32.
+The loop runs over the blocks that have rows, so its cost follows the rows, not the buffer. A block starts where its
+expert's rows start and may reach into the next expert's; what it writes there is overwritten, since the next expert's
+blocks come later. Products accumulate in float32.
 """
 
 import jax
@@ -13,13 +13,17 @@ from qwen_moe_jax.rounding import next_power_of_two
 
 #: Rows of the longest and the shortest block.
 LONGEST, SHORTEST = 128, 4
-#: Rows that are worth a matmul: XLA's on CPUs turns the matrix round first, which takes as long as multiplying it with
+#: Rows that are worth a matmul: XLA's on CPUs transposes the matrix first, which takes as long as multiplying it with
 #: some 4 vectors.
 MATMUL = 8
+#: Rows per expert up to which a layer's experts are read from the stack of all layers. With more, the products outweigh
+#: the copy of the layer's experts, and blocks sized for one layer's experts are better filled. Measured in float32: at
+#: 8 the copy takes half as long again, at 16 the two are nearly even (benchmarks/results/decode-cpu.md).
+FEW_ROWS = 16
 
 
 def tile_rows(rows: int) -> int:
-    """The longest block for this many rows. A buffer has room for one beyond the real rows, where the last ends."""
+    """The longest block for this many rows. A buffer has one more than the rows fill, where the last ends."""
     return min(max(SHORTEST, next_power_of_two(rows)), LONGEST)
 
 
@@ -67,7 +71,7 @@ def outer(left_RO: jax.Array, right_RI: jax.Array, sizes_E: jax.Array) -> jax.Ar
     """Each expert's sum of outer products of its rows, the gradient of its weights.
 
     Args:
-        left_RO, right_RI: rows sorted by expert, with room as for `ragged`.
+        left_RO, right_RI: rows sorted by expert, in a buffer as for `ragged`.
         sizes_E: rows of each expert.
 
     Returns:
@@ -94,6 +98,31 @@ def outer(left_RO: jax.Array, right_RI: jax.Array, sizes_E: jax.Array) -> jax.Ar
         return jax.lax.dynamic_update_slice(out_EOI, sum_OI.astype(out_EOI.dtype)[None], (expert, 0, 0))
 
     return jax.lax.fori_loop(0, len(sizes_E), one_expert, jnp.zeros((len(sizes_E), *shape), left_RO.dtype))
+
+
+def select_layer(weights: jax.Array, sizes_E: jax.Array, layer: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """A layer of stacked weights [L, E, O, I], as weights and sizes for `ragged`.
+
+    Few rows are multiplied with the experts of all layers in one row, of which those of other layers have no rows: a
+    copy of the layer's experts would read all of them, and a few rows need few.
+
+    Args:
+        weights: of all layers.
+        sizes_E: rows of each of the layer's experts.
+        layer: int32 [].
+        rows: of the buffer.
+    """
+    layers, experts = weights.shape[:2]
+    if rows > FEW_ROWS * experts:
+        return jax.lax.dynamic_index_in_dim(weights, layer, keepdims=False), sizes_E
+    sizes_N = jnp.zeros(layers * experts, sizes_E.dtype)
+    sizes_N = jax.lax.dynamic_update_slice_in_dim(sizes_N, sizes_E, layer * experts, axis=0)
+    return weights.reshape(layers * experts, *weights.shape[2:]), sizes_N
+
+
+def matrix_at(weights: jax.Array, index: jax.Array) -> jax.Array:
+    """One expert's matrix [O, I] of [..., O, I], in a loop read without a copy of all."""
+    return rows_at(weights.reshape(-1, *weights.shape[-2:]), index, 1)[0]
 
 
 def _block_rows(buffer: int, experts: int) -> int:

@@ -11,7 +11,7 @@ from qwen_moe_jax.moe.kernels.cpu import tile_rows
 from qwen_moe_jax.nn.matmul import as_precise_as
 from qwen_moe_jax.rounding import round_up
 
-#: A backend is a module with `ragged` and `outer`; see `kernels/blocks.py` for what they promise.
+#: A backend is a module with `ragged`, `outer` and `select_layer`, as `kernels/cpu.py` describes them.
 BACKENDS: dict[GroupedMatmul, str] = {
     "blocks": "qwen_moe_jax.moe.kernels.cpu",
     "megablox": "qwen_moe_jax.moe.kernels.tpu",
@@ -20,12 +20,17 @@ BACKENDS: dict[GroupedMatmul, str] = {
 
 
 def buffer_rows(rows: int) -> int:
-    """The size of a buffer for this many real rows: whole tiles, and a spare one for every backend's reach."""
+    """The size of a buffer for this many real rows: whole tiles, and one more that the last tile may reach into."""
     return round_up(rows, tile_rows(rows)) + tile_rows(rows)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_matmul(rows_RI: jax.Array, weights_EOI: jax.Array, sizes_E: jax.Array, backend: GroupedMatmul) -> jax.Array:
+def grouped_matmul(
+    rows_RI: jax.Array,
+    weights: jax.Array,
+    sizes_E: jax.Array,
+    backend: GroupedMatmul,
+    layer: jax.Array | None = None,
+) -> jax.Array:
     """Each row times the transpose of its expert's matrix, accumulated in float32.
 
     `jax.lax.ragged_dot` would be the obvious choice; it is dense over the experts on CPUs and NVIDIA GPUs, and in jax
@@ -33,19 +38,30 @@ def grouped_matmul(rows_RI: jax.Array, weights_EOI: jax.Array, sizes_E: jax.Arra
 
     Args:
         rows_RI: rows sorted by expert, R of `buffer_rows`.
-        weights_EOI: the experts' matrices in the Hub's [out, in] order, in the dtype of the rows.
-        sizes_E: int32, rows of each expert. Rows past their sum are room that was not needed.
+        weights: the experts' matrices in the Hub's [out, in] order, [E, O, I], or [L, E, O, I] with a `layer`; in the
+            dtype of the rows.
+        sizes_E: int32, rows of each expert. Rows past their sum are the buffer's unused end.
         backend: one of `BACKENDS`.
+        layer: int32 []; which of the stacked layers. None where they are not stacked.
 
     Returns:
         [R, O] in the dtype of the rows. Rows past the sum of the sizes mean nothing, and have no part in a gradient.
     """
+    if layer is not None:
+        weights, sizes_E = _module(backend).select_layer(weights, sizes_E, layer, len(rows_RI))
+    return _grouped_matmul(rows_RI, weights, sizes_E, backend)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _grouped_matmul(
+    rows_RI: jax.Array, weights_EOI: jax.Array, sizes_E: jax.Array, backend: GroupedMatmul
+) -> jax.Array:
     with as_precise_as(rows_RI.dtype):
         return _module(backend).ragged(rows_RI, weights_EOI, sizes_E, transposed=True)
 
 
 def _forward(rows_RI: jax.Array, weights_EOI: jax.Array, sizes_E: jax.Array, backend: GroupedMatmul):
-    return grouped_matmul(rows_RI, weights_EOI, sizes_E, backend), (rows_RI, weights_EOI, sizes_E)
+    return _grouped_matmul(rows_RI, weights_EOI, sizes_E, backend), (rows_RI, weights_EOI, sizes_E)
 
 
 def _backward(backend: GroupedMatmul, saved: tuple[jax.Array, jax.Array, jax.Array], gradient_RO: jax.Array):
@@ -56,7 +72,7 @@ def _backward(backend: GroupedMatmul, saved: tuple[jax.Array, jax.Array, jax.Arr
     return of_rows_RI.astype(rows_RI.dtype), of_weights_EOI.astype(weights_EOI.dtype), None
 
 
-grouped_matmul.defvjp(_forward, _backward)
+_grouped_matmul.defvjp(_forward, _backward)
 
 
 def _module(backend: GroupedMatmul):

@@ -131,6 +131,11 @@ def outer(left_RO: jax.Array, right_RI: jax.Array, sizes_E: jax.Array, *, interp
     return out_EOI[:, : widths[0], : widths[1]]
 
 
+def select_layer(weights: jax.Array, sizes_E: jax.Array, layer: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """A layer of stacked weights [L, E, O, I], as weights and sizes for `ragged`."""
+    return jax.lax.dynamic_index_in_dim(weights, layer, keepdims=False), sizes_E
+
+
 def _row_tile(rows: int, experts: int) -> int:
     """Rows of a tile: about an expert's share, so that in decoding a tile is not mostly empty."""
     share = next_power_of_two(rows // experts)

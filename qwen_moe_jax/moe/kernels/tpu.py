@@ -74,6 +74,11 @@ def outer(left_RO: jax.Array, right_RI: jax.Array, sizes_E: jax.Array, *, interp
     )
 
 
+def select_layer(weights: jax.Array, sizes_E: jax.Array, layer: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """A layer of stacked weights [L, E, O, I], as weights and sizes for `ragged`."""
+    return jax.lax.dynamic_index_in_dim(weights, layer, keepdims=False), sizes_E
+
+
 def _row_tile(rows: int, experts: int) -> int:
     """Rows of a tile: every expert starts and ends within one, so about one tile an expert is computed twice."""
     if rows < LANES:
