@@ -143,6 +143,8 @@ def _results(metrics: Metrics) -> dict[str, str]:
             results["MFU"] = f"{median(record['mfu'] for record in timed):.1%}"
     if metrics.layers:
         results["dropped"] = f"{_mean(record['dropped'] for record in metrics.steps[-20:]):.1%}"
+        if (rounds := max(metrics.layers[-1]["layers"]["rounds"])) > 1:
+            results["rounds"] = f"{rounds} of dropless buffers, in the layer with most"
         results["largest load"] = f"{last['load_imbalance']:.1f} × the mean"
     results["time"] = _time_split(metrics)
     return results

@@ -47,6 +47,7 @@ class LayerRouting:
         load: int32 [E]; tokens that chose the expert, dropped ones included.
         entropy: mean entropy of the router's distribution over experts, in nats.
         max_logit: the largest router logit.
+        rounds: in which dropless served all rows; above 1 where a load exceeded its buffers.
     """
 
     layer: int
@@ -56,6 +57,7 @@ class LayerRouting:
     load: np.ndarray
     entropy: float
     max_logit: float
+    rounds: int
 
     @property
     def uniform_entropy(self) -> float:
@@ -170,6 +172,7 @@ def trace_routing(
             load=stats.tokens_per_expert[index],
             entropy=float(stats.entropy[index]),
             max_logit=float(stats.max_logit[index]),
+            rounds=int(stats.rounds[index]),
         )
 
     return PromptRouting(

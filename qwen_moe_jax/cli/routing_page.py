@@ -198,6 +198,7 @@ class _Layout:
                 "without tokens": f"{(layer.load == 0).sum()} of {len(layer.load)} experts",
                 "dropped": f"{dropped} of {layer.dropped.size} choices",
                 "largest logit": f"{layer.max_logit:.2f}",
+                **({"rounds": str(layer.rounds)} if layer.rounds > 1 else {}),
             },
             bars=tuple(self._bars(layer)),
             rows=tuple(self._rows(layer)),

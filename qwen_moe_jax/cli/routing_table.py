@@ -39,6 +39,7 @@ def _headline(routing: PromptRouting, layer: LayerRouting) -> Text:
         f"entropy {layer.entropy:.2f} of {layer.uniform_entropy:.2f} nats",
         f"busiest expert {layer.busiest}: {layer.load.max()} tokens, {layer.imbalance:.1f} × the mean",
         (f"dropped {dropped} of {routing.choices_per_layer}", "bold red" if dropped else ""),
+        *([f"{layer.rounds} rounds"] if layer.rounds > 1 else []),
     ]
     return Text(_BETWEEN).join(Text(part) if isinstance(part, str) else Text(*part) for part in parts)
 

@@ -1,5 +1,6 @@
 """`qwen-moe-jax route` shows what the model's own trace says: on the terminal, in the page, as numbers."""
 
+import dataclasses
 import io
 import json
 import re
@@ -194,6 +195,7 @@ def made_up(tokens: tuple[str, ...], *, layers: int = 1, experts: int = 4, activ
             load=np.bincount(chosen.ravel(), minlength=experts).astype(np.int32),
             entropy=1.0,
             max_logit=2.0,
+            rounds=1,
         )
 
     return PromptRouting(
@@ -207,6 +209,17 @@ def made_up(tokens: tuple[str, ...], *, layers: int = 1, experts: int = 4, activ
         tokens=tokens,
         layers=tuple(map(layer, range(layers))),
     )
+
+
+def test_rounds_are_shown_where_a_load_exceeded_its_buffers():
+    routing = made_up(("a", "b"))
+    several = dataclasses.replace(routing, layers=(dataclasses.replace(routing.layers[0], rounds=3),))
+    console = Console(width=200, file=io.StringIO(), highlight=False)
+    for shown in (routing, several):
+        print_routing(shown, console)
+    assert console.file.getvalue().count("rounds") == console.file.getvalue().count("3 rounds") == 1
+    assert "<dt>rounds</dt><dd>3</dd>" in routing_page(several, mark=MARK)
+    assert "rounds" not in routing_page(routing, mark=MARK)
 
 
 def test_no_text_becomes_a_part_of_the_page():

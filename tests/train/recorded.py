@@ -32,6 +32,11 @@ def step_records(first: int, last: int) -> list[dict]:
         numbers = {"loss": 5.1 - step / 10, "cross_entropy": 5 - step / 10, "balance_loss": 1.0, "router_z": 2.0}
         numbers |= {"gradient_norm": 1.0, "learning_rate": 1e-3, "dropped": 0.05, "load_imbalance": 1.5, "tokens": 64}
         records.append({"step": step, **numbers, "step_seconds": 0.1, "data_seconds": 0.01, **speed})
-        layers = {"load": [[40, 20, 30, 38], [0, 128, 0, 0]], "entropy": [1.3, 0.2], "dropped": [2, 60]}
+        layers = {
+            "load": [[40, 20, 30, 38], [0, 128, 0, 0]],
+            "entropy": [1.3, 0.2],
+            "dropped": [2, 60],
+            "rounds": [1, 1],
+        }
         records.append({"step": step, "layers": layers})
     return [*records, {"step": last, "evaluation_seconds": 0.5}, {"step": last, "heldout_loss": 4.25}]

@@ -118,6 +118,13 @@ def test_a_dense_run_after_one_step_on_an_unknown_chip_has_a_page(tmp_path):
     assert "MFU" not in page and "dropped" not in page and "held-out" not in page.split("<main>")[0]
 
 
+def test_rounds_are_shown_where_a_load_exceeded_its_buffers(tmp_path, page):
+    records = step_records(1, 2)
+    records[4]["layers"]["rounds"] = [1, 3]  # of step 2
+    assert "<dt>rounds</dt><dd>3 of dropless buffers" in page_of(write_run(tmp_path / "skewed", records))
+    assert "<dt>rounds" not in page
+
+
 def test_many_steps_are_thinned_to_means():
     import numpy as np
 

@@ -31,11 +31,12 @@ class Report:
 
     Numbers of a step are read when the next one has been started, so that the devices never wait for this report.
 
-    Every line of metrics.jsonl has a `step`. Besides, it has one of: the numbers of that step (`loss` among them; its
+    Every line of metrics.jsonl has a `step`, and one of: the numbers of that step (`loss` among them; its
     `step_seconds`; its `data_seconds`, in which the host got the batch, mostly while the devices computed the step
-    before); `layers`, the load [L, E], entropy [L] and drops [L] of that step, now and then; `heldout_loss`; `sample`,
-    the model's continuation of the `prompt` next to it; `evaluation_seconds`, `sample_seconds`, `checkpoint_seconds` or
-    `profile_seconds`, which are in no step's; or `start`, what the run is in numbers (`train/reporting/start.py`).
+    before); `layers`, now and then, the load [L, E], entropy [L], drops [L] and rounds [L] of that step;
+    `heldout_loss`; `sample`, the model's continuation of the `prompt` next to it; `evaluation_seconds`,
+    `sample_seconds`, `checkpoint_seconds` or `profile_seconds`, which are in no step's; or `start`, the numbers of the
+    run's start (`train/reporting/start.py`).
     """
 
     def __init__(
@@ -212,6 +213,7 @@ def _layers(stats: RouterStats) -> dict[str, list]:
         "load": stats.tokens_per_expert.tolist(),
         "entropy": [round(float(entropy), 4) for entropy in stats.entropy],
         "dropped": stats.dropped_per_expert.sum(axis=-1).tolist(),
+        "rounds": stats.rounds.tolist(),
     }
 
 

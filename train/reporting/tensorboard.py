@@ -41,7 +41,7 @@ def require_tensorboard() -> None:
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """The scalars of a record; three for each layer: entropy, share of drops, largest load over the mean."""
+    """The scalars of a record; four for each layer: entropy, share of drops, rounds, largest load over the mean."""
     found = {key: value for key, value in record.items() if key != "step" and isinstance(value, int | float)}
     layers = record.get("layers")
     if layers is None:
@@ -49,5 +49,6 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
     for layer, load_E in enumerate(np.asarray(layers["load"])):
         found[f"entropy/{layer}"] = layers["entropy"][layer]
         found[f"dropped/{layer}"] = layers["dropped"][layer] / max(int(load_E.sum()), 1)
+        found[f"rounds/{layer}"] = layers["rounds"][layer]
         found[f"load_imbalance/{layer}"] = float(load_E.max() / max(load_E.mean(), 1e-9))
     return found
