@@ -151,7 +151,7 @@ def combine(rows: SortedRows | SingleToken, plan: DroplessPlan) -> tuple[jax.Arr
 
 
 def device_rows(tokens: int, chosen: int, num_experts: int, num_shards: int, buffer_factor: float | None) -> int:
-    """Rows of a device's buffer, on an `expert` axis of `num_shards`, for `tokens` tokens; a factor of None takes all."""
+    """Rows of a device's buffer, on an `expert` axis of `num_shards`, for `tokens` tokens; a factor of None: all."""
     worst = tokens * min(chosen, num_experts // num_shards)
     if buffer_factor is None:
         return worst
