@@ -13,6 +13,8 @@ PRINTED = {
     "train_with_optax": r"step  60  loss [0-2]\.",
     "fine_tune_lora": r"step 60  loss 0\.\d+\n.*\n.*\nmerged, the model continues the same way",
     "look_at_routing": r"factor 2\.0: \d+ of 68 assignments",
+    "own_dispatcher": r"dropless: .* by \d\.\de-0[5-8]\n *strongest: .* by \d\.\de\+00",
+    "own_moe_block": r"step 100  loss 0\.[0-3]",
     "shard_and_plan": r"differ by \d\.\de-0[5-8] at most",
 }
 
