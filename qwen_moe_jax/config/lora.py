@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from qwen_moe_jax.config.checks import Checks, strings
 
@@ -51,7 +52,7 @@ class LoraConfig:
 
     def of_matrix(self, path: str) -> "LoraConfig":
         """The config of one matrix, by its path in its layer: with the r and lora_alpha that the patterns give it."""
-        found = {}
+        found: dict[str, Any] = {}
         for field, patterns in (("r", self.rank_pattern), ("lora_alpha", self.alpha_pattern)):
             values = (value for key, value in patterns if re.match(rf"(.*\.)?({key})$", path))
             found[field] = next(values, getattr(self, field))

@@ -101,7 +101,8 @@ def _pattern(path: str, model_type: str) -> str:
 def _target_modules(model: Model, adapted: list[Matrix]) -> list[str] | str:
     """The last words of the adapted matrices' Hub names; a regular expression if other matrices end in them, too."""
     parameters = {parameter.path: parameter for parameter in hub_parameters(model)}
-    inside, outside = set(), set()
+    inside: set[str] = set()
+    outside: set[str] = set()
     for matrix in matrices(model):
         names = inside if any(matrix.path == own.path and matrix.segment == own.segment for own in adapted) else outside
         names.update(str(name).removesuffix(".weight") for name in parameters[matrix.parameter_path].names.flat)
@@ -152,12 +153,12 @@ def _fused_tensors(
         # PEFT nests the wrappers of a module's parameters: the first one is the inner, `base_layer`.
         inner = ".base_layer" if parameter == "gate_up_proj" and "down_proj" in by_name else ""
         scaling = by_name[kinds[0]].scaling
-        for experts, layer in pairs.items():
-            own = [layer[kind] for kind in kinds]
+        for experts, kind_pairs in pairs.items():
+            matrices_of = [kind_pairs[kind] for kind in kinds]
             if len(kinds) == 2 and by_name["up_proj"].scaling != scaling:
                 ratio = np.float32(by_name["up_proj"].scaling / scaling)
-                own[1] = [(a, b * ratio) for a, b in own[1]]
-            a, b = fused(own, shared_a=shared_a and len(kinds) == 2)
+                matrices_of[1] = [(a, b * ratio) for a, b in matrices_of[1]]
+            a, b = fused(matrices_of, shared_a=shared_a and len(kinds) == 2)
             tensors[f"{PREFIX}{experts}{inner}.lora_A.weight"] = a
             tensors[f"{PREFIX}{experts}{inner}.lora_B.weight"] = b
         ranks = [by_name[kind].r for kind in kinds]

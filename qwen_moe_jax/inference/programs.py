@@ -204,7 +204,7 @@ def abstract_prefill(
 def abstract_decode(
     model: CausalLM, *, rows: int, max_length: int, cache_dtype: DTypeLike | None = None
 ) -> AbstractProgram:
-    """The program that decodes up to `DECODE_STEPS` tokens, the most probable ones; a round of its loop is one token a row.
+    """The program that decodes up to `DECODE_STEPS` tokens, the most probable ones, one for every row in each round.
 
     Arguments as `abstract_prefill`.
     """

@@ -85,8 +85,9 @@ class LossesOf(ReadOut):
 
     chunk: int | None = None
 
-    def __call__(self, model: CausalLM, out: DecoderOutput, inputs: ModelInputs) -> TokenLosses:
+    def __call__(self, model: Model, out: DecoderOutput, inputs: ModelInputs) -> TokenLosses:
         """See `ReadOut`."""
+        assert isinstance(model, CausalLM)
         with jax.named_scope("head"):
             log_probs_BT, logsumexp_BT = target_log_probs(
                 out.hidden_BTD,

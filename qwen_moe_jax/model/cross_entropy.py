@@ -56,7 +56,8 @@ def target_log_probs(
     # Each of the X devices of `tensor` computes with its shard of the vocabulary.
     per_shard_XBT = P("tensor", BATCH, None)
     # Factors of the logits: hidden states and table; and those of the head's adapter, A x and B.
-    hidden, tables, axes = [hidden_BTD], [table_VD], [TABLE]
+    hidden, tables = [hidden_BTD], [table_VD]
+    axes: list[tuple[str, ...]] = [TABLE]
     if lora is not None:
         hidden.append(lora.narrowed(hidden_BTD, "BTD,rD->BTr", P(BATCH, None, None)))
         tables.append(lora.lora_B[...])

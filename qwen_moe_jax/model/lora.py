@@ -150,8 +150,9 @@ def matrices(model: Model) -> Iterator[Matrix]:
                     for name in MATRICES:
                         yield Matrix(segment=number, position=position, path=f"{path}.{name}", owner=module)
     yield Matrix(segment=None, position=None, path="embed_tokens", owner=model.model.embed_tokens)
-    if getattr(model, "lm_head", None) is not None:
-        yield Matrix(segment=None, position=None, path="lm_head", owner=model.lm_head)
+    head = getattr(model, "lm_head", None)
+    if head is not None:
+        yield Matrix(segment=None, position=None, path="lm_head", owner=head)
 
 
 def is_adapter(path: str) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ class ExpertWeights:
     scaling: tuple[tuple[str, float], ...] = dataclasses.field(metadata={"static": True})
     act: Activation = dataclasses.field(metadata={"static": True})
 
-    def swiglu(self, x: jax.Array, specs: "ExpertWeights", multiply: Multiply) -> jax.Array:
+    def swiglu(self, x: jax.Array, specs: Any, multiply: Multiply) -> jax.Array:
         """`down(act(gate(x)) * up(x))`, adapters included, inside a shard_map.
 
         Args:
@@ -166,7 +167,7 @@ class Experts(nnx.Module):
         self.gate_proj = make.normal(f"{name}.gate_proj", (count, width, hidden_size), MATRICES["gate_proj"])
         self.up_proj = make.normal(f"{name}.up_proj", (count, width, hidden_size), MATRICES["up_proj"])
         self.down_proj = make.normal(f"{name}.down_proj", (count, hidden_size, width), MATRICES["down_proj"])
-        self.lora = nnx.Dict()
+        self.lora: Any = nnx.Dict()
         self.layer_index: jax.Array | None = nnx.data(None)
         self.act = act
 
@@ -185,9 +186,8 @@ class Experts(nnx.Module):
             return dataclasses.replace(rows, x_BTD=summed_BTD)
         weights = self.weights()
         specs = jax.tree.map(spec_of, weights)
-        local = functools.partial(
-            _single_token if isinstance(rows, SingleToken) else _sorted_rows, specs=specs, backend=backend
-        )
+        multiply: Callable[..., Rows] = _single_token if isinstance(rows, SingleToken) else _sorted_rows
+        local = functools.partial(multiply, specs=specs, backend=backend)
         in_specs = jax.tree.map(with_single_axes, specs)
         return jax.shard_map(local, in_specs=(per_device(), in_specs), out_specs=per_device(), check_vma=False)(
             rows, jax.tree.map(jax.sharding.reshard, weights, in_specs)

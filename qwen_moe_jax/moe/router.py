@@ -1,6 +1,7 @@
 """Scores to routing: which experts each token chose, and how much each counts."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,8 @@ def route(
         )
 
     # Every device routes its own tokens: partitioning top_k over tokens would gather the scores instead.
-    tokens, choices = P(BATCH, None), P(BATCH, None, None)
+    tokens: Any = P(BATCH, None)
+    choices: Any = P(BATCH, None, None)
     out = Routing(experts_BTA=choices, weights_BTA=choices, probs_BTE=choices, token_mask_BT=tokens)
     return jax.shard_map(local, in_specs=(choices, tokens, P()), out_specs=out)(logits_BTE, token_mask_BT, bias_E)
 

@@ -47,8 +47,7 @@ class LoraAdapter(nnx.Module):
             out: sharding of the result.
         """
         activations, matrix, result = letters.replace("->", ",").split(",")
-        *lead, row, column = matrix
-        stack = "".join(lead)
+        stack, row, column = matrix[:-2], matrix[-2], matrix[-1]
         x_r = self.narrowed(x, f"{activations},{stack}r{column}->{narrow}", narrow_spec)
         return weight_einsum(f"{narrow},{stack}{row}r->{result}", x_r, self.lora_B[...], self.b_axes, out)
 

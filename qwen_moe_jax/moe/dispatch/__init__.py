@@ -30,7 +30,7 @@ class Dispatcher(Protocol):
     def dispatch(self, hidden_BTD: jax.Array, routing: Routing, execution: ExecutionConfig) -> tuple[Rows, Any]:
         """Tokens, B sharded over `BATCH`, to rows on their experts' devices, and the plan of the way back."""
 
-    def combine(self, rows: Rows, plan: Any) -> tuple[jax.Array, Drops]:
+    def combine(self, rows: Any, plan: Any) -> tuple[jax.Array, Drops]:
         """The experts' results to each token's weighted sum [B, T, D], and which assignments were dropped."""
 
 

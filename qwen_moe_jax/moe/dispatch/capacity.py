@@ -14,6 +14,7 @@ cost 2/3 * group_size / F of the experts' own matmuls; or by index, as gathers, 
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,8 +99,10 @@ def dispatch(hidden_BTD: jax.Array, routing: Routing, execution: ExecutionConfig
 def combine(rows: Slots, plan: CapacityPlan) -> tuple[jax.Array, Drops]:
     """Each token's weighted sum over the experts that had a slot for it [B, T, D], and what was dropped."""
     y_EGCD = checkpoint_name(jax.sharding.reshard(rows.x_EGCD, TOKEN_SLOTS), EXCHANGED)  # an all-to-all
-    empty = _empty_by_einsum if isinstance(plan.moved, EinsumPlan) else _empty_by_index
-    combined_BTD = empty(y_EGCD, plan.routing.weights_BTA, plan.moved)
+    if isinstance(plan.moved, EinsumPlan):
+        combined_BTD = _empty_by_einsum(y_EGCD, plan.routing.weights_BTA, plan.moved)
+    else:
+        combined_BTD = _empty_by_index(y_EGCD, plan.routing.weights_BTA, plan.moved)
     return combined_BTD, dataclasses.replace(no_drops(plan.routing), dropped_BTA=plan.full_BTA)
 
 
@@ -149,7 +152,9 @@ def _empty_by_einsum(y_EGCD: jax.Array, weights_BTA: jax.Array, plan: EinsumPlan
 
 
 #: Sharding of a `RowPlan` of the tokens of each device.
-ROW_PLAN = RowPlan(assignment_R=P(BATCH), row_TA=P(BATCH, None))
+_ROWS: Any = P(BATCH)
+_TOKENS: Any = P(BATCH, None)
+ROW_PLAN = RowPlan(assignment_R=_ROWS, row_TA=_TOKENS)
 
 
 def _fill_by_index(

@@ -113,8 +113,8 @@ def dispatch(
             weights_TA=weights_BTA.reshape(-1, buffers.chosen),
         )
         if single:
-            rows = SingleToken(x_XTD=tokens.x_TD, experts_XA=tokens.experts_TA[0], weights_XA=tokens.weights_TA[0])
-            return add_device_axis((rows, None)), jnp.int32(1)
+            token = SingleToken(x_XTD=tokens.x_TD, experts_XA=tokens.experts_TA[0], weights_XA=tokens.weights_TA[0])
+            return add_device_axis((token, None)), jnp.int32(1)
         rows, plan = buffers.send(0, tokens)
         if buffers.one_round:
             return add_device_axis((rows, plan)), jnp.int32(1)

@@ -35,16 +35,16 @@ def serve_overflow(serve: Serve, rounds: jax.Array, tokens: Assignments, weights
     fixed = [leaf for leaf, is_trained in zip(leaves, trained, strict=True) if not is_trained]
 
     def serve_leaves(turn, experts_TA, fixed, x_TD, weights_TA, arrays):
-        fixed, arrays = iter(fixed), iter(arrays)
-        merged = [next(arrays if is_trained else fixed) for is_trained in trained]
+        rest, differentiable = iter(fixed), iter(arrays)
+        merged = [next(differentiable if is_trained else rest) for is_trained in trained]
         tokens = Assignments(x_TD=x_TD, experts_TA=experts_TA, weights_TA=weights_TA)
         return serve(turn, tokens, jax.tree.unflatten(treedef, merged))
 
     arrays = [leaf for leaf, is_trained in zip(leaves, trained, strict=True) if is_trained]
     integers = rounds, tokens.experts_TA, fixed
     arrays, served_TD = _rounds(serve_leaves, integers, tokens.x_TD, tokens.weights_TA, arrays)
-    fixed, arrays = iter(fixed), iter(arrays)
-    merged = [next(arrays if is_trained else fixed) for is_trained in trained]
+    rest, differentiable = iter(fixed), iter(arrays)
+    merged = [next(differentiable if is_trained else rest) for is_trained in trained]
     return jax.tree.unflatten(treedef, merged), served_TD
 
 

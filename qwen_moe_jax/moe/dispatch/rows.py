@@ -8,7 +8,7 @@ mesh axes (`per_device`).
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ class Exchange(Protocol):
     def send(self, turn: jax.Array, tokens: "Assignments") -> tuple["SortedRows", object]:
         """One device's tokens to the rows of round `turn`, inside a shard_map."""
 
-    def receive(self, y_RD: jax.Array, plan: object) -> jax.Array:
+    def receive(self, y_RD: jax.Array, plan: Any) -> jax.Array:
         """The experts' results back to the tokens' weighted sums [T, D], inside a shard_map."""
 
 
