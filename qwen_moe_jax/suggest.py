@@ -1,7 +1,27 @@
 """Suggestions for misspelt names, as error messages give them. Imports neither JAX nor numpy."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+#: Arguments of transformers, and what does the same here.
+HUB_ARGUMENTS = {
+    "torch_dtype": "dtype",
+    "device_map": "mesh",
+    "attn_implementation": "execution=ExecutionConfig(attention=…)",
+    "quantization_config": "nothing: FP8 checkpoints are dequantised as they are read",
+    "low_cpu_mem_usage": "nothing: weights are always read in blocks",
+    "trust_remote_code": "nothing: no code of a checkpoint is run",
+    "config": "ModelConfig.from_pretrained and CausalLM(config, rngs=…) for fresh weights",
+    "input_ids": "tokens, the first argument",
+    "attention_mask": "segment_ids (an attention mask of ones and zeros is one)",
+    "position_ids": "positions",
+    "past_key_values": "cache",
+    "use_cache": "cache",
+    "labels": "the method token_losses(tokens, targets)",
+    "output_attentions": "nothing: attention weights are never materialised",
+    "return_dict": "nothing: the result is always a dataclass",
+}
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -31,3 +51,19 @@ def similar(word: str, known: Iterable[str], *, count: int = 3, cutoff: float = 
         cutoff: the least similarity, 0 to 1, as `difflib.get_close_matches` measures it.
     """
     return difflib.get_close_matches(word, list(known), n=count, cutoff=cutoff)
+
+
+def refuse_hub_arguments(function: str, given: Mapping[str, Any], known: Iterable[str] = ()) -> None:
+    """Refuses keyword arguments that a function does not take, with the name that does the same here.
+
+    Args:
+        function: its name, for the message.
+        given: the keyword arguments that it has no parameter for.
+        known: names of its parameters, for suggestions.
+
+    Raises:
+        TypeError: any were given.
+    """
+    for name in given:
+        ours = f"here that is {HUB_ARGUMENTS[name]}" if name in HUB_ARGUMENTS else did_you_mean(name, known).strip()
+        raise TypeError(f"{function}() has no argument {name!r}" + (f": {ours}" if ours else ""))

@@ -1,7 +1,6 @@
 """A checkpoint folder of any layout, opened: its config, its tensors under the Hub's names, and its problems."""
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,10 +11,11 @@ from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError
 from qwen_moe_jax.huggingface.config import config_from_hub
 from qwen_moe_jax.huggingface.fields import read_json
-from qwen_moe_jax.huggingface.files import Files, open_files
+from qwen_moe_jax.huggingface.files import HARMLESS, Files, open_files
 from qwen_moe_jax.huggingface.layouts import EMBEDDING, HEAD, in_hub_form, tied
 from qwen_moe_jax.huggingface.quantisation import dequantized, fp8_block
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_tensors
+from qwen_moe_jax.huggingface.unused_fields import say_once
 from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.model.causal_lm import CausalLM, SequenceClassifier, TokenClassifier
 from qwen_moe_jax.storage.prefetch import prefetch
@@ -32,9 +32,6 @@ HEADS: dict[str, type[Model]] = {
     "ForSequenceClassification": SequenceClassifier,
     "ForTokenClassification": TokenClassifier,
 }
-
-#: Tensors of checkpoints that no forward pass reads.
-HARMLESS = re.compile(r"\.rotary_emb\.inv_freq$|^(model\.)?mtp\.")
 
 #: Dtypes of stored weights.
 FLOATS = ("float32", "bfloat16", "float16")
@@ -83,7 +80,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if hub.get(BALANCING_BIAS) is True and config.moe is not None:
             config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, balancing_bias=True))
         return _open_native(folder, config, head)
-    files = open_files(folder)
+    files, wrappers = open_files(folder).without_wrappers()
+    if wrappers:
+        say_once(
+            f"{folder}: all tensor names begin with {wrappers!r}, which a wrapper of the model left; it is removed."
+        )
     config = dataclasses.replace(config, dtype=config.dtype or _stored_dtype(files.tensors.values()))
     block = fp8_block(hub, str(path))
     tensors, wrong = (files.tensors, []) if block is None else dequantized(files.tensors, block)
@@ -147,7 +148,7 @@ def problems_of(checkpoint: Checkpoint, parameters: list[HubParameter], optional
     tensors, optional = checkpoint.tensors, set(optional)
     wanted = {name: parameter.tensor_shape for name, parameter, _ in hub_tensors(parameters)}
     if checkpoint.whole:
-        problems += [f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in tensors]
+        problems += [_missing(name, shape, checkpoint) for name, shape in wanted.items() if name not in tensors]
     for name, tensor in tensors.items():
         if name in optional:
             continue
@@ -158,6 +159,16 @@ def problems_of(checkpoint: Checkpoint, parameters: list[HubParameter], optional
         elif tensor.dtype not in FLOATS:
             problems.append(f"dtype: {name} is {tensor.dtype} in {tensor.source}, expected one of {', '.join(FLOATS)}")
     return problems
+
+
+def _missing(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> str:
+    """The line for a missing tensor; for one that is missing for a known reason, with the way out."""
+    line = f"missing: {name} {list(shape)}"
+    if name == HEAD and EMBEDDING in checkpoint.tensors:
+        return f"{line}: add it, or set tie_word_embeddings to true in config.json if the head is the token table"
+    if name == "score.weight":
+        return f"{line}: pass rngs=nnx.Rngs(0) to initialise a head that is to be trained"
+    return line
 
 
 def non_finite(tensors: Mapping[str, StoredTensor], advance: Callable[[int], None]) -> list[str]:

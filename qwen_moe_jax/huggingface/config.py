@@ -13,7 +13,7 @@ from qwen_moe_jax.config import AttentionConfig, LayerKind, ModelConfig, RopeCon
 from qwen_moe_jax.config.model import AttentionKind
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.families import Family, family_of
-from qwen_moe_jax.huggingface.fields import Fields, freeze, read_json
+from qwen_moe_jax.huggingface.fields import REQUIRED, Fields, freeze, read_json
 from qwen_moe_jax.huggingface.quantisation import fp8_block
 
 #: More means a damaged config, which is refused before anything is allocated per layer.
@@ -71,12 +71,20 @@ def _config(family: Family, fields: Fields) -> ModelConfig:
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         initializer_range=fields.number("initializer_range", 0.02),
         dtype=dtype.removeprefix("torch.") if dtype else None,
-        bos_token_id=None if fields.is_null("bos_token_id") else fields.integer("bos_token_id"),
-        eos_token_id=() if fields.is_null("eos_token_id") else fields.integers("eos_token_id"),
-        pad_token_id=fields.integer("pad_token_id", None),
+        bos_token_id=None if fields.is_null("bos_token_id") else _token_id(fields, "bos_token_id", REQUIRED),
+        eos_token_id=()
+        if fields.is_null("eos_token_id")
+        else tuple(token for token in fields.integers("eos_token_id") if token != -1),
+        pad_token_id=_token_id(fields, "pad_token_id"),
         num_labels=len(fields.mapping("id2label")) or fields.integer("num_labels", 2),
         hub_fields=freeze(fields.values),
     )
+
+
+def _token_id(fields: Fields, name: str, default: Any = None) -> int | None:
+    """A token id; -1, which no token has, is how some tools write that there is none."""
+    found = fields.integer(name, default)
+    return None if found == -1 else found
 
 
 def _attention(family: Family, fields: Fields, width: int, sliding: bool) -> AttentionConfig:

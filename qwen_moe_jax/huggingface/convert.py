@@ -23,6 +23,7 @@ from qwen_moe_jax.huggingface.hub import local_folder
 from qwen_moe_jax.huggingface.peft import merged, open_adapter
 from qwen_moe_jax.huggingface.save import configs_to_hub, is_stale, shard_limit, write_configs, write_shards
 from qwen_moe_jax.huggingface.tensors import hub_parameters, hub_tensors
+from qwen_moe_jax.huggingface.unused_fields import say_unused_fields
 from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.storage.folder import replaced_folder
 from qwen_moe_jax.storage.progress import bytes_bar
@@ -82,6 +83,7 @@ def convert(
     dtype = None if dtype is None else dtype_name("dtype", dtype)
     limit = shard_limit(max_shard_size)
     checkpoint = open_checkpoint(local_folder(source))
+    say_unused_fields(checkpoint.folder)
     target = Path(target).absolute()
     if target.resolve() == checkpoint.folder.resolve():
         raise CheckpointError(f"{target} is the checkpoint itself: give another folder to write to.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.storage.git_lfs import lfs_problem
 
 REQUIRED = object()
 _TOO_DEEP = "its values are nested too deeply"
@@ -26,6 +27,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file. A checkpoint folder needs one.") from None
     except (ValueError, OSError) as error:
+        if (problem := lfs_problem(path)) is not None:
+            raise ConfigError(f"{path}: {problem}.") from None
         raise ConfigError(f"{path}: cannot be read as JSON ({error}).") from None
     except RecursionError:
         raise ConfigError(f"{path}: cannot be read as JSON ({_TOO_DEEP}).") from None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -19,6 +20,10 @@ LAYOUTS = (
     ("pytorch_model.bin", False, open_torch_file),
     ("pytorch_model.bin.index.json", True, open_torch_file),
 )
+#: Prefixes that wrappers of a model put before the names of all its tensors.
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
+#: Tensors of checkpoints that no forward pass reads: an index may name them without their being there.
+HARMLESS = re.compile(r"\.rotary_emb\.inv_freq$|^(model\.)?mtp\.")
 #: Most files of a folder that a message names.
 _LISTED = 10
 
@@ -36,6 +41,17 @@ class Files:
     tensors: dict[str, StoredTensor]
     problems: list[str]
     unreadable: frozenset[str] = frozenset()
+
+    def without_wrappers(self) -> tuple["Files", str]:
+        """The same without the prefixes that wrappers of a model put before every name; and the prefixes.
+
+        `module.` is DataParallel's, `_orig_mod.` torch.compile's, `base_model.model.` PEFT's.
+        """
+        names, removed = list(self.tensors), ""
+        while names and (prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in names)), None)):
+            names, removed = [name.removeprefix(prefix) for name in names], removed + prefix
+        tensors = dict(zip(names, self.tensors.values(), strict=True))
+        return dataclasses.replace(self, tensors=tensors), removed
 
 
 def is_weights(name: str) -> bool:
@@ -67,6 +83,9 @@ def _content(folder: Path) -> str:
 def _open_indexed(path: Path, opener: Callable[[Path], tuple[dict[str, StoredTensor], list[str]]]) -> Files:
     try:
         weight_map = _weight_map(path)
+        # A file of nothing but tensors that no forward pass reads need not be there.
+        present = {name: (path.parent / name).is_file() for name in weight_map.values()}
+        weight_map = {name: file for name, file in weight_map.items() if present[file] or not HARMLESS.search(name)}
     except (OSError, ValueError, RecursionError) as error:
         return Files({}, [f"damaged: {path.name} is not an index of tensors ({error})"])
     tensors: dict[str, StoredTensor] = {}
@@ -85,7 +104,7 @@ def _open_indexed(path: Path, opener: Callable[[Path], tuple[dict[str, StoredTen
             problems.append(f"duplicated: {tensor} is in {tensors[tensor].source} and in {name}")
         tensors |= found
     for tensor, name in weight_map.items():
-        if tensor not in tensors and name not in unread:
+        if tensor not in tensors and name not in unread and not HARMLESS.search(tensor):
             problems.append(f"index: {path.name} says that {tensor} is in {name}, which does not have it")
     return Files(tensors, problems, frozenset(tensor for tensor, name in weight_map.items() if name in unread))
 

@@ -3,13 +3,13 @@
 import dataclasses
 from os import PathLike
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from qwen_moe_jax.config import DTypeLike, ExecutionConfig
+from qwen_moe_jax.config import DTypeLike, ExecutionConfig, ModelConfig
 from qwen_moe_jax.config.checks import dtype_name
 from qwen_moe_jax.huggingface.checkpoint import (
     Checkpoint,
@@ -22,10 +22,14 @@ from qwen_moe_jax.huggingface.generation_config import read_generation_config
 from qwen_moe_jax.huggingface.hub import local_folder
 from qwen_moe_jax.huggingface.peft import load_adapter
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters
+from qwen_moe_jax.huggingface.unused_fields import say_unused_fields
 from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.storage.placement import local_bytes, place
 from qwen_moe_jax.storage.progress import bytes_bar
+from qwen_moe_jax.suggest import refuse_hub_arguments
+
+_ARGUMENTS = ("mesh", "dtype", "param_dtype", "execution", "adapter", "rngs", "num_labels")
 
 AnyModel = TypeVar("AnyModel", bound=Model)
 
@@ -41,6 +45,7 @@ def from_pretrained(
     param_dtype: DTypeLike | None = None,
     execution: ExecutionConfig = ExecutionConfig(),
     adapter: str | PathLike[str] | None = None,
+    **hub_arguments: Any,
 ) -> CausalLM:
     """Loads a checkpoint as a causal language model.
 
@@ -55,6 +60,7 @@ def from_pretrained(
         execution: how the model is run; the arguments `dtype` and `param_dtype` override its fields.
         adapter: a folder of low-rank adapters in PEFT's layout, or its name on the Hub. They are kept separate from the
             weights; `merge_lora` adds them.
+        hub_arguments: none is taken; those of transformers are refused with the name of ours.
 
     Returns:
         The model, in eval mode.
@@ -63,7 +69,9 @@ def from_pretrained(
         ConfigError: config.json is missing or not supported.
         CheckpointError: tensors are missing, damaged or do not fit the config; all problems in one message.
         ShardingError: a weight does not divide over the mesh.
+        TypeError: an argument of another name.
     """
+    refuse_hub_arguments("from_pretrained", hub_arguments, _ARGUMENTS)
     model = load_model(CausalLM, folder, mesh=mesh, dtype=dtype, param_dtype=param_dtype, execution=execution)
     if adapter is not None:
         load_adapter(model, adapter)
@@ -78,15 +86,23 @@ def load_model(
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike | None = None,
     execution: ExecutionConfig = ExecutionConfig(),
-    rngs: nnx.Rngs | None = None,
+    rngs: nnx.Rngs | jax.Array | int | None = None,
+    num_labels: int | None = None,
+    **hub_arguments: Any,
 ) -> AnyModel:
     """`from_pretrained` for any head.
 
     Args:
         rngs: initialises the head if the checkpoint has none of this kind; another kind of head in the checkpoint is
             ignored. None refuses such a checkpoint.
+        num_labels: of a classifier's head that `rngs` initialises; None is the config's.
+        hub_arguments: none is taken; those of transformers are refused with the name of ours.
     """
+    refuse_hub_arguments("from_pretrained", hub_arguments, _ARGUMENTS)
     checkpoint = open_checkpoint(local_folder(folder))
+    if num_labels is not None:
+        checkpoint = dataclasses.replace(checkpoint, config=_with_labels(checkpoint, num_labels))
+    say_unused_fields(checkpoint.folder)
     dtype = execution.dtype if dtype is None else dtype_name("dtype", dtype)
     param_dtype = execution.param_dtype if param_dtype is None else dtype_name("param_dtype", param_dtype)
     abstract = model_class(
@@ -104,7 +120,16 @@ def load_model(
     return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
 
 
-def _init_missing_head(abstract: Model, checkpoint: Checkpoint, rngs: nnx.Rngs) -> list[str]:
+def _with_labels(checkpoint: Checkpoint, num_labels: int) -> ModelConfig:
+    names = ("id2label", "label2id", "num_labels")  # of the old head
+    fields = tuple(pair for pair in checkpoint.config.hub_fields if pair[0] not in names)
+    same = num_labels == checkpoint.config.num_labels
+    return (
+        checkpoint.config if same else dataclasses.replace(checkpoint.config, num_labels=num_labels, hub_fields=fields)
+    )
+
+
+def _init_missing_head(abstract: Model, checkpoint: Checkpoint, rngs: nnx.Rngs | jax.Array | int) -> list[str]:
     """Initialises the head, unless the checkpoint has one of its kind. Returns the tensor names of another kind's."""
     own = [str(name) for parameter in hub_parameters(abstract) for name in parameter.names.flat]
     if any(name in checkpoint.tensors for name in own if not name.startswith(_BACKBONE)):

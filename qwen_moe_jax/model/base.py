@@ -20,10 +20,11 @@ from qwen_moe_jax.model.inputs import INPUT_SPECS, ModelInputs, checked_inputs, 
 from qwen_moe_jax.model.output import ModelOutput, RouterOutput
 from qwen_moe_jax.moe.losses import router_losses
 from qwen_moe_jax.nn.matmul import as_precise_as
-from qwen_moe_jax.nn.parameters import ParameterFactory
+from qwen_moe_jax.nn.parameters import ParameterFactory, as_rngs
 from qwen_moe_jax.sharding.explicit import apart_from_callers_mesh, with_explicit_axes
 from qwen_moe_jax.sharding.mesh import checked_mesh
 from qwen_moe_jax.sharding.rules import BATCH
+from qwen_moe_jax.suggest import refuse_hub_arguments
 
 
 class Model(nnx.Module):
@@ -31,8 +32,8 @@ class Model(nnx.Module):
 
     Args:
         config: what the weights mean.
-        rngs: source of fresh weights; None makes an abstract model (its leaves are `jax.ShapeDtypeStruct`s with their
-            sharding) without allocating anything.
+        rngs: source of fresh weights: nnx.Rngs, a key or a seed; None makes an abstract model (its leaves are
+            `jax.ShapeDtypeStruct`s with their sharding) without allocating anything.
         mesh: see `make_mesh`; None is one device.
         execution: how it is run.
         generation_config: how its text ends; None takes the stop tokens of the config.
@@ -49,7 +50,7 @@ class Model(nnx.Module):
         self,
         config: ModelConfig,
         *,
-        rngs: nnx.Rngs | None,
+        rngs: nnx.Rngs | jax.Array | int | None,
         mesh: Mesh | None = None,
         execution: ExecutionConfig = ExecutionConfig(),
         generation_config: GenerationConfig | None = None,
@@ -65,20 +66,20 @@ class Model(nnx.Module):
         self.model = Decoder(config, make)
         self.add_head(make)
 
-    def factory(self, rngs: nnx.Rngs | None) -> ParameterFactory:
+    def factory(self, rngs: nnx.Rngs | jax.Array | int | None) -> ParameterFactory:
         """Creates more of the model's parameters, here or in `model.lora`."""
         return ParameterFactory(
             mesh=self.mesh,
             rules=self.execution.rules,
             dtype=self.execution.param_dtype,
             initializer_range=self.config.initializer_range,
-            rngs=rngs,
+            rngs=as_rngs(rngs),
         )
 
     def add_head(self, make: ParameterFactory) -> None:
         """Creates the head's parameters; each subclass has its own."""
 
-    def draw_head(self, rngs: nnx.Rngs) -> None:
+    def draw_head(self, rngs: nnx.Rngs | jax.Array | int) -> None:
         """Gives the model a fresh head, to be trained on weights that came without one."""
         self.add_head(self.factory(rngs))
 
@@ -105,6 +106,7 @@ class Model(nnx.Module):
         output_hidden_states: bool = False,
         logits_at: jax.typing.ArrayLike | None = None,
         noise_key: jax.Array | None = None,
+        **hub_arguments: Any,
     ) -> ModelOutput:
         """Runs the model.
 
@@ -121,6 +123,7 @@ class Model(nnx.Module):
             logits_at: integers [B]; the head runs on this one token of each row, and `logits` is [B, 1, …].
             noise_key: a `jax.random.key`, another one for every step; needed in training mode by a config with
                 `moe.router_jitter_noise`, and read there alone.
+            hub_arguments: none is taken; those of transformers are refused with the name of ours.
 
         Returns:
             See `ModelOutput`. Padding has finite logits without a meaning; a token id outside the vocabulary makes its
@@ -130,7 +133,9 @@ class Model(nnx.Module):
             RequestError: the arrays are not integers, or not all [B, T]; `positions` are given beside a cache, or the
                 cache has another number of rows; there is no `noise_key` where it is needed.
             ConfigError: in training mode, the config asks for dropout.
+            TypeError: an argument of another name.
         """
+        refuse_hub_arguments(type(self).__name__, hub_arguments, ("segment_ids", "positions", "cache", "logits_at"))
         inputs = checked_inputs(tokens_BT, segment_ids, positions, logits_at=logits_at)
         read_out = LogitsOf(output_router_logits=output_router_logits, output_hidden_states=output_hidden_states)
         return self.run(inputs, read_out, cache=cache, noise_key=noise_key)

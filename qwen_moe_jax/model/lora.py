@@ -82,7 +82,7 @@ class Matrix:
             self.owner.lora[self.name] = lora
 
 
-def add_lora(model: Model, config: LoraConfig, *, rngs: nnx.Rngs | None) -> None:
+def add_lora(model: Model, config: LoraConfig, *, rngs: nnx.Rngs | jax.Array | int | None) -> None:
     """Gives a model adapters, float32, without effect until they are trained (B is zero). Its weights stay untouched.
 
     A matrix has one where a name of `config.target_modules` stands in its path (dots at its ends): "q_proj", "experts",

@@ -44,8 +44,9 @@ def load_balancing_loss(stats: RouterStats) -> jax.Array:
 
     f_e is the mean number of choices of expert e per token, P_e its mean probability, both over the real tokens of all
     layers. The gradient flows through P alone. Equal to transformers' `load_balancing_loss_func` with an attention
-    mask (Switch Transformer, arXiv 2101.03961, equations 4 to 6); in bfloat16 transformers recomputes the
-    probabilities in that dtype, while these are the float32 ones that routed.
+    mask since about version 5.5; 4.57 and 5.2 apply the softmax twice, to the router's probabilities (Switch
+    Transformer, arXiv 2101.03961, equations 4 to 6). In bfloat16 transformers recomputes the probabilities in that
+    dtype, while these are the float32 ones that routed.
     """
     tokens = _at_least_one(jnp.sum(stats.tokens))
     chosen_E = jnp.sum(stats.tokens_per_expert, axis=0).astype(jnp.float32) / tokens

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -94,6 +95,21 @@ class ParameterFactory:
         if self.rngs is not None:
             value = _initializer(kind, shape, stored, zero_row)(self.rngs.params(), self.initializer_range)
         return nnx.Param(value, axes=axes, spec=sharding.spec, unpadded_shape=shape)
+
+
+def as_rngs(source: Any) -> nnx.Rngs | None:
+    """`nnx.Rngs` of itself, of a key (`jax.random.key(0)`) or of a seed; None of None.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if source is None or isinstance(source, nnx.Rngs):
+        return source
+    if isinstance(source, int | np.integer) and not isinstance(source, bool):
+        return nnx.Rngs(int(source))
+    if isinstance(source, jax.Array):
+        return nnx.Rngs(source)
+    raise TypeError(f"rngs={source!r:.80} is not supported: expected nnx.Rngs(0), jax.random.key(0), a seed or None.")
 
 
 def parameters_with_paths(module: Any) -> Iterator[tuple[str, nnx.Variable]]:

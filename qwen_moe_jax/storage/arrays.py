@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from qwen_moe_jax.errors import CheckpointError
+from qwen_moe_jax.storage.git_lfs import lfs_problem
 from qwen_moe_jax.storage.tensor import Index, StoredTensor
 
 
@@ -46,6 +47,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     Raises:
         CheckpointError: there is no such file, or it is damaged.
     """
+    if (problem := lfs_problem(path)) is not None:
+        raise CheckpointError(f"{path}: {problem}.")
     try:
         with safe_open(path, "np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}

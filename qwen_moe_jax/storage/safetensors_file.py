@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from qwen_moe_jax.errors import CheckpointError
+from qwen_moe_jax.storage.git_lfs import lfs_problem
 from qwen_moe_jax.storage.prefetch import prefetch
 from qwen_moe_jax.storage.tensor import Index, StoredTensor, blocks, index_shape
 
@@ -136,6 +137,8 @@ def open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
 
     Tensors with an invalid header entry are left out of the first result and reported in the second.
     """
+    if (problem := lfs_problem(path)) is not None:
+        return {}, [f"not downloaded: {problem}"]
     try:
         file = OpenFile(path)
         begin, entries = _header(file)

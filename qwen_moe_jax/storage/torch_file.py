@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qwen_moe_jax.errors import CheckpointError
+from qwen_moe_jax.storage.git_lfs import lfs_problem
 from qwen_moe_jax.storage.tensor import Index, StoredTensor
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def open_torch_file(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     Raises:
         CheckpointError: torch is not installed.
     """
+    if (problem := lfs_problem(path)) is not None:
+        return {}, [f"not downloaded: {problem}"]
     try:
         import torch
     except ImportError:

@@ -1,0 +1,167 @@
+"""What users run into with checkpoints that others made: read where that is right, or refused with the way out."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+import qwen_moe_jax as qmj
+from qwen_moe_jax.huggingface import unused_fields
+from qwen_moe_jax.huggingface.convert import convert
+from tests.subject import hub_arrays
+
+CONFIG = {
+    **{"model_type": "qwen3", "vocab_size": 98, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2},
+}
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = qmj.CausalLM(qmj.ModelConfig.from_pretrained(CONFIG), rngs=0)
+    qmj.save_pretrained(model, tmp_path / "model")
+    unused_fields._said.clear()
+    return tmp_path / "model"
+
+
+def rename(folder, change) -> None:
+    save_file({change(name): array for name, array in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+
+
+def edit(path, **changes) -> None:
+    found = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(found | changes))
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "base_model.model.", "module._orig_mod.", "_fsdp_wrapped_module."]
+)
+def test_prefixes_that_wrappers_leave_before_every_name_are_removed_and_said(folder, prefix, capsys):
+    expected = dict(hub_arrays(qmj.from_pretrained(folder)))
+    capsys.readouterr()
+    rename(folder, lambda name: prefix + name)
+    for name, array in hub_arrays(qmj.from_pretrained(folder)):
+        np.testing.assert_array_equal(array, expected[name])
+    assert capsys.readouterr().err.count(f"all tensor names begin with '{prefix}'") == 1
+
+
+def test_a_prefix_of_some_names_is_a_problem_of_these(folder):
+    rename(folder, lambda name: f"module.{name}" if name == "model.norm.weight" else name)
+    with pytest.raises(qmj.CheckpointError, match=r"unexpected: module\.model\.norm\.weight"):
+        qmj.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json", "pytorch_model.bin", "generation_config.json"])
+def test_a_git_lfs_pointer_says_what_to_run(folder, name):
+    if name == "pytorch_model.bin":
+        (folder / WEIGHTS).unlink()
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4096\n"
+    (folder / name).write_text(pointer)
+    with pytest.raises((qmj.CheckpointError, qmj.ConfigError)) as refusal:
+        qmj.from_pretrained(folder)
+    assert f"{name} is a Git LFS pointer, not the file itself: run `git lfs pull` in {folder}" in str(refusal.value)
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, "model-mtp.safetensors"])
+def test_an_index_may_name_tensors_that_no_forward_pass_reads(folder, file):
+    (folder / WEIGHTS).rename(folder / "model-00001.safetensors")
+    names = dict.fromkeys(load_file(folder / "model-00001.safetensors"), "model-00001.safetensors")
+    file = "model-00001.safetensors" if file == WEIGHTS else file
+    extra = {"mtp.fc.weight": file, "model.layers.0.self_attn.rotary_emb.inv_freq": file}
+    (folder / INDEX).write_text(json.dumps({"weight_map": names | extra}))
+    qmj.from_pretrained(folder)
+    convert(folder, folder.parent / "converted")
+    (folder / INDEX).write_text(json.dumps({"weight_map": names | {"model.extra.weight": file}}))
+    with pytest.raises(qmj.CheckpointError, match=re.escape(file)):
+        qmj.from_pretrained(folder)
+
+
+def test_a_missing_head_may_be_the_token_table(folder):
+    save_file({k: v for k, v in load_file(folder / WEIGHTS).items() if k != "lm_head.weight"}, folder / WEIGHTS)
+    with pytest.raises(qmj.CheckpointError, match=r"missing: lm_head.weight \[98, 32\]: add it, or set tie_word_embed"):
+        qmj.from_pretrained(folder)
+    edit(folder / "config.json", tie_word_embeddings=True)
+    assert qmj.from_pretrained(folder).lm_head is None
+
+
+@pytest.mark.parametrize("field", ["pad_token_id", "bos_token_id", "eos_token_id"])
+def test_a_token_id_of_minus_one_is_none(folder, field):
+    edit(folder / "config.json", **{field: -1})
+    (folder / "generation_config.json").unlink()
+    assert getattr(qmj.from_pretrained(folder).config, field) in (None, ())
+
+
+def test_a_classifier_without_a_head_says_how_to_get_one_and_takes_its_labels(folder):
+    with pytest.raises(qmj.CheckpointError, match=r"missing: score.weight \[2, 32\]: pass rngs=nnx.Rngs\(0\)"):
+        qmj.SequenceClassifier.from_pretrained(folder)
+    model = qmj.SequenceClassifier.from_pretrained(folder, rngs=0, num_labels=5)
+    assert model.config.num_labels == 5 and model.score.weight.shape == (5, 32)
+    qmj.save_pretrained(model, folder.parent / "classifier")
+    assert qmj.SequenceClassifier.from_pretrained(folder.parent / "classifier").score.weight.shape == (5, 32)
+
+
+@pytest.mark.parametrize("rngs", [jax.random.key(0), 0, np.int32(0)], ids=["key", "seed", "NumPy's"])
+def test_a_key_or_a_seed_serves_as_rngs(rngs):
+    config = qmj.ModelConfig.from_pretrained(CONFIG)
+    found, expected = (hub_arrays(qmj.CausalLM(config, rngs=each)) for each in (rngs, nnx.Rngs(0)))
+    for (_, one), (_, other) in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_rngs_of_another_kind_are_refused_in_one_line():
+    with pytest.raises(
+        TypeError, match=r"^rngs='0' is not supported: expected nnx.Rngs\(0\), jax.random.key\(0\)[^\n]*$"
+    ):
+        qmj.CausalLM(qmj.ModelConfig.from_pretrained(CONFIG), rngs="0")
+
+
+def test_arguments_of_transformers_are_refused_with_the_name_of_ours(folder):
+    with pytest.raises(TypeError, match=r"from_pretrained\(\) has no argument 'torch_dtype': here that is dtype"):
+        qmj.from_pretrained(folder, torch_dtype="auto")
+    with pytest.raises(TypeError, match=r"no argument 'device_map': here that is mesh"):
+        qmj.CausalLM.from_pretrained(folder, device_map="auto")
+    with pytest.raises(TypeError, match=r"no argument 'dtyp': did you mean 'dtype'"):
+        qmj.from_pretrained(folder, dtyp="float32")
+    model = qmj.from_pretrained(folder)
+    with pytest.raises(TypeError, match=r"no argument 'attention_mask': here that is segment_ids"):
+        model(np.ones((1, 3), int), attention_mask=np.ones((1, 3), int))
+
+
+def test_settings_that_are_not_acted_on_are_named_once(folder, capsys):
+    edit(
+        folder / "generation_config.json",
+        num_beams=4,
+        diversity_penalty=0.5,
+        top_k=20,
+        length_penalty=1.0,
+        use_cache=True,
+    )
+    edit(folder / "config.json", auto_map={"AutoModel": "modeling.Mine"}, of_tomorrow=3, another=None, use_cache=False)
+    edit(folder / "tokenizer_config.json", add_bos_token=True, add_eos_token=False, model_max_length=9)
+    for _ in range(2):
+        qmj.from_pretrained(folder)
+    (folder / "tokenizer.json").write_text('{"post_processor": {"type": "TemplateProcessing"}}')
+    unused_fields.say_unused_fields(folder)  # tokenizer.json has the step now
+    said = capsys.readouterr().err
+    assert said.count("num_beams=4, diversity_penalty=0.5.") == 1
+    assert said.count("config.json: not acted on: auto_map={'AutoModel': 'modeling.Mine'}, of_tomorrow=3.") == 1
+    assert said.count("tokenizer_config.json: not acted on: add_bos_token=True.") == 1
+    assert len(said.splitlines()) == 3
+
+
+def test_every_field_of_config_json_that_is_read_is_known(monkeypatch):
+    from qwen_moe_jax.huggingface.fields import Fields
+
+    read = set()
+    get = Fields._get
+    monkeypatch.setattr(
+        Fields, "_get", lambda self, name, default: (read.add((self.where, name)), get(self, name, default))[1]
+    )
+    for model_type in ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mixtral"):
+        qmj.ModelConfig.from_pretrained({"model_type": model_type, "use_sliding_window": True})
+    assert {name for where, name in read if where == "config"} <= unused_fields._CONFIG_READ
