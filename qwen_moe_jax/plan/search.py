@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax.numpy as jnp
 
 from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.config.execution import BUFFER_FACTOR
 from qwen_moe_jax.config.resolve import attention_block
 from qwen_moe_jax.errors import ConfigError, ShardingError
 from qwen_moe_jax.plan.chips import Network
@@ -396,8 +397,11 @@ def _rows_per_token(outline: Outline) -> float:
     dispatch = execution.get("dispatch") or ("capacity" if training else "dropless")
     if dispatch == "dense":
         return outline.config.moe.num_experts
-    factor = execution.get(f"{'' if training else 'eval_'}{'capacity' if dispatch == 'capacity' else 'buffer'}_factor")
-    return outline.config.moe.num_experts_per_tok * (factor or 1)
+    if dispatch == "capacity":
+        factor = execution.get("capacity_factor" if training else "eval_capacity_factor") or 1
+    else:
+        factor = execution.get("buffer_factor") or BUFFER_FACTOR
+    return outline.config.moe.num_experts_per_tok * factor
 
 
 def _workspace(outline: Outline, mesh: Mapping[str, int], platform: str) -> int:
