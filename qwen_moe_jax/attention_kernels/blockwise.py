@@ -21,7 +21,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen_moe_jax.nn.bits import rows_at
-from qwen_moe_jax.nn.matmul import as_precise_as
+from qwen_moe_jax.nn.matmul import matmul_precision
 
 #: The name that remat policies know the result by, and the logarithms beside it.
 ATTENDED = "attended"
@@ -186,7 +186,7 @@ def _scores(
 
 def _product(letters: str, left: jax.Array, right: jax.Array) -> jax.Array:
     """An einsum with float32 sums."""
-    with as_precise_as(left.dtype):
+    with matmul_precision(left.dtype):
         return jnp.einsum(letters, left, right, preferred_element_type=jnp.float32)
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_moe_jax.attention_kernels.blockwise import ATTENDED, Blocks
-from qwen_moe_jax.nn.matmul import as_precise_as
+from qwen_moe_jax.nn.matmul import matmul_precision
 
 #: Tokens of a block are a multiple of this, the width of a vector register.
 LANES = 128
@@ -52,7 +52,7 @@ def attend_by_splash(
     Returns:
         [B, T, N, H] in the dtype of the queries.
     """
-    with as_precise_as(q_BTNH.dtype):
+    with matmul_precision(q_BTNH.dtype):
         return _attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, blocks, interpret)
 
 
@@ -60,12 +60,12 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, blocks: Blocks, interpret: 
     def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
         return _attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, blocks, interpret)
 
-    with as_precise_as(q_BTNH.dtype):
+    with matmul_precision(q_BTNH.dtype):
         return jax.vjp(attend, q_BTNH, k_BTKH, v_BTKH)
 
 
 def _backward(blocks: Blocks, interpret: bool, pull, gradient_BTNH):
-    with as_precise_as(gradient_BTNH.dtype):
+    with matmul_precision(gradient_BTNH.dtype):
         return *pull(gradient_BTNH), None
 
 

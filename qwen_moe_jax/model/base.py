@@ -19,7 +19,7 @@ from qwen_moe_jax.model.decoder import Decoder, DecoderOutput
 from qwen_moe_jax.model.inputs import INPUT_SPECS, ModelInputs, checked_inputs, pad_rows
 from qwen_moe_jax.model.output import ModelOutput, RouterOutput
 from qwen_moe_jax.moe.losses import router_losses
-from qwen_moe_jax.nn.matmul import as_precise_as
+from qwen_moe_jax.nn.matmul import matmul_precision
 from qwen_moe_jax.nn.parameters import ParameterFactory, as_rngs
 from qwen_moe_jax.sharding.explicit import apart_from_callers_mesh, with_explicit_axes
 from qwen_moe_jax.sharding.mesh import checked_mesh
@@ -254,7 +254,7 @@ def _forward(
         return read_out(model, out, inputs)
 
     specs = (_specs_of(padded), None if cache is None else cache.specs(), P())
-    with as_precise_as(model.execution.dtype):
+    with matmul_precision(model.execution.dtype):
         out = with_explicit_axes(run, model.mesh, specs)(model, padded, cache, noise_key)
     return out if padded.tokens_BT.shape[0] == batch else out.first_rows(batch)
 

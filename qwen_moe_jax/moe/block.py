@@ -9,7 +9,7 @@ from qwen_moe_jax.moe.dispatch import get_dispatcher
 from qwen_moe_jax.moe.experts import Experts
 from qwen_moe_jax.moe.router import jitter, route
 from qwen_moe_jax.nn.linear import Linear
-from qwen_moe_jax.nn.matmul import as_precise_as
+from qwen_moe_jax.nn.matmul import matmul_precision
 from qwen_moe_jax.nn.mlp import MLP
 from qwen_moe_jax.nn.parameters import ParameterFactory
 
@@ -99,5 +99,5 @@ class SparseMoeBlock(nnx.Module):
         """[B, T, E] in the router's dtype."""
         if execution.router_dtype is None:
             return self.gate(hidden_BTD)
-        with as_precise_as(execution.router_dtype):
+        with matmul_precision(execution.router_dtype):
             return self.gate(hidden_BTD.astype(execution.router_dtype))

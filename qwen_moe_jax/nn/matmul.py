@@ -14,10 +14,10 @@ from qwen_moe_jax.sharding.rules import gather_for_compute
 WEIGHT_MATMUL = "weight_matmul"
 
 
-def as_precise_as(dtype: jax.typing.DTypeLike) -> AbstractContextManager:
-    """Within it, float32 means float32: accelerators would otherwise multiply in bfloat16 or TF32.
+def matmul_precision(dtype: jax.typing.DTypeLike) -> AbstractContextManager:
+    """Context of the matmul precision for a dtype: float32 is multiplied in float32.
 
-    A gradient of one's own needs it again: its backward pass is traced where what surrounded the forward is forgotten.
+    Accelerators would otherwise multiply it in bfloat16 or TF32. A custom gradient enters it again: the backward pass is traced outside the context of the forward.
     """
     return jax.default_matmul_precision("highest" if jnp.dtype(dtype) == jnp.float32 else None)
 

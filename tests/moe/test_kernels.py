@@ -11,7 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.moe.kernels.grouped_matmul import grouped_matmul
-from qwen_moe_jax.nn.matmul import as_precise_as
+from qwen_moe_jax.nn.matmul import matmul_precision
 
 BACKENDS = ("tpu", "nvidia")
 
@@ -120,7 +120,7 @@ def test_lowers_for_its_platform(name, platform, custom_call, dtype, rows):
     weights_EFD, sizes_E = jax.ShapeDtypeStruct((E, F, D), dtype), jax.ShapeDtypeStruct((E,), np.int32)
 
     def all_three(inputs_RD, gradient_RF, weights_EFD, sizes_E):
-        with as_precise_as(inputs_RD.dtype):
+        with matmul_precision(inputs_RD.dtype):
             return (
                 backend(name).ragged(inputs_RD, weights_EFD, sizes_E, transposed=True),
                 backend(name).ragged(gradient_RF, weights_EFD, sizes_E, transposed=False),

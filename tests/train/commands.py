@@ -14,10 +14,10 @@ PROCESS = """
 import json, os, sys
 from pathlib import Path
 from types import SimpleNamespace
-from jax._src import compiler
+from jax._src import compiler  # which process writes the compilation cache has no public setting
 from qwen_moe_jax.cli.main import main as qwen_moe_jax
 from train.__main__ import main as train
-# Of several processes, JAX lets the first alone keep what it has compiled. Here it serves each in its next command.
+# JAX lets only process 0 write the compilation cache; here every process writes it, for its next command.
 compiler.distributed = SimpleNamespace(global_state=SimpleNamespace(process_id=0, client=None))
 for output, (program, *words) in json.loads(sys.argv[1]):
     for stream, kind in ((sys.stdout, "out"), (sys.stderr, "err")):

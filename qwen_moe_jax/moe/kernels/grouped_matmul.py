@@ -8,7 +8,7 @@ import jax
 
 from qwen_moe_jax.config import GroupedMatmul
 from qwen_moe_jax.moe.kernels.cpu import tile_rows
-from qwen_moe_jax.nn.matmul import as_precise_as
+from qwen_moe_jax.nn.matmul import matmul_precision
 from qwen_moe_jax.rounding import round_up
 
 #: A backend is a module with `ragged`, `outer` and `select_layer`, as `kernels/cpu.py` describes them.
@@ -56,7 +56,7 @@ def grouped_matmul(
 def _grouped_matmul(
     rows_RI: jax.Array, weights_EOI: jax.Array, sizes_E: jax.Array, backend: GroupedMatmul
 ) -> jax.Array:
-    with as_precise_as(rows_RI.dtype):
+    with matmul_precision(rows_RI.dtype):
         return _module(backend).ragged(rows_RI, weights_EOI, sizes_E, transposed=True)
 
 
@@ -66,7 +66,7 @@ def _forward(rows_RI: jax.Array, weights_EOI: jax.Array, sizes_E: jax.Array, bac
 
 def _backward(backend: GroupedMatmul, saved: tuple[jax.Array, jax.Array, jax.Array], gradient_RO: jax.Array):
     rows_RI, weights_EOI, sizes_E = saved
-    with as_precise_as(rows_RI.dtype):
+    with matmul_precision(rows_RI.dtype):
         of_rows_RI = _module(backend).ragged(gradient_RO, weights_EOI, sizes_E, transposed=False)
         of_weights_EOI = _module(backend).outer(gradient_RO, rows_RI, sizes_E)
     return of_rows_RI.astype(rows_RI.dtype), of_weights_EOI.astype(weights_EOI.dtype), None
