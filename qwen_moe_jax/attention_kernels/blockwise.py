@@ -1,4 +1,4 @@
-"""Attention over blocks of queries and keys: the scores of a whole row never lie in memory.
+"""Attention over blocks of queries and keys: the scores of a whole row are never in memory.
 
 A block of queries meets one block of keys after the other, and keeps of them the largest score, the sum of exponentials
 and the weighted sum of values so far. The backward pass computes the scores again, from what is kept for each query
@@ -7,7 +7,7 @@ blocks that no query of theirs may see are never computed.
 
 Source: Rabe and Staats, arXiv 2112.05682; the backward pass is FlashAttention-2's, Dao, arXiv 2307.08691.
 
-Letters beside the house's: n blocks of a row, C tokens of a block, M = G * C queries of a block that share a key head,
+Letters of this file: n blocks of a row, C tokens of a block, M = G * C queries of a block that share a key head,
 where G query heads do.
 """
 
@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from qwen_moe_jax.nn.bits import rows_at
 from qwen_moe_jax.nn.matmul import matmul_precision
 
-#: The name that remat policies know the result by, and the logarithms beside it.
+#: The name that remat policies know the result by, and its logarithms.
 ATTENDED = "attended"
 #: A score that is not seen. Minus infinity would make a query that sees nothing NaN.
 UNSEEN = -1e30
@@ -31,7 +31,7 @@ UNSEEN = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How rows are cut.
+    """How rows are split into blocks.
 
     Attributes:
         count: n, blocks of a row.
@@ -65,7 +65,7 @@ class Blocks:
             np.int32,
         )
 
-    def cut(self, x_BTKGH: jax.Array) -> jax.Array:
+    def split(self, x_BTKGH: jax.Array) -> jax.Array:
         """[B, T, K, G, H] to [n, B, K, M, H]; the filling is zeros."""
         batch, tokens, kv_heads, shared, width = x_BTKGH.shape
         x_BTKGH = jnp.pad(x_BTKGH, ((0, 0), (0, self.count * self.length - tokens), *[(0, 0)] * 3))
@@ -73,13 +73,13 @@ class Blocks:
         return x_BnCKGH.transpose(1, 0, 3, 4, 2, 5).reshape(self.count, batch, kv_heads, shared * self.length, width)
 
     def join(self, x_nBKMH: jax.Array, tokens: int) -> jax.Array:
-        """The inverse of `cut`, without the filling."""
+        """The inverse of `split`, without the filling."""
         _, batch, kv_heads, queries, width = x_nBKMH.shape
         x_nBKGCH = x_nBKMH.reshape(self.count, batch, kv_heads, queries // self.length, self.length, width)
         x_BnCKGH = x_nBKGCH.transpose(1, 0, 4, 2, 3, 5)
         return x_BnCKGH.reshape(batch, self.count * self.length, kv_heads, -1, width)[:, :tokens]
 
-    def cut_ids(self, ids_BT: jax.Array) -> jax.Array:
+    def split_ids(self, ids_BT: jax.Array) -> jax.Array:
         """[B, T] to [n, B, C]; the filling is padding."""
         batch, tokens = ids_BT.shape
         ids_BT = jnp.pad(ids_BT, ((0, 0), (0, self.count * self.length - tokens)))
@@ -110,8 +110,8 @@ def attend_in_blocks(
 
 def _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, blocks: Blocks):
     kv_heads = k_BTKH.shape[2]
-    q_nBKMH, k_nBKCH, v_nBKCH = (_cut(blocks, x, kv_heads) for x in (q_BTNH, k_BTKH, v_BTKH))
-    ids_nBC = blocks.cut_ids(segment_ids_BT)
+    q_nBKMH, k_nBKCH, v_nBKCH = (_split(blocks, x, kv_heads) for x in (q_BTNH, k_BTKH, v_BTKH))
+    ids_nBC = blocks.split_ids(segment_ids_BT)
 
     def meet(state, pair):
         largest_nBKM, sum_nBKM, mixed_nBKMH = state
@@ -140,8 +140,8 @@ def _backward(blocks: Blocks, saved, gradient_BTNH):
     _, tokens, kv_heads, head_dim = k_BTKH.shape
     gradient_BTNH = jnp.where((segment_ids_BT != 0)[..., None, None], gradient_BTNH, 0)
     arrays = q_BTNH, k_BTKH, v_BTKH, gradient_BTNH, out_BTNH
-    q_nBKMH, k_nBKCH, v_nBKCH, gradient_nBKMH, out_nBKMH = (_cut(blocks, x, kv_heads) for x in arrays)
-    ids_nBC = blocks.cut_ids(segment_ids_BT)
+    q_nBKMH, k_nBKCH, v_nBKCH, gradient_nBKMH, out_nBKMH = (_split(blocks, x, kv_heads) for x in arrays)
+    ids_nBC = blocks.split_ids(segment_ids_BT)
     # How much a query's weights would grow together; they sum to one, so each grows by what it does beyond this.
     together_nBKM = jnp.sum(gradient_nBKMH.astype(jnp.float32) * out_nBKMH.astype(jnp.float32), axis=-1)
 
@@ -190,10 +190,10 @@ def _product(letters: str, left: jax.Array, right: jax.Array) -> jax.Array:
         return jnp.einsum(letters, left, right, preferred_element_type=jnp.float32)
 
 
-def _cut(blocks: Blocks, x_BTNH: jax.Array, kv_heads: int) -> jax.Array:
+def _split(blocks: Blocks, x_BTNH: jax.Array, kv_heads: int) -> jax.Array:
     """Heads apart by the key head that they share, then in blocks."""
     batch, tokens, heads, width = x_BTNH.shape
-    return blocks.cut(x_BTNH.reshape(batch, tokens, kv_heads, heads // kv_heads, width))
+    return blocks.split(x_BTNH.reshape(batch, tokens, kv_heads, heads // kv_heads, width))
 
 
 def _at(x: jax.Array, index: jax.Array) -> jax.Array:

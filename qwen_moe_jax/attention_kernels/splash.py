@@ -20,7 +20,7 @@ from qwen_moe_jax.nn.matmul import matmul_precision
 #: Tokens of a block are a multiple of this, the width of a vector register.
 LANES = 128
 
-#: Before the number in the scope that the kernels stand in: FLOPs of one product of all blocks. The kernels do not say
+#: Before the number in the scope of the kernels: FLOPs of one product of all blocks. The kernels do not say
 #: what they compute; `plan.hlo` reads it there.
 PRODUCT_FLOPS = "product_flops_"
 

@@ -130,7 +130,7 @@ class Model(nnx.Module):
             sequence NaN.
 
         Raises:
-            RequestError: the arrays are not integers, or not all [B, T]; `positions` are given beside a cache, or the
+            RequestError: the arrays are not integers, or not all [B, T]; `positions` are given with a cache, or the
                 cache has another number of rows; there is no `noise_key` where it is needed.
             ConfigError: in training mode, the config asks for dropout.
             TypeError: an argument of another name.
@@ -286,7 +286,7 @@ def _check_cached(cache: Cache, inputs: ModelInputs, num_shards: int) -> None:
             f"{num_shards} devices that share the batch."
         )
     if inputs.positions_BT is not None:
-        raise RequestError("positions were given beside a cache, expected None: the cache counts its tokens.")
+        raise RequestError("positions were given with a cache, expected None: the cache counts its tokens.")
 
 
 def _check_trainable(config: ModelConfig) -> None:

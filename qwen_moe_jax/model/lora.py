@@ -1,4 +1,4 @@
-"""Low-rank adapters beside the matrices of a model: added, told apart from the weights they stand beside, merged."""
+"""Low-rank adapters of a model's matrices: added, selected, merged, removed."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -85,7 +85,7 @@ class Matrix:
 def add_lora(model: Model, config: LoraConfig, *, rngs: nnx.Rngs | jax.Array | int | None) -> None:
     """Gives a model adapters, float32, without effect until they are trained (B is zero). Its weights stay untouched.
 
-    A matrix has one where a name of `config.target_modules` stands in its path (dots at its ends): "q_proj", "experts",
+    A matrix has one where its path contains a name of `config.target_modules` (between dots): "q_proj", "experts",
     "mlp.shared_expert.down_proj"; "all-linear" is all of them but the gates.
 
     Args:

@@ -19,7 +19,7 @@ class Segment:
     repeats: int
 
     def layer_index(self, position: int, repeat: int) -> int:
-        """The layer that stands at `position` of the `repeat`-th period."""
+        """The index of the layer at `position` of the `repeat`-th period."""
         return self.start + repeat * len(self.period) + position
 
 

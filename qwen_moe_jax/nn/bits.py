@@ -18,7 +18,7 @@ def from_bits(x: jax.Array) -> jax.Array:
 
 
 def rows_at(x: jax.Array, start: jax.Array, count: int) -> jax.Array:
-    """`x[start : start + count]`, in a loop read where it lies."""
+    """`x[start : start + count]`, read in a loop without a copy of the whole."""
     if x.dtype == jnp.bfloat16:
         x, start = jax.lax.optimization_barrier(
             (x, start)

@@ -27,7 +27,7 @@ class Linear(nnx.Module):
     ):
         self.weight = make.normal(f"{name}.weight", sizes, axes)
         self.bias = make.zeros(f"{name}.bias", sizes[:1], axes[:1]) if bias else None
-        self.lora: LoraAdapter | None = nnx.data(None)  # a place for one (`model.lora.add_lora`)
+        self.lora: LoraAdapter | None = nnx.data(None)  # `model.lora.add_lora` sets one
         self.axes = axes
 
     def __call__(self, x_BTI: jax.Array) -> jax.Array:

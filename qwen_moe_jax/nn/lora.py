@@ -1,4 +1,4 @@
-"""A low-rank adapter: what is learned beside a matrix that stays as it is."""
+"""A low-rank adapter (LoRA): two small matrices that are trained while the matrix they belong to is frozen."""
 
 import math
 
@@ -12,10 +12,10 @@ from qwen_moe_jax.nn.parameters import ParameterFactory
 
 
 class LoraAdapter(nnx.Module):
-    """`scaling · B (A x)` beside a matrix [out, in], or beside each of several, [E, out, in] (LoRA, arXiv 2106.09685).
+    """`scaling · B (A x)`, added to a matrix [out, in] or to each of several, [E, out, in] (LoRA, arXiv 2106.09685).
 
-    A is drawn as PEFT draws it, evenly up to 1 / sqrt(in), and B is zero: it begins without effect. Each lies as the
-    axis it shares with the matrix, cut over the same axes of the mesh; those of experts lie with their experts.
+    A is drawn as PEFT draws it, uniformly up to 1 / sqrt(in), and B is zero: it begins without effect. Each is sharded
+    as the axis it shares with the matrix; those of experts as their experts.
 
     Args:
         name: of the matrix, for messages.
@@ -42,7 +42,7 @@ class LoraAdapter(nnx.Module):
         Args:
             x: activations.
             letters: einsum letters of (activations, matrix) → result.
-            narrow: letters of what lies between A and B, r among them.
+            narrow: letters of the array between A and B, r among them.
             narrow_spec: its sharding.
             out: sharding of the result.
         """
