@@ -10,7 +10,7 @@ import pytest
 #: Modules that come with the extra `test` on one Python version alone, or not at all.
 REFEREES = {"torch", "transformers", "peft", "datasets", "lm_eval", "tests.referee"}
 
-#: Tests of more than about 1.5 CPU seconds, or 5 in all of their cases, as `pytest --durations=0` lists them.
+#: Tests of more than about 1 CPU second, or 2.5 in all of their cases, as `pytest --durations=0` lists them.
 SLOW = tuple(Path(__file__).with_name("slow_tests.txt").read_text(encoding="utf-8").split())
 
 
