@@ -19,6 +19,16 @@ from qwen_moe_jax.huggingface.quantisation import fp8_block
 #: More means a damaged config, which is refused before anything is allocated per layer.
 MOST_LAYERS = 1000
 
+#: Fields that transformers acts on in every family, and their one value that is implemented.
+ONLY_VALUES: dict[str, bool | None] = {
+    "is_causal": True,  # false makes all attention bidirectional
+    "attention_chunk_size": None,
+    "per_layer_config": None,
+    "token_classification_bias": True,
+    "logits_mup_width_multiplier": None,
+    "unpadded_vocab_size": None,
+}
+
 LAYER_TYPES: dict[str, AttentionKind] = {"full_attention": "full", "sliding_attention": "sliding"}
 
 
@@ -51,6 +61,9 @@ def config_from_hub(hub: Mapping[str, Any], where: str = "config") -> ModelConfi
 
 
 def _config(family: Family, fields: Fields) -> ModelConfig:
+    for name, value in ONLY_VALUES.items():
+        if name in fields and fields.values[name] not in (value, {}):
+            raise fields.error(name, "it to be absent" if value is None else f"{str(value).lower()}, or absent")
     width = fields.integer("hidden_size")
     layers = layer_kinds(family, fields)
     sparse = any(kind.mlp == "sparse" for kind in layers)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.huggingface.config import ONLY_VALUES
 from qwen_moe_jax.huggingface.fields import read_json, shown
 from qwen_moe_jax.huggingface.generation_config import READERS
 from qwen_moe_jax.sharding.distributed import is_process_zero
@@ -94,7 +95,7 @@ def unused(hub: Mapping[str, Any], known: set[str], neutral: Mapping[str, Any]) 
 
 #: (file, fields that are read or without effect, neutral values of others).
 _FILES: tuple[tuple[str, set[str], Mapping[str, Any]], ...] = (
-    ("config.json", _CONFIG_READ | _CONFIG_WITHOUT_EFFECT, _CONFIG_NEUTRAL),
+    ("config.json", _CONFIG_READ | ONLY_VALUES.keys() | _CONFIG_WITHOUT_EFFECT, _CONFIG_NEUTRAL),
     ("generation_config.json", READERS.keys() | _GENERATION_WITHOUT_EFFECT, _GENERATION_NEUTRAL),
     ("tokenizer_config.json", _TOKENIZER_KNOWN, _TOKENIZER_NEUTRAL),
 )

@@ -165,3 +165,32 @@ def test_every_field_of_config_json_that_is_read_is_known(monkeypatch):
     for model_type in ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mixtral"):
         qmj.ModelConfig.from_pretrained({"model_type": model_type, "use_sliding_window": True})
     assert {name for where, name in read if where == "config"} <= unused_fields._CONFIG_READ
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("is_causal", False),
+        ("attention_chunk_size", 128),
+        ("per_layer_config", {"0": {"sliding_window": 4}}),
+        ("token_classification_bias", False),
+        ("logits_mup_width_multiplier", 2.0),
+        ("unpadded_vocab_size", 90),
+    ],
+)
+def test_what_transformers_acts_on_in_every_family_is_refused_where_it_is_not_implemented(field, value):
+    with pytest.raises(qmj.ConfigError, match=f"{field}={re.escape(repr(value))[:8]}.*is not supported: expected"):
+        qmj.ModelConfig.from_pretrained(CONFIG | {field: value})
+    qmj.ModelConfig.from_pretrained(CONFIG | {"is_causal": True, "per_layer_config": {}, field: None})
+
+
+def test_transformers_attends_both_ways_where_is_causal_is_false():
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    tokens = torch.arange(12)[None]
+    logits = []
+    for is_causal in (True, False):
+        torch.manual_seed(0)
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**CONFIG, is_causal=is_causal)).eval()
+        with torch.no_grad():
+            logits.append(model(tokens).logits)
+    assert not torch.allclose(*logits, atol=1e-4)
