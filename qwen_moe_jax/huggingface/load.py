@@ -50,7 +50,7 @@ def from_pretrained(
     """Loads a checkpoint as a causal language model.
 
     Args:
-        folder: a Hub folder (config.json beside safetensors or PyTorch files) of a Qwen2, Qwen2-MoE, Qwen3, Qwen3-MoE
+        folder: a Hub folder (config.json with safetensors or PyTorch files) of a Qwen2, Qwen2-MoE, Qwen3, Qwen3-MoE
             or Mixtral checkpoint, one that `save_orbax` wrote, or a name on the Hub ("Qwen/Qwen3-30B-A3B"), which
             is downloaded if it is not cached.
         mesh: see `make_mesh`; None is one device. Each process reads the shards of its own devices in blocks: besides

@@ -1,7 +1,7 @@
 """Low-rank adapters in PEFT's layout: a folder with adapter_config.json and adapter_model.safetensors (or .bin).
 
 `adapter_layouts` says how PEFT names and stacks the tensors, `adapter_export` how they are written. One rule holds for
-adapters that are loaded beside the weights and for those that are merged into them: every matrix gets the adapter that
+adapters that are loaded next to the weights and for those that are merged into them: every matrix gets the adapter that
 PEFT would give it, or the folder is refused.
 """
 

@@ -1,7 +1,7 @@
 """Large safetensors files, read in slices and written block by block.
 
 Small files (adapters, traces, states) go through the safetensors library: `storage/arrays.py`. This reader and writer
-exist beside it for three reasons:
+exist in addition to it, for three reasons:
 
 1. Slices are read by `pread`, not from a mapped file. Under several processes, mapped pages count as each process's
    memory, and a mapped file that shrinks is a bus error; here it is a `CheckpointError`.
