@@ -17,7 +17,8 @@ WEIGHT_MATMUL = "weight_matmul"
 def matmul_precision(dtype: jax.typing.DTypeLike) -> AbstractContextManager:
     """Context of the matmul precision for a dtype: float32 is multiplied in float32.
 
-    Accelerators would otherwise multiply it in bfloat16 or TF32. A custom gradient enters it again: the backward pass is traced outside the context of the forward.
+    Accelerators would otherwise multiply it in bfloat16 or TF32. A custom gradient enters it again: the backward pass
+    is traced outside the context of the forward.
     """
     return jax.default_matmul_precision("highest" if jnp.dtype(dtype) == jnp.float32 else None)
 
