@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.moe.dispatch import dropless, register_dispatcher
+from qwen_moe_jax.moe.dispatch import dropless
 
 HERE = Path(__file__).parent
 
@@ -25,7 +25,7 @@ def dispatch(hidden_BTD, routing, execution):
     return dropless.dispatch(hidden_BTD, strongest, execution)
 
 
-register_dispatcher("strongest", SimpleNamespace(dispatch=dispatch, combine=dropless.combine))
+qmj.register_dispatcher("strongest", SimpleNamespace(dispatch=dispatch, combine=dropless.combine))
 
 
 def main() -> None:

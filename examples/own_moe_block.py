@@ -13,14 +13,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.config import MoEConfig
 from qwen_moe_jax.config.resolve import resolve
-from qwen_moe_jax.moe.block import SparseMoeBlock
-from qwen_moe_jax.nn.parameters import ParameterFactory
-from qwen_moe_jax.sharding.explicit import with_explicit_axes
 from qwen_moe_jax.sharding.rules import BATCH
 
-MOE = MoEConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True)
+MOE = qmj.MoEConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True)
 MESH = qmj.make_mesh(data=2, expert=4)  # simulated devices where there are CPUs only
 DROPLESS = qmj.ExecutionConfig(dtype="float32", dispatch="dropless")
 EXECUTION = resolve(DROPLESS, MOE, expert_shards=MESH.shape["expert"], platform="cpu", training=True)
@@ -31,8 +27,8 @@ class Classifier(nnx.Module):
 
     def __init__(self, width: int, rngs: nnx.Rngs):
         self.enter = nnx.Linear(2, width, rngs=rngs)
-        make = ParameterFactory(mesh=MESH, dtype="float32", initializer_range=0.5, rngs=rngs)
-        self.block = SparseMoeBlock(width, MOE, make=make)
+        make = qmj.ParameterFactory(mesh=MESH, dtype="float32", initializer_range=0.5, rngs=rngs)
+        self.block = qmj.SparseMoeBlock(width, MOE, make=make)
         self.leave = nnx.Linear(width, 2, rngs=rngs)
 
     def __call__(self, points_BTH: jax.Array):
@@ -41,10 +37,10 @@ class Classifier(nnx.Module):
         return self.leave(hidden_BTD + mixed_BTD), stats
 
 
-def run_block(block: SparseMoeBlock, hidden_BTD: jax.Array, token_mask_BT: jax.Array):
+def run_block(block: qmj.SparseMoeBlock, hidden_BTD: jax.Array, token_mask_BT: jax.Array):
     """The block on ordinary arrays; inside, axes are explicit."""
     specs = [P(BATCH, None, None), P(BATCH, None)]
-    return with_explicit_axes(lambda block, *args: block(*args, EXECUTION), MESH, specs)(
+    return qmj.with_explicit_axes(lambda block, *args: block(*args, EXECUTION), MESH, specs)(
         block, hidden_BTD, token_mask_BT
     )
 

@@ -21,7 +21,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, LoraConfig, ModelConfig, ShardingRules
+    from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, LoraConfig, ModelConfig, MoEConfig, ShardingRules
     from qwen_moe_jax.errors import CheckpointError, ConfigError, RequestError, ShardingError
     from qwen_moe_jax.huggingface.load import from_pretrained
     from qwen_moe_jax.huggingface.native import save_orbax
@@ -32,7 +32,11 @@ if TYPE_CHECKING:
     from qwen_moe_jax.inference.score import perplexity, score
     from qwen_moe_jax.model.causal_lm import CausalLM, SequenceClassifier, TokenClassifier
     from qwen_moe_jax.model.lora import add_lora, merge_lora
+    from qwen_moe_jax.moe.block import SparseMoeBlock
+    from qwen_moe_jax.moe.dispatch import register_dispatcher
+    from qwen_moe_jax.nn.parameters import ParameterFactory
     from qwen_moe_jax.sharding.distributed import initialize_distributed
+    from qwen_moe_jax.sharding.explicit import with_explicit_axes
     from qwen_moe_jax.sharding.mesh import make_mesh
 
 __version__ = "0.1.0"
@@ -42,6 +46,7 @@ _HOME = {
     "ExecutionConfig": "config",
     "GenerationConfig": "config",
     "LoraConfig": "config",
+    "MoEConfig": "config",
     "ShardingRules": "config",
     "ConfigError": "errors",
     "CheckpointError": "errors",
@@ -52,6 +57,10 @@ _HOME = {
     "CausalLM": "model.causal_lm",
     "SequenceClassifier": "model.causal_lm",
     "TokenClassifier": "model.causal_lm",
+    "SparseMoeBlock": "moe.block",
+    "register_dispatcher": "moe.dispatch",
+    "ParameterFactory": "nn.parameters",
+    "with_explicit_axes": "sharding.explicit",
     "add_lora": "model.lora",
     "merge_lora": "model.lora",
     "from_pretrained": "huggingface.load",
