@@ -1,4 +1,4 @@
-"""Several processes that compute together, one for each host of a pod (or for each GPU, or several on one machine)."""
+"""Several processes of one program: one for each host of a pod (or for each GPU, or several on one machine)."""
 
 import atexit
 import hashlib
@@ -15,20 +15,24 @@ from typing import NoReturn
 
 import jax
 import numpy as np
-from jax._src import distributed  # the coordinator's address and its table of keys have no public name
+
+# The one private module of JAX: the number of processes before JAX looks for devices, the coordinator's address and its
+# key-value store have no public name (jax 0.10.2).
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from qwen_moe_jax.errors import ShardingError
-from qwen_moe_jax.sharding.watch import FirstWatch, OtherWatch
+from qwen_moe_jax.sharding.watch import WatchClient, WatchServer
 
-#: Seconds without a sign of life after which JAX takes a process for dead: for hosts that vanish from the network.
-#: Processes that die on a host which lives are noticed at once (see `watch`).
+#: Seconds without a heartbeat after which JAX takes a process for dead: for hosts that vanish from the network.
+#: Processes that die on a running host are noticed at once (see `watch`).
 HEARTBEAT_TIMEOUT = 45
-#: Seconds in which the watch hears of a death whose first sign was an exception in a collective, and ends this process.
-_ECHO = 1.0
+#: Seconds that an uncaught exception waits: if a collective raised it because another process died, the watch ends this
+#: process meanwhile, with that process's name.
+_DEATH_REPORT_DELAY = 1.0
 _WATCH_KEY = "qwen_moe_jax/watch"
 
-_watch: FirstWatch | OtherWatch | None = None
+_watch: WatchServer | WatchClient | None = None
 
 
 def initialize_distributed(
@@ -38,22 +42,22 @@ def initialize_distributed(
     *,
     timeout: int = 300,
 ) -> None:
-    """Makes this process one of several that compute together. To be called before anything else uses JAX.
+    """`jax.distributed.initialize` with early failure. Call it before any other use of JAX.
 
-    `jax.distributed.initialize`, and what it leaves to others: CPUs get collectives between processes, a process that
-    dies or raises an exception ends all others at once with a message (exit code 75, or its own), SIGTERM keeps its
-    meaning, and every refusal says what to set. Where it was called already, nothing happens.
+    It adds to JAX's own: CPUs get collectives between processes, a process that dies or raises an exception ends all
+    others at once with a message (exit code 75, or its own), SIGTERM keeps its meaning, and every error says what to
+    set. A second call does nothing.
 
     Args:
         coordinator_address: `host:port` of process 0, the port being a free one. None leaves it, like the other two,
-            to JAX, which knows TPU pods, Slurm, Open MPI and Kubernetes, and reads JAX_COORDINATOR_ADDRESS. Under Slurm
-            and Open MPI each process takes one GPU of its host.
-        num_processes: how many there are.
+            to JAX, which recognises TPU pods, Slurm, Open MPI and Kubernetes, and reads JAX_COORDINATOR_ADDRESS. Under
+            Slurm and Open MPI each process takes one GPU of its host.
+        num_processes: the number of processes.
         process_id: the number of this one, from 0.
-        timeout: seconds in which all processes have to come; otherwise this one ends with exit code 2.
+        timeout: seconds in which all processes have to connect; otherwise this one ends with exit code 2.
 
     Raises:
-        ShardingError: JAX runs already; no cluster was recognised, and the arguments do not say what is missing.
+        ShardingError: JAX has initialised its devices already; or no cluster was recognised and an argument is missing.
     """
     global _watch
     if jax.distributed.is_initialized():
@@ -68,7 +72,7 @@ def initialize_distributed(
             coordinator_address,
             num_processes,
             process_id,
-            initialization_timeout=timeout + 60,  # JAX would abort, at length
+            initialization_timeout=timeout + 60,  # at its own timeout JAX aborts with a stack trace
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
         )
     except (RuntimeError, ValueError, TypeError, IndexError, OSError) as error:
@@ -76,31 +80,31 @@ def initialize_distributed(
     finally:
         waiting.cancel()
     if threading.current_thread() is threading.main_thread():
-        # JAX takes SIGTERM for its preemption service, and a process that does not ask that service cannot be stopped.
+        # JAX reserves SIGTERM for its preemption service: a process without that service could not be stopped.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-    _watch = _begin_to_watch()
+    _watch = _start_watch()
     sys.excepthook = partial(_end_by_exception, sys.excepthook)
     atexit.register(_end)
 
 
 def num_processes() -> int:
-    """How many processes there are. Unlike `jax.process_count`, it may be asked before JAX has looked for devices."""
+    """The number of processes. Unlike `jax.process_count`, it does not initialise JAX's devices."""
     return distributed.global_state.num_processes
 
 
 def is_process_zero() -> bool:
-    """Whether this process is the one that writes and speaks for all."""
+    """Whether this is process 0, which writes files and prints."""
     return distributed.global_state.process_id == 0
 
 
 def barrier(what: str) -> None:
-    """Returns when all processes have come here."""
+    """Waits until all processes have called it; `what` names the barrier in JAX's messages."""
     if num_processes() > 1:
         multihost_utils.sync_global_devices(what)
 
 
 def broadcast(text: str) -> str:
-    """The text that process 0 brings here. All processes call it together."""
+    """Process 0's text. A collective: all processes call it."""
     if num_processes() == 1:
         return text
     mine = np.frombuffer(text.encode(), np.uint8)
@@ -110,10 +114,10 @@ def broadcast(text: str) -> str:
 
 
 def require_same(what: str, text: str) -> None:
-    """Compares what the processes were started with, or see. All processes call it together.
+    """Checks that all processes have the same text, such as their command or a file's content. A collective.
 
     Raises:
-        ShardingError: it is not the same everywhere; on all processes.
+        ShardingError: the texts differ; raised in all processes.
     """
     if num_processes() == 1:
         return
@@ -128,27 +132,27 @@ def require_same(what: str, text: str) -> None:
 
 
 def fail(code: int, reason: str) -> None:
-    """Where there are several processes, ends them all with an exit code. The others give `reason`, a line, as theirs.
+    """Ends all processes with an exit code; the others print `reason`, one line. A single process goes on.
 
-    An exception in one process alone leaves the others waiting for it.
+    Without it, an exception in one process leaves the others waiting in their next collective.
     """
     if _watch is not None:
         _flush()
         _watch.fail(code, reason)
 
 
-def _begin_to_watch() -> FirstWatch | OtherWatch | None:
+def _start_watch() -> WatchServer | WatchClient | None:
     state = distributed.global_state
     if state.num_processes == 1:
         return None
     if state.process_id == 0:
-        watch = FirstWatch()
+        watch = WatchServer()
         state.client.key_value_set(_WATCH_KEY, watch.address)
         return watch
     address = state.client.blocking_key_value_get(_WATCH_KEY, 60_000)
     host = state.coordinator_address.rsplit(":", 1)[0].strip("[]")
     try:
-        return OtherWatch(state.process_id, host, address)
+        return WatchClient(state.process_id, host, address)
     except OSError as error:
         warnings.warn(
             f"process {state.process_id} cannot reach port {address.split(' ')[0]} of {host} ({error}): a process that "
@@ -159,17 +163,17 @@ def _begin_to_watch() -> FirstWatch | OtherWatch | None:
 
 
 def _end_by_exception(
-    tell: Callable[..., object], kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    print_exception: Callable[..., object], kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Instead of `sys.excepthook`: nobody caught it."""
-    time.sleep(_ECHO)
-    tell(kind, error, trace)
+    """The `sys.excepthook` for uncaught exceptions: prints it and ends the other processes."""
+    time.sleep(_DEATH_REPORT_DELAY)
+    print_exception(kind, error, trace)
     fail(1, f"{kind.__name__}: {error}")
 
 
 def _end() -> None:
-    """At the end of the program, with the others."""
-    jax.distributed.shutdown()  # waits for the others, whom the watch still sees
+    """Ends the program in step with the other processes."""
+    jax.distributed.shutdown()  # waits for the others; the watch is still on
     if _watch is not None:
         _watch.done()
 
@@ -180,7 +184,7 @@ def _flush() -> None:
 
 
 def _give_up(address: str | None, count: int | None, number: int | None, timeout: int) -> NoReturn:
-    # Not by an exception: the main thread waits inside JAX, which would abort at the end.
+    # Not by an exception: the main thread waits inside JAX.
     state = distributed.global_state
     where = address or state.coordinator_address or "the coordinator"
     os.write(

@@ -1,4 +1,4 @@
-"""What is refused before processes meet, and what one process alone makes of the words for several."""
+"""Errors before processes are connected, and the collectives of a single process."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ import qwen_moe_jax as qmj
 from qwen_moe_jax.sharding import distributed
 
 
-def test_it_is_too_late_once_jax_has_looked_for_its_devices():
+def test_a_start_after_jax_has_initialised_its_devices_is_refused():
     jax.devices()
     with pytest.raises(qmj.ShardingError, match="Call it first, before models, meshes, arrays"):
         qmj.initialize_distributed("127.0.0.1:1", 2, 0)
@@ -18,15 +18,15 @@ def test_it_is_too_late_once_jax_has_looked_for_its_devices():
 
 REFUSED = """
 import qwen_moe_jax as qmj
-for words in ((), ("host:1",), ("host", 2, 0), ("host:1", 2, 2)):
+for arguments in ((), ("host:1",), ("host", 2, 0), ("host:1", 2, 2)):
     try:
-        qmj.initialize_distributed(*words)
+        qmj.initialize_distributed(*arguments)
     except qmj.ShardingError as error:
         print(error)
 """
 
 
-def test_what_is_missing_is_named_with_what_to_set():
+def test_missing_arguments_are_refused_with_the_options_to_set():
     """In a process of its own: this one's JAX runs already."""
     ended = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True)
     lines = ended.stdout.splitlines()
@@ -37,36 +37,36 @@ def test_what_is_missing_is_named_with_what_to_set():
     assert "process_id < num_processes" in lines[3]
 
 
-def test_processes_that_do_not_meet_end_with_a_message():
+def test_processes_that_cannot_connect_end_with_a_message():
     program = "import qwen_moe_jax as qmj; qmj.initialize_distributed('127.0.0.1:9', 2, 1, timeout=1)"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
     assert ended.stderr.startswith("ShardingError: process 1: not all 2 processes have met at 127.0.0.1:9 within 1 s.")
 
 
-def test_one_process_leads_and_agrees_with_itself():
+def test_a_single_process_is_process_zero_and_its_collectives_return_at_once():
     assert (
         distributed.num_processes() == 1 and distributed.is_process_zero() and distributed.broadcast("mine") == "mine"
     )
     distributed.require_same("anything", "mine")
-    distributed.barrier("nobody")
-    distributed.fail(1, "there is nobody to end, and this process goes on")
+    distributed.barrier("barrier")
+    distributed.fail(1, "a single process goes on")
 
 
 WATCHED = """
 import socket
-from qwen_moe_jax.sharding.watch import FirstWatch, OtherWatch
-first = FirstWatch()
-with socket.create_connection(("127.0.0.1", int(first.address.split(" ")[0]))) as stranger:
-    stranger.sendall(b"no-token process 1\\n")
-    assert stranger.recv(100) == b""
-other = OtherWatch(1, "127.0.0.1", first.address)
-other.done()
-first.done()
+from qwen_moe_jax.sharding.watch import WatchServer, WatchClient
+server = WatchServer()
+with socket.create_connection(("127.0.0.1", int(server.address.split(" ")[0]))) as unknown:
+    unknown.sendall(b"no-token process 1\\n")
+    assert unknown.recv(100) == b""
+client = WatchClient(1, "127.0.0.1", server.address)
+client.done()
+server.done()
 print("fine")
 """
 
 
-def test_a_watch_lets_processes_go_that_say_so_and_keeps_strangers_out():
+def test_a_watch_accepts_reported_ends_and_refuses_connections_without_its_token():
     ended = subprocess.run([sys.executable, "-c", WATCHED], capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "fine\n", "")
