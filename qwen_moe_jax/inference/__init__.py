@@ -1,1 +1,1 @@
-"""Prompts to text."""
+"""Inference: text generation, scoring and evaluation."""

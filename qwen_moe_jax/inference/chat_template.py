@@ -1,7 +1,7 @@
-"""A conversation as the text its checkpoint was trained on: the checkpoint's own chat template, in a sandbox.
+"""Chat templates: a conversation rendered by the checkpoint's own Jinja template, in a sandbox.
 
-A template is a program that came with the weights. It sees plain data and nothing of this process, under the rules that
-transformers 5 has for it, and writes what transformers' `apply_chat_template` writes.
+A template is a program from the checkpoint. It is given plain data only, under the sandbox rules of transformers 5, and
+renders the same text as transformers' `apply_chat_template`.
 """
 
 import json
@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from qwen_moe_jax.errors import CheckpointError, RequestError
 from qwen_moe_jax.huggingface.fields import read_json
 
-#: The fields under which messages carry what a model thought before it answered; templates read the first.
+#: Fields of a message for the model's reasoning before its answer; templates read the first.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -28,9 +28,9 @@ class ChatTemplate:
     """The chat templates of a checkpoint; see `load_chat_template`.
 
     Attributes:
-        folder: where they come from, for messages.
+        folder: the checkpoint folder, for messages.
         templates: by name. "tool_use", where there is one, renders conversations with tools, "default" all others.
-        special_tokens: what templates know as `bos_token`, `eos_token` and so on.
+        special_tokens: the template variables `bos_token`, `eos_token` and so on.
     """
 
     folder: str
@@ -45,7 +45,7 @@ class ChatTemplate:
         The text holds all special tokens that it needs: make tokens of it by `encode(…, add_special_tokens=False)`.
 
         Args:
-            messages: at least one, {"role": …, "content": …} and whatever else the template reads, as plain JSON data.
+            messages: at least one, {"role": …, "content": …} and other fields that the template reads, as JSON data.
             add_generation_prompt: end with the beginning of the assistant's answer.
             variables: for the template, as plain JSON data: `tools` and `documents`, `enable_thinking` and the like.
 
@@ -73,7 +73,7 @@ class ChatTemplate:
             raise RequestError(f"the chat template refuses the messages: {error}") from None
         except SecurityError as error:
             raise RequestError(f"{self.folder}: the chat template tried what its sandbox forbids ({error}).") from None
-        except Exception as error:  # whatever a program of others may raise
+        except Exception as error:  # a template may raise anything
             raise RequestError(
                 f"{self.folder}: the chat template fails on these messages ({type(error).__name__}: {error})."
             ) from None
@@ -82,12 +82,12 @@ class ChatTemplate:
 def load_chat_template(folder: str | PathLike[str]) -> ChatTemplate:
     """Reads a checkpoint folder's chat templates.
 
-    They stand, as for transformers' tokenizers, in chat_template.jinja and additional_chat_templates/*.jinja, else in
-    tokenizer_config.json; else, which only transformers' processors read, in chat_template.json.
+    As for transformers' tokenizers, they are read from chat_template.jinja and additional_chat_templates/*.jinja, else
+    from tokenizer_config.json; else from chat_template.json, which in transformers only processors read.
 
     Raises:
-        CheckpointError: there is none, or one that is no template.
-        ConfigError: a file that is no JSON.
+        CheckpointError: there is none, or it is malformed.
+        ConfigError: a file that is not JSON.
     """
     folder = Path(folder)
     path = folder / "tokenizer_config.json"
@@ -104,7 +104,7 @@ def load_chat_template(folder: str | PathLike[str]) -> ChatTemplate:
 
 
 def _sources(folder: Path, config: Mapping[str, Any]) -> tuple[Path, dict[str, str]]:
-    """Templates by name, and where they stand."""
+    """Templates by name, and the file or folder they were read from."""
     single, others = folder / "chat_template.jinja", sorted(folder.glob("additional_chat_templates/*.jinja"))
     if single.is_file() or others:
         named = ([("default", single)] if single.is_file() else []) + [(path.stem, path) for path in others]
@@ -158,7 +158,7 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as transformers hands them to a template: copies, without nulls, reasoning under its known names."""
+    """Messages as transformers gives them to a template: copies, without nulls, reasoning under both names."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise RequestError(f"messages is of type {type(messages).__name__}, expected a list of messages.")
     if not messages:
@@ -176,7 +176,7 @@ def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """A copy in plain JSON types: objects of other types have methods that no sandbox knows."""
+    """A copy in plain JSON types: objects of other types have methods that a sandbox cannot check."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, str):
@@ -193,7 +193,7 @@ class _Refused(jinja2.TemplateError):
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` marks the assistant's words for training; here it means its content."""
+    """`{% generation %}…{% endgeneration %}` marks the assistant's text for training; here it renders its content."""
 
     tags = {"generation"}
 

@@ -1,4 +1,4 @@
-"""Tokens to text while they come: only what no later token changes, and no further than a stop string."""
+"""Streaming detokenization: only text that no later token changes, and only up to a stop string."""
 
 import re
 from collections.abc import Sequence
@@ -9,20 +9,21 @@ from qwen_moe_jax.inference.tokenizer import Tokenizer, decode
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _FALLBACK_BYTE = re.compile("<0x[0-9A-F]{2}>")
-#: A character has at most four bytes, and so many tokens. Text that stays broken for longer is looked at again only
-#: when it has doubled, so that a stream of nonsense costs no square of its length.
+#: A character has at most four bytes, and so as many tokens. Text that stays incomplete for longer is decoded again
+#: only when its length has doubled, so that a stream of invalid bytes does not cost quadratic time.
 _LONGEST_CHARACTER = 4
 
 
 class Detokenizer:
     """The text of a stream of tokens.
 
-    All that `push` returned and what `finish` returns is together `decode` of all tokens, special tokens left out. A
+    The results of all `push` calls and of `finish`, concatenated, are `decode` of all tokens, without special tokens. A
     token costs a decoding of a few tokens before it, however long the text is: what is new is the difference between
     two decodings of a window, whose first tokens are there because decoders treat the start of a text differently.
 
-    Held back is what later tokens may change: bytes that may be the start of a character, and the byte tokens of
-    SentencePiece vocabularies up to the first other token, because a stray byte after them would break them all.
+    Text that later tokens may change is held back: bytes that may be the start of a character, and byte tokens of
+    SentencePiece vocabularies up to the first other token, because an invalid byte after them would change the
+    text of all.
 
     Args:
         tokenizer: whose decoder adds to the text of earlier tokens, as those of byte-level BPE, SentencePiece and
@@ -32,10 +33,10 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._window: list[int] = []
-        self._context = 0  # so many tokens of the window are there for the sake of the others
-        self._settled = 0  # so many belong to no run of byte tokens that is still open
-        self._shown = 0  # so many characters of the window's text have been returned
-        self._retry = 0  # not worth decoding before so many tokens of the window are settled
+        self._context = 0  # tokens at the start of the window that are only context of the others
+        self._settled = 0  # tokens that belong to no unfinished run of byte tokens
+        self._shown = 0  # characters of the window's text that have been returned
+        self._retry = 0  # settled tokens of the window before decoding is tried again
         self._settles: dict[int, bool] = {}
 
     def push(self, token_ids: Sequence[int]) -> str:
@@ -58,7 +59,7 @@ class Detokenizer:
         return new
 
     def finish(self) -> str:
-        """The rest of the text, broken characters as U+FFFD. The next token starts a new text."""
+        """The rest of the text, incomplete characters as U+FFFD. The next token starts a new text."""
         text = self.held()
         self._window.clear()
         self._context = self._settled = self._shown = self._retry = 0
@@ -72,7 +73,7 @@ class Detokenizer:
         return decode(self._tokenizer, self._window[:end])
 
     def _move(self) -> None:
-        """Makes a context of the settled tokens, if they have a text: what decoders do to a start is done then."""
+        """Makes the settled tokens the context, if they have a text: decoders treat the start of a text differently."""
         context = self._window[self._context : self._settled]
         if text := decode(self._tokenizer, context):
             del self._window[: self._context]
@@ -104,11 +105,11 @@ class StopMatch:
 
 
 class StopStrings:
-    """Looks for strings in a text that comes in pieces.
+    """Search for stop strings in a streamed text.
 
-    What counts is the string that is complete first, and of two that end together the longer. How the text was cut
-    does not matter. The text returned ends before it: transformers' text goes on to the end of the token that completed
-    the string, vLLM's ends where this one does.
+    The match is the string that is complete first, and of two with the same end the longer. It does not depend on how
+    the text is divided into pieces. The text returned ends before it, as in vLLM; transformers' text goes on to the end
+    of the token that completed the string.
 
     Args:
         strings: none of them empty; no strings at all are never found.
@@ -133,8 +134,8 @@ class StopStrings:
 
         Args:
             text: it follows the last piece. Ignored once a stop string was found.
-            tail: what follows for now and may still change (`Detokenizer.held`). It ends the text if it completes a
-                stop string, and is forgotten otherwise.
+            tail: provisional text after it (`Detokenizer.held`). It ends the text if it completes a stop string, and
+                is discarded otherwise.
         """
         if self.found is not None:
             return ""
@@ -153,14 +154,16 @@ class StopStrings:
         return held
 
     def _first(self, text: str) -> StopMatch | None:
-        places = [(start, start + len(string), string) for string in self._strings if (start := text.find(string)) >= 0]
-        if not places:
+        matches = [
+            (start, start + len(string), string) for string in self._strings if (start := text.find(string)) >= 0
+        ]
+        if not matches:
             return None
-        start, end, string = min(places, key=lambda place: (place[1], place[0]))
+        start, end, string = min(matches, key=lambda match: (match[1], match[0]))
         return StopMatch(string, self._before + start, self._before + end)
 
     def _safe(self, text: str) -> int:
-        """Up to where no stop string can have begun."""
+        """The number of characters before any that may begin a stop string."""
         longest = max(map(len, self._strings), default=0)
         for start in range(max(0, len(text) - longest + 1), len(text)):
             if any(string.startswith(text[start:]) for string in self._strings):
@@ -169,7 +172,7 @@ class StopStrings:
 
 
 class TextStream:
-    """Tokens in, text out, up to a stop string: `Detokenizer` and `StopStrings` together.
+    """Tokens in, text out, up to a stop string: a `Detokenizer` followed by `StopStrings`.
 
     Args:
         tokenizer: as for `Detokenizer`.
@@ -205,11 +208,11 @@ class TextStream:
         return "".join(shown)
 
     def finish(self) -> str:
-        """The rest of the text, once no more tokens come."""
+        """The rest of the text, after the last token."""
         return "" if self.stopped is not None else self._stop.push(self._detokenizer.finish()) + self._stop.finish()
 
 
 def _piece(tokenizer: Tokenizer, token: int) -> str:
-    """How the vocabulary writes a token; "" where a tokenizer does not tell."""
+    """The vocabulary's string of a token; "" where the tokenizer has no method for it."""
     name = getattr(tokenizer, "id_to_token", None) or getattr(tokenizer, "convert_ids_to_tokens", None)
     return (name(token) or "") if name else ""

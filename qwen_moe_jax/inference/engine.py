@@ -1,4 +1,4 @@
-"""Requests to tokens: prompts are read once into a cache, and continued on the device (`inference.programs`)."""
+"""Generation of tokens: prompts are prefilled into a cache and continued on the device (`inference.programs`)."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,7 @@ class Chunk:
         index: of the request in its batch.
         token_ids: what is new, the stop token included.
         log_probs: of each, in nats, by the model's own distribution (before temperature and the like).
-        finished: with the last chunk of a request: "stop" (a stop token, or it was enough) or "length"; else None.
+        finished: with the last chunk of a request: "stop" (a stop token, or `enough` was True) or "length"; else None.
     """
 
     index: int
@@ -53,14 +53,14 @@ def stream(
     cache_dtype: DTypeLike | None = None,
     enough: Callable[[Chunk], bool] = lambda chunk: False,
 ) -> Iterator[Chunk]:
-    """Continues every prompt, handing out tokens as they come.
+    """Continues every prompt and yields tokens as they are decoded.
 
     Args:
         model: run in eval mode.
         prompts: token ids, at least one each.
         configs: one for each prompt; `max_new_tokens` None means as many as the model has positions for.
         cache_dtype: of keys and values, anything that `jnp.dtype` takes; None is the model's.
-        enough: asked of every chunk before it is handed out; True ends that request (its text has a stop string, say).
+        enough: called with every chunk before it is yielded; True ends that request (its text has a stop string, say).
 
     Raises:
         RequestError: a prompt that cannot be served (see `check_request`).
@@ -75,7 +75,7 @@ def stream(
 
 
 def check_request(model: CausalLM, name: str, prompt: Sequence[int], config: GenerationConfig) -> None:
-    """Refuses what cannot be served.
+    """Checks that a request can be served.
 
     Raises:
         RequestError: naming the request: an empty prompt, a token id outside the vocabulary, no position for a
@@ -95,21 +95,21 @@ def check_request(model: CausalLM, name: str, prompt: Sequence[int], config: Gen
 
 
 def new_tokens(model: CausalLM, prompt: Sequence[int], config: GenerationConfig) -> int:
-    """How many tokens a request may add."""
+    """The largest number of new tokens of a request."""
     return config.max_new_tokens or model.config.max_position_embeddings - len(prompt)
 
 
 class Session:
-    """A cache, and the rows that use it. What a row has in common with its next prompt is not computed again.
+    """A cache and the rows that use it. The prefix that a row shares with its next prompt is not computed again.
 
     An exception (Ctrl-C, say) while the device runs clears the cache, and nothing else.
 
-    Where the model is spread over several processes, all of them run the same session with the same prompts, and all
-    are handed the same tokens.
+    Where the model is sharded over several processes, all of them run the same session with the same prompts, and all
+    get the same tokens.
 
     Args:
         model: run in eval mode.
-        max_length: tokens a row may come to, prompt and answers together.
+        max_length: the largest number of tokens of a row, prompts and answers included.
         rows: requests at once.
         cache_dtype: of keys and values, anything that `jnp.dtype` takes; None is the model's.
     """
@@ -184,7 +184,7 @@ class Session:
 
     @contextlib.contextmanager
     def _or_clear(self) -> Iterator[None]:
-        """Clears the session where a program is interrupted: its cache was donated, or is ahead of the host."""
+        """Clears the session where a program is interrupted: its cache was donated, or has tokens the host has not."""
         try:
             with apart_from_callers_mesh(self._model.mesh):
                 yield
@@ -219,7 +219,7 @@ class Session:
             (at for at, (a, b) in enumerate(zip(cached, row, strict=False)) if a != b), min(len(cached), len(row))
         )
         same = min(same, max(len(row) - 1, 0))
-        # A ring has overwritten what is more than its length back: it can go back by less than a chunk.
+        # A ring buffer has overwritten older tokens: it can go back by less than a chunk.
         sliding = any(kind.attention == "sliding" for kind in self._model.config.layers)
         return 0 if sliding and len(cached) - same >= programs.PREFILL_BUCKETS[-1] else same
 

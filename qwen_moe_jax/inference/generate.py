@@ -1,4 +1,4 @@
-"""Prompts in, texts out: what most users need of inference."""
+"""Text generation from prompts: `generate` and `complete`."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ Prompts = Sequence[str] | Sequence[Sequence[int]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What became of one request.
+    """The result of one request.
 
     Attributes:
         token_ids: the new tokens, as in transformers with the stop token, or the one that completed a stop string.
@@ -57,7 +57,7 @@ def generate(
         tokenizer: needed for texts and for stop strings: a tokenizer, or the checkpoint folder that holds one.
         cache_dtype: of the cached keys and values, anything that `jnp.dtype` takes; None is the model's.
         settings: fields of `GenerationConfig` that replace those of `config`: `max_new_tokens=100, do_sample=True,
-            temperature=0.7`. Where nobody says it, `max_new_tokens` is 64.
+            temperature=0.7`. Where neither gives it, `max_new_tokens` is 64.
 
     Returns:
         For texts, the new texts; for token ids, the new token ids (see `Completion`).
@@ -80,10 +80,12 @@ def complete(
     cache_dtype: DTypeLike | None = None,
     **settings: Any,
 ) -> list[Completion]:
-    """`generate` with all that is known of each completion. A request that cannot be served does not stop the others.
+    """`generate` with log-probabilities, finish reason and error of each completion.
+
+    A request that cannot be served does not stop the others.
 
     Raises:
-        RequestError: the call as a whole means nothing (texts without a tokenizer, an unknown setting).
+        RequestError: the call as a whole is invalid (texts without a tokenizer, an unknown setting).
     """
     return _complete(model, prompts, config, tokenizer, cache_dtype, settings, strict=False)
 
@@ -119,14 +121,14 @@ def _complete(
         raise RequestError(" ".join(map(str, errors.values())))
     served = [index for index in range(len(ids)) if index not in errors]
     texts = [TextStream(tokenizer, configs[index].stop_strings) if tokenizer else None for index in served]
-    written: list[str] = [""] * len(served)
+    started: list[str] = [""] * len(served)
     chunks: list[list[Chunk]] = [[] for _ in served]
 
     def has_stop_string(chunk: Chunk) -> bool:
         text = texts[chunk.index]
         if text is None:
             return False
-        written[chunk.index] += text.push(chunk.token_ids)
+        started[chunk.index] += text.push(chunk.token_ids)
         return text.stopped is not None
 
     for chunk in stream(
@@ -139,13 +141,13 @@ def _complete(
         chunks[chunk.index].append(chunk)
 
     completions = [Completion(error=errors.get(index)) for index in range(len(ids))]
-    for index, text, start, parts in zip(served, texts, written, chunks, strict=True):
+    for index, text, start, parts in zip(served, texts, started, chunks, strict=True):
         completions[index] = _joined(parts, text, start)
     return completions
 
 
 def _joined(parts: Sequence[Chunk], text: TextStream | None, start: str) -> Completion:
-    """One request's chunks together; tokens behind a stop string do not count."""
+    """The completion of one request from its chunks, without tokens after a stop string."""
     token_ids = tuple(token for part in parts for token in part.token_ids)
     log_probs = tuple(log_prob for part in parts for log_prob in part.log_probs)
     count = len(token_ids) if text is None else text.num_tokens
@@ -167,7 +169,7 @@ def request_configs(
     """The config of each of `count` requests.
 
     Raises:
-        RequestError: configs of another number, or a setting that is none.
+        RequestError: another number of configs than prompts, or an unknown setting.
         ConfigError: a setting outside its range.
     """
     known = [field.name for field in dataclasses.fields(GenerationConfig)]

@@ -1,6 +1,6 @@
-"""What EleutherAI's lm-eval asks of a model, answered as its own transformers adapter answers: same tokens, same cuts.
+"""The requests of EleutherAI's lm-eval, answered like its transformers adapter: same tokens, same truncation.
 
-`lm_eval_model.py` makes lm-eval know it. Nothing here needs lm-eval.
+`lm_eval_model.py` registers it with lm-eval. Nothing here imports lm-eval.
 """
 
 import dataclasses
@@ -25,18 +25,18 @@ from qwen_moe_jax.inference.tokenizer import decode, encode, load_tokenizer
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.sharding.mesh import make_mesh
 
-#: Longer texts are asked for: what attention needs grows with their square.
+#: Default limit of `max_length`: the memory of attention grows with its square.
 LONGEST_DEFAULT = 4096
-#: The names under which tasks say how much may be generated; the first that is given counts.
+#: Names that tasks use for the largest number of generated tokens; the first that is given counts.
 _MAX_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-#: All that tasks may say about generation.
+#: All settings of generation that tasks may give.
 _SETTINGS = {"until", *_MAX_TOKENS, *(field.name for field in dataclasses.fields(GenerationConfig))} - {"hub_fields"}
 
 _log = logging.getLogger(__name__)
 
 
 class Request(Protocol):
-    """What is read of lm-eval's `Instance`."""
+    """The part of lm-eval's `Instance` that is read."""
 
     args: tuple[Any, ...]
 
@@ -47,12 +47,12 @@ class Harness:
     Args:
         model: see `from_pretrained`.
         tokenizer: its own.
-        folder: where both come from: it names them in lm-eval's caches, and holds the chat template.
-        prefix_token: stands before a text where lm-eval gives no context.
-        max_length: tokens the model reads at once; of longer requests the beginning is cut off, and a warning logged.
-            None is what the model has positions for, but at most 4096.
-        max_gen_toks: how many tokens are generated for a task that does not say.
-        generated_together: how many texts are generated at once; their caches have to fit into memory.
+        folder: the checkpoint folder: it names both in lm-eval's caches, and holds the chat template.
+        prefix_token: precedes a text for which lm-eval gives no context.
+        max_length: tokens the model reads at once; longer requests are truncated on the left, with a warning.
+            None is the model's number of positions, but at most 4096.
+        max_gen_toks: the largest number of new tokens for a task without a setting of its own.
+        generated_together: batch size of generation; the caches of a batch have to fit into memory.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Harness:
     def loglikelihood_rolling(self, requests: Sequence[Request]) -> list[float]:
         """For (text,): its log-likelihood in nats after the prefix token, every token scored once.
 
-        A text longer than `max_length` is cut into windows, the last of which reaches back for a full context.
+        A text longer than `max_length` is split into windows, the last of which starts earlier to have a full context.
         """
         windows = [(number, *pair) for number, request in enumerate(requests) for pair in self._windows(*request.args)]
         totals = [0.0] * len(requests)
@@ -141,21 +141,22 @@ class Harness:
         return totals
 
     def generate_until(self, requests: Sequence[Request]) -> list[str]:
-        """For (context, settings): what the model writes, up to the first of the strings in `until`, without it.
+        """For (context, settings): the generated text up to the first of the strings in `until`, without it.
 
-        Settings replace those of the checkpoint's generation_config.json. Where tokens are drawn, every request has a
+        Settings replace those of the checkpoint's generation_config.json. In sampling, every request has a
         seed of its own, and a second run gives the same texts.
 
         Raises:
-            RequestError: settings that mean nothing here, or that ask for `max_length` tokens and more.
+            RequestError: unknown settings, or `max_length` new tokens and more.
             ConfigError: a setting outside its range.
         """
         contexts, settings = zip(*(request.args for request in requests), strict=True) if requests else ((), ())
         configs = [self._config(one, seed=number) for number, one in enumerate(settings)]
         encoded = [self._encode(context) or [self._prefix_token] for context in contexts]
-        rooms = [self.max_length - config.max_new_tokens for config in configs]
-        prompts = [ids[-room:] for ids, room in zip(encoded, rooms, strict=True)]
-        self._tell_cut(sum(len(ids) > room for ids, room in zip(encoded, rooms, strict=True)), len(requests))
+        prompt_lengths = [self.max_length - config.max_new_tokens for config in configs]
+        prompts = [ids[-length:] for ids, length in zip(encoded, prompt_lengths, strict=True)]
+        truncated = sum(len(ids) > length for ids, length in zip(encoded, prompt_lengths, strict=True))
+        self._warn_truncated(truncated, len(requests))
         sizes = [len(prompt) + config.max_new_tokens for prompt, config in zip(prompts, configs, strict=True)]
         longest_first = sorted(range(len(requests)), key=lambda number: -sizes[number])
         texts: dict[int, str] = {}
@@ -163,14 +164,14 @@ class Harness:
             while len(texts) < len(requests):
                 batch = longest_first[len(texts) :][: self._generated_together]
                 chosen = [prompts[number] for number in batch], [configs[number] for number in batch]
-                written: list[Any] = generate(self._model, *chosen, tokenizer=self._tokenizer)
-                for number, ids in zip(batch, written, strict=True):
+                new_ids: list[Any] = generate(self._model, *chosen, tokenizer=self._tokenizer)
+                for number, ids in zip(batch, new_ids, strict=True):
                     texts[number] = cut_at(decode(self._tokenizer, ids), configs[number].stop_strings)
                 advance(len(texts), len(requests))
         return [texts[number] for number in range(len(requests))]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as the text that the checkpoint's own template makes of it.
+        """The conversation rendered by the checkpoint's own template.
 
         Raises:
             CheckpointError, RequestError: there is no template, or it refuses the messages.
@@ -179,21 +180,21 @@ class Harness:
         return template.render(chat_history, add_generation_prompt=add_generation_prompt)
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
-        """Scores continuations, the beginnings of contexts cut off where they are too long."""
-        room = self.max_length + 1  # the last token is only predicted
-        self._tell_cut(sum(len(context) + len(tokens) > room for context, tokens in pairs), len(pairs))
+        """Scores continuations; contexts that are too long are truncated on the left."""
+        longest = self.max_length + 1  # the last token is only predicted
+        self._warn_truncated(sum(len(context) + len(tokens) > longest for context, tokens in pairs), len(pairs))
         for number, (_, tokens) in enumerate(pairs):
             if len(tokens) > self.max_length:
                 raise RequestError(
                     f"request {number} continues for {len(tokens)} tokens, max_length={self.max_length}."
                 )
-        contexts = [context[max(len(context) + len(tokens) - room, 0) :] for context, tokens in pairs]
+        contexts = [context[max(len(context) + len(tokens) - longest, 0) :] for context, tokens in pairs]
         with progress_bar("scoring") as advance:
             return score(self._model, [tokens for _, tokens in pairs], contexts=contexts, progress=advance)
 
-    def _tell_cut(self, cut: int, total: int) -> None:
-        if cut:
-            _log.warning("%d of %d requests are longer than max_length=%d: cut.", cut, total, self.max_length)
+    def _warn_truncated(self, count: int, total: int) -> None:
+        if count:
+            _log.warning("%d of %d requests are longer than max_length=%d: truncated.", count, total, self.max_length)
 
     def _encode(self, text: str) -> list[int]:
         """With the special tokens that the tokenizer adds, unless the text begins with its own."""
@@ -201,7 +202,7 @@ class Harness:
         return encode(self._tokenizer, text, add_special_tokens=not own)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Both in tokens of the whole; spaces between them belong to the continuation, as tokenizers have it."""
+        """Both in tokens of the whole; spaces between them belong to the continuation, as in lm-eval's own adapter."""
         if not context:
             ids = encode(self._tokenizer, continuation, add_special_tokens=False)
             own = ids[:1] == [self._prefix_token]
@@ -226,8 +227,8 @@ class Harness:
         budget = budgets[0] if budgets else self.max_gen_toks
         if budget >= self.max_length:
             raise RequestError(
-                f"{budget} new tokens leave no room for a prompt with max_length={self.max_length}: raise max_length, "
-                "or lower max_gen_toks."
+                f"{budget} new tokens leave no tokens for a prompt with max_length={self.max_length}: raise "
+                "max_length, or lower max_gen_toks."
             )
         fields = {"do_sample": given.get("temperature", 0.0) > 0, "seed": seed, **given}
         fields["stop_strings"] = tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
@@ -238,7 +239,7 @@ def prefix_of(folder: str | PathLike[str], tokenizer: tokenizers.Tokenizer, conf
     """The token that begins a text, or else the one that ends it: of tokenizer_config.json, else of config.json.
 
     Raises:
-        CheckpointError: neither is told anywhere, or it is none of the tokenizer's.
+        CheckpointError: neither file names one, or the tokenizer does not know it.
     """
     path = Path(folder) / "tokenizer_config.json"
     named = read_json(path) if path.is_file() else {}

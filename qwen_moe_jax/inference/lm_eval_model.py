@@ -1,4 +1,4 @@
-"""lm-eval's model `qwen_moe_jax`. Importing this registers it; it needs the extra `eval`.
+"""The lm-eval model `qwen_moe_jax`. Importing this module registers it; it needs the extra `eval`.
 
     import lm_eval
     from qwen_moe_jax.inference.lm_eval_model import NAME

@@ -46,7 +46,7 @@ class DecodeState:
 
     Attributes:
         token_B: int32; the token that was chosen last, which the model has not read yet.
-        left_B: int32; tokens the row may still write; 0 for one that has ended.
+        left_B: int32; tokens the row may still generate; 0 for one that has ended.
         sampling: the state of the sampler.
     """
 
@@ -171,7 +171,7 @@ class AbstractProgram:
         program: jitted.
         arguments: its own, as `jax.ShapeDtypeStruct`s.
         cache: the one among them that holds keys and values.
-        rows, length, max_length: as they were rounded up: requests, new tokens of each, tokens a row may come to.
+        rows, length, max_length: rounded up: requests, new tokens of each, the largest number of tokens of a row.
     """
 
     program: Callable
@@ -189,7 +189,7 @@ def abstract_prefill(
 
     Args:
         model: in eval mode; it may be abstract.
-        rows, prompt, max_length: requests, tokens of each, tokens a row may come to.
+        rows, prompt, max_length: requests, tokens of each, the largest number of tokens of a row.
         cache_dtype: as `Session`.
     """
     rows, max_length, cache = padded_cache(model, rows, max_length, cache_dtype)

@@ -1,4 +1,4 @@
-"""How long it still takes: a bar on a terminal, nothing in a pipe."""
+"""A progress bar with the time left: on a terminal, nothing in a pipe."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,13 +11,13 @@ Advance = Callable[[int, int], None]
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Advance]:
-    """A bar on stderr that is gone at the end, with the time left.
+    """A progress bar on stderr, removed at the end.
 
     Args:
-        what: stands before the bar.
+        what: label before the bar.
 
     Yields:
-        A function to be called with how much is done, and of how much.
+        A function to call with the work done and the total.
     """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -1,20 +1,21 @@
-"""Logits → tokens: transformers' logits processors, with settings and a seed of its own for every row of a batch.
+"""Sampling: transformers' logits processors, with separate settings and a separate seed for every row of a batch.
 
 Logits [B, V] are changed in transformers' order (`GenerationMixin._get_logits_processor` of 5.23):
 
-1. `logit_bias` is added. `bad_words_ids` are a bias of -inf: transformers comes to them after the penalties, which do
-   not move it;
+1. `logit_bias` is added. `bad_words_ids` are a bias of -inf: transformers applies them after the penalties, which
+   do not change it;
 2. `repetition_penalty`, for the tokens of prompt and output;
-3. `frequency_penalty` and `presence_penalty`, for those of the output. transformers has neither: they stand where vLLM
-   has them (`apply_penalties`), after the repetition penalty and before anything is masked or scaled;
+3. `frequency_penalty` and `presence_penalty`, for those of the output. transformers has neither: their order is
+   vLLM's (`apply_penalties`), after the repetition penalty and before anything is masked or scaled;
 4. tokens that end the text are masked until there are `min_new_tokens`;
 5. where tokens are drawn: `temperature`, then `top_k`, `top_p` of what is left, `min_p` of what is left.
 
-Settings are arrays, so that one compiled program serves every value of them. What a batch does not use is absent: rows
-without penalties need no counts [B, V], and a batch that draws nothing is one argmax. Lists are padded to few lengths.
+Settings are arrays, so that one compiled program serves every value of them. A setting that no row uses is None:
+without penalties there are no counts [B, V], and a batch without sampling is one argmax. Lists are padded to
+few lengths.
 
 Nothing is sorted. A threshold on logits is found bit by bit, in 32 sums over V; that is 20 times faster than XLA's sort
-of 150 000 logits on a CPU, and a vocabulary that is split over devices stays where it is.
+of 150 000 logits on a CPU, and a vocabulary that is sharded over devices is not gathered.
 """
 
 import dataclasses
@@ -28,18 +29,18 @@ import numpy as np
 from qwen_moe_jax.config import GenerationConfig
 from qwen_moe_jax.errors import RequestError
 
-#: Before the first token of a text; in a prefix it asks for nothing.
+#: Fills windows of tokens before the first token of a text; in a prefix it matches any token.
 NO_TOKEN = -1
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BiasedSequences:
-    """What is added to the logit of a sequence's last token wherever the tokens before it have just been seen.
+    """Biases of token sequences: added to the logit of a sequence's last token where the tokens before it came last.
 
     Attributes:
         prefix_BMW: int32 [B, M, W]; the tokens before, aligned to the end; NO_TOKEN matches any.
-        token_BM: int32 [B, M]; the last token; V in unused places.
+        token_BM: int32 [B, M]; the last token; V in unused slots.
         bias_BM: float32 [B, M].
     """
 
@@ -61,10 +62,10 @@ class Penalties:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """How tokens are drawn. Rows that draw nothing have settings that change no logit.
+    """Settings of sampling. Greedy rows have settings that change no logit.
 
     Attributes:
-        drawn_B: bool [B]; whether the row's tokens are drawn (`do_sample`).
+        drawn_B: bool [B]; whether the row samples (`do_sample`).
         key_B: Threefry keys [B], of the row's seed alone.
         temperature_B: float32 [B].
         top_k_B: int32 [B], V for all.
@@ -83,13 +84,13 @@ class Drawing:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """What the requests of a batch want, one row each. The number of compiled programs is bounded by which parts are
-    None and by M, W, S, each of which is 0, 4, 16, 64, …: as many as the row with most needs.
+    """Sampling settings of a batch, one row per request. The number of compiled programs is bounded by which fields
+    are None and by M, W, S, each of which is 0, 4, 16, 64, …: enough for the row with most entries.
 
     Attributes:
         biases: of `logit_bias` and `bad_words_ids`; M is 0 where there are none.
         penalties: None where no row has any.
-        min_new_tokens_B: int32 [B]; None where no row waits for any.
+        min_new_tokens_B: int32 [B]; None where no row has a minimum.
         stop_BS: int32 [B, S]; the tokens that end a row's text; V, which is no token, in unused places.
         drawing: None where every row takes the most probable token.
         vocab_size: V.
@@ -106,7 +107,7 @@ class SamplingSettings:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingState:
-    """What the next token depends on besides the logits.
+    """State of sampling: what the next token depends on, apart from the logits.
 
     Attributes:
         generated_B: int32 [B]; tokens generated so far.
@@ -122,11 +123,11 @@ class SamplingState:
     counts_BV: jax.Array | None
 
 
-# ---- on the host: what the requests want ----------------------------------------------------------------------------
+# ---- on the host: settings and initial state ------------------------------------------------------------------------
 
 
 def sampling_settings(configs: Sequence[GenerationConfig], vocab_size: int) -> SamplingSettings:
-    """The settings of a batch; row b is `configs[b]`. A row that draws without a seed is given one by chance.
+    """The settings of a batch; row b is `configs[b]`. A row that samples without a seed gets a random one.
 
     Raises:
         RequestError: see `require_known_tokens`; the message names the row.
@@ -145,7 +146,7 @@ def sampling_settings(configs: Sequence[GenerationConfig], vocab_size: int) -> S
 
 
 def require_known_tokens(name: str, config: GenerationConfig, vocab_size: int) -> None:
-    """Refuses biases and forbidden words that no text of the model can hold. `name` is the request's, for the message.
+    """Refuses biases and bad words with tokens outside the vocabulary. `name` is the request's, for the message.
 
     Raises:
         RequestError: `logit_bias` or `bad_words_ids` has a token outside the vocabulary.
@@ -190,7 +191,7 @@ def _as_tuple(sequence: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _bucket(count: int) -> int:
-    """0, 4, 16, 64, …: so few lengths of lists, for so few programs."""
+    """Padded length of a list: 0, 4, 16, 64, …, so that few programs are compiled."""
     size = 4 if count else 0
     while size < count:
         size *= 4
@@ -206,11 +207,11 @@ def _biased_sequences(config: GenerationConfig) -> list[tuple[tuple[int, ...], f
 
 
 def _bias_table(rows: Sequence[list[tuple[tuple[int, ...], float]]], vocab_size: int) -> BiasedSequences:
-    places = _bucket(max(map(len, rows), default=0))
+    num_slots = _bucket(max(map(len, rows), default=0))
     window = _bucket(max((len(sequence) - 1 for row in rows for sequence, _ in row), default=0))
-    prefix_BMW = np.full((len(rows), places, window), NO_TOKEN, np.int32)
-    token_BM = np.full((len(rows), places), vocab_size, np.int32)
-    bias_BM = np.zeros((len(rows), places), np.float32)
+    prefix_BMW = np.full((len(rows), num_slots, window), NO_TOKEN, np.int32)
+    token_BM = np.full((len(rows), num_slots), vocab_size, np.int32)
+    bias_BM = np.zeros((len(rows), num_slots), np.float32)
     for b, row in enumerate(rows):
         for m, (sequence, bias) in enumerate(row):
             *prefix, token_BM[b, m] = sequence
@@ -262,7 +263,7 @@ def _drawing(configs: Sequence[GenerationConfig], vocab_size: int) -> Drawing:
 
 
 def process_logits(logits_BV: jax.Array, settings: SamplingSettings, state: SamplingState) -> jax.Array:
-    """What the next tokens are chosen by.
+    """Logits after the processors, from which the next tokens are chosen.
 
     Args:
         logits_BV: the model's, float32 [B, V].
@@ -284,10 +285,10 @@ def process_logits(logits_BV: jax.Array, settings: SamplingSettings, state: Samp
 
 
 def choose(processed_BV: jax.Array, settings: SamplingSettings, state: SamplingState) -> jax.Array:
-    """The next tokens: drawn where the row wants that, the most probable ones elsewhere.
+    """The next tokens: sampled where the row asks for it, else the most probable ones.
 
-    A row's random numbers come from its seed and from how many tokens it has generated. They are the same in whatever
-    row it stands, however many there are, and whatever the others want.
+    A row's random numbers come from its seed and from how many tokens it has generated. They do not
+    depend on its index, on the size of the batch, or on the settings of other rows.
 
     Args:
         processed_BV: float32 [B, V], from `process_logits`.
@@ -320,7 +321,7 @@ def advance(state: SamplingState, token_B: jax.Array, alive_B: jax.Array) -> Sam
 
 
 def log_probabilities(logits_BV: jax.Array, token_B: jax.Array) -> jax.Array:
-    """What the model itself gave the tokens, whatever they were chosen by.
+    """Log-probabilities of tokens under the model's own distribution, before any processor.
 
     Args:
         logits_BV: the model's, float32 [..., V], before `process_logits`.
@@ -341,7 +342,7 @@ def _argmax(values_BV: jax.Array) -> jax.Array:
 
 
 def _add_rows(values_BV: jax.Array, token_BM: jax.Array, added_BM: jax.Array) -> jax.Array:
-    """Adds to a few tokens of every row. Tokens that are V or more are none; one that comes twice is added to twice."""
+    """Adds to a few tokens of every row. Token ids from V on are ignored; a repeated one is added to repeatedly."""
     if token_BM.shape[1] == 0:
         return values_BV
     added_BM = jnp.broadcast_to(added_BM, token_BM.shape)
@@ -391,7 +392,7 @@ def _truncate(logits_BV: jax.Array, drawing: Drawing) -> jax.Array:
 
 
 def _ranks(values: jax.Array) -> jax.Array:
-    """uint32 that are in the order of float32: negative numbers are stored by magnitude, and are turned round."""
+    """uint32 in the order of float32 values: the bits of negative numbers, stored by magnitude, are inverted."""
     bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.uint32)  # -0.0 equals 0.0
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits >= sign, ~bits, bits | sign)

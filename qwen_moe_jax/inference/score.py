@@ -1,7 +1,7 @@
 """Log-likelihoods of token sequences, and the perplexity of a text longer than the model's window.
 
-Sequences run in batches, the longest first, padded to one of few lengths and few numbers of rows: whatever lengths
-come, few programs are compiled. Logits stay on the devices; one number and one flag a token come back.
+Sequences run in batches, the longest first, padded to one of few lengths and few numbers of rows, so that few
+programs are compiled. Logits stay on the devices; one number and one flag per token are returned.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from qwen_moe_jax.rounding import ceil_div, next_power_of_two, previous_power_of
 from qwen_moe_jax.sharding.rules import BATCH
 
 #: How many float32 numbers (1 GiB) the largest array of a batch may have on one device: its logits, B * T * V, or the
-#: attention scores of a layer, B * N * T * T, either of them cut by the `tensor` axis. One sequence that is longer than
-#: that runs alone: its logits are whole.
+#: attention scores of a layer, B * N * T * T, either of them sharded over `tensor`. One sequence that is longer than
+#: that runs alone: its logits are not divided.
 BUDGET = 2**28
-#: A batch has at most so many rows on one device. More would not be faster: what they share is read by then.
+#: The most rows of a batch on one device. More would not be faster: reading the weights is amortised by then.
 MAX_ROWS = 64
-#: No batch is shorter than this: below, lengths differ by less than a compilation costs.
+#: The shortest padded length: below it, a compilation costs more than the padding.
 SHORTEST = 64
 
 #: Called after every batch with the number of sequences (or windows) that are done, and of all.
@@ -34,13 +34,13 @@ Progress = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Score:
-    """What a model makes of one sequence.
+    """The score of one sequence under a model.
 
     Attributes:
         log_likelihood: the sum over the scored tokens, in nats.
         num_tokens: how many tokens were scored.
-        greedy: whether every scored token is the most probable one where it stands (the first of several, where they
-            are equally probable): greedy generation would have written them.
+        greedy: whether every scored token is the most probable one at its position (the first of several that are
+            equally probable): greedy generation would have chosen them.
         token_log_probs: float32 [num_tokens]; the log-probability of each given all tokens before it, in nats.
     """
 
@@ -79,7 +79,7 @@ class Perplexity:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """What the text would take, compressed with the model; comparable between tokenizers. None without bytes."""
+        """Size of the text if it were compressed with the model; comparable between tokenizers. None without bytes."""
         return None if self.num_bytes is None else -self.log_likelihood / math.log(2) / self.num_bytes
 
 
@@ -168,7 +168,7 @@ def perplexity(
         tokens: ids, at least 2.
         window: how many tokens the model sees at once.
         stride: how far the window moves, from 1 to `window - 1`.
-        num_bytes: of the text that the tokens stand for, for `bits_per_byte`.
+        num_bytes: of the text that the tokens encode, for `bits_per_byte`.
         progress: called after every batch.
 
     Raises:
@@ -247,8 +247,8 @@ def _score(model: CausalLM, tasks: list[_Task], progress: Progress | None) -> li
 
 
 def _score_batch(model: CausalLM, tasks: list[_Task], length: int) -> list[Score]:
-    ways = _num_shards(model)
-    rows = ways * next_power_of_two(ceil_div(len(tasks), ways))
+    num_shards = _num_shards(model)
+    rows = num_shards * next_power_of_two(ceil_div(len(tasks), num_shards))
     inputs_BT, targets_BT = (np.zeros((rows, length), np.int32) for _ in range(2))
     lengths_B = np.zeros(rows, np.int32)
     for row, task in enumerate(tasks):
@@ -278,7 +278,7 @@ def _predicted(
     """Of each target, its log-probability after its input, and whether no token is more probable."""
     token_mask_BT = jnp.arange(inputs_BT.shape[1]) < lengths_B[:, None]  # padding takes no expert's capacity
     logits_BTV = model(inputs_BT, segment_ids=token_mask_BT).logits
-    # A masked sum, where a gather would collect a vocabulary that lies over `tensor`.
+    # A masked sum, where a gather would all-gather a vocabulary that is sharded over `tensor`.
     target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
     target_BT = jnp.sum(jnp.where(target_BTV, logits_BTV, 0), axis=-1)
     log_probs_BT = target_BT - jax.nn.logsumexp(logits_BTV, axis=-1)

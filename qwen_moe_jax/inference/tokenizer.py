@@ -11,7 +11,7 @@ from qwen_moe_jax.errors import CheckpointError, RequestError
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer: `tokenizers.Tokenizer` has it, and so have those of transformers."""
+    """The interface of a tokenizer: that of `tokenizers.Tokenizer` and of the tokenizers in transformers."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> Any: ...
 
@@ -19,7 +19,7 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(folder: str | PathLike[str]) -> tokenizers.Tokenizer:
-    """Reads a checkpoint folder's tokenizer.json, without what it may say about padding and cutting texts.
+    """Reads a checkpoint folder's tokenizer.json, with its padding and truncation settings switched off.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -31,7 +31,7 @@ def load_tokenizer(folder: str | PathLike[str]) -> tokenizers.Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise CheckpointError(f"{path}: cannot be read as a tokenizer ({error}).") from None
-    # Those settings are left over from somebody's training data; transformers ignores them as well.
+    # Settings of the data that the tokenizer was trained on; transformers ignores them as well.
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -47,10 +47,10 @@ def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) 
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, vocab_size: int, *, add_special_tokens: bool = True) -> list[int]:
-    """Token ids of a text that a model is to read: at least one, and all of them the model's.
+    """Token ids of a prompt: at least one, and all of them in the model's vocabulary.
 
     Raises:
-        RequestError: an empty prompt, one that is no Unicode text, or a tokenizer of some other model.
+        RequestError: an empty prompt, one that is not valid Unicode, or a tokenizer of another model.
     """
     try:
         prompt.encode("utf-8")

@@ -46,14 +46,14 @@ class Attention(nnx.Module):
         execution: ExecutionConfig,
         cache: LayerCache | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Attends, [B, T, D] to the same; also the cache with these tokens in it, where there is one.
+        """Attention output [B, T, D], and the cache with the new tokens, where there is one.
 
         Args:
             hidden_BTD: normalised hidden states.
             context: segments and rotations of the tokens.
             sliding_window: number of keys a query sees, itself included; None for all.
             execution: with nothing left open.
-            cache: of the tokens before, one text a row. None: all tokens are there.
+            cache: of the previous tokens, one text a row. None: all tokens are given.
         """
         with jax.named_scope("attention"):
             q_BTNH, k_BTKH, v_BTKH = self._projected(hidden_BTD, context)

@@ -1,4 +1,4 @@
-"""Moving the routers' balancing biases, the balancing without an auxiliary loss of DeepSeek-V3 (arXiv 2408.15664)."""
+"""Updates of the routers' balancing biases: DeepSeek-V3's balancing without an auxiliary loss (arXiv 2408.15664)."""
 
 from typing import TypeVar
 

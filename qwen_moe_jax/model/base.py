@@ -1,4 +1,4 @@
-"""A decoder under a head, on a mesh: what all models have in common, from a caller's arrays to its output."""
+"""The base class of all models: a decoder with a head, on a mesh, from input arrays to output."""
 
 import dataclasses
 import math
@@ -80,7 +80,7 @@ class Model(nnx.Module):
         """Creates the head's parameters; each subclass has its own."""
 
     def draw_head(self, rngs: nnx.Rngs | jax.Array | int) -> None:
-        """Gives the model a fresh head, to be trained on weights that came without one."""
+        """Initialises a new head, for weights that were loaded without one."""
         self.add_head(self.factory(rngs))
 
     def head(self, hidden_BTD: jax.Array, inputs: ModelInputs) -> jax.Array:
@@ -122,8 +122,8 @@ class Model(nnx.Module):
             output_hidden_states: also return `hidden_states`.
             logits_at: integers [B]; the head runs on this one token of each row, and `logits` is [B, 1, …].
             noise_key: a `jax.random.key`, another one for every step; needed in training mode by a config with
-                `moe.router_jitter_noise`, and read there alone.
-            hub_arguments: none is taken; those of transformers are refused with the name of ours.
+                `moe.router_jitter_noise`, and unused otherwise.
+            hub_arguments: not accepted; those of transformers are refused with the name to use instead.
 
         Returns:
             See `ModelOutput`. Padding has finite logits without a meaning; a token id outside the vocabulary makes its
@@ -180,7 +180,7 @@ class Model(nnx.Module):
             )
 
     def _checked_noise_key(self, noise_key: jax.Array | None) -> jax.Array | None:
-        """The key, where the present mode has a use for it."""
+        """The key, where the present mode needs one."""
         amount = self.config.moe.router_jitter_noise if self.config.moe else 0.0
         if self.deterministic or not amount:
             return None
@@ -197,10 +197,10 @@ class Model(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReadOut:
-    """What a forward pass is read out as. Hashable: a program is compiled for each.
+    """How a forward pass becomes a result. Hashable: a program is compiled for each.
 
     Attributes:
-        output_router_logits, output_hidden_states: what the decoder keeps of the way; see `Model.__call__`.
+        output_router_logits, output_hidden_states: what the decoder also keeps; see `Model.__call__`.
     """
 
     output_router_logits: bool = False

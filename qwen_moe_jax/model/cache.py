@@ -2,7 +2,7 @@
 
 Every row of the batch has a length of its own: position p of a row is in slot `p % S` of its layer. Layers of full
 attention have a slot for every token there may be; sliding layers have a ring, as long as their window and what is
-written at once.
+written in one step.
 """
 
 import dataclasses
@@ -79,7 +79,7 @@ class LayerCache:
 def slots(config: ModelConfig, kind: LayerKind, max_length: int, max_write: int) -> int:
     """Slots S of a layer: one for each of `max_length` tokens, or, sliding, for a window and `max_write` tokens more.
 
-    While up to `max_write` tokens are written at once, the first of them still needs the window before it.
+    While up to `max_write` tokens are written in one step, the first of them still needs the window before it.
     """
     if kind.attention == "full":
         return max_length
@@ -95,8 +95,8 @@ def abstract_cache(
         config: of the model.
         mesh: of the model.
         batch: rows, a multiple of the devices that share the batch.
-        max_length: tokens that a row may come to.
-        max_write: tokens that are written at once at most.
+        max_length: the largest number of tokens of a row.
+        max_write: tokens that are written in one step at most.
         dtype: of keys and values.
     """
     attention = config.attention
@@ -132,7 +132,7 @@ def _zeros(abstract: Cache) -> Callable[[], Cache]:
 
 
 def update_cache(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, token_mask_BT: jax.Array) -> LayerCache:
-    """The cache with keys and values of the new tokens behind those of their rows; padding is not written."""
+    """The cache with keys and values of the new tokens after those of their rows; padding is not written."""
 
     def local(stored: KeyValues, layer, lengths_B, k_BTKH, v_BTKH, token_mask_BT) -> KeyValues:
         return KeyValues(

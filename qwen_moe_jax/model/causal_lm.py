@@ -1,4 +1,4 @@
-"""The models: a decoder under the head of a language model, or of a classifier."""
+"""The models: a decoder with a language-model head or a classification head."""
 
 import dataclasses
 

@@ -34,8 +34,8 @@ from qwen_moe_jax.nn.parameters import ParameterFactory
 
 
 def _all_but_reshards(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> bool:
-    """Everything may be saved but the results of reshards: a weight whose sharding only has another spelling would be
-    copied into the residuals of every layer.
+    """Everything may be saved but the results of reshards: a weight whose sharding is only written differently
+    would be copied into the residuals of every layer.
     """
     return primitive.name != "reshard"
 
@@ -94,8 +94,8 @@ class Decoder(nnx.Module):
         Args:
             inputs: tokens, segment ids and positions.
             execution: how, with nothing left open (`config.resolve`).
-            cache: of the tokens before, one text a row; the new ones follow them from the left, padding after them.
-                None in training and scoring: all tokens are there.
+            cache: of the previous tokens, one text a row; the new ones follow them from the left, padding after them.
+                None in training and scoring, where all tokens are given.
             noise_key: of the jitter before the experts; every layer draws its own. None adds none.
             keep_trace: also return the routers' decisions about every token.
             keep_inputs: also return what entered each layer.
@@ -109,7 +109,7 @@ class Decoder(nnx.Module):
             config.rope, config.attention.head_dim, config.max_position_embeddings, positions_BT, dtype
         )
         with jax.named_scope("embedding"):
-            # A padding's token id has no meaning: it need not be in the vocabulary.
+            # The token id of padding is ignored: it may be outside the vocabulary.
             hidden_BTD = self.embed_tokens(jnp.where(token_mask_BT, inputs.tokens_BT, 0), dtype)
         out = self.layers(
             hidden_BTD,
@@ -153,7 +153,7 @@ class LayerStack(nnx.Module):
             run_layer = self._with_remat(run_layer, execution)
 
         def keep(out: LayerOutput, entered_BTD: jax.Array) -> tuple:
-            # With a cache, a step is a few tokens: nobody asked for their statistics unless for the trace, too.
+            # With a cache, a step is a few tokens, whose statistics are only wanted together with the trace.
             stats = out.stats if cache is None or keep_trace else None
             return stats, out.trace if keep_trace else None, entered_BTD if keep_inputs else None
 
@@ -206,7 +206,7 @@ def _scan_layers(run_period, carry, layers: list[DecoderLayer], keys: jax.Array 
 def _index_layers(run_period, carry, layers: list[DecoderLayer], keys: jax.Array | None, repeats: int):
     """Scans over the layers' numbers, for steps of a few tokens: weights are read where they are stored, not copied.
 
-    The cache is part of what the scan carries, not of what it collects: so it is updated in place.
+    The cache is in the scan's carry, not in its stacked outputs, so it is updated in place.
     """
 
     def body(carry, step: tuple[jax.Array, jax.Array | None]):
@@ -217,7 +217,7 @@ def _index_layers(run_period, carry, layers: list[DecoderLayer], keys: jax.Array
 
 
 def layer_at(stacked: DecoderLayer, index: jax.Array) -> DecoderLayer:
-    """One layer of a stack. Its experts' weights stay in the stack, with the index: a few tokens need a few of them."""
+    """One layer of a stack. Its experts' weights stay stacked, with an index: few experts are needed."""
     layer = jax.tree.map(lambda x: rows_at(x, index, 1)[0], stacked)
     if isinstance(layer.mlp, SparseMoeBlock) and isinstance(stacked.mlp, SparseMoeBlock):
         layer.mlp.experts = layer_of(stacked.mlp.experts, index)
@@ -237,7 +237,7 @@ def _run_layer(
 
 
 def _layer_keys(noise_key: jax.Array, segment: Segment) -> jax.Array:
-    """A key for each layer, [repeats, period], by its number in the model: the plan has no part in the noise."""
+    """A key for each layer, [repeats, period], by its number in the model, not by segments."""
     numbers = segment.start + jnp.arange(segment.repeats * len(segment.period))
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(noise_key, numbers)
     return keys.reshape(segment.repeats, len(segment.period))

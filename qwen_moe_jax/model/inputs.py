@@ -1,4 +1,4 @@
-"""The arrays a model is called with: checked, filled up to the mesh, and what the layers know of every token."""
+"""Input arrays of a model: checks, padding to the mesh, and the per-token context of the layers."""
 
 import dataclasses
 from typing import Any
@@ -21,7 +21,7 @@ class ModelInputs:
     Attributes:
         tokens_BT: token ids.
         segment_ids_BT: tokens attend within their own segment; 0 is padding.
-        positions_BT: of each token in its text; None where a cache knows them.
+        positions_BT: of each token in its text; None where a cache gives them.
         targets_BT: the token that should follow each one, where losses are asked for.
         logits_at_B: the one token of each row whose logits are asked for; None for all.
     """
@@ -48,7 +48,7 @@ INPUT_SPECS = ModelInputs(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenContext:
-    """What the layers know about a batch besides its hidden states.
+    """Per-token context of a batch that every layer reads, apart from the hidden states.
 
     Attributes:
         segment_ids_BT: int32; tokens attend within their own segment; 0 is padding.

@@ -83,7 +83,7 @@ class Matrix:
 
 
 def add_lora(model: Model, config: LoraConfig, *, rngs: nnx.Rngs | jax.Array | int | None) -> None:
-    """Gives a model adapters, float32, without effect until they are trained (B is zero). Its weights stay untouched.
+    """Gives a model adapters, float32, without effect until they are trained (B is zero). Its weights are unchanged.
 
     A matrix has one where its path contains a name of `config.target_modules` (between dots): "q_proj", "experts",
     "mlp.shared_expert.down_proj"; "all-linear" is all of them but the gates.
@@ -91,7 +91,7 @@ def add_lora(model: Model, config: LoraConfig, *, rngs: nnx.Rngs | jax.Array | i
     Args:
         model: without adapters.
         config: rank, scaling and which matrices.
-        rngs: source of A; None for a model that is only described.
+        rngs: source of A; None for an abstract model.
 
     Raises:
         ConfigError: the model has adapters already; no matrix has such a name.
@@ -131,7 +131,7 @@ def merge_lora(model: Model) -> None:
 
 
 def remove_lora(model: Model) -> None:
-    """Takes the adapters from a model; its weights are what they were."""
+    """Removes the adapters of a model without merging them."""
     for matrix in matrices(model):
         if matrix.lora is not None:
             matrix.attach(None)

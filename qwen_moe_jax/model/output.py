@@ -13,7 +13,7 @@ from qwen_moe_jax.moe.stats import RouterStats, RouterTrace
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterOutput:
-    """What the routers of all sparse layers did.
+    """Statistics, losses and traces of all routers.
 
     Attributes:
         stats: counts, stacked [L_sparse, …] in layer order.

@@ -34,8 +34,8 @@ def rotary_tables(
 def apply_rotary(x_BTNH: jax.Array, tables: RotaryTables) -> jax.Array:
     """Rotates each pair (i, i + H/2) of every head by its token's angle, in the dtype of the input."""
     first, second = jnp.split(x_BTNH, 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return x_BTNH * tables.cos_BTH[:, :, None] + turned * tables.sin_BTH[:, :, None]
+    rotated = jnp.concatenate([-second, first], axis=-1)
+    return x_BTNH * tables.cos_BTH[:, :, None] + rotated * tables.sin_BTH[:, :, None]
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:

@@ -81,7 +81,7 @@ def test_long_contexts_lose_their_beginning(folder, model, caplog):
     assert len(whole) > 5 > len(tokens)
     expected = likelihood(model, whole[-5 : -len(tokens)], tokens)
     assert harness.loglikelihood(requests((PROMPT, " jumps"))) == [expected]
-    assert "1 of 1 requests are longer than max_length=4: cut." in caplog.text
+    assert "1 of 1 requests are longer than max_length=4: truncated." in caplog.text
     with pytest.raises(RequestError, match="request 0 continues for .* tokens, max_length=4"):
         harness.loglikelihood(requests((".", PROMPT * 2)))
 
@@ -127,7 +127,7 @@ def test_long_prompts_lose_their_beginning(folder, caplog):
     expected = qmj.generate(harness._model, [ids(harness, PROMPT)[-3:]], max_new_tokens=4)[0]
     [found] = harness.generate_until(requests((PROMPT, {"max_gen_toks": 4})))
     assert found == harness._tokenizer.decode(expected)
-    assert "1 of 1 requests are longer than max_length=7: cut." in caplog.text
+    assert "1 of 1 requests are longer than max_length=7: truncated." in caplog.text
 
 
 def test_drawn_texts_differ_between_requests_and_not_between_runs(harness):
@@ -161,7 +161,7 @@ def test_texts_do_not_depend_on_how_many_are_written_together(folder, harness):
     "settings, error, told",
     [
         ({"num_beams": 4}, RequestError, r"generation_kwargs has \['num_beams'\]"),
-        ({"max_gen_toks": 96}, RequestError, "96 new tokens leave no room for a prompt with max_length=96"),
+        ({"max_gen_toks": 96}, RequestError, "96 new tokens leave no tokens for a prompt with max_length=96"),
         ({"max_gen_toks": 4, "top_p": 2.0}, ConfigError, "top_p"),
     ],
 )
