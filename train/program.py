@@ -1,4 +1,4 @@
-"""What a run compiles, before there is a token or a weight: the model's description, the optimizer, the two steps."""
+"""The program of a run: the abstract model, the optimizer, and the jitted train and eval step."""
 
 import dataclasses
 import math
@@ -17,7 +17,8 @@ from qwen_moe_jax.model.lora import is_adapter
 from qwen_moe_jax.nn.parameters import parameters_with_paths
 from train.config import TrainConfig
 from train.data.batches import Batch
-from train.objectives.language_modelling import resolve_loss
+from train.objectives import language_modelling
+from train.objectives.contract import Objective
 from train.optimizer import frozen_paths, make_optimizer
 from train.parameters import Params, partition, paths, select
 from train.step import (
@@ -31,21 +32,23 @@ from train.step import (
     state_shardings,
 )
 
+#: The objective of a run.
+OBJECTIVE: Objective = language_modelling
+
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """Two jitted steps, and what goes into them as `jax.ShapeDtypeStruct`s that say where everything lies.
+    """The two jitted steps, and their abstract arguments: `jax.ShapeDtypeStruct`s with shardings.
 
     Attributes:
-        model: without weights, in training mode.
-        eval_graph: of the same model in eval mode, where no token is dropped; `nnx.merge` with parameters.
-        state: what goes from step to step; its parameters are those that are trained.
-        fixed: the other parameters of the model (`train.parameters`): no step changes them, and no checkpoint of the
-            run holds them.
-        batch: what a step reads.
+        model: abstract, in training mode.
+        eval_graph: the graphdef of the same model in eval mode, where no token is dropped.
+        state: the train state; its parameters are the trained ones.
+        fixed: the parameters that are not trained (`train.parameters`); no checkpoint of the run holds them.
+        batch: the batch of a step.
         train_step: (state, fixed, batch) → (state, metrics).
         eval_step: (all parameters, batch) → the summed loss.
-        optimizer: what `train_step` applies.
+        optimizer: the optimizer of `train_step`.
     """
 
     model: qmj.CausalLM
@@ -59,26 +62,26 @@ class Program:
 
     @property
     def trained_share(self) -> float:
-        """How many of the parameters are trained, 0 to 1."""
+        """The share of the parameters that are trained, 0 to 1."""
         sizes = self.parameter_sizes
         return sum(sizes[path] for path in paths(self.state.params)) / sum(sizes.values())
 
     @property
     def parameter_sizes(self) -> dict[str, int]:
-        """Elements of each parameter of the model by its path, without padding."""
+        """The number of elements of each parameter by its path, without padding."""
         return {path: math.prod(param.unpadded_shape) for path, param in parameters_with_paths(self.model)}
 
     def begin(self, params: Params) -> TrainState:
-        """Step 0 with these parameters of all that the model has, placed as `state` says."""
+        """The state at step 0, sharded as `state`, from all parameters of the model."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         return initial_state(select(params, like=self.state.params), self.optimizer, shardings)
 
 
 def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> Program:
-    """The program of a run; nothing is allocated, and nothing compiled before it is called or lowered.
+    """The program of a run. Nothing is allocated, and nothing compiled before the steps are called or lowered.
 
     Raises:
-        ConfigError: something is asked of the model that it does not have, or nothing of it is left to train.
+        ConfigError: a setting needs a part that the model does not have, or no parameter is left to train.
         ShardingError: sizes do not divide over the mesh.
     """
     model = qmj.CausalLM(model_config, rngs=None, mesh=mesh, execution=_execution(config.execution))
@@ -99,33 +102,34 @@ def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> 
         eval_graph=eval_graph,
         state=abstract_state(trained, optimizer, shardings),
         fixed=fixed,
-        batch=_describe_batch(config.data.batch_size, config.data.seq_len, batch_sharding(mesh)),
+        batch=_abstract_batch(config.data.batch_size, config.data.seq_len, batch_sharding(mesh)),
         train_step=make_train_step(
             train_graph,
             optimizer,
-            resolve_loss(config.loss, model_config),
+            OBJECTIVE.resolve_loss(config.loss, model_config),
             shardings,
             config.run.seed,
             config.run.gradient_accumulation_steps,
+            OBJECTIVE,
         ),
-        eval_step=make_eval_step(eval_graph),
+        eval_step=make_eval_step(eval_graph, OBJECTIVE),
         optimizer=optimizer,
     )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over all axes that share the batch."""
+    """The sharding of a batch's arrays [B,T]: rows over all axes that share the batch."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
 
 
 def _fixed_paths(config: TrainConfig, model: qmj.CausalLM) -> frozenset[str]:
-    """With adapters, all but them; otherwise what the config freezes."""
+    """The paths of the parameters that are not trained: all but the adapters, or those that the config freezes."""
     if config.lora is None:
         return frozen_paths(config.optimizer.frozen, model)
     return frozenset(path for path in paths(nnx.to_pure_dict(nnx.state(model))) if not is_adapter(path))
 
 
-def _describe_batch(rows: int, seq_len: int, sharding: NamedSharding) -> Batch:
+def _abstract_batch(rows: int, seq_len: int, sharding: NamedSharding) -> Batch:
     def array(dtype: type) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, seq_len), dtype, sharding=sharding)
 
@@ -134,5 +138,5 @@ def _describe_batch(rows: int, seq_len: int, sharding: NamedSharding) -> Batch:
 
 
 def _execution(execution: qmj.ExecutionConfig) -> qmj.ExecutionConfig:
-    """The execution of a run: "capacity" in training mode alone, so that no token of held-out text is dropped."""
+    """The execution of a run, with "capacity" in training mode only: in eval mode no token is dropped."""
     return dataclasses.replace(execution, dispatch=None) if execution.dispatch == "capacity" else execution

@@ -1,4 +1,4 @@
-"""The two compiled functions of training: one step of the optimizer, one look at the held-out loss."""
+"""The two jitted functions of training: the train step, and the eval step of the held-out loss."""
 
 import dataclasses
 import operator
@@ -13,23 +13,23 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_moe_jax.model.balancing import update_balancing_biases
-from qwen_moe_jax.model.output import TokenLosses
 from qwen_moe_jax.moe.stats import RouterStats, sum_stats
 from train.config import LossConfig
 from train.data.batches import Batch
-from train.objectives.language_modelling import Loss, WholeBatch, sum_over_targets, training_loss, whole_batch
+from train.objectives import language_modelling
+from train.objectives.contract import HeldoutSum, LossTerms, Objective, WholeBatch
 from train.parameters import Params, merge, select
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that changes from step to step: what a checkpoint holds.
+    """Everything that a step changes; it is what a checkpoint holds.
 
     Attributes:
-        step: how many are finished, int32 scalar.
-        params: those that are trained.
-        optimizer: what it remembers of them.
+        step: the number of finished steps, int32 scalar.
+        params: the trained parameters.
+        optimizer: the optimizer's state, the moments of the trained parameters.
     """
 
     step: jax.Array
@@ -40,14 +40,21 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one step has to say: float32 scalars, int32 for the counts, and a bool.
+    """The metrics of one step: float32 scalars, int32 counts, and a bool. Those of experts are 0 for a dense model.
 
-    `finite` is False where the loss or the gradient's norm is no finite number: then the step changed nothing but the
-    count of steps. `loss` is what is minimised: `cross_entropy`, and the other losses times their coefficients.
-    `z_loss`, the mean squared logsumexp of the logits, `balance_loss` and `router_z` are unscaled. `assignments` counts
-    (token, expert) pairs over all layers that the router asked for, `dropped` those of them that found no room;
-    `load_imbalance` is the largest load of an expert over the mean load, in the layer where that is largest. All that
-    tells of experts is 0 for a dense model. `router` is where it comes from, layer by layer; a dense model has none.
+    Attributes:
+        finite: whether loss and gradient norm are finite; if not, the step changed nothing but the step number.
+        loss: what is minimised: the cross entropy plus the other losses times their coefficients.
+        cross_entropy: the mean over the targets, in nats.
+        z_loss: the mean squared logsumexp of the logits, without its coefficient.
+        balance_loss: the load-balancing loss, without its coefficient.
+        router_z: the z-loss of the router's logits, without its coefficient.
+        gradient_norm: over all trained parameters, before clipping.
+        tokens: real tokens, without padding.
+        assignments: (token, expert) pairs that the routers chose, over all layers.
+        dropped: the assignments without a capacity slot.
+        load_imbalance: the largest load of an expert over the mean load, in the layer where that is largest.
+        router: the statistics of each layer; None for a dense model.
     """
 
     finite: jax.Array
@@ -64,47 +71,38 @@ class StepMetrics:
     router: RouterStats | None
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class HeldoutSum:
-    """The summed cross entropy (float32 scalar) of this many targets (int32 scalar); sums of batches add up."""
-
-    loss: jax.Array
-    targets: jax.Array
-
-
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, StepMetrics]]
 EvalStep = Callable[[Params, Batch], HeldoutSum]
 
 
 def state_shardings(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Where everything lies: moments as their parameters, counters on every device.
+    """The shardings of a train state: moments are sharded as their parameters, counters are replicated.
 
-    Left to itself, a jitted `optimizer.init` puts the moments wherever it likes, since zeros depend on no input.
+    Without them, a jitted `optimizer.init` would choose other shardings, since zeros depend on no input.
 
     Args:
-        params: that are trained: placed arrays, or shapes with shardings.
+        params: the trained parameters: arrays, or `jax.ShapeDtypeStruct`s with shardings.
     """
-    everywhere: Any = NamedSharding(mesh, PartitionSpec())
+    replicated: Any = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda array: array.sharding, params)
     return TrainState(
-        step=everywhere,
+        step=replicated,
         params=shardings,
         optimizer=optax.tree_utils.tree_map_params(
             optimizer,
             lambda _, sharding: sharding,
             jax.eval_shape(optimizer.init, params),
             shardings,
-            transform_non_params=lambda _: everywhere,
+            transform_non_params=lambda _: replicated,
         ),
     )
 
 
 def abstract_state(params: Params, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
-    """Shapes, dtypes and shardings of a state, for `Checkpoints.restore_latest`; nothing is allocated.
+    """The abstract state, for `Checkpoints.restore_latest` and for compilation; nothing is allocated.
 
     Args:
-        params: that are trained: shapes with shardings.
+        params: the trained parameters, as `jax.ShapeDtypeStruct`s with shardings.
     """
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     shapes = TrainState(step=step, params=params, optimizer=jax.eval_shape(optimizer.init, params))
@@ -112,7 +110,7 @@ def abstract_state(params: Params, optimizer: optax.GradientTransformation, shar
 
 
 def initial_state(params: Params, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
-    """Step 0: the given parameters and fresh moments, placed by `shardings`."""
+    """The state at step 0: the given parameters, and moments of zero sharded by `shardings`."""
     moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(params)
     return TrainState(step=jax.device_put(jnp.int32(0), shardings.step), params=params, optimizer=moments)
 
@@ -124,49 +122,45 @@ def make_train_step(
     shardings: TrainState,
     seed: int,
     accumulation_steps: int = 1,
+    objective: Objective = language_modelling,
 ) -> TrainStep:
     """The jitted step `(state, fixed, batch) → (state, metrics)`.
 
-    The old state's memory is reused for the new one: after the call the old state is gone. `fixed` are the parameters
-    that the model has beside the trained ones (`train.parameters.apart`): they are read, no gradient is taken of them,
-    and they stay. Where all are trained it is empty.
+    The state is donated: its memory is reused for the new one. `fixed` are the parameters that are not trained
+    (`train.parameters.partition`); no gradient is taken with respect to them. It is empty where all are trained.
 
     Args:
         graphdef: of the model in training mode, `nnx.split(model)[0]`.
-        loss_config: with nothing left open (`train.objectives.language_modelling.resolve_loss`).
-        shardings: as `state_shardings` gives them; the new state keeps them.
-        seed: of the noise that the model draws, if it does; another one each step, the same after a restart.
-        accumulation_steps: micro-batches that a batch is cut into, one after the other in memory.
+        optimizer: of the trained parameters.
+        loss_config: resolved by the objective's `resolve_loss`.
+        shardings: of the old and the new state, from `state_shardings`.
+        seed: of the router's jitter, which depends on (seed, step) only, and so is the same after a restart.
+        accumulation_steps: the number of micro-batches, which are in memory one after the other.
+        objective: what is minimised (`train.objectives`).
     """
 
     def loss_and_stats(
         trained: Params, fixed: Params, batch: Batch, whole: WholeBatch, noise_key: jax.Array
-    ) -> tuple[jax.Array, tuple[Loss, RouterStats | None]]:
-        out = token_losses(merge(trained, fixed), batch, noise_key)
-        loss = training_loss(out, batch, whole, loss_config)
+    ) -> tuple[jax.Array, tuple[LossTerms, RouterStats | None]]:
+        out = forward(merge(trained, fixed), batch, noise_key)
+        loss = objective.training_loss(out, batch, whole, loss_config)
         return loss.total, (loss, None if out.router is None else out.router.stats)
 
-    def token_losses(params: Params, batch: Batch, noise_key: jax.Array) -> TokenLosses:
-        return nnx.merge(graphdef, params).token_losses(
-            batch.tokens_BT,
-            batch.targets_BT,
-            segment_ids=batch.segment_ids_BT,
-            positions=batch.positions_BT,
-            noise_key=noise_key,
-        )
+    def forward(params: Params, batch: Batch, noise_key: jax.Array) -> Any:
+        return objective.forward(nnx.merge(graphdef, params), batch, noise_key)
 
     def accumulated(
         trained: Params, fixed: Params, batch: Batch, whole: WholeBatch, noise_key: jax.Array
-    ) -> tuple[Params, tuple[Loss, RouterStats | None]]:
-        """Gradients, losses and counts of the whole batch, from one micro-batch after the other."""
-        parts = (_cut(batch, accumulation_steps), jax.random.split(noise_key, accumulation_steps))
+    ) -> tuple[Params, tuple[LossTerms, RouterStats | None]]:
+        """Gradients, losses and router statistics of the whole batch, summed over its micro-batches."""
+        parts = (_micro_batches(batch, accumulation_steps), jax.random.split(noise_key, accumulation_steps))
         if loss_config.load_balancing_type == "global_batch" and loss_config.router_aux_loss_coef > 0:
-            # How even the load of the whole batch is must be known before any part of it is differentiated. The layers
-            # run once more for it; the head, whose result is not read, does not.
-            counts = jax.lax.map(lambda part: token_losses(merge(trained, fixed), *part).router.stats, parts)
+            # The load of the whole batch must be known before any micro-batch is differentiated: one more forward pass
+            # through the layers. XLA removes the head, since its result is not used.
+            counts = jax.lax.map(lambda part: forward(merge(trained, fixed), *part).router.stats, parts)
             whole = dataclasses.replace(whole, router=_summed(counts))
 
-        def add(total: Params, part: tuple[Batch, jax.Array]) -> tuple[Params, tuple[Loss, RouterStats | None]]:
+        def add(total: Params, part: tuple[Batch, jax.Array]) -> tuple[Params, tuple[LossTerms, RouterStats | None]]:
             micro_batch, key = part
             gradients, seen = jax.grad(loss_and_stats, has_aux=True)(trained, fixed, micro_batch, whole, key)
             return jax.tree.map(lambda total, new: total + new.astype(jnp.float32), total, gradients), seen
@@ -181,7 +175,7 @@ def make_train_step(
 
     def train_step(state: TrainState, fixed: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
         noise_key = jax.random.fold_in(jax.random.key(seed), state.step)
-        whole = whole_batch(batch, accumulation_steps)
+        whole = objective.whole_batch(batch, accumulation_steps)
         gradients, (loss, stats) = gradients_of(state.params, fixed, batch, whole, noise_key)
         gradient_norm = optax.tree_utils.tree_norm(gradients)
         metrics = StepMetrics(
@@ -212,30 +206,24 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, shardings.step))
 
 
-def _cut(batch: Batch, parts: int) -> Batch:
-    """[B,T] to [parts, B / parts, T]: every `parts`-th row, so that each device cuts the rows it has."""
-    return jax.tree.map(lambda x_BT: jnp.swapaxes(x_BT.reshape(-1, parts, x_BT.shape[1]), 0, 1), batch)
+def _micro_batches(batch: Batch, count: int) -> Batch:
+    """[B,T] to [count, B / count, T]. A micro-batch has every `count`-th row, so that no row changes its device."""
+    return jax.tree.map(lambda x_BT: jnp.swapaxes(x_BT.reshape(-1, count, x_BT.shape[1]), 0, 1), batch)
 
 
 def _summed(stats: RouterStats | None) -> RouterStats | None:
-    """Stats that are stacked over micro-batches as those of one batch."""
+    """Statistics that are stacked over micro-batches, as those of one batch."""
     if stats is None:
         return None
     return sum_stats([jax.tree.map(operator.itemgetter(part), stats) for part in range(len(stats.tokens))])
 
 
-def make_eval_step(graphdef: nnx.GraphDef) -> EvalStep:
+def make_eval_step(graphdef: nnx.GraphDef, objective: Objective = language_modelling) -> EvalStep:
     """The jitted `(params, batch) → HeldoutSum`; `graphdef` is of the model in eval mode, which drops no token."""
 
     @jax.jit
     def eval_step(params: Params, batch: Batch) -> HeldoutSum:
-        model = nnx.merge(graphdef, params)
-        out = model.token_losses(
-            batch.tokens_BT, batch.targets_BT, segment_ids=batch.segment_ids_BT, positions=batch.positions_BT
-        )
-        return HeldoutSum(
-            loss=sum_over_targets(out.losses, batch), targets=jnp.sum(batch.target_mask_BT, dtype=jnp.int32)
-        )
+        return objective.heldout_sum(objective.forward(nnx.merge(graphdef, params), batch), batch)
 
     return eval_step
 

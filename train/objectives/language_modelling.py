@@ -1,4 +1,4 @@
-"""What training minimises: next-token cross entropy, its z-loss, and the losses of the router for sparse models."""
+"""Language modelling: next-token cross entropy, its z-loss, and the router losses of sparse models."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -8,26 +8,26 @@ import jax.numpy as jnp
 
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.model.output import TokenLosses
 from qwen_moe_jax.moe.losses import global_batch_loss, load_balancing_loss, router_z_loss, sequence_loss
 from qwen_moe_jax.moe.stats import RouterStats
 from train.config import LossConfig
 from train.data.batches import Batch
+from train.objectives.contract import HeldoutSum, WholeBatch
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Loss:
-    """Float32 scalars. `total` is what is differentiated; the others are unscaled, the last two 0 for a dense model.
-
-    Of a micro-batch they are its share: the shares of all micro-batches sum to the losses of the step.
+    """Float32 scalars of a micro-batch; those of all micro-batches add up to the losses of the step.
 
     Attributes:
-        total: the cross entropy, plus the others times their coefficients.
-        cross_entropy: the mean over the targets.
-        z: the mean over the targets of logsumexp(logits)².
-        balance: which balance loss that is says `loss.load_balancing_type` of the config.
-        router_z: of the router's logits.
+        total: the cross entropy plus the other terms times their coefficients; it is what is differentiated.
+        cross_entropy: the mean over the targets, in nats.
+        z: the mean of logsumexp(logits)² over the targets.
+        balance: the load-balancing loss of kind `loss.load_balancing_type`; 0 for a dense model.
+        router_z: the z-loss of the router's logits; 0 for a dense model.
     """
 
     total: jax.Array
@@ -37,28 +37,8 @@ class Loss:
     router_z: jax.Array
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class WholeBatch:
-    """What the sums of a micro-batch are divided by: counts of the whole batch that a step reads, int32 scalars.
-
-    Attributes:
-        targets: real targets.
-        tokens: real tokens.
-        sequences: rows that hold a real token.
-        micro_batches: parts it is cut into.
-        router: counts of all micro-batches, where they are to be balanced together; None where each counts for itself.
-    """
-
-    targets: jax.Array
-    tokens: jax.Array
-    sequences: jax.Array
-    micro_batches: jax.Array
-    router: RouterStats | None = None
-
-
 def whole_batch(batch: Batch, micro_batches: int) -> WholeBatch:
-    """The counts that a batch tells before any model has seen it."""
+    """The counts of a batch [B,T], which need no forward pass."""
     token_mask_BT = batch.segment_ids_BT > 0
     return WholeBatch(
         targets=jnp.sum(batch.target_mask_BT, dtype=jnp.int32),
@@ -69,10 +49,10 @@ def whole_batch(batch: Batch, micro_batches: int) -> WholeBatch:
 
 
 def resolve_loss(config: LossConfig, model: ModelConfig) -> LossConfig:
-    """The same with nothing left open.
+    """The same settings with the model's defaults filled in.
 
     Raises:
-        ConfigError: something is asked of the router of a model without one.
+        ConfigError: a router setting is given for a model without routers.
     """
     if model.num_sparse_layers:
         model_coef = model.moe.router_aux_loss_coef
@@ -88,22 +68,38 @@ def resolve_loss(config: LossConfig, model: ModelConfig) -> LossConfig:
 
 
 def sum_over_targets(x_BT: jax.Array, batch: Batch) -> jax.Array:
-    """The sum over the real targets alone."""
+    """The sum over the real targets, a scalar."""
     return jnp.sum(x_BT, where=batch.target_mask_BT)
+
+
+def forward(model: CausalLM, batch: Batch, noise_key: jax.Array | None = None) -> TokenLosses:
+    """The losses of all tokens of a micro-batch, float32 [B,T]; `noise_key` is for router jitter in training mode."""
+    return model.token_losses(
+        batch.tokens_BT,
+        batch.targets_BT,
+        segment_ids=batch.segment_ids_BT,
+        positions=batch.positions_BT,
+        noise_key=noise_key,
+    )
+
+
+def heldout_sum(out: TokenLosses, batch: Batch) -> HeldoutSum:
+    """The summed cross entropy of a batch, in nats, and its number of targets."""
+    return HeldoutSum(loss=sum_over_targets(out.losses, batch), targets=jnp.sum(batch.target_mask_BT, dtype=jnp.int32))
 
 
 def training_loss(out: TokenLosses, batch: Batch, whole: WholeBatch, config: LossConfig) -> Loss:
     """The mean cross entropy over real targets, plus the other losses times their coefficients.
 
-    The mean is over the whole batch, on however many devices and in however many micro-batches it lies; a batch of
-    padding only has loss 0. So it is for all losses but one: the pooled balance loss reads products of means, and is
-    averaged over the micro-batches, as transformers does where it accumulates gradients.
+    All means are over the whole batch, independent of the number of devices and micro-batches; a batch of padding has
+    loss 0. The exception is the pooled balance loss, a product of means: it is averaged over the micro-batches, as in
+    transformers with gradient accumulation.
 
     Args:
-        out: what the model says of the micro-batch.
+        out: the output of `forward` on the micro-batch.
         batch: the micro-batch.
-        whole: what it is a part of.
-        config: with nothing left open (`resolve_loss`).
+        whole: the counts of the whole batch.
+        config: the settings, resolved by `resolve_loss`.
     """
     targets = jnp.maximum(whole.targets, 1)
     cross_entropy = sum_over_targets(out.losses, batch) / targets
@@ -133,5 +129,5 @@ def _balance_loss(stats: RouterStats, whole: WholeBatch, kind: str) -> jax.Array
 
 
 def _of_whole(stats: RouterStats, whole: WholeBatch) -> RouterStats:
-    """A micro-batch's sums over the counts of the whole: means that add up over the micro-batches."""
+    """A micro-batch's sums with the counts of the whole batch: means that add up over the micro-batches."""
     return dataclasses.replace(stats, tokens=whole.tokens, sequences=whole.sequences)
