@@ -1,4 +1,4 @@
-"""The teacher: trains a decoder of `qwen_moe_jax` from one short TOML file. Run it with `python -m train CONFIG`.
+"""The trainer: trains a decoder of `qwen_moe_jax` from one TOML file. Run it with `python -m train CONFIG`.
 
-It reads as config → mesh → data → step → checkpoint, report; `loop.py` is the place to start.
+It reads as config → mesh → data → program → loop → checkpoint; start with `loop.py`.
 """

@@ -40,10 +40,10 @@ def main(words: list[str]) -> int:
             _plan(config, arguments)
             return 0
         if join_processes(arguments):
-            from train.processes import open_run_folder_together
+            from train.processes import open_shared_run_folder
 
             _simulate_devices(config)
-            folder, finished, process_zero = open_run_folder_together(config, fresh=arguments.fresh)
+            folder, finished, process_zero = open_shared_run_folder(config, fresh=arguments.fresh)
         else:
             folder = open_run_folder(config, fresh=arguments.fresh)
             finished = folder.finished

@@ -1,4 +1,4 @@
-"""Saves and restores a `TrainState` with Orbax; a checkpoint that was cut short is never seen as one."""
+"""Saves and restores a `TrainState` with Orbax; an incomplete checkpoint is never restored."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +19,9 @@ from train.step import TrainState
 class Checkpoints:
     """A folder with one checkpoint per saved step, of which the newest few are kept.
 
-    Several processes use it together, on a folder that all of them see; each writes what its own devices hold.
+    Several processes share one folder, which all of them see; each writes the shards of its own devices.
 
-    Leave its context to be sure that everything is on disk.
+    A context manager: on exit, everything that was saved is complete on disk.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -43,21 +43,21 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """The newest step that is whole on disk."""
+        """The newest step whose checkpoint is complete on disk; None where there is none."""
         return None if self._checkpointer.latest is None else self._checkpointer.latest.step
 
     def save(self, step: int, state: TrainState) -> None:
-        """Copies the state as of `step` to the host's memory; it is written while training goes on.
+        """Copies the state to host memory and writes it in the background while training goes on.
 
-        The copy is why the next step may reuse the state's memory at once. At most one is being written: a second one
-        waits for it, and raises what went wrong with it.
+        Because of the copy, the next step may reuse (donate) the state's device memory at once. At most one checkpoint
+        is written at a time: a second `save` waits for the first, and raises the error with which it failed.
         """
         self.wait()
         on_host = jax.block_until_ready({name: _copied_to_host(array) for name, array in _named_arrays(state).items()})
         self._writing = self._checkpointer.save_async(step, on_host, overwrite=True)
 
     def wait(self) -> None:
-        """Returns when what was saved is whole on disk."""
+        """Blocks until the last saved checkpoint is complete on disk."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -65,8 +65,9 @@ class Checkpoints:
     def restore_latest(self, like: TrainState, model: CausalLM) -> TrainState:
         """The newest state, sharded as `like` is; the mesh may differ from the one that saved.
 
-        Arrays are stored as they are on the mesh, so that saving moves nothing between devices: a vocabulary that does
-        not divide over it is stored with its rows of padding. They are zero, and are cut or added for another mesh.
+        Arrays are stored as they are sharded, so that saving moves nothing between devices: a vocabulary that does
+        not divide over the mesh is stored with its rows of padding. They are zero; for another mesh they are removed
+        or added.
 
         Args:
             like: arrays or `jax.ShapeDtypeStruct`s with shardings.
@@ -85,7 +86,7 @@ class Checkpoints:
 
 
 def _check_shapes(stored: Mapping[str, Any], named: Mapping[str, jax.Array], model: CausalLM) -> None:
-    """Refuses arrays that differ in more than padding, which Orbax would cut or fill up as well."""
+    """Refuses arrays that differ in more than padding, which Orbax would truncate or pad as well."""
     params = dict(parameters_with_paths(model))
     for name, array in named.items():
         found = tuple(stored[name].shape) if name in stored else array.shape  # what is missing, Orbax reports
@@ -110,13 +111,16 @@ def _differs_in_padding(found: tuple[int, ...], wanted: tuple[int, ...], param: 
 
 
 def _named_arrays(state: TrainState) -> dict[str, jax.Array]:
-    # One flat table of path → array. It says the same as the tree, and outlives a change in how optax nests its tuples.
+    # A flat dict of path → array: it does not depend on how optax nests its tuples.
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _copied_to_host(array: jax.Array) -> jax.Array:
-    """In host memory, sharded as before. A `device_put` of the whole would be a program of all processes together."""
+    """The array in host memory, sharded as before.
+
+    It is copied shard by shard: `device_put` of the global array would be a program that all processes have to run.
+    """
     sharding = array.sharding.with_memory_kind("pinned_host")
     by_device = {shard.device: shard.data for shard in array.addressable_shards}
     parts = [

@@ -1,5 +1,5 @@
-"""The trainer's own refusal. It is known here, without JAX, so that `__main__` can name it at once."""
+"""The trainer's own exception, in a module without JAX so that `__main__` can import it early."""
 
 
 class NonFiniteError(ArithmeticError):
-    """Training cannot go on: a loss or a gradient is no finite number."""
+    """Training cannot go on: the loss or the gradient is not finite."""

@@ -1,4 +1,4 @@
-"""The run folder: what stands in it, and what starting again in it means."""
+"""The run folder: its files, and which settings may change when a run in it is resumed."""
 
 import json
 import os
@@ -10,17 +10,17 @@ from typing import Any
 from qwen_moe_jax.errors import ConfigError
 from train.config import TrainConfig, differences, load_config, to_toml
 
-# What a run means. A run may go on with another mesh, another execution or other intervals between its reports, but
-# not as a different model on different text.
-_MEANING = ("model", "data", "loss", "optimizer", "lora")
-_MEANING_OF_RUN = ("max_steps", "seed", "model_name_or_path")
+# The settings that a resumed run must keep. Mesh, execution and intervals between reports may change; the model, its
+# text and its optimization may not.
+_FIXED_SECTIONS = ("model", "data", "loss", "optimizer", "lora")
+_FIXED_RUN_KEYS = ("max_steps", "seed", "model_name_or_path")
 
-
+#: The name of the exported Hub folder within a run folder.
 HUB_FOLDER = "hub"
 
 
 class RunFolder:
-    """Paths of one run, and its end."""
+    """The paths of one run, and its result."""
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = path = Path(path)
@@ -36,21 +36,21 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether `finish` was reached."""
+        """Whether the run has a result."""
         return self._result.exists()
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Marks the run as finished. Until this is written, starting again goes on from the last checkpoint."""
-        beside = self._result.with_suffix(".partial")
-        beside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, self._result)
+        """Writes the result, which marks the run as finished. A run without one is resumed by the next start."""
+        partial = self._result.with_suffix(".partial")
+        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, self._result)
 
     def result(self) -> dict[str, Any]:
-        """What `finish` was given."""
+        """The dict that `finish` was given."""
         return json.loads(self._result.read_text(encoding="utf-8"))
 
     def describe_result(self) -> str:
-        """The same for people."""
+        """The result in words, for the terminal."""
         result = self.result()
         hub = f", Hub folder in {self.hub}" if self.hub.exists() else ""
         hub += f", adapters in {self.adapter}" if self.adapter.exists() else ""
@@ -63,13 +63,13 @@ class RunFolder:
 
 
 def open_run_folder(config: TrainConfig, *, fresh: bool) -> RunFolder:
-    """Makes the folder of this run, or opens the one that an earlier start left.
+    """Creates the folder of this run, or opens that of an earlier start.
 
     Args:
         fresh: delete an earlier run in the folder first.
 
     Raises:
-        ConfigError: the folder holds a run that means something else, or things that are no run at all.
+        ConfigError: the folder holds a run with other settings, or files that are no run.
     """
     path = Path(config.run.output_dir)
     folder = RunFolder(path)
@@ -89,8 +89,8 @@ def open_run_folder(config: TrainConfig, *, fresh: bool) -> RunFolder:
 
 
 def _check_same_run(old: TrainConfig, new: TrainConfig, path: Path) -> None:
-    changed = differences(old, new, _MEANING)
-    changed += [line for line in differences(old, new, ("run",)) if line.split(":")[0][4:] in _MEANING_OF_RUN]
+    changed = differences(old, new, _FIXED_SECTIONS)
+    changed += [line for line in differences(old, new, ("run",)) if line.split(":")[0][4:] in _FIXED_RUN_KEYS]
     if changed:
         raise ConfigError(
             f"run.output_dir: {path} holds a run with other settings:\n  " + "\n  ".join(changed) + "\n"

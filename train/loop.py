@@ -1,35 +1,33 @@
-"""Training, from the top: what `python -m train CONFIG` does once its config is read."""
+"""Training from the top, what `python -m train CONFIG` does once its config is read: config → mesh → data → program →
+loop → checkpoint and export."""
 
-import dataclasses
 import time
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import jax
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.errors import ConfigError
-from qwen_moe_jax.huggingface.checkpoint import open_checkpoint
-from qwen_moe_jax.huggingface.hub import local_folder
-from qwen_moe_jax.sharding.distributed import barrier, is_process_zero, num_processes
+from qwen_moe_jax.sharding.distributed import barrier, is_process_zero
 from train.checkpoint import Checkpoints
-from train.config import TrainConfig
-from train.data.batches import Batch, Mixture, batch_at, describe_batch, heldout_batches, pack, rows_of_devices
-from train.data.corpus import Corpus, copy_tokenizer, load_corpus
-from train.folder import HUB_FOLDER, RunFolder
+from train.config import RunConfig, TrainConfig
+from train.data.corpus import Corpus, load_corpus
+from train.data.feed import BatchFeed, make_feed
+from train.export import export
+from train.folder import RunFolder
+from train.initial import check_checkpoint_exists, initial_model_config, initial_state
 from train.nonfinite import NonFiniteGuard
 from train.optimizer import make_schedule
-from train.parameters import Params, merge, select
-from train.processes import stopping_together
-from train.program import assemble, batch_sharding
+from train.parameters import Params, merge
+from train.processes import Asked, with_shared_stop
+from train.program import Program, assemble, batch_sharding
 from train.reporting.profile import Profiler
 from train.reporting.progress import NoReport, Report
 from train.reporting.samples import Sampler
-from train.reporting.start import introduction, start_of
+from train.reporting.start import Start, introduction, start_of
 from train.reporting.tensorboard import require_tensorboard
-from train.step import heldout_loss
+from train.step import TrainState, heldout_loss
 from train.stopping import Stopped, stop_requests
 
 
@@ -45,168 +43,145 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     began = time.perf_counter()
     if config.run.tensorboard:
         require_tensorboard()
-    _check_checkpoint_exists(config.run.model_name_or_path)
+    check_checkpoint_exists(config.run.model_name_or_path)
     sizes: dict[str, Any] = config.mesh.sizes
     mesh = qmj.make_mesh(**sizes)
-
-    # Data: documents of tokens, packed into rows of T.
-    corpus = _load_corpus(folder, config)
-    weights, seq_len, batch_size = [s.weight for s in config.data.mixture], config.data.seq_len, config.data.batch_size
-    rows = Mixture([pack(part.training, seq_len, part.name) for part in corpus.parts], weights)
-    heldout_rows = Mixture([pack(part.heldout, seq_len, part.name) for part in corpus.parts], weights)
-    sharding = batch_sharding(mesh)
-    mine = rows_of_devices(mesh.local_devices, sharding, batch_size)  # what this process has to read of a batch
-    heldout = heldout_batches(heldout_rows, config.data.heldout_rows, batch_size, mine)
-    heldout = [_place(batch, sharding) for batch in heldout]
-
-    # Model, optimizer and the two compiled steps; shapes so far, that say where everything will lie.
-    program = assemble(config, _model_config(config, corpus), mesh)
-    sampler = Sampler(config.run, program.eval_graph, corpus.tokenizer)
+    corpus = _shared_corpus(folder, config)
+    feed = make_feed(config.data, corpus, mesh, batch_sharding(mesh), config.run.seed)
+    program = assemble(config, initial_model_config(config, corpus), mesh)  # shapes and shardings, no weights yet
 
     with Checkpoints(folder.checkpoints, config.run.save_total_limit) as checkpoints:
-        if checkpoints.latest_step is not None:
-            state = checkpoints.restore_latest(like=program.state, model=program.model)
-            # What is not trained is in no checkpoint: it comes from where it came from at the first start.
-            fixed = select(_first_weights(config, program.model), like=program.fixed) if program.fixed else {}
-        else:
-            params = _first_weights(config, program.model)
-            state, fixed = program.begin(params), select(params, like=program.fixed)
-            del params  # the first step takes over the memory of what is trained
-        first_step, last_step = int(state.step), config.run.max_steps
-        start = start_of(config, program, mesh, state, fixed, text_tokens=rows.num_tokens)
-        schedule = make_schedule(config.optimizer, last_step)
-        report: Report | NoReport
-        if is_process_zero():
-            report = Report(folder, config.run, start, first_step=first_step, schedule=schedule)
-            profiler = Profiler(folder.profile, config.run.profile_steps)
-        else:  # what process 0 reports is of all
-            report, profiler = NoReport(), Profiler(folder.profile, range(0))
+        state, fixed = initial_state(config, program, checkpoints)
+        start = start_of(config, program, mesh, state, fixed, text_tokens=feed.rows.num_tokens)
+        report, profiler = _reports(config, folder, start, first_step=int(state.step))
         with report, profiler, stop_requests() as asked:
-            train_step, asked_to_stop = stopping_together(program.train_step, asked, mesh)
-            report.say("\n".join([introduction(start, last_step), *corpus.cut_short]))
-            guard = NonFiniteGuard(
-                config.run,
-                batch_of=lambda step: "on " + describe_batch(rows, step - 1, batch_size, config.run.seed),
-                say=report.say,
+            report.say("\n".join([introduction(start, config.run.max_steps), *corpus.notes]))
+            loop = Loop(
+                config=config.run,
+                mesh=mesh,
+                program=program,
+                feed=feed,
+                fixed=fixed,
+                checkpoints=checkpoints,
+                report=report,
+                profiler=profiler,
+                sampler=Sampler(config.run, program.eval_graph, corpus.tokenizer),
+                guard=NonFiniteGuard(config.run, batch_of=lambda step: "on " + feed.describe(step - 1), say=report.say),
             )
-            if first_step > 0:
-                guard.saved(first_step)
-                report.say(f"going on from the checkpoint of step {first_step}")
-            else:
-                with report.aside("evaluation"):
-                    loss = heldout_loss(program.eval_step, merge(state.params, fixed), heldout)
-                report.heldout(0, loss)
-                sampler.sample(0, merge(state.params, fixed), report)
+            state, loss = loop.run(state, asked)
 
-            for step in range(first_step, last_step):
-                done = step + 1
-                profiler.before(done)
-                with report.fetching():
-                    batch = _place(batch_at(rows, step, batch_size, config.run.seed, mine), sharding)
-                state, metrics = train_step(state, fixed, batch)
-                report.step(done, metrics)
-                guard.step(done, metrics)
-                if profiler.ends_with(done):
-                    with report.aside("profile"):
-                        profiler.stop()
-                if done % config.run.eval_steps == 0 and done < last_step:
-                    with report.aside("evaluation"):
-                        loss = heldout_loss(program.eval_step, merge(state.params, fixed), heldout)
-                    report.heldout(done, loss)
-                sampler.sample(done, merge(state.params, fixed), report)
-                stop = asked_to_stop()
-                if done % config.run.save_steps == 0 or done == last_step or stop:
-                    with report.aside("checkpoint"):
-                        guard.settle()
-                        checkpoints.save(done, state)
-                    guard.saved(done)
-                if stop and done < last_step:
-                    raise Stopped(done, stop)
-
-            with report.aside("evaluation"):
-                loss = heldout_loss(program.eval_step, merge(state.params, fixed), heldout)
-            report.heldout(last_step, loss)
-
-    # Export, and let the exported folder speak: what is shown is what others will load.
     trained = nnx.merge(program.eval_graph, merge(state.params, fixed))
-    if config.lora is not None:
-        qmj.save_adapter(trained, folder.adapter, base=config.run.model_name_or_path)
-    if config.run.export:
-        if config.lora is not None:
-            qmj.merge_lora(trained)
-        if is_process_zero():
-            copy_tokenizer(folder.corpus / "tokenizer", folder.hub)
-        qmj.save_pretrained(trained, folder.hub)
-        trained = qmj.from_pretrained(folder.hub, mesh=mesh if num_processes() > 1 else None)
-    prompt = config.run.sample_prompt
-    [sample] = qmj.generate(trained, [prompt], max_new_tokens=config.run.sample_tokens, tokenizer=corpus.tokenizer)
+    sample = export(trained, config, folder, corpus)
     if is_process_zero():
         folder.finish(
             {
-                "steps": last_step,
+                "steps": config.run.max_steps,
                 "heldout_loss": loss,
                 "tokens_per_second": report.tokens_per_second,
                 "seconds_of_last_start": time.perf_counter() - began,
-                "prompt": prompt,
+                "prompt": config.run.sample_prompt,
                 "sample": sample,
             }
         )
 
 
-def _check_checkpoint_exists(source: str) -> None:
-    """Tells of a missing result of another run before anything else is made of it."""
-    if Path(source).name == HUB_FOLDER and not Path(source).exists():
-        raise ConfigError(
-            f"run.model_name_or_path: {source}: there is no such folder yet. It is what another run writes in the end: "
-            "train that one first (`make train` writes runs/tiny/hub)."
-        )
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """The steps of a run, with what happens between them: evaluation, samples, traces, checkpoints and the way out.
+
+    Attributes:
+        config: the intervals and the last step.
+        mesh: of the compiled steps.
+        program: the compiled steps.
+        feed: the batches.
+        fixed: the parameters that are not trained.
+        checkpoints, report, profiler, sampler, guard: called after the steps that concern them.
+    """
+
+    config: RunConfig
+    mesh: Mesh
+    program: Program
+    feed: BatchFeed
+    fixed: Params
+    checkpoints: Checkpoints
+    report: Report | NoReport
+    profiler: Profiler
+    sampler: Sampler
+    guard: NonFiniteGuard
+
+    def run(self, state: TrainState, asked: Asked) -> tuple[TrainState, float]:
+        """Makes all steps that are left, and returns the last state and the last held-out loss.
+
+        Raises:
+            Stopped: `asked` has a signal; the step under way is finished and saved.
+            NonFiniteError: see `NonFiniteGuard`.
+        """
+        first_step, last_step = int(state.step), self.config.max_steps
+        train_step, asked_to_stop = with_shared_stop(self.program.train_step, asked, self.mesh)
+        self._begin(first_step, state)
+        for step in range(first_step, last_step):
+            done = step + 1
+            self.profiler.before(done)
+            with self.report.fetching():
+                batch = self.feed.training(step)
+            state, metrics = train_step(state, self.fixed, batch)
+            self.report.step(done, metrics)
+            self.guard.step(done, metrics)
+            self._between_steps(done, state)
+            stop = asked_to_stop()
+            if done % self.config.save_steps == 0 or done == last_step or stop:
+                self._save(done, state)
+            if stop and done < last_step:
+                raise Stopped(done, stop)
+        return state, self._evaluate(last_step, state)
+
+    def _begin(self, first_step: int, state: TrainState) -> None:
+        """Says where a resumed run goes on; evaluates and samples a new one."""
+        if first_step > 0:
+            self.guard.saved(first_step)
+            self.report.say(f"going on from the checkpoint of step {first_step}")
+        else:
+            self._evaluate(0, state)
+            self._sample(0, state)
+
+    def _between_steps(self, done: int, state: TrainState) -> None:
+        if self.profiler.ends_with(done):
+            with self.report.aside("profile"):
+                self.profiler.stop()
+        if done % self.config.eval_steps == 0 and done < self.config.max_steps:
+            self._evaluate(done, state)
+        self._sample(done, state)
+
+    def _evaluate(self, done: int, state: TrainState) -> float:
+        with self.report.aside("evaluation"):
+            loss = heldout_loss(self.program.eval_step, merge(state.params, self.fixed), self.feed.heldout)
+        self.report.heldout(done, loss)
+        return loss
+
+    def _sample(self, done: int, state: TrainState) -> None:
+        self.sampler.sample(done, merge(state.params, self.fixed), self.report)
+
+    def _save(self, done: int, state: TrainState) -> None:
+        with self.report.aside("checkpoint"):
+            self.guard.settle()
+            self.checkpoints.save(done, state)
+        self.guard.saved(done)
 
 
-def _load_corpus(folder: RunFolder, config: TrainConfig) -> Corpus:
-    """The first process makes the corpus in the run folder, which all can see; the others open it."""
+def _shared_corpus(folder: RunFolder, config: TrainConfig) -> Corpus:
+    """Process 0 makes the corpus in the run folder, which all processes see; the others open it."""
     if is_process_zero():
         load_corpus(folder.corpus, config.data)
     barrier("the corpus is made")
     return load_corpus(folder.corpus, config.data)
 
 
-def _place(batch: Batch, sharding: NamedSharding) -> Batch:
-    """Rows over all axes that share the batch; each process brings its own."""
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
-
-
-def _model_config(config: TrainConfig, corpus: Corpus) -> qmj.ModelConfig:
-    """That of the checkpoint to begin with, or of the config's [model] table."""
-    if config.run.model_name_or_path:
-        folder = local_folder(config.run.model_name_or_path)
-        model_config = open_checkpoint(folder).config
-        _check_vocabulary(f"run.model_name_or_path: {folder} has vocab_size", model_config.vocab_size, corpus)
-        return model_config
-    vocab_size = config.model.get("vocab_size", corpus.vocab_size) if config.data.tokenizer else config.data.vocab_size
-    _check_vocabulary("model.vocab_size: found", vocab_size, corpus)
-    hub_config = {"eos_token_id": corpus.stop_ids, **config.model, "vocab_size": vocab_size}
-    model_config = qmj.ModelConfig.from_pretrained(hub_config)
-    if config.loss.router_bias_update_rate > 0 and model_config.moe is not None:
-        moe = dataclasses.replace(model_config.moe, balancing_bias=True)
-        model_config = dataclasses.replace(model_config, moe=moe)
-    return model_config
-
-
-def _check_vocabulary(found: str, vocab_size: int, corpus: Corpus) -> None:
-    if vocab_size < corpus.vocab_size:
-        raise ConfigError(
-            f"{found} {vocab_size}, expected at least {corpus.vocab_size}, one more than the largest id of "
-            "data.tokenizer."
-        )
-
-
-def _first_weights(config: TrainConfig, described: qmj.CausalLM) -> Params:
-    """Those of the checkpoint to begin with, or fresh ones; adapters are fresh."""
-    rngs = nnx.Rngs(config.run.seed)
-    if config.run.model_name_or_path:
-        model = qmj.from_pretrained(config.run.model_name_or_path, mesh=described.mesh, execution=described.execution)
-    else:
-        model = qmj.CausalLM(described.config, rngs=rngs, mesh=described.mesh, execution=described.execution)
-    if config.lora is not None:
-        qmj.add_lora(model, config.lora, rngs=rngs)
-    return nnx.to_pure_dict(nnx.state(model))
+def _reports(
+    config: TrainConfig, folder: RunFolder, start: Start, *, first_step: int
+) -> tuple[Report | NoReport, Profiler]:
+    """Those of process 0 are of all processes; the others report nothing."""
+    if not is_process_zero():
+        return NoReport(), Profiler(folder.profile, range(0))
+    schedule = make_schedule(config.optimizer, config.run.max_steps)
+    report = Report(folder, config.run, start, first_step=first_step, schedule=schedule)
+    return report, Profiler(folder.profile, config.run.profile_steps)

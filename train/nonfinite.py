@@ -1,4 +1,4 @@
-"""What happens after a step whose loss or gradient was no finite number (and which therefore changed nothing)."""
+"""Handles steps whose loss or gradient is not finite. Such a step leaves weights and moments unchanged."""
 
 import math
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from train.step import StepMetrics
 
 
 class NonFiniteGuard:
-    """Stops the run at such a step, or counts those that were skipped.
+    """Stops the run at a step that is not finite, or counts such steps as skipped.
 
-    A step is looked at when the next one has been started, so that the devices never wait. That costs nothing: a step
-    that was not finite left weights and moments as they were.
+    A step is checked after the next one has been dispatched, so that the devices never wait. That is safe: a step that
+    is not finite leaves weights and moments unchanged.
     """
 
     def __init__(self, config: RunConfig, *, batch_of: Callable[[int], str], say: Callable[[str], None]) -> None:
-        """Takes words for the batch of a step, and where to tell of steps that are skipped."""
+        """`batch_of` describes the batch of a step (from 1); `say` prints a line about each skipped step."""
         self._config = config
         self._batch_of = batch_of
         self._say = say
@@ -27,7 +27,7 @@ class NonFiniteGuard:
         self._saved = "there is no checkpoint yet"
 
     def step(self, step: int, metrics: StepMetrics) -> None:
-        """Takes the metrics of a step that has been started, and looks at those of the step before it.
+        """Takes the metrics of a step that has been dispatched, and checks the step before it.
 
         Raises:
             NonFiniteError: see `settle`.
@@ -36,14 +36,14 @@ class NonFiniteGuard:
         self._pending = (step, metrics)
 
     def saved(self, step: int) -> None:
-        """Takes the number of a step that has a checkpoint."""
+        """Records that this step has a checkpoint, for the message."""
         self._saved = f"the last checkpoint is that of step {step}"
 
     def settle(self) -> None:
-        """Waits for the step that was taken last, and looks at it.
+        """Waits for the last dispatched step and checks it.
 
         Raises:
-            NonFiniteError: it was not finite, and `run.nonfinite` says to stop or `run.max_skipped` is used up.
+            NonFiniteError: it is not finite, and `run.nonfinite` is "stop" or `run.max_skipped` is exceeded.
         """
         if self._pending is None:
             return

@@ -1,4 +1,4 @@
-"""AdamW: clipped gradients, warm-up and descent, weight decay on matrices only; and which parameters stay fixed."""
+"""AdamW: gradient clipping, warm-up and decay, weight decay on matrices only; and which parameters are frozen."""
 
 import re
 from collections.abc import Callable, Collection
@@ -17,8 +17,8 @@ from train.config import OptimizerConfig
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate by step: 0 up to `learning_rate`, then down to `final_learning_rate` at step `steps`.
 
-    "cosine" and "linear" fall from the top at once, "wsd" (warm-up, stable, decay: arXiv 2404.06395) stays there until
-    `decay_steps` before the end, and falls in a line.
+    "cosine" and "linear" decay right after the warm-up; "wsd" (warm-up, stable, decay: arXiv 2404.06395) stays constant
+    until `decay_steps` before the end, and then decays linearly.
     """
     top, bottom, warmup = config.learning_rate, config.final_learning_rate, config.warmup_steps
     if config.schedule == "cosine":
@@ -31,7 +31,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The whole chain, for the parameters that are trained.
+    """The optax chain for the trained parameters.
 
     Args:
         config: its settings.
@@ -43,8 +43,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             make_schedule(config, steps),
             b1=config.beta1,
             b2=config.beta2,
-            # Of the second moment float32 must be kept: in bfloat16 it could not shrink, a step of 1 - beta2 is less
-            # than its rounding.
+            # The second moment stays in the parameters' dtype: in bfloat16 it could not decay, since a change by the
+            # factor beta2 is less than its rounding.
             mu_dtype=config.mu_dtype,
             weight_decay=config.weight_decay,
             mask=decays,
@@ -94,23 +94,26 @@ def frozen_paths(patterns: Collection[str], model: CausalLM) -> frozenset[str]:
 
 
 def decays(params: Any) -> Any:
-    """A tree of bools, shaped as `params`: does this array shrink by weight decay?
+    """A tree of bools, shaped as `params`: whether weight decay applies to the array.
 
-    Norm scales and biases do not. They are told by their names, not by their number of axes: layers of one kind are
-    stacked, so a norm's scale is [L,D] and looks like a matrix.
+    It does not apply to norm scales and biases. They are recognised by name, not by rank: layers of one kind are
+    stacked, so that a norm's scale is [L,D] and looks like a matrix.
     """
     return _by_name(lambda names: not any("norm" in name or name.endswith("bias") for name in names), params)
 
 
 def moves_by_itself(params: Any) -> Any:
-    """A tree of bools, shaped as `params`: is this a balancing bias, which a rule moves (`train/step.py`)?"""
+    """A tree of bools, shaped as `params`: whether the array is a router's balancing bias.
+
+    Those are updated by a rule in the train step (`train/step.py`), not by the optimizer.
+    """
     return _by_name(lambda names: names[-1] == "e_score_correction_bias", params)
 
 
-def _by_name(tell: Callable[[list[str]], Any], params: Any) -> Any:
-    """What is told of each array's names (the parts of its path), as a tree shaped as `params`."""
+def _by_name(function: Callable[[list[str]], Any], params: Any) -> Any:
+    """`function` of the parts of each array's path, as a tree shaped as `params`."""
 
     def of_leaf(path: tuple[Any, ...], _: Any) -> Any:
-        return tell(jax.tree_util.keystr(path, simple=True, separator=".").split("."))
+        return function(jax.tree_util.keystr(path, simple=True, separator=".").split("."))
 
     return jax.tree_util.tree_map_with_path(of_leaf, params)

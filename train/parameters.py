@@ -1,4 +1,4 @@
-"""The parameters of a model as nested dicts, and apart: those that are trained, and those that are fixed."""
+"""The parameters of a model as nested dicts, and their partition into trained and fixed ones."""
 
 from collections.abc import Collection
 from typing import Any
@@ -8,21 +8,21 @@ import jax
 Params = dict[str, Any]
 """Nested dict of arrays, named as the model's attributes; `nnx.merge(graphdef, params)` is the model again.
 
-Of a part of the parameters it holds no more than what is on the way to them."""
+A subset of the parameters has only the dicts on the paths to them."""
 
 
 def paths(params: Params) -> list[str]:
-    """Of every array, as "model.norm.weight"."""
+    """The path of every array, as "model.norm.weight"."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return [jax.tree_util.keystr(keys, simple=True, separator=".") for keys, _ in leaves]
 
 
 def partition(params: Params, fixed: Collection[str]) -> tuple[Params, Params]:
-    """Parameters as (those that are trained, those that are fixed), the same arrays.
+    """Splits parameters into (trained, fixed); no array is copied.
 
     Args:
-        params: arrays, or shapes.
-        fixed: paths of the latter, as "model.norm.weight".
+        params: arrays, or `jax.ShapeDtypeStruct`s.
+        fixed: the paths of the fixed ones, as "model.norm.weight".
     """
     parts: tuple[Params, Params] = ({}, {})
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -35,7 +35,7 @@ def partition(params: Params, fixed: Collection[str]) -> tuple[Params, Params]:
 
 
 def merge(trained: Params, fixed: Params) -> Params:
-    """The inverse of `apart`: all parameters of the model, the same arrays."""
+    """The inverse of `partition`: all parameters of the model; no array is copied."""
     whole = dict(trained)
     for key, part in fixed.items():
         whole[key] = merge(whole[key], part) if key in whole else part
@@ -43,5 +43,5 @@ def merge(trained: Params, fixed: Params) -> Params:
 
 
 def select(params: Params, like: Params) -> Params:
-    """Those of the parameters that `like` has too."""
+    """The subset of the parameters whose paths are in `like`."""
     return {key: select(params[key], part) if isinstance(part, dict) else params[key] for key, part in like.items()}

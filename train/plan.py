@@ -1,4 +1,4 @@
-"""`python -m train CONFIG --plan TARGET`: the run's own step, compiled for hardware that is not present."""
+"""`python -m train CONFIG --plan TARGET`: the train step of the run, compiled for hardware that need not be present."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,16 +19,16 @@ from train.config import TrainConfig
 from train.parameters import merge
 from train.program import Program, assemble
 
-#: Configs that were published, by the lower-case names of their models.
+#: Published configs, by the lower-case names of their models.
 PUBLISHED = Path(__file__).parent.parent / "configs" / "models"
 
 
 def plan_training(config: TrainConfig, target: str) -> Plan:
-    """The plan of one step; reads no text, no tokenizer and no weights, and makes no folder.
+    """The plan of one step. No text, tokenizer or weights are read, and no folder is created.
 
     Raises:
-        ConfigError: no such target, or its compiler is missing; the model's config cannot be had.
-        ShardingError: the mesh is not as large as the target, or does not divide the model.
+        ConfigError: no such target, or its compiler is missing; the model's config cannot be found.
+        ShardingError: the mesh has not as many devices as the target, or does not divide the model.
     """
     request = parse_target(target)
     model_config, name = planned_model(config)
@@ -37,7 +37,7 @@ def plan_training(config: TrainConfig, target: str) -> Plan:
 
 
 def search_training(config: TrainConfig, target: str) -> Search:
-    """The plans of one step on the most promising meshes; the config's own mesh does not count.
+    """The plans of one step on the most promising meshes; the config's own mesh is not used.
 
     Raises:
         ConfigError: as `plan_training`.
@@ -53,7 +53,7 @@ def search_training(config: TrainConfig, target: str) -> Search:
 
 
 def mesh_overrides(sizes: Mapping[str, int]) -> str:
-    """A mesh as command-line overrides; of all axes, for the file may set any."""
+    """A mesh as command-line overrides. All axes are listed, since the file may set any of them."""
     return " ".join(f"--mesh.{axis} {size}" for axis, size in sizes.items())
 
 
@@ -84,13 +84,13 @@ def training_step(config: TrainConfig, program: Program, name: str) -> Step:
 
 
 def planned_model(config: TrainConfig) -> tuple[qmj.ModelConfig, str]:
-    """The model's config, and its name for people.
+    """The model's config and its display name.
 
-    That of the checkpoint to begin with: from its folder, else as published from configs/models, else
-    from the Hub, where config.json alone is fetched.
+    The config of the [model] table, or of the checkpoint to start from: from its folder, else from configs/models, else
+    from the Hub, of which only config.json is fetched.
 
     Raises:
-        ConfigError: it cannot be had, or means nothing.
+        ConfigError: it cannot be found, or is no config of a known family.
     """
     source = config.run.model_name_or_path
     if not source:

@@ -1,7 +1,8 @@
 """`python -m train.pod N CONFIG …`: the run of `python -m train CONFIG …` by N processes on this machine.
 
-A rehearsal of a pod: with simulated devices, each process has its share of them. What they print comes with their
-numbers. Ctrl-C and SIGTERM are handed on to all; once one has failed, the others have a minute to see it.
+This tests a multi-host run on one machine: simulated devices are divided among the processes. Each output line is
+prefixed with the number of its process. Ctrl-C and SIGTERM are forwarded to all; once one has failed, the others are
+killed after a minute.
 """
 
 import os
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 
-_SECONDS_TO_SEE = 60.0
+_GRACE_SECONDS = 60.0
 
 
 def main(words: list[str]) -> int:
@@ -28,18 +29,18 @@ def main(words: list[str]) -> int:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            start_new_session=True,  # or Ctrl-C would reach them twice: from the terminal, and from here
+            start_new_session=True,  # or Ctrl-C would reach them twice: from the terminal and by `forward`
         )
         for number in range(count)
     ]
 
-    def hand_on(asked: int, _: object) -> None:
+    def forward(asked: int, _: object) -> None:
         for process in processes:
             if process.poll() is None:
                 process.send_signal(asked)
 
     for asked in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(asked, hand_on)
+        signal.signal(asked, forward)
     readers = [threading.Thread(target=_show, args=[number, process]) for number, process in enumerate(processes)]
     for reader in readers:
         reader.start()
@@ -54,21 +55,21 @@ def _wait_for(processes: list[subprocess.Popen[bytes]]) -> int:
     while any(process.poll() is None for process in processes):
         failed = [process.returncode for process in processes if process.returncode]
         if failed and not first:
-            first, until = failed[0], time.monotonic() + _SECONDS_TO_SEE
+            first, until = failed[0], time.monotonic() + _GRACE_SECONDS
         if time.monotonic() > until:
             for process in processes:
                 process.kill()
         time.sleep(0.05)
     codes = [first, *(process.returncode for process in processes)]
     code = next((code for code in codes if code), 0)
-    return 128 - code if code < 0 else code  # as shells say that a signal ended it
+    return 128 - code if code < 0 else code  # the exit code of shells for a signal
 
 
 def _show(number: int, process: subprocess.Popen[bytes]) -> None:
     assert process.stdout is not None
     for line in process.stdout:
         if b"peer ranks" in line:
-            continue  # a line for each device and each group of them, from the library between processes on CPUs
+            continue  # Gloo's log of connections, one line for each device and group
         os.write(1, f"[{number}] ".encode() + line)
 
 

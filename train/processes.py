@@ -1,4 +1,4 @@
-"""What several processes of one run have to agree about: the folder, and when to stop."""
+"""What the processes of one run agree on: the run folder, and the step after which to stop."""
 
 import secrets
 import signal
@@ -20,18 +20,21 @@ from train.folder import RunFolder, open_run_folder
 from train.parameters import Params
 from train.step import StepMetrics, TrainState, TrainStep
 
-#: Seconds in which a file that one host made should be seen by the others: network file systems look now and then.
+#: Seconds within which a file that one host made must be visible to the others: network file systems cache listings.
 _SECONDS_TO_APPEAR = 30.0
 
 Asked = Callable[[], signal.Signals | None]
 
 
-def open_run_folder_together(config: TrainConfig, *, fresh: bool) -> tuple[RunFolder, bool, bool]:
-    """The run's folder, opened by process 0 and seen by all; whether its run is finished; whether this is process 0.
+def open_shared_run_folder(config: TrainConfig, *, fresh: bool) -> tuple[RunFolder, bool, bool]:
+    """Opens the run folder in process 0, and checks that all processes see it.
+
+    Returns:
+        The folder; whether its run is finished; whether this is process 0.
 
     Raises:
-        ConfigError: in process 0, as `open_run_folder`; in another, it does not see that folder.
-        ShardingError: the processes were given different settings.
+        ConfigError: in process 0, as `open_run_folder`; in any other, the folder of process 0 is not visible.
+        ShardingError: the processes have different settings.
     """
     require_same("the settings of the run", f"{to_toml(config)} --fresh={fresh}")
     folder = RunFolder(open_run_folder(config, fresh=fresh).path if is_process_zero() else config.run.output_dir)
@@ -54,12 +57,17 @@ def open_run_folder_together(config: TrainConfig, *, fresh: bool) -> tuple[RunFo
     return folder, broadcast(str(folder.finished)) == "True", is_process_zero()
 
 
-def stopping_together(train_step: TrainStep, asked: Asked, mesh: Mesh) -> tuple[TrainStep, Asked]:
-    """A train step that takes word of `asked` to all processes, and what any of them was asked before the last step.
+def with_shared_stop(train_step: TrainStep, asked: Asked, mesh: Mesh) -> tuple[TrainStep, Asked]:
+    """Shares requests to stop between processes: a wrapped train step, and a function that returns the shared request.
 
-    All processes get the same answer after the same step. It travels in the step's own program: another one, with a
-    collective of its own, would cost time, and on CPUs such programs can wait for each other for ever. It is read when
-    the next step has been started, so that the devices never wait for it.
+    All processes see the same request after the same step. It is reduced in the train step's own program: a second
+    program with a collective would cost time, and on CPUs two such programs can deadlock. It is read after the next
+    step has been dispatched, so that the devices never wait for it.
+
+    Args:
+        train_step: the jitted step.
+        asked: the signal that this process received, or None.
+        mesh: of the step.
     """
     if num_processes() == 1:
         return train_step, asked
@@ -69,12 +77,12 @@ def stopping_together(train_step: TrainStep, asked: Asked, mesh: Mesh) -> tuple[
     under_way: jax.Array | None = None
 
     @partial(jax.jit, donate_argnums=0)
-    def with_word(
-        state: TrainState, fixed: Params, batch: Batch, asked_of_each: jax.Array
+    def step_with_request(
+        state: TrainState, fixed: Params, batch: Batch, requests: jax.Array
     ) -> tuple[TrainState, StepMetrics, jax.Array]:
         state, metrics = train_step(state, fixed, batch)
         everywhere = NamedSharding(mesh, PartitionSpec())
-        return state, metrics, jax.lax.with_sharding_constraint(jnp.max(asked_of_each), everywhere)
+        return state, metrics, jax.lax.with_sharding_constraint(jnp.max(requests), everywhere)
 
     def step(state: TrainState, fixed: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
         nonlocal before, under_way
@@ -83,7 +91,7 @@ def stopping_together(train_step: TrainStep, asked: Asked, mesh: Mesh) -> tuple[
             own = np.full(len(mesh.local_devices), mine, np.int32)
             flags[mine] = jax.make_array_from_process_local_data(one_each, own)
         before = under_way
-        state, metrics, under_way = with_word(state, fixed, batch, flags[mine])
+        state, metrics, under_way = step_with_request(state, fixed, batch, flags[mine])
         return state, metrics
 
     def asked_of_any() -> signal.Signals | None:

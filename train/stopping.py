@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: remembered, so that the step under way is finished and saved first."""
+"""Signals that ask a run to stop: recorded, so that the current step is finished and saved first."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -6,11 +6,11 @@ from contextlib import contextmanager
 
 
 class Stopped(Exception):
-    """A run ended early because it was asked to, with everything saved.
+    """A signal ended the run early; everything is saved.
 
     Attributes:
         step: the last finished step.
-        signal: that asked for it.
+        signal: the signal that was received.
     """
 
     def __init__(self, step: int, asked: signal.Signals):
@@ -21,22 +21,22 @@ class Stopped(Exception):
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], signal.Signals | None]]:
-    """Remembers Ctrl-C and SIGTERM (what schedulers send before they kill). A second Ctrl-C is raised at once.
+    """Records Ctrl-C and SIGTERM (which schedulers send before they kill). A second Ctrl-C is raised at once.
 
-    For the main thread, as all of Python's signals.
+    It works in the main thread only, as all signal handlers in Python.
 
     Yields:
-        Which of them came, or None.
+        A function that returns the recorded signal, or None.
     """
     asked: signal.Signals | None = None
 
-    def update_cache(number: int, frame: object) -> None:
+    def record(number: int, frame: object) -> None:
         nonlocal asked
         if asked is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked = signal.Signals(number)
 
-    before = {number: signal.signal(number, update_cache) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: asked
     finally:

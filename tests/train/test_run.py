@@ -114,10 +114,10 @@ def test_piped_output_is_whole_lines_with_time_share_done_speed_drops_and_eta(fi
 def test_the_start_says_the_mesh_the_parameters_and_what_a_device_holds(finished):
     folder, output = finished
     [start] = [record["start"] for record in metrics(folder) if "start" in record]
-    assert "4 simulated device(s): data=2, expert=2" in output and "per device besides activations: " in output
+    assert "4 simulated device(s): data=2, expert=2" in output and "per device without activations: " in output
     assert f"parameters: {start['parameters']:,}, {start['active_parameters']:,} active per token; " in output
     assert start["tokens_per_step"] == 4 * 32 and start["sparse_layers"] == [0, 1] and start["peak_flops"] is None
-    # Experts and dense weights are cut in two; moments are twice the weights, and a few counters.
+    # Experts and dense weights are sharded two ways; moments are twice the weights, and a few counters.
     assert 4 * start["parameters"] / 2 <= start["weight_bytes"] < 4 * start["parameters"] * 0.6
     assert 0 <= start["moment_bytes"] - 2 * start["weight_bytes"] < 100
     assert start["gradient_bytes"] == start["weight_bytes"]

@@ -28,7 +28,7 @@ def test_the_standard_library_is_read_up_to_the_asked_size_in_the_same_order():
 def test_a_source_that_is_cut_short_says_how_much_was_read_of_how_much(tmp_path):
     def said(megabytes, **source):
         notes = []
-        list(read_records(SourceConfig(path=str(tmp_path), **source), megabytes, cut_short=notes.append))
+        list(read_records(SourceConfig(path=str(tmp_path), **source), megabytes, truncated=notes.append))
         return notes
 
     for name, size in {"a": 1_400_000, "b": 300_000, "c": 200_000}.items():

@@ -1,1 +1,1 @@
-"""Files and folders → documents → rows of tokens → the batch of a step."""
+"""The data pipeline: files → records → documents of token ids → packed rows → the batch of a step."""

@@ -1,7 +1,7 @@
 """Documents → rows of T tokens → batches. Which rows a step sees is a pure function of (seed, step).
 
-So there is no iterator whose state a checkpoint would have to keep: a resumed run, on however many hosts, asks for its
-next step and gets the rows that the uninterrupted run would have seen there.
+So a checkpoint needs no iterator state: a resumed run, on any number of hosts, reads at each step the rows that the
+uninterrupted run would have read.
 """
 
 import hashlib
@@ -17,10 +17,12 @@ from qwen_moe_jax.rounding import ceil_div
 
 @dataclass(frozen=True)
 class Documents(Sequence):
-    """Documents of token ids, each a piece of one long array, which may be a file that is mapped into memory.
+    """Documents of token ids, each a slice of one long array, which may be a memory-mapped file.
 
-    `learned` says of each token whether the model is to learn to write it; `starts` and `lengths` say where the
-    documents are.
+    Attributes:
+        tokens: the ids of all documents, integer [total].
+        learned: whether a token is a target of the loss, bool [total].
+        starts, lengths: the slice of each document, int64 [documents].
     """
 
     tokens: np.ndarray
@@ -35,11 +37,11 @@ class Documents(Sequence):
         return self.tokens[self._span(number)]
 
     def learned_in(self, number: int) -> np.ndarray:
-        """Which tokens of a document the model is to learn to write, bool."""
+        """Whether each token of a document is a target of the loss, bool."""
         return self.learned[self._span(number)]
 
     def select(self, chosen: np.ndarray) -> "Documents":
-        """Those that are chosen by a mask or by their numbers."""
+        """The documents that a mask or an array of numbers selects."""
         return Documents(self.tokens, self.learned, self.starts[chosen], self.lengths[chosen])
 
     def _span(self, number: int) -> slice:
@@ -47,7 +49,7 @@ class Documents(Sequence):
 
 
 def as_documents(arrays: Sequence[np.ndarray]) -> Documents:
-    """Arrays of ids that are all to be learned."""
+    """Documents of arrays of ids, all of which are targets of the loss."""
     lengths = np.array([len(array) for array in arrays], np.int64)
     tokens = np.concatenate([np.asarray(array) for array in arrays])
     return Documents(tokens, np.ones(len(tokens), bool), starts=np.cumsum(lengths) - lengths, lengths=lengths)
@@ -55,7 +57,7 @@ def as_documents(arrays: Sequence[np.ndarray]) -> Documents:
 
 @dataclass(frozen=True)
 class Row:
-    """T tokens: int32 and, for `learned_T`, bool; see `Rows` for what they mean."""
+    """T tokens: int32 arrays [T] and the bool array `learned_T`, as described in `Rows`."""
 
     tokens_T: np.ndarray
     segment_ids_T: np.ndarray
@@ -66,10 +68,15 @@ class Row:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """What one step reads; int32 [B,T], and bool for the mask.
+    """The batch of one step: int32 arrays [B,T], and a bool mask.
 
-    `targets_BT` is the token after each one, `target_mask_BT` says where that token exists, belongs to the same
-    document and is to be learned: not at the last token of a segment, not on padding, not before a word of the user's.
+    Attributes:
+        tokens_BT: the input ids.
+        segment_ids_BT: the document of each token within its row, from 1; 0 is padding.
+        positions_BT: positions within the segment, from 0.
+        targets_BT: the token after each one.
+        target_mask_BT: whether the target exists, belongs to the same document and is learned: False at the last token
+            of a segment, on padding, and before tokens that the assistant did not write.
     """
 
     tokens_BT: np.ndarray | jax.Array
@@ -81,7 +88,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Reference:
-    """Where a row comes from: `rows[number]`, met for the `epoch`-th time (from 0)."""
+    """A row, `rows[number]`, in an epoch (from 0)."""
 
     rows: "Rows"
     number: int
@@ -89,19 +96,19 @@ class Reference:
 
 
 class Rows:
-    """Packed rows: documents laid end to end and cut every T tokens.
+    """Packed rows: the documents are concatenated and split every T tokens.
 
     A row may hold the end of one document and the beginning of the next: `segment_ids_T` numbers its documents 1, 2, …
     and is 0 on padding, which only the last row can have; `positions_T` counts from 0 within each segment. A document
     that is longer than a row goes on in the next one as a new segment. `learned_T` is that of `Documents`.
 
-    A row is put together when it is asked for, so that the documents may be larger than this machine's memory.
+    A row is built on access, so that the documents may be larger than host memory.
     """
 
     def __init__(self, documents: Documents, seq_len: int, name: str) -> None:
         self.name = name
         self._documents, self._seq_len = documents, seq_len
-        self._ends = np.cumsum(documents.lengths)  # in the text that all documents make, laid end to end
+        self._ends = np.cumsum(documents.lengths)  # offsets in the concatenation of all documents
         self.num_tokens = int(self._ends[-1])
 
     def __len__(self) -> int:
@@ -129,10 +136,10 @@ class Rows:
         )
 
     def references(self, seed: int | str) -> grain.MapDataset:
-        """Without end, a `Reference` to every row once an epoch, each epoch in an order of its own."""
-        # Grain shuffles epoch e by seed + e: with seeds that are near each other, runs would share their epochs.
-        scattered = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
-        numbers = grain.MapDataset.range(len(self)).shuffle(seed=scattered)
+        """An endless sequence of `Reference`s: every row once an epoch, each epoch in another order."""
+        # Grain shuffles epoch e by seed + e: without the hash, runs with neighbouring seeds would share epochs.
+        hashed = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
+        numbers = grain.MapDataset.range(len(self)).shuffle(seed=hashed)
         return numbers.map_with_index(lambda index, number: Reference(self, number, epoch=index // len(self)))
 
 
@@ -140,7 +147,7 @@ class Rows:
 class Mixture:
     """Rows of several sources, in proportion to their weights.
 
-    Each source goes through epochs of its own: none of its rows comes twice before all have come once.
+    Each source has its own epochs: none of its rows is repeated before all were read once.
     """
 
     sources: Sequence[Rows]
@@ -148,38 +155,38 @@ class Mixture:
 
     @property
     def num_tokens(self) -> int:
-        """Of all sources together."""
+        """The tokens of all sources."""
         return sum(rows.num_tokens for rows in self.sources)
 
     def references(self, seed: int) -> grain.MapDataset:
-        """Without end, a `Reference` to a row of one source or another; the shares are exact to a hundredth."""
-        # Sources of one length need orders of their own, or their n-th rows would always come side by side.
+        """An endless sequence of `Reference`s to rows of the sources; the shares are exact to a hundredth."""
+        # Sources of equal length need different orders, or their n-th rows would always be neighbours.
         several = [rows.references(f"{seed}, source {number}") for number, rows in enumerate(self.sources)]
         return grain.MapDataset.mix(several, weights=list(self.weights))
 
 
 def pack(documents: Sequence[np.ndarray], seq_len: int, name: str = "documents") -> Rows:
-    """Lays documents of integer ids end to end in rows of `seq_len`; no token is lost, none appears twice.
+    """Packs documents of integer ids into rows of `seq_len`; every token is in exactly one row.
 
     Args:
-        documents: `Documents`, or arrays of ids that are all to be learned.
-        name: what messages call them.
+        documents: `Documents`, or arrays of ids, all of which are targets of the loss.
+        name: of the source, for messages.
     """
     return Rows(documents if isinstance(documents, Documents) else as_documents(documents), seq_len, name)
 
 
 def batch_at(rows: Rows | Mixture, step: int, batch_size: int, seed: int, part: Sequence[int] | None = None) -> Batch:
-    """The batch of training step `step` (from 0), or those of its rows that `part` names.
+    """The batch of training step `step` (from 0), or the rows of it whose numbers are in `part`.
 
-    Every epoch goes through all rows once, in an order of its own; a batch may reach from one epoch into the next.
+    Every epoch reads all rows once, in an order of its own; a batch may span the end of an epoch.
     """
     chosen = _references(rows, step, batch_size, seed)
-    places = range(batch_size) if part is None else part
-    return _batch([chosen[place].rows[chosen[place].number] for place in places])
+    numbers = range(batch_size) if part is None else part
+    return _batch([chosen[number].rows[chosen[number].number] for number in numbers])
 
 
 def describe_batch(rows: Rows | Mixture, step: int, batch_size: int, seed: int) -> str:
-    """What `batch_at` gives, for messages: `epoch 0 of books: rows 17, 4; epoch 2 of chats.jsonl: rows 5, 0`."""
+    """The rows of `batch_at`, for messages: `epoch 0 of books: rows 17, 4; epoch 2 of chats.jsonl: rows 5, 0`."""
     numbers: dict[str, list[str]] = {}
     for reference in _references(rows, step, batch_size, seed):
         numbers.setdefault(f"epoch {reference.epoch} of {reference.rows.name}", []).append(str(reference.number))
@@ -187,7 +194,7 @@ def describe_batch(rows: Rows | Mixture, step: int, batch_size: int, seed: int) 
 
 
 def rows_of_devices(devices: Collection[jax.Device], sharding: jax.sharding.Sharding, batch_size: int) -> list[int]:
-    """Which rows of a batch of this size these devices hold, in their order: all that their process has to read."""
+    """The rows of a batch that these devices hold, in order: those that their process has to read."""
     held: set[int] = set()
     for device, (rows, *_) in sharding.devices_indices_map((batch_size, 1)).items():
         if device in devices:
@@ -198,9 +205,11 @@ def rows_of_devices(devices: Collection[jax.Device], sharding: jax.sharding.Shar
 def heldout_batches(
     rows: Rows | Mixture, num_rows: int, batch_size: int, part: Sequence[int] | None = None
 ) -> list[Batch]:
-    """`num_rows` rows, in a mixture by weight, spread evenly over each source; of each batch those that `part` names.
+    """`num_rows` held-out rows, evenly spread over each source and, in a mixture, by weight.
 
-    The last batch is filled with rows of padding, which count in nothing.
+    `part` are the rows of each batch that are returned.
+
+    The last batch is filled with rows of padding, which have no targets.
     """
     sources, weights = (rows.sources, rows.weights) if isinstance(rows, Mixture) else ([rows], [1.0])
     chosen = []
@@ -209,13 +218,13 @@ def heldout_batches(
         chosen += [source[int(number)] for number in np.linspace(0, len(source) - 1, min(share, len(source)))]
     empty = Row(*(np.zeros_like(field) for field in vars(chosen[0]).values()))
     chosen += [empty] * (-len(chosen) % batch_size)
-    places = range(batch_size) if part is None else part
-    return [_batch([chosen[start + place] for place in places]) for start in range(0, len(chosen), batch_size)]
+    numbers = range(batch_size) if part is None else part
+    return [_batch([chosen[start + number] for number in numbers]) for start in range(0, len(chosen), batch_size)]
 
 
 def _references(rows: Rows | Mixture, step: int, batch_size: int, seed: int) -> list[Reference]:
     order = rows.references(seed)
-    return [order[place] for place in range(step * batch_size, (step + 1) * batch_size)]
+    return [order[index] for index in range(step * batch_size, (step + 1) * batch_size)]
 
 
 def _batch(rows: Sequence[Row]) -> Batch:

@@ -1,8 +1,8 @@
 """Conversations → token ids, and which of them the assistant wrote, by the tokenizer's own chat template.
 
-No template says where the assistant's words are. But at its turn a model reads the conversation so far, rendered with
-the beginning of an answer, and is to write what the template renders beyond that: the difference of the two renderings
-is exactly what it has to learn, with the mark that ends its turn, whatever the template is.
+Templates do not mark the assistant's tokens. At its turn a model reads the conversation so far, rendered with the
+generation prompt; it has to write what the template renders after that. So the learned tokens are the difference of the
+two renderings, the end of the turn included, for any template.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from train.data.sources import Conversation
 
 @dataclass(frozen=True)
 class Turns:
-    """Token ids, and for each whether the model is to learn to write it."""
+    """Token ids [T] of a document, and whether each is a target of the loss, bool [T]."""
 
     ids: np.ndarray
     learned: np.ndarray
@@ -27,15 +27,15 @@ class Turns:
 def conversation_documents(
     conversation: Conversation, template: ChatTemplate, tokenizer: Tokenizer, place: str
 ) -> list[Turns]:
-    """The fewest documents that show every turn of the assistant after exactly what a model reads before it.
+    """The fewest documents in which every turn of the assistant follows exactly the tokens of its prompt.
 
-    That is one document, unless the template writes a turn differently once others follow it, as Qwen3's leaves
-    earlier thoughts out: then a new one begins with the first turn that does not go on from the ids of the last.
-    Messages after the assistant's last turn are left out, as nobody learns from them.
+    That is one document, unless the template renders a turn differently once others follow it (Qwen3's removes earlier
+    thoughts): then the first turn that does not continue the previous ids begins a new document. Messages after the
+    assistant's last turn are left out, since they have no targets.
 
     Raises:
-        ConfigError: the template refuses the conversation, or does not go on, at the assistant's turn, from the
-            beginning of an answer that it renders itself. The message names `place`.
+        ConfigError: the template refuses the conversation, or its rendering of a turn does not begin with its own
+            generation prompt. The message names `place`.
     """
     documents: list[Turns] = []
     for number, message in enumerate(conversation.messages):
@@ -48,11 +48,11 @@ def conversation_documents(
             raise ConfigError(
                 f"{place}: messages[{number}]: the chat template of {template.folder} renders "
                 f"{after[same : same + 40]!r} where its own beginning of an answer has {before[same : same + 40]!r}; "
-                f"expected the assistant's turn to go on from that, so that its words can be told from the others'."
+                f"expected the assistant's turn to continue its generation prompt, so that its tokens can be found."
             )
         prompt, ids = (np.array(encode(tokenizer, text, add_special_tokens=False)) for text in (before, after))
         learned = np.zeros(len(ids), bool)
-        # Where the answer's first characters merge with the prompt's last into one token, that token is the answer's.
+        # A token that merges the last characters of the prompt with the first of the answer belongs to the answer.
         learned[_common_length(prompt, ids) :] = True
         if documents and np.array_equal(ids[: len(documents[-1].ids)], documents[-1].ids):
             earlier = documents.pop()
@@ -73,6 +73,6 @@ def _render(
 
 
 def _common_length(one: str | np.ndarray, other: str | np.ndarray) -> int:
-    """How many elements two sequences share from their beginnings."""
+    """The length of the common prefix of two sequences."""
     both = list(zip(one, other, strict=False))
     return next((number for number, (a, b) in enumerate(both) if a != b), len(both))

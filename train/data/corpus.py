@@ -1,7 +1,7 @@
-"""Records → documents of token ids, on disk: finds or trains the tokenizer, keeps some documents held out.
+"""Records → documents of token ids on disk: copies or trains the tokenizer, and holds some documents out.
 
-Everything is a pure function of the files and the config. Held-out documents are those whose names have the smallest
-hashes, so they are spread over all parts of a source.
+The result is a pure function of the files and the config. Held-out documents are those whose names have the smallest
+hashes, so that they are a random sample of the source.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ from train.data.batches import Documents
 from train.data.chat import Turns, conversation_documents
 from train.data.sources import Conversation, Record, describe_source, read_records
 
-# The special tokens of a tokenizer that is trained here, and how it writes a conversation: as Qwen does (ChatML). What
-# the assistant says stands between `generation` marks, by which transformers and TRL find it; we need none.
+# The special tokens and the chat template (ChatML, as Qwen's) of a tokenizer that is trained here. The `generation`
+# tags mark the assistant's tokens for transformers and TRL; this trainer does not need them.
 SPECIAL_TOKENS = END_OF_TEXT, _, MESSAGE_END = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -47,16 +47,16 @@ CHAT_TEMPLATE = """\
 {%- endif %}
 """
 
-# What belongs to a tokenizer in a Hub folder. special_tokens_map.json is read in old folders only.
+# The files of a tokenizer in a Hub folder. special_tokens_map.json is read in old folders only.
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
     "additional_chat_templates/*.jinja",
 )  # fmt: skip
 
-_TEXTS_AT_ONCE = 256  # so many are tokenized side by side, on all cores
+_BATCH_OF_TEXTS = 256  # texts that are tokenized in parallel, on all cores
 
-# Qwen's own way to cut text into words before the BPE merges bytes within each: a run of spaces before a word keeps its
-# last space with the word, line ends and the indentation after them stay together, digits stand alone.
+# Qwen's pre-tokenization pattern, which splits text into words before the BPE: a word takes the last of the spaces
+# before it, line ends and the indentation after them are one piece, and each digit is a piece.
 _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -75,13 +75,17 @@ class Part:
 class Corpus:
     """Documents of token ids, in the order of the config's sources, and their tokenizer.
 
-    `end_id` ends a document. `cut_short` has a line on every source that was not read to its end.
+    Attributes:
+        tokenizer: of all documents.
+        end_id: the token that ends a document.
+        parts: the documents of each source.
+        notes: lines for the start of the run, such as one on every source that was not read to its end.
     """
 
     tokenizer: Tokenizer
     end_id: int
     parts: list[Part]
-    cut_short: list[str]
+    notes: list[str]
 
     @property
     def vocab_size(self) -> int:
@@ -90,37 +94,37 @@ class Corpus:
 
     @property
     def stop_ids(self) -> list[int]:
-        """What a model that learns this writes last: the end of a document, and of a message if there is that mark."""
+        """The tokens that end a generation: the end of a document and, if there is one, the end of a message."""
         message_end = self.tokenizer.token_to_id(MESSAGE_END)
         return [self.end_id] if message_end in (None, self.end_id) else [self.end_id, message_end]
 
 
 def load_corpus(folder: Path, config: DataConfig) -> Corpus:
-    """Opens the corpus that an earlier start of this run left in `folder`, or makes it and leaves it there.
+    """Opens the corpus in `folder`, or makes it there at the first start of the run.
 
-    A run that is resumed must see the very same rows, even if a source file or the Python version has changed since.
+    So a resumed run reads the same rows, even if a source file or the Python version has changed since.
 
     Raises:
         ConfigError: there is no text, too little of it to train on, or something that cannot be read.
         CheckpointError: the tokenizer or its chat template cannot be read.
     """
     if not folder.exists():
-        beside = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(beside, ignore_errors=True)
-        _make_corpus(beside, config)
-        os.replace(beside, folder)
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        _make_corpus(partial, config)
+        os.replace(partial, folder)
     if not (folder / "corpus.json").exists():
         raise ConfigError(
-            f"{folder}: found no corpus.json, so an earlier version of this program made it, or a file was taken away. "
+            f"{folder}: found no corpus.json, so an earlier version of this program made it, or the file was removed. "
             f"Add --fresh to start the run anew."
         )
     described = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
     parts = [_open_part(folder / str(number), name) for number, name in enumerate(described["sources"])]
-    return Corpus(load_tokenizer(folder / "tokenizer"), described["end_id"], parts, described["cut_short"])
+    return Corpus(load_tokenizer(folder / "tokenizer"), described["end_id"], parts, described["notes"])
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies all that belongs to a tokenizer, its chat templates included, from one Hub folder to another."""
+    """Copies the files of a tokenizer, its chat templates included, from one Hub folder to another."""
     for pattern in _TOKENIZER_FILES:
         for file in source.glob(pattern):
             target = folder / file.relative_to(source)
@@ -135,22 +139,22 @@ def _make_corpus(folder: Path, config: DataConfig) -> None:
         save_tokenizer(train_tokenizer(_texts(config), config.vocab_size), folder / "tokenizer")
     tokenizer = load_tokenizer(folder / "tokenizer")
     end_id = _end_id(tokenizer, folder / "tokenizer", config)
-    cut_short = []
+    notes: list[str] = []
     for number, source in enumerate(config.mixture):
 
         def note(how_much: str, source: SourceConfig = source) -> None:
-            cut_short.append(f"read {how_much} of {describe_source(source)} (data.megabytes)")
+            notes.append(f"read {how_much} of {describe_source(source)} (data.megabytes)")
 
         records = read_records(source, config.megabytes, end_id, note)
         _write_part(folder / str(number), _encode(records, tokenizer, end_id, folder / "tokenizer"))
         _hold_out(folder / str(number), source, config)
     sources = [describe_source(source) for source in config.mixture]
-    described = {"end_id": end_id, "sources": sources, "cut_short": cut_short}
+    described = {"end_id": end_id, "sources": sources, "notes": notes}
     (folder / "corpus.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
 def _texts(config: DataConfig) -> Iterator[str]:
-    """What the tokenizer is trained on: the texts of all sources, and what is said in their conversations."""
+    """The training text of the tokenizer: the texts of all sources and the messages of their conversations."""
     for source in config.mixture:
         for record in read_records(source, config.megabytes):
             if isinstance(record.content, str):
@@ -179,12 +183,12 @@ def _encode(
     """The documents of each record; `folder` is the tokenizer's."""
 
     @cache
-    def template() -> ChatTemplate:  # asked for by the first conversation: tokenizers of base models have none
+    def template() -> ChatTemplate:  # loaded with the first conversation: tokenizers of base models have none
         return load_chat_template(folder)
 
     vocab_size = _vocab_size(tokenizer)
     records = iter(records)
-    while group := list(islice(records, _TEXTS_AT_ONCE)):
+    while group := list(islice(records, _BATCH_OF_TEXTS)):
         texts = [record.content for record in group if isinstance(record.content, str)]
         encodings = iter(tokenizer.encode_batch_fast(texts))
         for record in group:
@@ -205,7 +209,7 @@ def _checked_ids(ids: np.ndarray, place: str, vocab_size: int) -> np.ndarray:
     if outside.size:
         raise ConfigError(
             f"{place}: found token id {ids[outside[0]]}, expected ids from 0 to {vocab_size - 1}, "
-            f"those of data.tokenizer. Were these ids made with another tokenizer?"
+            f"those of data.tokenizer. Check that these ids were made with that tokenizer."
         )
     return ids
 
@@ -215,7 +219,7 @@ def _vocab_size(tokenizer: Tokenizer) -> int:
 
 
 def _write_part(folder: Path, documents: Iterable[tuple[Record, Turns]]) -> None:
-    """Writes documents as they come, so that none has to stay in memory."""
+    """Writes documents one by one, so that memory holds only one at a time."""
     folder.mkdir(parents=True)
     lengths, digests = [], []
     with ExitStack() as stack:
@@ -230,7 +234,7 @@ def _write_part(folder: Path, documents: Iterable[tuple[Record, Turns]]) -> None
 
 
 def _hold_out(folder: Path, source: SourceConfig, config: DataConfig) -> None:
-    """Decides which documents are kept out of training; those of one record stay together."""
+    """Chooses the held-out documents; all documents of one record are on the same side."""
     arrays = dict(np.load(folder / "documents.npz"))
     names, name_of = np.unique(arrays.pop("digests"), return_inverse=True)
     count = max(1, round(len(names) * config.heldout_fraction))
@@ -258,7 +262,7 @@ def _open_part(folder: Path, name: str) -> Part:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE with Qwen's word pattern and three special tokens; it can spell any text."""
+    """A byte-level BPE with Qwen's word pattern and three special tokens; it can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

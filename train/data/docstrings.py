@@ -1,4 +1,4 @@
-"""Python source → questions and answers: what its docstrings say of its public names. Nothing is imported or run."""
+"""Python source → questions and answers from the docstrings of its public names. Nothing is imported or run."""
 
 import ast
 import inspect
@@ -16,15 +16,15 @@ def questions_of(source: str, name: str, place: str) -> Iterator[tuple[str, str]
 
     Args:
         source: of one file.
-        name: the file's below the source's folder, from which the module's follows: json/decoder.py is json.decoder.
+        name: the file's path below the source's folder, which gives the module's name: json/decoder.py is json.decoder.
         place: of the file, for messages.
 
     Raises:
-        ConfigError: it is not Python, or not this version's.
+        ConfigError: it is not Python of this version.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # strange escapes are the file's business
+            warnings.simplefilter("ignore")  # invalid escapes in the file
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError) as error:
         raise ConfigError(f"{place}: this cannot be read as Python ({error}); leave it out by data.pattern.") from None
@@ -38,7 +38,7 @@ def questions_of(source: str, name: str, place: str) -> Iterator[tuple[str, str]
 
 
 def _described(node: ast.Module | ast.ClassDef, path: str) -> Iterator[tuple[str, str, str]]:
-    """Kind, dotted name and docstring of a module or a class, and of what it defines."""
+    """Kind, dotted name and docstring of a module or class, and of everything that it defines."""
     yield "thing", path, ast.get_docstring(node, clean=False) or ""
     for child in node.body:
         if isinstance(child, ast.ClassDef):

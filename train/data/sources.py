@@ -1,6 +1,6 @@
-"""Files → records: one text, conversation or array of token ids after the other, each with the place it was found at.
+"""Files → records: texts, conversations or arrays of token ids, each with its file and line.
 
-What cannot be read is refused by that place: the file, the line, what was found there and what was expected.
+A record that cannot be read is refused by file and line, with what was found and what was expected.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ _Say = Callable[[str], None]
 
 _WANTED = '{"text": …} or {"messages": [{"role": …, "content": …}, …]}'
 
-# Installed packages, tests, generated tables and copies of other tools: not what a student of Python should read.
+# Left out of the standard library: installed packages, tests, generated tables and copies of other tools.
 _SKIPPED_IN_STDLIB = (
     "__*__", "config-*", "dist-packages", "encodings", "ensurepip", "idlelib", "lib-dynload", "lib2to3", "pydoc_data",
     "site-packages", "test", "tests", "turtledemo",
@@ -33,7 +33,7 @@ _SKIPPED_IN_STDLIB = (
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as a chat template takes them, and the tools that the assistant is told of, if any."""
+    """Messages as a chat template takes them, and variables of the template, such as `tools`."""
 
     messages: list[dict[str, Any]]
     variables: dict[str, Any] = field(default_factory=dict)
@@ -41,12 +41,12 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Record:
-    """What makes one document, or with some chat templates several.
+    """The content of one document; with some chat templates, of several.
 
     Attributes:
         content: a text, a conversation or an integer array of token ids.
         place: the file and line, for messages.
-        name: the same without the way to the source's folder; its hash decides whether the record is held out.
+        name: the same, relative to the source's folder; its hash decides whether the record is held out.
     """
 
     content: str | Conversation | np.ndarray
@@ -58,21 +58,21 @@ def read_records(
     source: SourceConfig,
     megabytes: float,
     end_id: int | None = None,
-    cut_short: Callable[[str], None] = lambda how_much: None,
+    truncated: Callable[[str], None] = lambda how_much: None,
 ) -> Iterator[Record]:
-    """The records of a source: always the same ones, in the same order. Blank files, lines and texts are passed over.
+    """The records of a source, in a deterministic order. Blank files, lines and texts are skipped.
 
     Args:
-        source: what to read.
-        megabytes: stop after this much text; token ids are read to the end.
+        source: the files.
+        megabytes: the size of the text to read; token ids are read to the end.
         end_id: the id that ends a document in arrays of token ids.
-        cut_short: told in the end how much was read, of how much, if that is not all.
+        truncated: called at the end with how much was read of how much, if that is not all.
 
     Raises:
-        ConfigError: the source does not exist, holds nothing, or something that cannot be read.
+        ConfigError: the source does not exist, is empty, or holds a record that cannot be read.
     """
     empty = True
-    for record in _READERS[source.format](source, megabytes * 1e6, end_id, cut_short):
+    for record in _READERS[source.format](source, megabytes * 1e6, end_id, truncated):
         empty = False
         yield record
     if empty:
@@ -84,32 +84,29 @@ def read_records(
 
 
 def describe_source(source: SourceConfig) -> str:
-    """What messages call it."""
+    """The source's name for messages."""
     return source.path or "Python's standard library"
 
 
-def _read_texts(source: SourceConfig, room: float, end_id: int | None, cut_short: _Say) -> Iterator[Record]:
-    for file, name, text in _fitting_texts(source, room, cut_short):
+def _read_texts(source: SourceConfig, remaining: float, end_id: int | None, truncated: _Say) -> Iterator[Record]:
+    for file, name, text in _fitting_texts(source, remaining, truncated):
         yield Record(text, str(file), name)
 
 
-def _read_docstrings(source: SourceConfig, room: float, end_id: int | None, cut_short: _Say) -> Iterator[Record]:
-    """What a public name of a Python file does, asked and answered: the answer begins its docstring."""
-    for file, name, text in _fitting_texts(source, room, cut_short):
+def _read_docstrings(source: SourceConfig, remaining: float, end_id: int | None, truncated: _Say) -> Iterator[Record]:
+    """Questions about the public names of Python files, answered by the first paragraph of their docstrings."""
+    for file, name, text in _fitting_texts(source, remaining, truncated):
         for asked, answer in questions_of(text, name, str(file)):
             messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
             yield Record(Conversation(messages), f"{file}, {asked}", f"{name}:{asked}")
 
 
-def _fitting_texts(source: SourceConfig, room: float, cut_short: _Say) -> Iterator[tuple[Path, str, str]]:
-    """All matching files, as far as each fits into the room that is left: a shorter one may, where a longer did not.
-
-    With its name, and its text.
-    """
+def _fitting_texts(source: SourceConfig, remaining: float, truncated: _Say) -> Iterator[tuple[Path, str, str]]:
+    """(file, name, text) of the matching files that fit into the remaining bytes; files that do not fit are skipped."""
     read = left_out = 0
     for file, name in _files(source):
         size = file.stat().st_size
-        if size > room - read:
+        if size > remaining - read:
             left_out += size
             continue
         text = _decode(file.read_bytes(), str(file))
@@ -117,17 +114,17 @@ def _fitting_texts(source: SourceConfig, room: float, cut_short: _Say) -> Iterat
             read += size
             yield file, name, text
     if left_out:
-        cut_short(f"{_megabytes(read)} of {_megabytes(read + left_out)} MB")
+        truncated(f"{_megabytes(read)} of {_megabytes(read + left_out)} MB")
 
 
-def _read_jsonl(source: SourceConfig, room: float, end_id: int | None, cut_short: _Say) -> Iterator[Record]:
+def _read_jsonl(source: SourceConfig, remaining: float, end_id: int | None, truncated: _Say) -> Iterator[Record]:
     files, read = _files(source), 0
     for file, name in files:
         with file.open("rb") as lines:
             for number, raw in enumerate(lines, start=1):
                 place = f"{file}, line {number}"
-                if read + len(raw) > room:
-                    cut_short(f"{_megabytes(read)} of {_megabytes(sum(one.stat().st_size for one, _ in files))} MB")
+                if read + len(raw) > remaining:
+                    truncated(f"{_megabytes(read)} of {_megabytes(sum(one.stat().st_size for one, _ in files))} MB")
                     return
                 read += len(raw)
                 line = _decode(raw, place)
@@ -140,23 +137,23 @@ def _read_jsonl(source: SourceConfig, room: float, end_id: int | None, cut_short
                 yield from _as_record(found, place, f"{name}:{number}")
 
 
-def _read_datasets(source: SourceConfig, room: float, end_id: int | None, cut_short: _Say) -> Iterator[Record]:
+def _read_datasets(source: SourceConfig, remaining: float, end_id: int | None, truncated: _Say) -> Iterator[Record]:
     rows = _open_dataset(source)
     for number, row in enumerate(rows):
         place = f"{source.path}, row {number} of {source.split}"
         found = {key: value for key, value in row.items() if key in ("text", "messages", "tools")}
         for record in _as_record(found or row, place, str(number)):
             text = record.content
-            room -= len(json.dumps(text.messages)) if isinstance(text, Conversation) else len(str(text).encode())
-            if room < 0:
-                cut_short(f"{number:,} of {len(rows):,} rows")
+            remaining -= len(json.dumps(text.messages)) if isinstance(text, Conversation) else len(str(text).encode())
+            if remaining < 0:
+                truncated(f"{number:,} of {len(rows):,} rows")
                 return
             yield record
 
 
 def _open_dataset(source: SourceConfig) -> Any:
     try:
-        import datasets  # slow to import, and an extra
+        import datasets  # an optional dependency that is slow to import
     except ImportError:
         _refuse(
             "data.format: datasets needs Hugging Face's library, which is not installed: "
@@ -176,7 +173,7 @@ def _open_dataset(source: SourceConfig) -> Any:
         _refuse(f"data.path: {source.path}: datasets cannot open it ({type(error).__name__}: {error}).")
 
 
-def _read_tokens(source: SourceConfig, room: float, end_id: int | None, cut_short: _Say) -> Iterator[Record]:
+def _read_tokens(source: SourceConfig, remaining: float, end_id: int | None, truncated: _Say) -> Iterator[Record]:
     for file, name in _files(source):
         try:
             ids = np.load(file, mmap_mode="r")
@@ -214,9 +211,9 @@ def _root(source: SourceConfig) -> Path:
 
 
 def _files(source: SourceConfig) -> list[tuple[Path, str]]:
-    """The matching files and their names below the folder, in the order of a hash of these names.
+    """The matching files and their names below the folder, ordered by a hash of these names.
 
-    So a bounded amount of text is a fair sample of the whole.
+    So a bounded amount of text is a random sample of the whole.
     """
     root = _root(source)
     if root.is_file():

@@ -1,4 +1,4 @@
-"""Reads metrics.jsonl, of a finished, running or interrupted run. `train.reporting.progress.Report` writes it."""
+"""Reads the metrics.jsonl of a finished, running or interrupted run; `train.reporting.progress.Report` writes it."""
 
 import json
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 from qwen_moe_jax.errors import ConfigError
 
-#: Work between steps; its record has `…_seconds`.
+#: Kinds of work between steps; the record of each has `…_seconds`.
 ASIDES = ("evaluation", "sample", "checkpoint", "profile")
 
 
@@ -56,7 +56,7 @@ def read_metrics(file: Path) -> Metrics:
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """Every complete line; the last is incomplete while it is written, or where the run was killed."""
+    """All complete lines; the last line may be incomplete, while it is written or after the run was killed."""
     records = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

@@ -1,4 +1,4 @@
-"""A trace of a few steps, for TensorBoard's profile tab or https://ui.perfetto.dev: what the devices did, and when."""
+"""A profiler trace of a few steps, for TensorBoard's profile tab or https://ui.perfetto.dev."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ import jax
 
 
 class Profiler:
-    """Starts jax's profiler before the first of some steps, and stops it once the last of them has ended.
+    """Starts JAX's profiler before the first of the given steps, and stops it after the last.
 
-    Used as a context, so that a trace that an error ends is written as well.
+    A context manager, so that the trace is written after an error, too.
     """
 
     def __init__(self, folder: Path, steps: range) -> None:
@@ -23,17 +23,17 @@ class Profiler:
         self.stop()
 
     def before(self, step: int) -> None:
-        """Called before a step begins. Where a run is resumed amid the steps, the trace has those that are left."""
+        """Call it before each step. A run that is resumed within the given steps traces the remaining ones."""
         if step in self._steps and not self._running:
             jax.profiler.start_trace(self._folder)
             self._running = True
 
     def ends_with(self, step: int) -> bool:
-        """Whether `stop` is due once this step has ended."""
+        """Whether `stop` has to be called after this step."""
         return self._running and step + 1 not in self._steps
 
     def stop(self) -> None:
-        """Writes the trace, if there is one."""
+        """Writes the trace, if one is running."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()

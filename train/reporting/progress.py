@@ -29,7 +29,7 @@ _LAYER_RECORDS = 200  # at most so many: with 48 layers of 128 experts, one is 3
 class Report:
     """Counts steps, measures their speed, writes every step to metrics.jsonl and shows some of them.
 
-    Numbers of a step are read when the next one has been started, so that the devices never wait for this report.
+    The metrics of a step are read after the next one has been dispatched, so that the devices never wait for them.
 
     Every line of metrics.jsonl has a `step`, and one of: the numbers of that step (`loss` among them; its
     `step_seconds`; its `data_seconds`, in which the host got the batch, mostly while the devices computed the step
@@ -42,7 +42,7 @@ class Report:
     def __init__(
         self, folder: RunFolder, config: RunConfig, start: Start, *, first_step: int, schedule: optax.Schedule
     ) -> None:
-        """Expects steps `first_step + 1 … config.max_steps`. Records of steps after `first_step` are removed."""
+        """For the steps `first_step + 1 … config.max_steps`. Older records of these steps are removed from the file."""
         self._events = Events(folder.tensorboard, first_step=first_step) if config.tensorboard else None
         self._file = _reopen(folder.metrics, first_step)
         last_step, logging_steps = config.max_steps, config.logging_steps
@@ -53,9 +53,9 @@ class Report:
         self._layers_every = layers_every(logging_steps, last_step)
         self._step = first_step
         self._pending: tuple[int, StepMetrics, float] | None = None
-        self._clock = time.perf_counter()  # when the step that is reported next was begun
-        self._data_seconds = 0.0  # of the batch that was got last
-        self._timed_steps = -1  # the first step compiles: it is not counted
+        self._clock = time.perf_counter()  # the start of the step that is reported next
+        self._data_seconds = 0.0  # of the last batch
+        self._timed_steps = -1  # the first step compiles and is not counted
         self._timed_seconds = 0.0
         self._timed_tokens = 0
         self._aside_seconds = 0.0
@@ -73,30 +73,30 @@ class Report:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Speed of training steps alone, over the whole run so far; None before the second step."""
+        """The speed of the training steps since the start of the run; None before the second step."""
         return self._timed_tokens / self._timed_seconds if self._timed_seconds else None
 
     def say(self, text: str) -> None:
-        """Shows one or several lines."""
+        """Prints one or several lines."""
         for line in text.splitlines():
             self._display.line(line)
 
     @contextmanager
     def fetching(self) -> Iterator[None]:
-        """A context for getting the next batch, while the devices compute the step before it."""
+        """A context for reading the next batch, while the devices compute the previous step."""
         start = time.perf_counter()
         yield
         self._data_seconds = time.perf_counter() - start
 
     def step(self, step: int, metrics: StepMetrics) -> None:
-        """Takes the metrics of a step that has been started, and shows those of the step before it."""
+        """Takes the metrics of a dispatched step, and shows those of the step before it."""
         self._flush()
         self._pending = (step, metrics, self._data_seconds)
         self._step = step
 
     @contextmanager
     def aside(self, what: Literal["evaluation", "sample", "checkpoint", "profile"]) -> Iterator[None]:
-        """A context for work between two steps; its time is counted in neither."""
+        """A context for work between two steps; its time is not part of either."""
         self._flush()
         start = time.perf_counter()
         yield
@@ -106,12 +106,12 @@ class Report:
         self._write({"step": self._step, f"{what}_seconds": self._clock - start})
 
     def heldout(self, step: int, loss: float) -> None:
-        """Takes a held-out loss, in nats per token."""
+        """Reports a held-out loss, in nats per target."""
         self._write({"step": step, "heldout_loss": loss})
         self.say(f"step {step}  held-out loss {loss:.3f}")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """Takes the model's continuation of `prompt`."""
+        """Reports the model's continuation of `prompt`."""
         self._write({"step": step, "prompt": prompt, "sample": text})
         lines = visible(prompt + text).splitlines()
         self.say("\n".join([f"step {step}  sample", *(f"  | {line}" for line in lines)]))
@@ -121,7 +121,7 @@ class Report:
             return
         step, on_device, data_seconds = self._pending
         self._pending = None
-        metrics: StepMetrics = jax.device_get(dataclasses.replace(on_device, router=None))  # waits for the step to end
+        metrics: StepMetrics = jax.device_get(dataclasses.replace(on_device, router=None))  # blocks until it has ended
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         self._timed_steps += 1
@@ -151,13 +151,13 @@ class Report:
             self._write({"step": step, "layers": _layers(jax.device_get(on_device.router))})
         left = None
         if self._timed_steps > 0:
-            # Asides come at even intervals, so what is left costs as much per step as what is done.
+            # Work between steps comes at even intervals, so that its cost per step stays the same.
             left = (self._timed_seconds + self._aside_seconds) / self._timed_steps * (self._last_step - step)
         shown = {**record, "tokens_per_second": None, **self._speed(self.tokens_per_second)}
         self._display.step(step, shown, left)
 
     def _speed(self, tokens_per_second: float | None) -> dict[str, float]:
-        """Speed in all units; with model FLOPs utilisation where the devices' peak is known."""
+        """The speed in all units, and the model FLOPs utilization where the peak of the devices is known."""
         if tokens_per_second is None:
             return {}
         per_device = tokens_per_second / self._start.devices
@@ -174,7 +174,7 @@ class Report:
 
 
 class NoReport:
-    """The report of all processes but process 0: none."""
+    """The report of all processes but process 0: it does nothing."""
 
     tokens_per_second = 0.0
 
@@ -204,7 +204,7 @@ class NoReport:
 
 
 def layers_every(logging_steps: int, steps: int) -> int:
-    """Steps between two records of `layers`: those of progress lines, thinned out until a long run has few of them."""
+    """Steps between two records of `layers`: every n-th progress line, so that a long run has few of them."""
     return logging_steps * math.ceil(steps / (_LAYER_RECORDS * logging_steps))
 
 
@@ -280,8 +280,8 @@ def _status(record: dict[str, Any], seconds_left: float | None) -> str:
 
 
 def _reopen(metrics_file: Path, first_step: int) -> TextIO:
-    """Opens the file to continue after `first_step`; records beyond the checkpoint will be written again."""
-    # A start from step 0 had no checkpoint to continue from: all is written again, the loss of step 0 too.
+    """Opens the file to continue after `first_step`; records after the checkpoint are removed."""
+    # A start from step 0 has no checkpoint and writes everything again, the loss of step 0 too.
     records = read_records(metrics_file) if first_step > 0 and metrics_file.exists() else []
     file = metrics_file.open("w", encoding="utf-8")
     file.writelines(json.dumps(record) + "\n" for record in records if record["step"] <= first_step)

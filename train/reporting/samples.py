@@ -10,10 +10,10 @@ from train.reporting.progress import NoReport, Report
 
 
 class Sampler:
-    """Continues `run.sample_prompt` by the package's own engine, from the sharded parameters, in eval mode.
+    """Continues `run.sample_prompt` with the package's own engine, from the sharded parameters, in eval mode.
 
-    The engine's programs are compiled for the first sample and serve all others. They read the parameters and keep
-    none of them: the next step may take their memory.
+    The engine's programs are compiled for the first sample and reused. They keep no reference to the parameters, whose
+    memory the next step may reuse.
     """
 
     def __init__(self, config: RunConfig, eval_graph: nnx.GraphDef, tokenizer: Tokenizer) -> None:
@@ -23,7 +23,7 @@ class Sampler:
         self._eval_graph, self._tokenizer = eval_graph, tokenizer
 
     def sample(self, step: int, params: Params, report: Report | NoReport) -> None:
-        """Takes and reports a sample, if one is due after this step. The last step's is left to the exported model."""
+        """Generates and reports a sample if one is due after this step; the last one is left to the exported model."""
         if self._every and step % self._every == 0 and step < self._last_step:
             model = nnx.merge(self._eval_graph, params)
             with report.aside("sample"):

@@ -1,4 +1,4 @@
-"""The numbers of a run's start: printed, kept in metrics.jsonl, and shown in the report."""
+"""The sizes and settings of a run at its start: printed, kept in metrics.jsonl, and shown in the report."""
 
 import dataclasses
 import math
@@ -26,23 +26,23 @@ from train.step import TrainState
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """One start of a run. Bytes are those of the fullest device, its share of every array.
+    """One start of a run. Bytes are of one device: its shards of all arrays.
 
     Attributes:
-        time: when, local.
-        parameters, active_parameters, trained_parameters: of the model; those that one token passes through; those
-            that are not fixed.
+        time: the local time.
+        parameters, active_parameters, trained_parameters: of the model; those used for one token; those that are
+            trained.
         sparse_layers: the numbers of the layers with a router.
         mesh: sizes of the axes.
-        device_kind: as jax has it, or "simulated".
+        device_kind: that of `jax.Device`, or "simulated".
         execution: the model's `execution_in_use` in training mode.
-        weight_bytes, moment_bytes, gradient_bytes: gradients live within a step, with the other two; fixed weights
-            have neither.
+        weight_bytes, moment_bytes, gradient_bytes: gradients exist only within a step; fixed weights have
+            neither moments nor gradients.
         text_tokens: of the training text.
         tokens_per_step: positions of a batch, padding included.
         flops_per_token: model FLOPs, forward and backward.
         peak_flops: of one device in a second, in bfloat16; None where it is not known.
-        versions: of what computes.
+        versions: of Python and the libraries.
     """
 
     time: str
@@ -70,14 +70,14 @@ class Start:
 
     @property
     def devices(self) -> int:
-        """Devices of the mesh."""
+        """The number of devices of the mesh."""
         return math.prod(self.mesh.values())
 
 
 def start_of(
     config: TrainConfig, program: Program, mesh: Mesh, state: TrainState, fixed: Params, text_tokens: int
 ) -> Start:
-    """The numbers of a run whose state is on its devices."""
+    """The start of a run whose state is on its devices."""
     model = program.model
     device_kind = jax.devices()[0].device_kind
     trained_bytes = bytes_per_device(state.params)
@@ -93,7 +93,7 @@ def start_of(
         execution={**dataclasses.asdict(execution), "sharding": format_sharding(execution.rules)},
         weight_bytes=trained_bytes + bytes_per_device(fixed),
         moment_bytes=bytes_per_device(state.optimizer),
-        gradient_bytes=trained_bytes,  # they have the shapes, dtypes and shardings of what is trained
+        gradient_bytes=trained_bytes,  # shapes, dtypes and shardings are those of the trained parameters
         text_tokens=text_tokens,
         tokens_per_step=config.data.batch_size * config.data.seq_len,
         flops_per_token=training_flops_per_token(model.config, config.data.seq_len, program.trained_share),
@@ -122,14 +122,14 @@ def introduction(start: Start, steps: int) -> str:
 
 
 def _count_trained(program: Program) -> int:
-    """As `ModelConfig.num_parameters` counts: without the balancing biases, and without padding."""
+    """The trained parameters, counted as by `ModelConfig.num_parameters`: without balancing biases and padding."""
     trained, sizes = program.state.params, program.parameter_sizes
     by_rule = jax.tree.leaves(moves_by_itself(trained))
     return sum(sizes[path] for path, moved in zip(paths(trained), by_rule, strict=True) if not moved)
 
 
 def bytes_per_device(arrays: Any) -> int:
-    """A device's bytes of a tree of sharded arrays."""
+    """The bytes that one device holds of a tree of sharded arrays."""
     return sum(
         math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in jax.tree.leaves(arrays)
     )
