@@ -1,29 +1,70 @@
 """The end of a run: hub/ and adapter/ in the Hub's layout, and a sample from the folder that others will load."""
 
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
 import qwen_moe_jax as qmj
+from qwen_moe_jax.huggingface.generation_config import generation_config_to_hub
+from qwen_moe_jax.huggingface.save import write_configs
 from qwen_moe_jax.sharding.distributed import is_process_zero, num_processes
 from train.config import TrainConfig
-from train.data.corpus import Corpus, copy_tokenizer
+from train.data.corpus import Corpus
+from train.data.tokenizer import copy_tokenizer, name_turn_ends
 from train.folder import RunFolder
+from train.initial import export_generation_config
 
 
 def export(trained: qmj.CausalLM, config: TrainConfig, folder: RunFolder, corpus: Corpus) -> str:
     """Writes what the config asks for, and returns the continuation of `run.sample_prompt`.
 
-    The sample is of the exported model, loaded again, where one is exported.
+    The sample is of the exported model, loaded again, where one is exported; it is always greedy.
 
     Args:
         trained: the model in eval mode. Its adapters are merged into its weights.
     """
+    trained.generation_config = export_generation_config(config, trained.config, corpus)
     if config.lora is not None:
         qmj.save_adapter(trained, folder.adapter, base=config.run.model_name_or_path)
+        if is_process_zero():
+            _save_tokenizer(folder, folder.adapter, corpus)
+            generation = generation_config_to_hub(trained.generation_config, trained.config)
+            write_configs(folder.adapter, {"generation_config.json": _without_nulls(generation)})
     if config.run.export:
         if config.lora is not None:
             qmj.merge_lora(trained)
         if is_process_zero():
-            copy_tokenizer(folder.corpus / "tokenizer", folder.hub)
-        qmj.save_pretrained(trained, folder.hub)
+            _save_tokenizer(folder, folder.hub, corpus)
+        qmj.save_pretrained(_cast(trained, export_dtype(config, trained)), folder.hub)
         trained = qmj.from_pretrained(folder.hub, mesh=trained.mesh if num_processes() > 1 else None)
-    prompt = config.run.sample_prompt
-    [sample] = qmj.generate(trained, [prompt], max_new_tokens=config.run.sample_tokens, tokenizer=corpus.tokenizer)
+    greedy = dataclasses.replace(trained.generation_config, do_sample=False)
+    prompt, count = config.run.sample_prompt, config.run.sample_tokens
+    [sample] = qmj.generate(trained, [prompt], greedy, max_new_tokens=count, tokenizer=corpus.tokenizer)
     return str(sample)
+
+
+def export_dtype(config: TrainConfig, model: qmj.CausalLM) -> str:
+    """The dtype of the weights in hub/: `run.export_dtype`, else the dtype of the run's base, else the model's."""
+    base = model.config.dtype if config.run.model_name_or_path else None
+    return config.run.export_dtype or base or model.execution.param_dtype
+
+
+def _cast(model: qmj.CausalLM, dtype: str) -> qmj.CausalLM:
+    """The model with parameters of another dtype, sharded as before."""
+    if dtype == model.execution.param_dtype:
+        return model
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, model)
+    model = jax.jit(lambda model: jax.tree.map(lambda x: x.astype(dtype), model), out_shardings=shardings)(model)
+    model.execution = dataclasses.replace(model.execution, param_dtype=dtype)
+    return model
+
+
+def _save_tokenizer(run: RunFolder, folder: Path, corpus: Corpus) -> None:
+    copy_tokenizer(run.corpus / "tokenizer", folder)
+    name_turn_ends(folder, corpus.turn_ends)
+
+
+def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}

@@ -52,7 +52,8 @@ class RunFolder:
     def describe_result(self) -> str:
         """The result in words, for the terminal."""
         result = self.result()
-        hub = f", Hub folder in {self.hub}" if self.hub.exists() else ""
+        dtype = f" ({result['export_dtype']})" if result.get("export_dtype") else ""
+        hub = f", Hub folder in {self.hub}{dtype}" if self.hub.exists() else ""
         hub += f", adapters in {self.adapter}" if self.adapter.exists() else ""
         speed = f" at {result['tokens_per_second']:,.0f} tokens/s" if result["tokens_per_second"] else ""
         return (

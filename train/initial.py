@@ -6,8 +6,10 @@ from pathlib import Path
 from flax import nnx
 
 import qwen_moe_jax as qmj
+from qwen_moe_jax.config import GenerationConfig
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.checkpoint import open_checkpoint
+from qwen_moe_jax.huggingface.generation_config import read_generation_config
 from qwen_moe_jax.huggingface.hub import local_folder
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
@@ -41,7 +43,7 @@ def initial_model_config(config: TrainConfig, corpus: Corpus) -> qmj.ModelConfig
         folder = local_folder(config.run.model_name_or_path)
         model_config = open_checkpoint(folder).config
         _check_vocabulary(f"run.model_name_or_path: {folder} has vocab_size", model_config.vocab_size, corpus)
-        return model_config
+        return dataclasses.replace(model_config, eos_token_id=_with_turn_ends(model_config.eos_token_id, corpus))
     vocab_size = config.model.get("vocab_size", corpus.vocab_size) if config.data.tokenizer else config.data.vocab_size
     _check_vocabulary("model.vocab_size: found", vocab_size, corpus)
     hub_config = {"eos_token_id": corpus.stop_ids, **config.model, "vocab_size": vocab_size}
@@ -50,6 +52,19 @@ def initial_model_config(config: TrainConfig, corpus: Corpus) -> qmj.ModelConfig
         moe = dataclasses.replace(model_config.moe, balancing_bias=True)
         model_config = dataclasses.replace(model_config, moe=moe)
     return model_config
+
+
+def export_generation_config(config: TrainConfig, model_config: qmj.ModelConfig, corpus: Corpus) -> GenerationConfig:
+    """How the exported model generates: as the checkpoint that it started from, and it stops after a turn, too."""
+    if not config.run.model_name_or_path:
+        return GenerationConfig(eos_token_id=model_config.eos_token_id)
+    generation = read_generation_config(local_folder(config.run.model_name_or_path), model_config)
+    own = generation.eos_token_id or model_config.eos_token_id
+    return dataclasses.replace(generation, eos_token_id=_with_turn_ends(own, corpus))
+
+
+def _with_turn_ends(stop_ids: tuple[int, ...], corpus: Corpus) -> tuple[int, ...]:
+    return tuple(dict.fromkeys([*stop_ids, *corpus.turn_end_ids]))
 
 
 def initial_state(config: TrainConfig, program: Program, checkpoints: Checkpoints) -> tuple[TrainState, Params]:

@@ -14,7 +14,7 @@ from train.checkpoint import Checkpoints
 from train.config import RunConfig, TrainConfig
 from train.data.corpus import Corpus, load_corpus
 from train.data.feed import BatchFeed, make_feed
-from train.export import export
+from train.export import export, export_dtype
 from train.folder import RunFolder
 from train.initial import check_checkpoint_exists, initial_model_config, initial_state
 from train.nonfinite import NonFiniteGuard
@@ -81,6 +81,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
                 "seconds_of_last_start": time.perf_counter() - began,
                 "prompt": config.run.sample_prompt,
                 "sample": sample,
+                "export_dtype": export_dtype(config, program.model) if config.run.export else None,
             }
         )
 

@@ -21,6 +21,7 @@ from qwen_moe_jax.huggingface.adapter_config import CONFIG, AdapterConfig, read_
 from qwen_moe_jax.huggingface.adapter_export import ExpertLayout, adapter_files
 from qwen_moe_jax.huggingface.adapter_layouts import LowRank, low_rank_pairs
 from qwen_moe_jax.huggingface.checkpoint import Checkpoint, stacked_tensor
+from qwen_moe_jax.huggingface.generation_config import read_generation_config
 from qwen_moe_jax.huggingface.hub import adapter_folder
 from qwen_moe_jax.huggingface.layouts import EMBEDDING, HEAD, equal
 from qwen_moe_jax.huggingface.save import readable_tensors, write_configs
@@ -93,7 +94,8 @@ def load_adapter(model: Model, folder: str | PathLike[str]) -> None:
     """Adds the adapters of a folder to a model; float32, sharded as the matrices they belong to.
 
     The layers of a matrix share one array, so that layers without an adapter, and ranks below the largest, are filled
-    with zeros. They stay zero in training: their gradients are.
+    with zeros. They stay zero in training: their gradients are. A generation_config.json in the folder, with the
+    stop tokens that they were trained with, replaces the model's.
 
     Args:
         model: with weights, without adapters.
@@ -124,6 +126,8 @@ def load_adapter(model: Model, folder: str | PathLike[str]) -> None:
         if matrix.lora is not None:
             for name in ("lora_A", "lora_B"):
                 getattr(matrix.lora, name).set_value(placed[f"{matrix.lora_path}.{name}"])
+    if (adapter.folder / "generation_config.json").is_file():
+        model.generation_config = read_generation_config(adapter.folder, model.config)
 
 
 def open_adapter(folder: str | PathLike[str], model: ModelConfig) -> Adapter:

@@ -13,8 +13,9 @@ from tests.inference.tokenizer_kinds import byte_fallback, byte_level
 from train.config import DataConfig
 from train.data.batches import batch_at, pack
 from train.data.chat import Turns, conversation_documents
-from train.data.corpus import SPECIAL_TOKENS, load_corpus, save_tokenizer, train_tokenizer
+from train.data.corpus import load_corpus
 from train.data.sources import Conversation
+from train.data.tokenizer import SPECIAL_TOKENS, save_tokenizer, train_tokenizer
 
 SYSTEM, ONE, TWO = (
     {"role": "system", "content": "Be brief."},

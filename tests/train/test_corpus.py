@@ -9,8 +9,9 @@ from tokenizers import Tokenizer
 from qwen_moe_jax.errors import CheckpointError, ConfigError
 from tests.inference.tokenizer_kinds import byte_fallback, byte_level
 from train.config import DataConfig, SourceConfig
-from train.data.corpus import END_OF_TEXT, copy_tokenizer, load_corpus, save_tokenizer, train_tokenizer
+from train.data.corpus import load_corpus
 from train.data.sources import read_records
+from train.data.tokenizer import END_OF_TEXT, copy_tokenizer, save_tokenizer, train_tokenizer
 
 SMALL = DataConfig(megabytes=0.05, vocab_size=300, seq_len=16, heldout_fraction=0.2)
 

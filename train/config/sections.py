@@ -249,6 +249,8 @@ class RunConfig:
         sample_tokens: tokens that it adds.
         sample_steps: steps between two such samples; left out, with every evaluation; 0, only in the end.
         export: write hub/, for transformers, in the end, with adapters merged; adapters are also written to adapter/.
+        export_dtype: of the weights in hub/; left out, that of the checkpoint that the run started from, else
+            execution.param_dtype.
         tensorboard: write TensorBoard's events to tensorboard/ as well (extra `tensorboard`).
         profile: first:end, as 10:13 for steps 10, 11 and 12: write JAX's trace of them to profile/.
     """
@@ -268,6 +270,7 @@ class RunConfig:
     sample_tokens: int = 96
     sample_steps: int | None = None
     export: bool = True
+    export_dtype: DTypeLike | None = None
     tensorboard: bool = False
     profile: str = ""
 
@@ -281,6 +284,7 @@ class RunConfig:
             check(self.sample_prompt != "", "sample_prompt", "at least one character to continue")
             expected = "first:end with 1 <= first < end, as 10:13 for steps 10, 11 and 12"
             check(_steps(self.profile) is not None, "profile", expected)
+            check.dtypes("export_dtype")
 
     @property
     def profile_steps(self) -> range:

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.hub import tokenizer_folder
@@ -26,40 +26,10 @@ from train.config import DataConfig, SourceConfig
 from train.data.batches import Documents
 from train.data.chat import Turns, conversation_documents
 from train.data.sources import Conversation, Record, describe_source, read_records
-
-# The special tokens and the chat template (ChatML, as Qwen's) of a tokenizer that is trained here. The `generation`
-# tags mark the assistant's tokens for transformers and TRL; this trainer does not need them.
-SPECIAL_TOKENS = END_OF_TEXT, _, MESSAGE_END = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' }}
-    {%- if message.role == 'assistant' %}
-        {%- generation %}
-            {{- message.content + '<|im_end|>' }}
-        {%- endgeneration %}
-    {%- else %}
-        {{- message.content + '<|im_end|>' }}
-    {%- endif %}
-    {{- '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-
-# The files of a tokenizer in a Hub folder. special_tokens_map.json is read in old folders only.
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)  # fmt: skip
+from train.data.tokenizer import END_OF_TEXT, MESSAGE_END, copy_tokenizer, save_tokenizer, train_tokenizer
+from train.data.turn_ends import TurnEnds
 
 _BATCH_OF_TEXTS = 256  # texts that are tokenized in parallel, on all cores
-
-# Qwen's pre-tokenization pattern, which splits text into words before the BPE: a word takes the last of the spaces
-# before it, line ends and the indentation after them are one piece, and each digit is a piece.
-_QWEN_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @dataclass(frozen=True)
@@ -78,12 +48,14 @@ class Corpus:
     Attributes:
         tokenizer: of all documents.
         end_id: the token that ends a document.
+        turn_end_ids: the tokens with which the chat template ends an assistant's turn; none without conversations.
         parts: the documents of each source.
         notes: lines for the start of the run, such as one on every source that was not read to its end.
     """
 
     tokenizer: Tokenizer
     end_id: int
+    turn_end_ids: list[int]
     parts: list[Part]
     notes: list[str]
 
@@ -94,9 +66,14 @@ class Corpus:
 
     @property
     def stop_ids(self) -> list[int]:
-        """The tokens that end a generation: the end of a document and, if there is one, the end of a message."""
-        message_end = self.tokenizer.token_to_id(MESSAGE_END)
-        return [self.end_id] if message_end in (None, self.end_id) else [self.end_id, message_end]
+        """The tokens that end a generation: the end of a document, of a message and of an assistant's turn."""
+        found = [self.end_id, self.tokenizer.token_to_id(MESSAGE_END), *self.turn_end_ids]
+        return [token for token in dict.fromkeys(found) if token is not None]
+
+    @property
+    def turn_ends(self) -> list[str]:
+        """The texts of `turn_end_ids`."""
+        return [self.tokenizer.id_to_token(token) for token in self.turn_end_ids]
 
 
 def load_corpus(folder: Path, config: DataConfig) -> Corpus:
@@ -120,16 +97,13 @@ def load_corpus(folder: Path, config: DataConfig) -> Corpus:
         )
     described = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
     parts = [_open_part(folder / str(number), name) for number, name in enumerate(described["sources"])]
-    return Corpus(load_tokenizer(folder / "tokenizer"), described["end_id"], parts, described["notes"])
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies the files of a tokenizer, its chat templates included, from one Hub folder to another."""
-    for pattern in _TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            target = folder / file.relative_to(source)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
+    return Corpus(
+        load_tokenizer(folder / "tokenizer"),
+        described["end_id"],
+        described["turn_end_ids"],
+        parts,
+        described["notes"],
+    )
 
 
 def _make_corpus(folder: Path, config: DataConfig) -> None:
@@ -140,16 +114,18 @@ def _make_corpus(folder: Path, config: DataConfig) -> None:
     tokenizer = load_tokenizer(folder / "tokenizer")
     end_id = _end_id(tokenizer, folder / "tokenizer", config)
     notes: list[str] = []
+    turn_ends = TurnEnds(tokenizer)
     for number, source in enumerate(config.mixture):
 
         def note(how_much: str, source: SourceConfig = source) -> None:
             notes.append(f"read {how_much} of {describe_source(source)} (data.megabytes)")
 
         records = read_records(source, config.megabytes, end_id, note)
-        _write_part(folder / str(number), _encode(records, tokenizer, end_id, folder / "tokenizer"))
+        _write_part(folder / str(number), _encode(records, tokenizer, end_id, folder / "tokenizer", turn_ends))
         _hold_out(folder / str(number), source, config)
     sources = [describe_source(source) for source in config.mixture]
-    described = {"end_id": end_id, "sources": sources, "notes": notes}
+    notes += turn_ends.notes()
+    described = {"end_id": end_id, "turn_end_ids": turn_ends.ids(), "sources": sources, "notes": notes}
     (folder / "corpus.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
@@ -178,7 +154,7 @@ def _end_id(tokenizer: Tokenizer, folder: Path, config: DataConfig) -> int:
 
 
 def _encode(
-    records: Iterable[Record], tokenizer: Tokenizer, end_id: int, folder: Path
+    records: Iterable[Record], tokenizer: Tokenizer, end_id: int, folder: Path, turn_ends: TurnEnds
 ) -> Iterator[tuple[Record, Turns]]:
     """The documents of each record; `folder` is the tokenizer's."""
 
@@ -194,6 +170,7 @@ def _encode(
         for record in group:
             if isinstance(record.content, Conversation):
                 for turns in conversation_documents(record.content, template(), tokenizer, record.place):
+                    turn_ends.add(turns)
                     yield record, turns
                 continue
             if isinstance(record.content, str):
@@ -259,37 +236,3 @@ def _open_part(folder: Path, name: str) -> Part:
         lengths=lengths,
     )
     return Part(name, training=documents.select(~heldout), heldout=documents.select(heldout))
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE with Qwen's word pattern and three special tokens; it can encode any text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_QWEN_WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes the files with which transformers' AutoTokenizer opens the folder, its chat template included."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END_OF_TEXT,
-        "pad_token": END_OF_TEXT,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
