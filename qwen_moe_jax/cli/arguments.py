@@ -5,7 +5,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_moe_jax.config import DTYPES, INFERENCE_SHARDING, MESH_AXES, SHARDING_RULES, ExecutionConfig
+from qwen_moe_jax.config import (
+    DTYPES,
+    INFERENCE_SHARDING,
+    MESH_AXES,
+    SHARDING_RULES,
+    ExecutionConfig,
+    GenerationConfig,
+)
 from qwen_moe_jax.config.checks import dtype_name
 from qwen_moe_jax.config.docs import first_sentence
 from qwen_moe_jax.config.execution import DISPATCHERS
@@ -107,8 +114,12 @@ def end_all_processes(code: int, reason: str) -> None:
         hosts.fail(code, reason)
 
 
-def load_model(arguments: argparse.Namespace) -> "CausalLM":
+def load_model(arguments: argparse.Namespace, generation: GenerationConfig | None = None) -> "CausalLM":
     """The checkpoint of `add_model_arguments`, in eval mode.
+
+    Args:
+        arguments: parsed.
+        generation: in place of generation_config.json; None reads the file.
 
     Raises:
         ConfigError, CheckpointError, ShardingError: as `from_pretrained` and `make_mesh`.
@@ -124,7 +135,9 @@ def load_model(arguments: argparse.Namespace) -> "CausalLM":
     from qwen_moe_jax.sharding.mesh import make_mesh
 
     mesh = make_mesh(**arguments.mesh) if arguments.mesh else None
-    return from_pretrained(arguments.folder, mesh=mesh, execution=execution, adapter=arguments.adapter)
+    return from_pretrained(
+        arguments.folder, mesh=mesh, execution=execution, adapter=arguments.adapter, generation_config=generation
+    )
 
 
 def mesh_sizes(text: str) -> dict[str, int]:

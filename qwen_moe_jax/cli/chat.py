@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qwen_moe_jax.cli.arguments import add_model_arguments, load_model
-from qwen_moe_jax.cli.sampling_arguments import add_sampling_arguments, sampled
+from qwen_moe_jax.cli.sampling_arguments import add_sampling_arguments, sampling_overrides
 from qwen_moe_jax.cli.terminal import interruption, show
 from qwen_moe_jax.errors import RequestError
 
@@ -47,8 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     Raises:
         RequestError: a length that cannot be.
-        ConfigError, CheckpointError, ShardingError: as `sampled`, `load_chat_template`, `from_pretrained` and
-            `make_mesh`.
+        ConfigError, CheckpointError, ShardingError: as `sampling_overrides`, `load_chat_template`, `from_pretrained`
+            and `make_mesh`.
     """
     if arguments.max_length is not None and arguments.max_length < 1:
         raise RequestError(f"--max-length {arguments.max_length}, expected at least 1.")
@@ -64,8 +64,8 @@ def run(arguments: argparse.Namespace) -> None:
     folder = local_folder(arguments.folder)
     config = ModelConfig.from_pretrained(folder)
     tokenizer, template = load_tokenizer(folder), load_chat_template(folder)
-    generation = sampled(arguments, read_generation_config(folder, config))
-    model = load_model(arguments)
+    generation = read_generation_config(folder, config, sampling_overrides(arguments))
+    model = load_model(arguments, generation)
     session = Session(model, arguments.max_length or min(config.max_position_embeddings, DEFAULT_MAX_LENGTH))
     conversation = Conversation(
         session=session,

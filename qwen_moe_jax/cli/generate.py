@@ -1,6 +1,7 @@
 """`qwen-moe-jax generate`: completions of prompts."""
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_moe_jax.cli.arguments import add_host_arguments, add_model_arguments, join_processes, load_model
-from qwen_moe_jax.cli.sampling_arguments import add_sampling_arguments, sampled
+from qwen_moe_jax.cli.prompts import read_prompts
+from qwen_moe_jax.cli.sampling_arguments import add_sampling_arguments, sampling_overrides
 from qwen_moe_jax.cli.terminal import show
 from qwen_moe_jax.errors import ConfigError, RequestError
 
@@ -34,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         dest="prompts",
         metavar="FILE",
-        help="a file whose whole content is a prompt; may be repeated. Standard input is one if nothing is given",
+        help='a file whose whole content is a prompt, or a .jsonl file of one request a line: {"prompt": …} or '
+        '{"messages": […]}; may be repeated. Standard input is a prompt if nothing is given',
     )
     parser.add_argument(
         "--json",
@@ -51,8 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     Raises:
         RequestError: at the end, if some prompts could not be served; before the weights are read, if none can, or if
-            a file cannot be read.
-        ConfigError, CheckpointError, ShardingError: as `sampled`, `from_pretrained`, `make_mesh` and
+            a file cannot be read, or a line of a .jsonl file is no request.
+        ConfigError, CheckpointError, ShardingError: as `sampling_overrides`, `from_pretrained`, `make_mesh` and
             `initialize_distributed`.
     """
     if join_processes(arguments):
@@ -60,12 +63,13 @@ def run(arguments: argparse.Namespace) -> None:
             raise RequestError("several processes do not share one standard input: give --prompt or --file.")
         if not arguments.mesh:
             raise ConfigError("several processes need --mesh: how their devices share the model, as in expert=8.")
-    prompts = [_content(source) for source in arguments.prompts or [None]]
+    prompts = read_prompts(arguments.prompts or [None])
 
     from qwen_moe_jax.cli.answer import Answer
     from qwen_moe_jax.config import ModelConfig
     from qwen_moe_jax.huggingface.generation_config import read_generation_config
     from qwen_moe_jax.huggingface.hub import local_folder
+    from qwen_moe_jax.inference.chat_template import load_chat_template
     from qwen_moe_jax.inference.detokenize import TextStream
     from qwen_moe_jax.inference.engine import Chunk, stream
     from qwen_moe_jax.inference.tokenizer import encode_prompt, load_tokenizer
@@ -75,16 +79,20 @@ def run(arguments: argparse.Namespace) -> None:
     folder = local_folder(arguments.folder)
     config = ModelConfig.from_pretrained(folder)
     tokenizer = load_tokenizer(folder)
-    defaults = read_generation_config(folder, config)
-    if arguments.max_new_tokens is None and defaults.max_new_tokens is None:
-        arguments.max_new_tokens = DEFAULT_LENGTH
-    generation = sampled(arguments, defaults)
+    generation = read_generation_config(folder, config, sampling_overrides(arguments))
+    if generation.max_new_tokens is None and generation.max_length is None:
+        generation = dataclasses.replace(generation, max_new_tokens=DEFAULT_LENGTH)
 
+    template = load_chat_template(folder) if any(prompt.is_conversation for prompt in prompts) else None
+    texts = {number: prompt.text for number, prompt in enumerate(prompts, 1)}
     requests: dict[int, list[int]] = {}  # by the prompt's number, as are refusals and answers
     refusals: dict[int, str] = {}
     for number, prompt in enumerate(prompts, 1):
         try:
-            requests[number] = encode_prompt(tokenizer, prompt, config.vocab_size)
+            texts[number] = prompt.rendered(template.render if template else None)
+            requests[number] = encode_prompt(
+                tokenizer, texts[number], config.vocab_size, add_special_tokens=not prompt.is_conversation
+            )
         except RequestError as error:
             refusals[number] = str(error)
             if is_process_zero():
@@ -93,11 +101,11 @@ def run(arguments: argparse.Namespace) -> None:
     if not is_process_zero():
         output: _Silent | _Lines | _Texts = _Silent()
     elif arguments.json:
-        output = _Lines(prompts, answers, refusals)
+        output = _Lines(texts, answers, refusals)
     else:
         output = _Texts(answers, headed=len(prompts) > 1)
     if requests:
-        model = load_model(arguments)
+        model = load_model(arguments, generation)
         require_same("the prompts and how they are continued", f"{requests} {generation}")
         start, growing = time.perf_counter(), list(answers.values())
 
@@ -147,10 +155,10 @@ class _Silent:
 class _Lines:
     """A line of JSON for each prompt, in order."""
 
-    def __init__(self, prompts: Sequence[str], answers: "Mapping[int, Answer]", refusals: Mapping[int, str]):
+    def __init__(self, texts: Mapping[int, str], answers: "Mapping[int, Answer]", refusals: Mapping[int, str]):
         self._answers = answers
         self._refusals = refusals
-        self._waiting = list(enumerate(prompts, 1))
+        self._waiting = list(texts.items())
 
     def show(self) -> None:
         while self._waiting:
@@ -166,18 +174,6 @@ class _Lines:
                 line |= {name: getattr(answer, name) for name in names}
             print(json.dumps(line, ensure_ascii=False), flush=True)
             self._waiting.pop(0)
-
-
-def _content(source: str | Path | None) -> str:
-    """A prompt as given, of a file, or of standard input."""
-    if isinstance(source, str):
-        return source
-    # Bytes that are no UTF-8 are kept, so that the prompt is refused for them, and not for something else.
-    try:
-        content = sys.stdin.buffer.read() if source is None else source.read_bytes()
-    except OSError as error:
-        raise RequestError(f"{source}: cannot be read ({error.strerror}).") from None
-    return content.decode("utf-8", "surrogateescape")
 
 
 def _speed(answers: "Sequence[Answer]", seconds: float) -> str:

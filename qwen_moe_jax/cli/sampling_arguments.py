@@ -1,7 +1,7 @@
 """Sampling arguments of `generate` and `chat`, which override generation_config.json."""
 
 import argparse
-import dataclasses
+from typing import Any
 
 from qwen_moe_jax.config import GenerationConfig
 from qwen_moe_jax.config.docs import first_sentence
@@ -24,7 +24,7 @@ _SHAPING = ("top_k", "top_p", "min_p")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `sampled`."""
+    """The arguments of `sampling_overrides`."""
     group = parser.add_argument_group("sampling", "Defaults are those of generation_config.json; greedy without one.")
     for name, kind in _NUMBERS.items():
         text = _TEMPERATURE if name == "temperature" else first_sentence(GenerationConfig, name)
@@ -35,11 +35,11 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def sampled(arguments: argparse.Namespace, defaults: GenerationConfig) -> GenerationConfig:
-    """The checkpoint's generation config, overridden by the arguments.
+def sampling_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `GenerationConfig` that the arguments set; they replace those of generation_config.json.
 
     Raises:
-        ConfigError: a value outside its range, or one that has no meaning with `--temperature 0`.
+        ConfigError: one that has no meaning with `--temperature 0`.
     """
     given = {name: value for name in (*_NUMBERS, "stop_strings") if (value := getattr(arguments, name)) is not None}
     shaping = [f"--{name.replace('_', '-')}" for name in _SHAPING if name in given]
@@ -49,4 +49,4 @@ def sampled(arguments: argparse.Namespace, defaults: GenerationConfig) -> Genera
         given["do_sample"] = False
     elif shaping or "temperature" in given:
         given["do_sample"] = True
-    return dataclasses.replace(defaults, **given)
+    return given

@@ -20,13 +20,18 @@ class GenerationConfig:
         eos_token_id: tokens that end a text.
         stop_strings: strings that end a text.
         max_new_tokens: the largest number of new tokens, the ending token included; None leaves it to the caller.
+        max_length: the largest number of tokens of prompt and new text; without effect where `max_new_tokens` is set.
         min_new_tokens: `eos_token_id` cannot be sampled before this many new tokens.
+        min_length: the same for the tokens of prompt and new text.
         do_sample: sample tokens; otherwise the most probable one is taken, and temperature, top_k, top_p, min_p and
             seed have no effect.
         temperature: divides the logits. It may be 0 where nothing is sampled.
         top_k: sample among the k most probable tokens (0: among all).
         top_p: sample among the fewest most probable tokens whose probabilities sum to at least this.
         min_p: sample among the tokens at least this times as probable as the most probable one.
+        typical_p: sample among the most typical tokens whose probabilities sum to at least this (arXiv 2202.00666).
+        epsilon_cutoff: sample among the tokens of at least this probability, and the most probable one; 0 for all.
+        eta_cutoff: the same with a bound that falls with the entropy (arXiv 2210.15191).
         repetition_penalty: divides the positive and multiplies the negative logits of tokens of the prompt and of the
             generated text (arXiv 1909.05858).
         presence_penalty: subtracted from the logits of tokens that were generated, as in OpenAI's API and vLLM.
@@ -34,6 +39,13 @@ class GenerationConfig:
         logit_bias: (token, bias) pairs, added to the logits. Instead of a token, a sequence of tokens biases its last
             one where the others came immediately before (transformers' `sequence_bias`).
         bad_words_ids: sequences of tokens that are not completed. A single token that ends a text stays allowed.
+        no_repeat_ngram_size: no sequence of this many tokens occurs twice in prompt and new text; 0 allows it.
+        suppress_tokens: tokens that are not generated.
+        begin_suppress_tokens: tokens that are not generated first.
+        forced_bos_token_id: the first new token after a prompt of one token.
+        forced_eos_token_id: tokens of which the last new token is one, where the text reaches its largest length.
+        exponential_decay_length_penalty: (start, factor): after `start` new tokens, logits of `eos_token_id` grow by
+            their size times factor^n - 1, n counting from `start`.
         seed: of the random numbers, below 2**64; None is another one every time.
         hub_fields: the other fields of generation_config.json as (name, JSON) pairs: kept for export, otherwise unused.
 
@@ -44,34 +56,50 @@ class GenerationConfig:
     eos_token_id: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     max_new_tokens: int | None = None
+    max_length: int | None = None
     min_new_tokens: int = 0
+    min_length: int = 0
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int = 50
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int | tuple[int, ...], float], ...] = ()
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    no_repeat_ngram_size: int = 0
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: tuple[int, ...] = ()
+    exponential_decay_length_penalty: tuple[int, float] | None = None
     seed: int | None = None
     hub_fields: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         frozen = {
-            "eos_token_id": token_ids("eos_token_id", self.eos_token_id),
             "stop_strings": strings("stop_strings", self.stop_strings),
+            **{name: token_ids(name, getattr(self, name)) for name in _TOKENS},
             "logit_bias": _biases("logit_bias", self.logit_bias),
             "bad_words_ids": tuple(token_ids("bad_words_ids", word) for word in self.bad_words_ids),
         }
         for name, value in frozen.items():
             object.__setattr__(self, name, value)
+        if self.exponential_decay_length_penalty is not None:
+            object.__setattr__(self, "exponential_decay_length_penalty", tuple(self.exponential_decay_length_penalty))
         with Checks(self) as check:
             check(all(self.bad_words_ids), "bad_words_ids", "at least one token in each")
-            check.at_least(1, "max_new_tokens")
-            check.at_least(0, "min_new_tokens", "top_k")
-            for name in ("top_p", "min_p"):
+            check.at_least(1, "max_new_tokens", "max_length")
+            check.at_least(0, "min_new_tokens", "min_length", "top_k", "no_repeat_ngram_size", "forced_bos_token_id")
+            check(0 < self.typical_p <= 1, "typical_p", "in (0, 1]")
+            expected = "(start, factor): zero or a positive integer, and a positive number"
+            check(_is_decay(self.exponential_decay_length_penalty), "exponential_decay_length_penalty", expected)
+            for name in ("top_p", "min_p", "epsilon_cutoff", "eta_cutoff"):
                 check(0 <= getattr(self, name) <= 1, name, "in [0, 1]")
             for name in ("presence_penalty", "frequency_penalty"):
                 check(-2 <= getattr(self, name) <= 2, name, "in [-2, 2]")
@@ -82,6 +110,18 @@ class GenerationConfig:
                 check(self.temperature > 0 or not self.do_sample, "temperature", expected)
             seeded = self.seed is None or 0 <= self.seed < 2**64
             check(seeded, "seed", "between 0 and 2**64, exclusive, or None")
+
+
+#: Fields that are lists of token ids.
+_TOKENS = ("eos_token_id", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id")
+
+
+def _is_decay(found: tuple[int, float] | None) -> bool:
+    """Whether a penalty is None, or a start and a factor."""
+    if found is None:
+        return True
+    numbers = len(found) == 2 and all(isinstance(x, int | float) and not isinstance(x, bool) for x in found)
+    return numbers and isinstance(found[0], int) and found[0] >= 0 and 0 < found[1] < math.inf
 
 
 def _biases(field: str, found: Any) -> tuple[tuple[int | tuple[int, ...], float], ...]:

@@ -1,10 +1,11 @@
 """generation_config.json ↔ GenerationConfig.
 
-Fields that are not implemented (beams, `no_repeat_ngram_size`, …) are kept and written again.
+Fields that are not implemented (beams, `guidance_scale`, …) are kept and written again.
 """
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from qwen_moe_jax.config import GenerationConfig, ModelConfig
@@ -12,24 +13,42 @@ from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.fields import Fields, freeze, one_or_list, read_json, thaw
 
 
-def read_generation_config(folder: Path, config: ModelConfig) -> GenerationConfig:
+def read_generation_config(
+    folder: Path, config: ModelConfig, overrides: Mapping[str, Any] = MappingProxyType({})
+) -> GenerationConfig:
     """Reads generation_config.json; without one, the stop tokens of config.json.
+
+    Args:
+        folder: of the checkpoint.
+        config: its config.json.
+        overrides: fields of `GenerationConfig` that replace the file's, which may then hold any value.
 
     Raises:
         ConfigError: a field outside its range or of another type; the message names the file and the field.
     """
     path = folder / "generation_config.json"
     if not path.is_file():
-        return GenerationConfig(eos_token_id=config.eos_token_id)
-    return generation_config_from_hub(read_json(path), str(path))
+        return GenerationConfig(**{"eos_token_id": config.eos_token_id, **overrides})
+    return generation_config_from_hub(read_json(path), str(path), overrides)
 
 
-def generation_config_from_hub(hub: Mapping[str, Any], where: str = "generation_config") -> GenerationConfig:
-    """Translates the content of a generation_config.json. `where` names it in messages. Null is the default."""
+def generation_config_from_hub(
+    hub: Mapping[str, Any], where: str = "generation_config", overrides: Mapping[str, Any] = MappingProxyType({})
+) -> GenerationConfig:
+    """Translates the content of a generation_config.json. Null is the default.
+
+    Args:
+        hub: the content.
+        where: its name in messages.
+        overrides: as of `read_generation_config`.
+    """
+    hub = {name: value for name, value in hub.items() if OWN_NAMES.get(name, name) not in overrides}
     fields = Fields(hub, where)
     found = {OWN_NAMES.get(name, name): read(fields, name) for name, read in READERS.items() if name in fields}
+    if "min_new_tokens" in fields:  # transformers, too, lets it replace min_length
+        found.pop("min_length", None)
     try:
-        return GenerationConfig(**found, hub_fields=freeze(hub))
+        return GenerationConfig(**found, **overrides, hub_fields=freeze(hub))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 
@@ -69,6 +88,13 @@ def _biases(fields: Fields, name: str) -> tuple[tuple[tuple[int, ...], float], .
     return tuple((tuple(ids), bias) for ids, bias in found)
 
 
+def _decay(fields: Fields, name: str) -> tuple[int, float]:
+    found = fields.values[name]
+    if not isinstance(found, list) or len(found) != 2 or not all(type(x) in (int, float) for x in found):
+        raise fields.error(name, "[start, factor]")
+    return int(found[0]), float(found[1])
+
+
 def _are_ids(found: Any) -> bool:
     return isinstance(found, list) and all(type(token) is int for token in found)
 
@@ -78,17 +104,28 @@ READERS: dict[str, Callable[[Fields, str], Any]] = {
     "eos_token_id": Fields.integers,
     "stop_strings": _strings,
     "max_new_tokens": Fields.integer,
+    "max_length": Fields.integer,
     "min_new_tokens": Fields.integer,
+    "min_length": Fields.integer,
     "do_sample": Fields.boolean,
     "temperature": Fields.number,
     "top_k": Fields.integer,
     "top_p": Fields.number,
     "min_p": Fields.number,
+    "typical_p": Fields.number,
+    "epsilon_cutoff": Fields.number,
+    "eta_cutoff": Fields.number,
     "repetition_penalty": Fields.number,
     "presence_penalty": Fields.number,
     "frequency_penalty": Fields.number,
     "sequence_bias": _biases,
     "bad_words_ids": _words,
+    "no_repeat_ngram_size": Fields.integer,
+    "suppress_tokens": Fields.integers,
+    "begin_suppress_tokens": Fields.integers,
+    "forced_bos_token_id": Fields.integer,
+    "forced_eos_token_id": Fields.integers,
+    "exponential_decay_length_penalty": _decay,
     "seed": Fields.integer,
 }
 #: Fields with another name in `GenerationConfig`.
@@ -105,4 +142,8 @@ WRITERS: dict[str, Callable[[Any], Any]] = {
     "stop_strings": lambda strings: list(strings) or None,
     "sequence_bias": _biases_to_hub,
     "bad_words_ids": lambda words: [list(word) for word in words] or None,
+    "suppress_tokens": lambda ids: list(ids) or None,
+    "begin_suppress_tokens": lambda ids: list(ids) or None,
+    "forced_eos_token_id": one_or_list,
+    "exponential_decay_length_penalty": lambda decay: None if decay is None else list(decay),
 }

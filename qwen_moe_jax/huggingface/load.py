@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from qwen_moe_jax.config import DTypeLike, ExecutionConfig, ModelConfig
+from qwen_moe_jax.config import DTypeLike, ExecutionConfig, GenerationConfig, ModelConfig
 from qwen_moe_jax.config.checks import dtype_name
 from qwen_moe_jax.huggingface.checkpoint import (
     Checkpoint,
@@ -29,7 +29,7 @@ from qwen_moe_jax.storage.placement import local_bytes, place
 from qwen_moe_jax.storage.progress import bytes_bar
 from qwen_moe_jax.suggest import refuse_hub_arguments
 
-_ARGUMENTS = ("mesh", "dtype", "param_dtype", "execution", "adapter", "rngs", "num_labels")
+_ARGUMENTS = ("mesh", "dtype", "param_dtype", "execution", "adapter", "generation_config", "rngs", "num_labels")
 
 AnyModel = TypeVar("AnyModel", bound=Model)
 
@@ -45,6 +45,7 @@ def from_pretrained(
     param_dtype: DTypeLike | None = None,
     execution: ExecutionConfig = ExecutionConfig(),
     adapter: str | PathLike[str] | None = None,
+    generation_config: GenerationConfig | None = None,
     **hub_arguments: Any,
 ) -> CausalLM:
     """Loads a checkpoint as a causal language model.
@@ -60,6 +61,7 @@ def from_pretrained(
         execution: how the model is run; the arguments `dtype` and `param_dtype` override its fields.
         adapter: a folder of low-rank adapters in PEFT's layout, or its name on the Hub. They are kept separate from the
             weights; `merge_lora` adds them.
+        generation_config: how text is generated; None reads generation_config.json.
         hub_arguments: none is taken; those of transformers are refused with the name of ours.
 
     Returns:
@@ -72,7 +74,15 @@ def from_pretrained(
         TypeError: an argument of another name.
     """
     refuse_hub_arguments("from_pretrained", hub_arguments, _ARGUMENTS)
-    model = load_model(CausalLM, folder, mesh=mesh, dtype=dtype, param_dtype=param_dtype, execution=execution)
+    model = load_model(
+        CausalLM,
+        folder,
+        mesh=mesh,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        execution=execution,
+        generation_config=generation_config,
+    )
     if adapter is not None:
         load_adapter(model, adapter)
     return model
@@ -86,6 +96,7 @@ def load_model(
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike | None = None,
     execution: ExecutionConfig = ExecutionConfig(),
+    generation_config: GenerationConfig | None = None,
     rngs: nnx.Rngs | jax.Array | int | None = None,
     num_labels: int | None = None,
     **hub_arguments: Any,
@@ -110,7 +121,7 @@ def load_model(
         rngs=None,
         mesh=mesh,
         execution=dataclasses.replace(execution, dtype=dtype, param_dtype=param_dtype or dtype),
-        generation_config=read_generation_config(checkpoint.folder, checkpoint.config),
+        generation_config=generation_config or read_generation_config(checkpoint.folder, checkpoint.config),
     )
     optional = () if rngs is None else _init_missing_head(abstract, checkpoint, rngs)
     wanted = [parameter for parameter in hub_parameters(abstract) if not isinstance(parameter.leaf, jax.Array)]

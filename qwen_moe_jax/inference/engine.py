@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import DTypeLike, GenerationConfig
 from qwen_moe_jax.errors import RequestError
+from qwen_moe_jax.huggingface.unused_fields import say_once
 from qwen_moe_jax.inference import programs
 from qwen_moe_jax.inference.programs import DecodeOutput
 from qwen_moe_jax.inference.sampling import initial_state, sampling_settings
@@ -57,14 +58,15 @@ def stream(
 
     Args:
         model: run in eval mode.
-        prompts: token ids, at least one each.
-        configs: one for each prompt; `max_new_tokens` None means as many as the model has positions for.
+        prompts: token ids, at least one each: lists, or arrays of NumPy, JAX or PyTorch.
+        configs: one for each prompt; without `max_new_tokens` and `max_length`, as many as the model has positions for.
         cache_dtype: of keys and values, anything that `jnp.dtype` takes; None is the model's.
         enough: called with every chunk before it is yielded; True ends that request (its text has a stop string, say).
 
     Raises:
         RequestError: a prompt that cannot be served (see `check_request`).
     """
+    prompts = [token_list(f"prompt {index}", prompt) for index, prompt in enumerate(prompts)]
     requests = list(zip(prompts, configs, strict=True))
     for index, request in enumerate(requests):
         check_request(model, f"prompt {index}", *request)
@@ -87,16 +89,40 @@ def check_request(model: CausalLM, name: str, prompt: Sequence[int], config: Gen
     for token in prompt:
         if not isinstance(token, int | np.integer) or not 0 <= token < vocab_size:
             raise RequestError(f"{name} holds {token!r}, expected token ids from 0 to {vocab_size - 1}.")
-    if config.max_new_tokens is None and len(prompt) >= positions:
+    if config.max_new_tokens is None and config.max_length is not None:
+        if len(prompt) >= config.max_length:
+            raise RequestError(
+                f"{name} has {len(prompt)} tokens, and max_length={config.max_length} counts them, too: none is left "
+                "for a new token. Shorten it, or give max_new_tokens, which replaces max_length."
+            )
+    elif config.max_new_tokens is None and len(prompt) >= positions:
         raise RequestError(
             f"{name} has {len(prompt)} tokens, and the model has {positions} positions: none is left for a new "
             "token. Shorten it, or give max_new_tokens to go beyond what the model was trained for."
         )
+    if len(prompt) > positions:
+        say_once(
+            f"{name} has {len(prompt)} tokens, more than the {positions} positions that the model was trained for "
+            "(max_position_embeddings): the text may become worse."
+        )
+
+
+def token_list(name: str, prompt: Any) -> list[Any]:
+    """A prompt's token ids as a list, from a list or an array of NumPy, JAX or PyTorch; `check_request` checks them.
+
+    Raises:
+        RequestError: it is no sequence; the message begins with `name`.
+    """
+    tokens = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if isinstance(tokens, str) or not isinstance(tokens, Iterable):
+        raise RequestError(f"{name} is {tokens!r}, expected a list of token ids: pass [prompt] for a single prompt.")
+    return [token.item() if hasattr(token, "item") and np.ndim(token) == 0 else token for token in tokens]
 
 
 def new_tokens(model: CausalLM, prompt: Sequence[int], config: GenerationConfig) -> int:
     """The largest number of new tokens of a request."""
-    return config.max_new_tokens or model.config.max_position_embeddings - len(prompt)
+    longest = model.config.max_position_embeddings if config.max_length is None else config.max_length
+    return config.max_new_tokens or longest - len(prompt)
 
 
 class Session:
@@ -137,6 +163,7 @@ class Session:
         Raises:
             RequestError: it cannot be served, or does not fit into the cache.
         """
+        token_ids = token_list("the prompt", token_ids)
         check_request(self._model, "the prompt", token_ids, config)
         left = self.max_length - len(token_ids)
         if left < 1:
@@ -157,13 +184,17 @@ class Session:
         model, absent = self._model, self._rows - len(prompts)
         rows = [*map(list, prompts), *[[]] * absent]
         budgets = [new_tokens(model, *request) for request in zip(prompts, configs, strict=True)]
+        configs = [
+            dataclasses.replace(config, max_new_tokens=budget) for config, budget in zip(configs, budgets, strict=True)
+        ]
         if self._spans_processes:
             configs = [_with_common_seed(config) for config in configs]
         token_B: Any = np.zeros(self._rows, np.int32)
         left_B: Any = np.array([*budgets, *[0] * absent], np.int32)
         with self._or_clear():
             settings = sampling_settings([*configs, *[GenerationConfig()] * absent], model.config.vocab_size)
-            state = programs.DecodeState(token_B=token_B, left_B=left_B, sampling=initial_state(settings, rows))
+            sampling = initial_state(settings, rows, self.max_length)
+            state = programs.DecodeState(token_B=token_B, left_B=left_B, sampling=sampling)
             state, output = programs.first(self._read(rows), state, settings)
             output = self._on_host(output)
         alive = set(range(len(prompts)))

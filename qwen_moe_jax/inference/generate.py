@@ -8,8 +8,8 @@ from typing import Any
 from qwen_moe_jax.config import DTypeLike, GenerationConfig
 from qwen_moe_jax.errors import RequestError
 from qwen_moe_jax.inference.detokenize import TextStream
-from qwen_moe_jax.inference.engine import Chunk, Finish, check_request, stream
-from qwen_moe_jax.inference.tokenizer import Tokenizer, encode, load_tokenizer
+from qwen_moe_jax.inference.engine import Chunk, Finish, check_request, stream, token_list
+from qwen_moe_jax.inference.tokenizer import Tokenizer, encode, load_tokenizer, require_unicode
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.suggest import did_you_mean
 
@@ -52,12 +52,12 @@ def generate(
 
     Args:
         model: run in eval mode, whose dispatch drops no token unless the model's `ExecutionConfig` says so.
-        prompts: texts, or lists of token ids. They need not be of one length.
+        prompts: texts, or token ids as lists or arrays of NumPy, JAX or PyTorch. They need not be of one length.
         config: for all, or one for each; None is the model's own (generation_config.json).
         tokenizer: needed for texts and for stop strings: a tokenizer, or the checkpoint folder that holds one.
         cache_dtype: of the cached keys and values, anything that `jnp.dtype` takes; None is the model's.
         settings: fields of `GenerationConfig` that replace those of `config`: `max_new_tokens=100, do_sample=True,
-            temperature=0.7`. Where neither gives it, `max_new_tokens` is 64.
+            temperature=0.7`. Where neither gives it or `max_length`, `max_new_tokens` is 64.
 
     Returns:
         For texts, the new texts; for token ids, the new token ids (see `Completion`).
@@ -109,14 +109,15 @@ def _complete(
         raise RequestError("the prompts are texts, but no tokenizer was given: pass tokenizer=<checkpoint folder>.")
     if tokenizer is None and any(config.stop_strings for config in configs):
         raise RequestError("stop strings need a tokenizer: pass tokenizer=<checkpoint folder>.")
-    ids = [encode(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-
+    ids: list[list[int]] = []
     errors: dict[int, RequestError] = {}
-    for index, (prompt, config) in enumerate(zip(ids, configs, strict=True)):
+    for index, (prompt, config) in enumerate(zip(prompts, configs, strict=True)):
         try:
-            check_request(model, f"prompt {index}", prompt, config)
+            ids.append(_token_ids(f"prompt {index}", prompt, tokenizer))
+            check_request(model, f"prompt {index}", ids[index], config)
         except RequestError as error:
             errors[index] = error
+            ids[index:] = [[]]
     if errors and strict:
         raise RequestError(" ".join(map(str, errors.values())))
     served = [index for index in range(len(ids)) if index not in errors]
@@ -144,6 +145,14 @@ def _complete(
     for index, text, start, parts in zip(served, texts, started, chunks, strict=True):
         completions[index] = _joined(parts, text, start)
     return completions
+
+
+def _token_ids(name: str, prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
+    """Token ids of a text or of a list of them; RequestError, naming it, for what is neither."""
+    if tokenizer is None or not isinstance(prompt, str):
+        return token_list(name, prompt)
+    require_unicode(name, prompt)
+    return encode(tokenizer, prompt)
 
 
 def _joined(parts: Sequence[Chunk], text: TextStream | None, start: str) -> Completion:
@@ -185,7 +194,8 @@ def request_configs(
         configs = list(config)
     if len(configs) != count:
         raise RequestError(f"there are {len(configs)} configs for {count} prompts: expected one for each, or one.")
+    configs = [dataclasses.replace(one, **settings) for one in configs]
     return [
-        dataclasses.replace(one, **{"max_new_tokens": one.max_new_tokens or MAX_NEW_TOKENS, **settings})
+        one if one.max_new_tokens or one.max_length else dataclasses.replace(one, max_new_tokens=MAX_NEW_TOKENS)
         for one in configs
     ]

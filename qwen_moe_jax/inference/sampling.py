@@ -8,7 +8,9 @@ Logits [B, V] are changed in transformers' order (`GenerationMixin._get_logits_p
 3. `frequency_penalty` and `presence_penalty`, for those of the output. transformers has neither: their order is
    vLLM's (`apply_penalties`), after the repetition penalty and before anything is masked or scaled;
 4. tokens that end the text are masked until there are `min_new_tokens`;
-5. where tokens are drawn: `temperature`, then `top_k`, `top_p` of what is left, `min_p` of what is left.
+5. the constraints on lengths, n-grams and forced tokens (`inference.constraints`);
+6. in sampling: `temperature`, then `top_k`, `top_p`, `min_p`, `typical_p`, `epsilon_cutoff` and `eta_cutoff`, each
+   applied to the tokens that are left.
 
 Settings are arrays, so that one compiled program serves every value of them. A setting that no row uses is None:
 without penalties there are no counts [B, V], and a batch without sampling is one argmax. Lists are padded to
@@ -28,6 +30,8 @@ import numpy as np
 
 from qwen_moe_jax.config import GenerationConfig
 from qwen_moe_jax.errors import RequestError
+from qwen_moe_jax.inference.constraints import Constraints, constrain, constraints_of
+from qwen_moe_jax.inference.tables import add_rows, bucket, field_array, token_table
 
 #: Fills windows of tokens before the first token of a text; in a prefix it matches any token.
 NO_TOKEN = -1
@@ -61,6 +65,16 @@ class Penalties:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Cutoffs:
+    """`typical_p` (1 for all), `epsilon_cutoff` and `eta_cutoff` (0 for all), float32 [B] each."""
+
+    typical_p_B: jax.Array
+    epsilon_B: jax.Array
+    eta_B: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Drawing:
     """Settings of sampling. Greedy rows have settings that change no logit.
 
@@ -71,6 +85,7 @@ class Drawing:
         top_k_B: int32 [B], V for all.
         top_p_B: float32 [B], 1 for all.
         min_p_B: float32 [B], 0 for all.
+        cutoffs: None where no row has any.
     """
 
     drawn_B: jax.Array
@@ -79,6 +94,7 @@ class Drawing:
     top_k_B: jax.Array
     top_p_B: jax.Array
     min_p_B: jax.Array
+    cutoffs: Cutoffs | None
 
 
 @jax.tree_util.register_dataclass
@@ -92,6 +108,7 @@ class SamplingSettings:
         penalties: None where no row has any.
         min_new_tokens_B: int32 [B]; None where no row has a minimum.
         stop_BS: int32 [B, S]; the tokens that end a row's text; V, which is no token, in unused places.
+        constraints: None where no row has any.
         drawing: None where every row takes the most probable token.
         vocab_size: V.
     """
@@ -100,6 +117,7 @@ class SamplingSettings:
     penalties: Penalties | None
     min_new_tokens_B: jax.Array | None
     stop_BS: jax.Array
+    constraints: Constraints | None
     drawing: Drawing | None
     vocab_size: int = dataclasses.field(metadata={"static": True})
 
@@ -110,17 +128,21 @@ class SamplingState:
     """State of sampling: what the next token depends on, apart from the logits.
 
     Attributes:
+        prompt_length_B: int32 [B]; tokens of the prompt.
         generated_B: int32 [B]; tokens generated so far.
         recent_BW: int32 [B, W]; the last tokens of prompt and output, NO_TOKEN before the first; as long as the longest
             prefix of `SamplingSettings.biases`.
         prompted_BV: bool [B, V]; which tokens the prompt has. None without penalties.
         counts_BV: int32 [B, V]; how often each token was generated. None without penalties.
+        history_BL: int32 [B, L]; tokens of prompt and output, from the left. None without `no_repeat_ngram_size`.
     """
 
+    prompt_length_B: jax.Array
     generated_B: jax.Array
     recent_BW: jax.Array
     prompted_BV: jax.Array | None
     counts_BV: jax.Array | None
+    history_BL: jax.Array | None
 
 
 # ---- on the host: settings and initial state ------------------------------------------------------------------------
@@ -138,21 +160,29 @@ def sampling_settings(configs: Sequence[GenerationConfig], vocab_size: int) -> S
     return SamplingSettings(
         biases=_bias_table([_biased_sequences(config) for config in configs], vocab_size),
         penalties=_penalties(configs) if any(map(_is_penalised, configs)) else None,
-        min_new_tokens_B=_array(configs, "min_new_tokens", np.int32) if waits else None,
-        stop_BS=_stop_table(configs, vocab_size),
+        min_new_tokens_B=field_array(configs, "min_new_tokens", np.int32) if waits else None,
+        stop_BS=token_table([config.eos_token_id for config in configs], vocab_size),
+        constraints=constraints_of(configs, vocab_size),
         drawing=_drawing(configs, vocab_size) if any(config.do_sample for config in configs) else None,
         vocab_size=vocab_size,
     )
 
 
 def require_known_tokens(name: str, config: GenerationConfig, vocab_size: int) -> None:
-    """Refuses biases and bad words with tokens outside the vocabulary. `name` is the request's, for the message.
+    """Refuses biases, bad words and forced tokens outside the vocabulary. `name` is the request's, for the message.
 
     Raises:
-        RequestError: `logit_bias` or `bad_words_ids` has a token outside the vocabulary.
+        RequestError: naming the field and the token.
     """
     biased = tuple(sequence for sequence, _ in config.logit_bias)
-    for field, sequences in (("logit_bias", biased), ("bad_words_ids", config.bad_words_ids)):
+    first = () if config.forced_bos_token_id is None else (config.forced_bos_token_id,)
+    fields: dict[str, Sequence[int | tuple[int, ...]]] = {
+        "logit_bias": biased,
+        "bad_words_ids": config.bad_words_ids,
+        "forced_bos_token_id": first,
+        "forced_eos_token_id": config.forced_eos_token_id,
+    }
+    for field, sequences in fields.items():
         for token in (token for sequence in sequences for token in _as_tuple(sequence)):
             if token >= vocab_size:
                 raise RequestError(
@@ -160,8 +190,16 @@ def require_known_tokens(name: str, config: GenerationConfig, vocab_size: int) -
                 )
 
 
-def initial_state(settings: SamplingSettings, prompts: Sequence[Sequence[int]]) -> SamplingState:
-    """The state before the first new token; row b has read `prompts[b]`, which may be empty."""
+def initial_state(
+    settings: SamplingSettings, prompts: Sequence[Sequence[int]], max_length: int | None = None
+) -> SamplingState:
+    """The state before the first new token.
+
+    Args:
+        settings: of the batch.
+        prompts: token ids that each row has read; they may be empty.
+        max_length: the largest number of tokens of a row, prompt included; needed with `no_repeat_ngram_size`.
+    """
     rows, window = len(prompts), settings.biases.prefix_BMW.shape[-1]
     recent_BW = np.full((rows, window), NO_TOKEN, np.int32)
     for row, prompt in zip(recent_BW, prompts, strict=True):
@@ -174,28 +212,26 @@ def initial_state(settings: SamplingSettings, prompts: Sequence[Sequence[int]]) 
         for row, prompt in zip(read_BV, prompts, strict=True):
             row[np.asarray(prompt, np.int64)] = True
         prompted_BV = jnp.asarray(read_BV)
+    history_BL = None
+    if settings.constraints is not None and settings.constraints.ngram_size_B is not None:
+        if max_length is None:
+            raise ValueError("no_repeat_ngram_size needs max_length, the tokens a row may have.")
+        history = np.zeros((rows, max_length), np.int32)
+        for row, prompt in zip(history, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        history_BL = jnp.asarray(history)
     return SamplingState(
+        prompt_length_B=jnp.asarray(np.array([len(prompt) for prompt in prompts], np.int32)),
         generated_B=jnp.asarray(np.zeros(rows, np.int32)),
         recent_BW=jnp.asarray(recent_BW),
         prompted_BV=prompted_BV,
         counts_BV=counts_BV,
+        history_BL=history_BL,
     )
-
-
-def _array(configs: Sequence[GenerationConfig], field: str, dtype: type) -> jax.Array:
-    return jnp.asarray(np.array([getattr(config, field) for config in configs], dtype))
 
 
 def _as_tuple(sequence: int | tuple[int, ...]) -> tuple[int, ...]:
     return sequence if isinstance(sequence, tuple) else (sequence,)
-
-
-def _bucket(count: int) -> int:
-    """Padded length of a list: 0, 4, 16, 64, …, so that few programs are compiled."""
-    size = 4 if count else 0
-    while size < count:
-        size *= 4
-    return size
 
 
 def _biased_sequences(config: GenerationConfig) -> list[tuple[tuple[int, ...], float]]:
@@ -207,8 +243,8 @@ def _biased_sequences(config: GenerationConfig) -> list[tuple[tuple[int, ...], f
 
 
 def _bias_table(rows: Sequence[list[tuple[tuple[int, ...], float]]], vocab_size: int) -> BiasedSequences:
-    num_slots = _bucket(max(map(len, rows), default=0))
-    window = _bucket(max((len(sequence) - 1 for row in rows for sequence, _ in row), default=0))
+    num_slots = bucket(max(map(len, rows), default=0))
+    window = bucket(max((len(sequence) - 1 for row in rows for sequence, _ in row), default=0))
     prefix_BMW = np.full((len(rows), num_slots, window), NO_TOKEN, np.int32)
     token_BM = np.full((len(rows), num_slots), vocab_size, np.int32)
     bias_BM = np.zeros((len(rows), num_slots), np.float32)
@@ -228,18 +264,10 @@ def _is_penalised(config: GenerationConfig) -> bool:
 
 def _penalties(configs: Sequence[GenerationConfig]) -> Penalties:
     return Penalties(
-        repetition_B=_array(configs, "repetition_penalty", np.float32),
-        presence_B=_array(configs, "presence_penalty", np.float32),
-        frequency_B=_array(configs, "frequency_penalty", np.float32),
+        repetition_B=field_array(configs, "repetition_penalty", np.float32),
+        presence_B=field_array(configs, "presence_penalty", np.float32),
+        frequency_B=field_array(configs, "frequency_penalty", np.float32),
     )
-
-
-def _stop_table(configs: Sequence[GenerationConfig], vocab_size: int) -> jax.Array:
-    longest = max((len(config.eos_token_id) for config in configs), default=0)
-    stop_BS = np.full((len(configs), _bucket(longest)), vocab_size, np.int32)
-    for row, config in zip(stop_BS, configs, strict=True):
-        row[: len(config.eos_token_id)] = config.eos_token_id
-    return jnp.asarray(stop_BS)
 
 
 def _drawing(configs: Sequence[GenerationConfig], vocab_size: int) -> Drawing:
@@ -249,13 +277,27 @@ def _drawing(configs: Sequence[GenerationConfig], vocab_size: int) -> Drawing:
     seeds = [secrets.randbits(64) if config.seed is None else config.seed for config in configs]
     halves = np.array([(seed >> 32, seed & 0xFFFF_FFFF) for seed in seeds], np.uint32)
     return Drawing(
-        drawn_B=_array(configs, "do_sample", bool),
+        drawn_B=field_array(configs, "do_sample", bool),
         # Threefry by name: under vmap it gives each row what it would get alone, which other generators do not.
         key_B=jax.random.wrap_key_data(jnp.asarray(halves), impl="threefry2x32"),
-        temperature_B=_array(active, "temperature", np.float32),
+        temperature_B=field_array(active, "temperature", np.float32),
         top_k_B=jnp.asarray(np.array(top_k, np.int32)),
-        top_p_B=_array(active, "top_p", np.float32),
-        min_p_B=_array(active, "min_p", np.float32),
+        top_p_B=field_array(active, "top_p", np.float32),
+        min_p_B=field_array(active, "min_p", np.float32),
+        cutoffs=_cutoffs(active),
+    )
+
+
+def _cutoffs(active: Sequence[GenerationConfig]) -> Cutoffs | None:
+    # transformers ignores the others, too.
+    epsilons = [0.0 if config.epsilon_cutoff == 1 else config.epsilon_cutoff for config in active]
+    etas = [0.0 if config.eta_cutoff == 1 else config.eta_cutoff for config in active]
+    if not any(epsilons) and not any(etas) and all(config.typical_p == 1 for config in active):
+        return None
+    return Cutoffs(
+        typical_p_B=field_array(active, "typical_p", np.float32),
+        epsilon_B=jnp.asarray(np.array(epsilons, np.float32)),
+        eta_B=jnp.asarray(np.array(etas, np.float32)),
     )
 
 
@@ -278,9 +320,20 @@ def process_logits(logits_BV: jax.Array, settings: SamplingSettings, state: Samp
         logits_BV = _penalise(logits_BV, settings.penalties, state)
     if settings.min_new_tokens_B is not None:
         waits_B = state.generated_B < settings.min_new_tokens_B
-        logits_BV = _add_rows(logits_BV, settings.stop_BS, jnp.where(waits_B, -jnp.inf, 0.0)[:, None])
+        logits_BV = add_rows(logits_BV, settings.stop_BS, jnp.where(waits_B, -jnp.inf, 0.0)[:, None])
+    if settings.constraints is not None:
+        logits_BV = constrain(
+            logits_BV,
+            settings.constraints,
+            settings.stop_BS,
+            prompt_length_B=state.prompt_length_B,
+            generated_B=state.generated_B,
+            history_BL=state.history_BL,
+        )
     if settings.drawing is not None:
         logits_BV = _truncate(logits_BV / settings.drawing.temperature_B[:, None], settings.drawing)
+        if settings.drawing.cutoffs is not None:
+            logits_BV = _cut_off(logits_BV, settings.drawing.cutoffs)
     return logits_BV
 
 
@@ -310,13 +363,18 @@ def advance(state: SamplingState, token_B: jax.Array, alive_B: jax.Array) -> Sam
     """The state after tokens int32 [B] were chosen, in the rows that are alive, bool [B]; others keep theirs."""
     counts_BV = state.counts_BV
     if counts_BV is not None:
-        counts_BV = _add_rows(counts_BV, token_B[:, None], alive_B[:, None].astype(jnp.int32))
+        counts_BV = add_rows(counts_BV, token_B[:, None], alive_B[:, None].astype(jnp.int32))
+    history_BL = state.history_BL
+    if history_BL is not None:
+        is_next_BL = jnp.arange(history_BL.shape[1]) == (state.prompt_length_B + state.generated_B)[:, None]
+        history_BL = jnp.where(is_next_BL & alive_B[:, None], token_B[:, None], history_BL)
     shifted_BW = jnp.concatenate([state.recent_BW, token_B[:, None]], axis=1)[:, 1:]
     return dataclasses.replace(
         state,
         generated_B=state.generated_B + alive_B,
         recent_BW=jnp.where(alive_B[:, None], shifted_BW, state.recent_BW),
         counts_BV=counts_BV,
+        history_BL=history_BL,
     )
 
 
@@ -341,19 +399,9 @@ def _argmax(values_BV: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(best_BV, jnp.arange(vocab_size, dtype=jnp.int32), vocab_size - 1), axis=-1)
 
 
-def _add_rows(values_BV: jax.Array, token_BM: jax.Array, added_BM: jax.Array) -> jax.Array:
-    """Adds to a few tokens of every row. Token ids from V on are ignored; a repeated one is added to repeatedly."""
-    if token_BM.shape[1] == 0:
-        return values_BV
-    added_BM = jnp.broadcast_to(added_BM, token_BM.shape)
-    return jax.vmap(lambda row_V, token_M, added_M: row_V.at[token_M].add(added_M, mode="drop"))(
-        values_BV, token_BM, added_BM
-    )
-
-
 def _add_biases(logits_BV: jax.Array, biases: BiasedSequences, recent_BW: jax.Array) -> jax.Array:
     seen_BMW = (biases.prefix_BMW == NO_TOKEN) | (biases.prefix_BMW == recent_BW[:, None])
-    return _add_rows(logits_BV, biases.token_BM, jnp.where(jnp.all(seen_BMW, axis=-1), biases.bias_BM, 0))
+    return add_rows(logits_BV, biases.token_BM, jnp.where(jnp.all(seen_BMW, axis=-1), biases.bias_BM, 0))
 
 
 def _penalise(logits_BV: jax.Array, penalties: Penalties, state: SamplingState) -> jax.Array:
@@ -389,6 +437,36 @@ def _truncate(logits_BV: jax.Array, drawing: Drawing) -> jax.Array:
 
     kept_BV = (rank_BV >= jnp.maximum(top_k_B, top_p_B)[:, None]) & (weight_BV >= drawing.min_p_B[:, None])
     return jnp.where(kept_BV, logits_BV, -jnp.inf)
+
+
+def _cut_off(logits_BV: jax.Array, cutoffs: Cutoffs) -> jax.Array:
+    """typical_p (arXiv 2202.00666), then epsilon_cutoff and eta_cutoff (arXiv 2210.15191)."""
+    log_p_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+    p_BV = jnp.exp(log_p_BV)
+    distance_BV = jnp.abs(log_p_BV + _entropy(log_p_BV)[:, None])
+    # The most typical tokens, whose probabilities sum to typical_p.
+    rank_BV = _ranks(-distance_BV)
+
+    def mass_above(rank_B: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(rank_BV >= rank_B[:, None], p_BV, 0), axis=-1)
+
+    typical_B = _largest(lambda rank_B: mass_above(rank_B) >= cutoffs.typical_p_B, cutoffs.typical_p_B < 1)
+    logits_BV = jnp.where(rank_BV >= typical_B[:, None], logits_BV, -jnp.inf)
+    logits_BV = _mask_improbable(logits_BV, jax.nn.log_softmax(logits_BV, axis=-1), cutoffs.epsilon_B)
+    log_p_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+    eta_B = jnp.minimum(cutoffs.eta_B, jnp.sqrt(cutoffs.eta_B) * jnp.exp(-_entropy(log_p_BV)))
+    return _mask_improbable(logits_BV, log_p_BV, eta_B)
+
+
+def _entropy(log_p_BV: jax.Array) -> jax.Array:
+    """In nats, [B]."""
+    return -jnp.sum(jnp.where(log_p_BV > -jnp.inf, jnp.exp(log_p_BV) * log_p_BV, 0), axis=-1)
+
+
+def _mask_improbable(logits_BV: jax.Array, log_p_BV: jax.Array, least_B: jax.Array) -> jax.Array:
+    """Masks tokens of a probability below `least_B`, but for the most probable ones."""
+    best_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+    return jnp.where((jnp.exp(log_p_BV) < least_B[:, None]) & (logits_BV < best_B1), -jnp.inf, logits_BV)
 
 
 def _ranks(values: jax.Array) -> jax.Array:

@@ -46,16 +46,25 @@ def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) 
     return list(getattr(encoded, "ids", encoded))
 
 
+def require_unicode(name: str, text: str) -> None:
+    """Checks that a text can be encoded.
+
+    Raises:
+        RequestError: it has half of a surrogate pair; the message begins with `name`.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RequestError(f"{name} is not valid UTF-8, expected a text.") from None
+
+
 def encode_prompt(tokenizer: Tokenizer, prompt: str, vocab_size: int, *, add_special_tokens: bool = True) -> list[int]:
     """Token ids of a prompt: at least one, and all of them in the model's vocabulary.
 
     Raises:
         RequestError: an empty prompt, one that is not valid Unicode, or a tokenizer of another model.
     """
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError:
-        raise RequestError("the prompt is not valid UTF-8, expected a text.") from None
+    require_unicode("the prompt", prompt)
     ids = encode(tokenizer, prompt, add_special_tokens=add_special_tokens) if prompt else []
     if not ids:
         raise RequestError("the prompt is empty, expected at least one token.")

@@ -100,5 +100,5 @@ def install(monkeypatch, *texts: str, **settings) -> FakeEngine:
     module = types.SimpleNamespace(Chunk=Chunk, stream=engine.stream, Session=engine.session, compilations=lambda: 3)
     monkeypatch.setitem(sys.modules, "qwen_moe_jax.inference.engine", module)
     for command in ("generate", "chat"):
-        monkeypatch.setattr(f"qwen_moe_jax.cli.{command}.load_model", lambda arguments: "the model")
+        monkeypatch.setattr(f"qwen_moe_jax.cli.{command}.load_model", lambda arguments, generation: "the model")
     return engine

@@ -163,3 +163,72 @@ def test_settings_that_cannot_be_are_refused_before_weights_are_read(folder, mon
     monkeypatch.setattr("qwen_moe_jax.cli.generate.load_model", lambda arguments: pytest.fail("loaded"))
     assert generate(folder, "--prompt", "x", *words) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"top_k": -1}, ["--top-k", "5"]),
+        ({"do_sample": True, "temperature": 0.0}, ["--temperature", "0.5"]),
+        ({"do_sample": True, "temperature": 0.0}, ["--temperature", "0"]),
+        ({"top_p": "high", "max_new_tokens": 0}, ["--top-p", "0.5", "--max-new-tokens", "3"]),
+    ],
+)
+def test_the_command_line_overrules_a_file_that_would_be_refused(tmp_path, monkeypatch, capsys, fields, words):
+    folder = write_folder(tmp_path / "tiny", **fields)
+    engine = install(monkeypatch, f"one{END}")
+    assert generate(folder, "--prompt", "x") == 2
+    assert "is not supported" in capsys.readouterr().err
+    assert generate(folder, "--prompt", "x", *words) == 0
+    [(_, config)] = engine.asked
+    assert config.do_sample == (words != ["--temperature", "0"])
+
+
+def test_a_jsonl_file_has_one_request_a_line(folder, tmp_path, monkeypatch, capsys):
+    engine = install(monkeypatch, f"one{END}", f"two{END}", f"four{END}")
+    lines = [
+        json.dumps({"prompt": "first\nline"}),
+        json.dumps({"messages": [{"role": "user", "content": "Hi"}]}),
+        "",
+        json.dumps({"prompt": "half \ud83d"}),
+        json.dumps({"prompt": "last \u2028 line"}, ensure_ascii=False),
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")
+    assert generate(folder, "--file", str(path)) == 2
+    out, err = capsys.readouterr()
+    assert out == "── 1 ──\none\n── 2 ──\ntwo\n── 4 ──\nfour\n"
+    assert "prompt 3: the prompt is not valid UTF-8" in err
+    first, second, last = [prompt for prompt, _ in engine.asked]
+    assert (first, last) == ("first\nline", "last \u2028 line")
+    assert second == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "line 2: is not JSON"),
+        ("[]", "line 2: found \\[\\], expected"),
+        ("{}", "line 2: found {}, expected"),
+        ('{"prompt": "a", "messages": []}', "line 2: found .*, expected"),
+        ('{"prompt": 5}', "line 2: prompt is of type int, expected a string"),
+        ('{"prompt": "a", "temperature": 1}', "line 2: found the field 'temperature', .* on the command line"),
+    ],
+)
+def test_a_line_that_is_no_request_is_refused_by_file_and_line(folder, tmp_path, capsys, line, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n' + line + "\n", encoding="utf-8")
+    assert generate(folder, "--file", str(path)) == 2
+    assert re.search(re.escape(str(path)) + ", " + message, capsys.readouterr().err)
+
+
+def test_messages_that_the_template_refuses_fail_alone(tmp_path, monkeypatch, capsys):
+    folder = write_folder(tmp_path / "tiny", template="alternating")
+    install(monkeypatch, f"one{END}")
+    path = tmp_path / "prompts.jsonl"
+    turn = {"role": "user", "content": "Hi"}
+    path.write_text(json.dumps({"messages": [turn, turn]}) + "\n" + json.dumps({"messages": [turn]}), encoding="utf-8")
+    assert generate(folder, "--json", "--file", str(path)) == 2
+    refused, served = map(json.loads, capsys.readouterr().out.splitlines())
+    assert refused["number"] == 1 and "the chat template refuses the messages" in refused["error"]
+    assert served["number"] == 2 and served["text"] == "one"

@@ -33,8 +33,18 @@ FIELDS = {
     "sequence_bias": [[[7], -2.5], [[8, 9], 1.0]],
     "bad_words_ids": [[5], [6, 7]],
     "seed": 11,
-    "num_beams": 1,
+    "max_length": 200,
+    "typical_p": 0.9,
+    "epsilon_cutoff": 0.001,
+    "eta_cutoff": 0.002,
     "no_repeat_ngram_size": 3,
+    "suppress_tokens": [2],
+    "begin_suppress_tokens": [6, 7],
+    "forced_bos_token_id": 8,
+    "forced_eos_token_id": [3, 4],
+    "exponential_decay_length_penalty": [5, 1.1],
+    "num_beams": 1,
+    "guidance_scale": 1.5,
     "transformers_version": "4.51.0",
 }
 
@@ -63,6 +73,16 @@ def test_every_field_is_read():
         logit_bias={7: -2.5, (8, 9): 1.0},
         bad_words_ids=((5,), (6, 7)),
         seed=11,
+        max_length=200,
+        typical_p=0.9,
+        epsilon_cutoff=0.001,
+        eta_cutoff=0.002,
+        no_repeat_ngram_size=3,
+        suppress_tokens=(2,),
+        begin_suppress_tokens=(6, 7),
+        forced_bos_token_id=8,
+        forced_eos_token_id=(3, 4),
+        exponential_decay_length_penalty=(5, 1.1),
     )
 
 
@@ -105,7 +125,7 @@ def test_what_was_changed_is_written_and_read_back():
     )
     hub = written(changed)
     assert "max_new_tokens" not in hub and "sequence_bias" not in hub
-    assert hub["no_repeat_ngram_size"] == 3
+    assert hub["no_repeat_ngram_size"] == 3 and hub["guidance_scale"] == 1.5
     again = generation_config_from_hub(hub)
     assert dataclasses.replace(again, hub_fields=()) == dataclasses.replace(changed, hub_fields=())
 
@@ -133,6 +153,19 @@ def test_sequences_are_frozen_whatever_they_were():
         ("temperature", math.inf),
         ("temperature", math.nan),
         ("top_k", -1),
+        ("max_length", 0),
+        ("min_length", -1),
+        ("no_repeat_ngram_size", -1),
+        ("suppress_tokens", (-1,)),
+        ("begin_suppress_tokens", 3),
+        ("forced_bos_token_id", -1),
+        ("forced_eos_token_id", (-1,)),
+        ("exponential_decay_length_penalty", (-1, 1.1)),
+        ("exponential_decay_length_penalty", (1, 0.0)),
+        ("exponential_decay_length_penalty", (1,)),
+        ("typical_p", 0.0),
+        ("epsilon_cutoff", -0.1),
+        ("eta_cutoff", 1.1),
         ("top_p", 1.01),
         ("min_p", -0.01),
         ("repetition_penalty", 0.0),
