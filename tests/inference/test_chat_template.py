@@ -157,7 +157,7 @@ def test_folder_without_a_template(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, told",
+    "content, message",
     [
         ("{% if x %}", "tokenizer_config.json: the chat template 'default' is malformed, line 1"),
         ("\n{{ x | unknown }}", "malformed, line 2 .No filter named 'unknown'"),
@@ -166,13 +166,13 @@ def test_folder_without_a_template(tmp_path):
         ([{"name": "default", "template": 3}], "chat_template is neither a string nor a list"),
     ],
 )
-def test_damaged_template(tmp_path, content, told):
-    with pytest.raises(CheckpointError, match=told):
+def test_damaged_template(tmp_path, content, message):
+    with pytest.raises(CheckpointError, match=message):
         load_chat_template(write_folder(tmp_path / "checkpoint", content))
 
 
 @pytest.mark.parametrize(
-    "messages, variables, told",
+    "messages, variables, message",
     [
         ([], {}, "the conversation is empty"),
         ("hello", {}, "messages is of type str, expected a list"),
@@ -187,9 +187,9 @@ def test_damaged_template(tmp_path, content, told):
         ([USER], {"tools": [print]}, "tools, item 0: found a value of type builtin_function_or_method"),
     ],
 )
-def test_messages_of_a_wrong_form(tmp_path, messages, variables, told):
+def test_messages_of_a_wrong_form(tmp_path, messages, variables, message):
     template = load_chat_template(write_folder(tmp_path / "checkpoint", QWEN2))
-    with pytest.raises(RequestError, match=told):
+    with pytest.raises(RequestError, match=message):
         template.render(messages, **variables)
 
 

@@ -38,7 +38,7 @@ def settings(batch: int):
 
 
 def made(program: str, at_least: int) -> list[str]:
-    """Instructions that write an array of so many elements or more. What stands inside a fusion is not written."""
+    """Instructions that write an array of so many elements or more. Results inside a fusion are not written."""
     found, fused = [], False
     for line in program.splitlines():
         if line.endswith("{") and not line.startswith(" "):
@@ -52,7 +52,7 @@ def made(program: str, at_least: int) -> list[str]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("batch", [1, 8])
-def test_decoding_reads_the_experts_it_needs_where_they_lie(batch, dtype):
+def test_decoding_reads_the_experts_it_needs_without_copying_them(batch, dtype):
     """No copy of all experts, nor of a layer's: not of one of their three matrices, nor in another dtype."""
     program = compiled_step(batch, dtype)
     assert not made(program.as_text(), at_least=E * F * D)

@@ -19,12 +19,12 @@ NEW_TOKENS = 64
 # Where the best two logits, which reach 5, are closer than this, rounding of 1e-5 could choose either. One token in a
 # thousand is as close as 1e-3.
 SMALLEST_MARGIN = 1e-4
-# Log-probabilities come out of the cache in other stretches, and with other rows, than out of a full forward: the same
+# Log-probabilities are computed with the cache in other chunks, and with other rows, than in a full forward: the same
 # float32 sums in another order, some 3e-7 a layer.
 TOLERANCE = 1e-5
 VOCABULARY = 98  # COMMON's, made to divide over tensor=2
 MESH = dict(data=2, expert=2, tensor=2)
-#: Of the prompts of a batch: three stretches of 8.
+#: Of the prompts of a batch: three chunks of 8.
 LENGTHS = (22, 19, 7, 12, 4, 1, 9, 2)
 
 SLIDING = {  # a case with a ring for every family
@@ -46,8 +46,8 @@ PREFILL_BUCKETS = programs.PREFILL_BUCKETS  # for users; the tests have others
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_stretches():
-    """Prompts are read in stretches of 4 and 8 tokens, and rings are as much shorter."""
+def short_chunks():
+    """Prompts are prefilled in chunks of 4 and 8 tokens, and ring buffers are as much shorter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(programs, "PREFILL_BUCKETS", (4, 8))
         yield
@@ -112,7 +112,7 @@ def expected(references, tmp_path_factory):
     ids=lambda value: value if isinstance(value, str) else "_".join(map(str, value)) or "one_device",
 )
 def test_64_greedy_tokens_of_8_ragged_prompts_are_those_of_transformers(expected, name, axes):
-    """Prompts are read in three stretches; rings of 5 + 8 - 1 slots are passed several times."""
+    """Prompts are prefilled in three chunks; rings of 5 + 8 - 1 slots are passed several times."""
     folder, prompts, texts = expected(name)
     model = qmj.from_pretrained(folder, dtype="float32", mesh=qmj.make_mesh(**axes))
     assert qmj.generate(model, prompts, max_new_tokens=NEW_TOKENS, eos_token_id=()) == texts
@@ -233,12 +233,12 @@ def test_another_seed_draws_another_text_and_the_same_the_same(model, batch):
     assert len({tuple(answer.token_ids) for answer in found[:4]}) == 3
 
 
-def new_at(answers: list[Answer], place: int) -> tuple[int, int]:
-    """A row, and the token it has at a place and nowhere before."""
+def new_at(answers: list[Answer], index: int) -> tuple[int, int]:
+    """A row, and the token it has at an index and nowhere before."""
     for row, answer in enumerate(answers):
-        if len(tokens := answer.token_ids) > place and tokens[place] not in tokens[:place]:
-            return row, tokens[place]
-    raise AssertionError(f"no text has a token at {place} for the first time: choose other prompts")
+        if len(tokens := answer.token_ids) > index and tokens[index] not in tokens[:index]:
+            return row, tokens[index]
+    raise AssertionError(f"no text has a token at {index} for the first time: choose other prompts")
 
 
 def test_texts_come_in_chunks_the_last_of_which_is_finished(batch):
@@ -249,11 +249,11 @@ def test_texts_come_in_chunks_the_last_of_which_is_finished(batch):
         assert [chunk.finished for chunk in answer.chunks] == [None, None, "length"]
 
 
-@pytest.mark.parametrize("place", [0, 10, programs.DECODE_STEPS - 1, programs.DECODE_STEPS, programs.DECODE_STEPS + 1])
-def test_a_stop_token_ends_its_request_wherever_it_stands_in_a_chunk(model, batch, place):
+@pytest.mark.parametrize("index", [0, 10, programs.DECODE_STEPS - 1, programs.DECODE_STEPS, programs.DECODE_STEPS + 1])
+def test_a_stop_token_ends_its_request_at_any_position_of_a_chunk(model, batch, index):
     """As the first token of all, inside a chunk, next to its border and on both sides of it; the others go on."""
     prompts, configs, answers = batch
-    row, token = new_at(answers, place)
+    row, token = new_at(answers, index)
     changed = list(configs)
     changed[row] = dataclasses.replace(configs[row], eos_token_id=(NEVER, token))
     found = run(model, prompts, changed)
@@ -261,7 +261,7 @@ def test_a_stop_token_ends_its_request_wherever_it_stands_in_a_chunk(model, batc
         if other != row:
             assert_same(answer, expected, f"row {other}")
             assert answer.sizes == SIZES
-    assert found[row].token_ids == answers[row].token_ids[: place + 1]
+    assert found[row].token_ids == answers[row].token_ids[: index + 1]
     assert [chunk.finished for chunk in found[row].chunks][-1] == "stop"
     assert all(chunk.token_ids for chunk in found[row].chunks), "no empty chunk tells that it was the last"
 
@@ -288,7 +288,7 @@ def test_enough_ends_one_request_and_the_others_go_on(model, batch):
 
 @pytest.mark.parametrize("budget", [1, 2, programs.DECODE_STEPS + 1])
 def test_a_request_has_as_many_tokens_as_it_may(model, batch, budget):
-    """One row of eight has fewer: no step of the decoding, one, and just its first stretch."""
+    """One row of eight has fewer: no step of the decoding, one, and just its first chunk."""
     prompts, configs, answers = batch
     row = 3
     changed = list(configs)
@@ -345,7 +345,7 @@ def assert_as_if_new(model, session: Session, tokens: list[int], what: str) -> l
 def test_a_turn_reads_only_what_is_new_and_says_what_a_new_session_says(model, tokens_read):
     """The conversation goes on, is cut back a little, parts from what was said, and is cut back far.
 
-    A ring of 5 + 8 - 1 slots forgets what is farther back than a stretch: then all is read again, and no sooner.
+    A ring of 5 + 8 - 1 slots forgets what is more than a chunk back: only then all is computed again.
     """
     session = Session(model, ROOM)
     first, second, third, fourth = make_prompts((21, 9, 3, 2), seed=2)
@@ -362,19 +362,19 @@ def test_a_turn_reads_only_what_is_new_and_says_what_a_new_session_says(model, t
 
     # All but the last token of what was read is in the cache: back by 7 is what a ring still has …
     cut = whole[: len(whole) - 1 - 7]
-    answer = assert_as_if_new(model, session, cut + third, "cut back by less than a stretch")
+    answer = assert_as_if_new(model, session, cut + third, "shortened by less than a chunk")
     assert tokens_read == [3, len(cut) + 3]
     whole = cut + third + answer
     tokens_read.clear()
 
     # … and by 8 it may have none.
     cut = whole[: len(whole) - 1 - 8]
-    answer = assert_as_if_new(model, session, cut + fourth, "cut back by a stretch")
+    answer = assert_as_if_new(model, session, cut + fourth, "shortened by a chunk")
     assert tokens_read == [len(cut) + 2] * 2
     tokens_read.clear()
 
     assert_as_if_new(model, session, cut + fourth, "the same again: its last token is read for its logits")
-    assert tokens_read == [len(cut) + 2] * 2  # the answer of 12 lies behind it
+    assert tokens_read == [len(cut) + 2] * 2  # the answer of 12 follows it
     assert_as_if_new(model, session, make_prompts((30,), seed=3)[0], "another conversation")
 
 
@@ -443,7 +443,7 @@ def test_without_a_limit_a_text_ends_where_the_positions_do(small):
 
 
 def test_lengths_do_not_change_under_a_program_that_reads_them(model, monkeypatch):
-    """JAX may take an array of the host as it lies, and read it later. Whether it does depends on the address."""
+    """JAX may use an array of the host without a copy, and read it later. Whether it does depends on the address."""
     given = []
 
     def noted(model, cache, tokens_BT, count_B, logits_BV):
@@ -488,16 +488,16 @@ def test_100_requests_of_random_lengths_share_a_few_compilations(small, compiled
     answers = [qmj.generate(small, prompts, max_new_tokens=count) for prompts, count in requests]
     found, all_found = programs.compilations() - before, len(compiled) - all_before
 
-    rows, rooms = {1, 2}, {64, 128}
+    rows, cache_lengths = {1, 2}, {64, 128}
     assert {len(prompts) for prompts, _ in requests} == rows
-    assert max(max(map(len, prompts)) + count for prompts, count in requests) <= max(rooms)
-    # No prompt needs a second stretch: none is longer than 128, the longest but one.
-    stretches = [stretch for stretch in PREFILL_BUCKETS if stretch <= max(rooms)]
-    prefills, firsts, decodes = len(rows) * len(rooms) * len(stretches), len(rows), len(rows) * len(rooms)
+    assert max(max(map(len, prompts)) + count for prompts, count in requests) <= max(cache_lengths)
+    # No prompt needs a second chunk: none is longer than 128, the longest but one.
+    chunks = [length for length in PREFILL_BUCKETS if length <= max(cache_lengths)]
+    prefills, firsts, decodes = len(rows) * len(cache_lengths) * len(chunks), len(rows), len(rows) * len(cache_lengths)
     assert found <= prefills + firsts + decodes
-    # The engine does not count what makes an empty cache, for every number of rows and room, nor what lies between its
-    # programs: some five operations on one number a row.
-    assert all_found <= found + len(rows) * len(rooms) + 8 * len(rows)
+    # The engine does not count what makes an empty cache, for every number of rows and cache length, nor what runs
+    # between its programs: some five operations on one number a row.
+    assert all_found <= found + len(rows) * len(cache_lengths) + 8 * len(rows)
 
     before, all_before = programs.compilations(), len(compiled)
     again = [qmj.generate(small, prompts, max_new_tokens=count) for prompts, count in requests]
@@ -506,7 +506,7 @@ def test_100_requests_of_random_lengths_share_a_few_compilations(small, compiled
 
 
 def test_on_a_mesh_a_second_request_compiles_nothing(expected, compiled):
-    """What one program returns goes into the next as it lies: none is compiled for another layout of its inputs."""
+    """Results of one program have the layout of the next one's inputs: none is compiled for a second layout."""
     folder, prompts, texts = expected(ON_MESH[0])
     model = qmj.from_pretrained(folder, dtype="float32", mesh=qmj.make_mesh(**MESH))
     assert qmj.generate(model, prompts, max_new_tokens=NEW_TOKENS, eos_token_id=()) == texts

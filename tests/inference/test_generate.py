@@ -59,8 +59,8 @@ def test_ragged_prompts_continue_as_each_does_alone_in_transformers(references, 
     assert found == expected
 
 
-def test_dynamic_rope_is_not_stretched_by_room_kept_for_new_tokens(tmp_path):
-    """It stretches with the text, here always shorter than max_position_embeddings, not with a padded buffer."""
+def test_dynamic_rope_does_not_depend_on_slots_kept_for_new_tokens(tmp_path):
+    """It grows with the text, here always shorter than max_position_embeddings, not with a padded buffer."""
     case = CASES["qwen2-dynamic_within_maximum"]
     settings = {**case.settings, "max_position_embeddings": 8 + NEW_TOKENS}
     reference = Reference(dataclasses.replace(case, settings=settings), tmp_path)

@@ -60,13 +60,13 @@ def test_spaces_between_belong_to_the_continuation(harness):
     assert found[0] == found[1]
 
 
-def test_without_context_the_prefix_token_stands_before(harness, model):
+def test_without_context_the_prefix_token_comes_first(harness, model):
     end = harness._tokenizer.token_to_id("<|im_end|>")
     expected = likelihood(model, [end], ids(harness, PROMPT))
     assert harness.loglikelihood(requests(("", PROMPT), ("", "<|im_end|>" + PROMPT))) == [expected, expected]
 
 
-def test_greedy_continuation_is_told(harness):
+def test_greedy_continuations_are_reported(harness):
     [text] = harness.generate_until(requests((PROMPT, {"until": [], "max_gen_toks": 3})))
     tokens = qmj.generate(harness._model, [ids(harness, PROMPT)], max_new_tokens=3)[0]
     context, whole = ids(harness, PROMPT), ids(harness, PROMPT + text)
