@@ -10,16 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.config.resolve import resolve
-from qwen_moe_jax.sharding.rules import BATCH
 
 MOE = qmj.MoEConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True)
 MESH = qmj.make_mesh(data=2, expert=4)  # simulated devices where there are CPUs only
-DROPLESS = qmj.ExecutionConfig(dtype="float32", dispatch="dropless")
-EXECUTION = resolve(DROPLESS, MOE, expert_shards=MESH.shape["expert"], platform="cpu", training=True)
 
 
 class Classifier(nnx.Module):
@@ -33,16 +28,8 @@ class Classifier(nnx.Module):
 
     def __call__(self, points_BTH: jax.Array):
         hidden_BTD = jnp.tanh(self.enter(points_BTH))
-        mixed_BTD, stats, _ = run_block(self.block, hidden_BTD, jnp.ones(points_BTH.shape[:2], bool))  # no padding
+        mixed_BTD, stats, _ = self.block(hidden_BTD)
         return self.leave(hidden_BTD + mixed_BTD), stats
-
-
-def run_block(block: qmj.SparseMoeBlock, hidden_BTD: jax.Array, token_mask_BT: jax.Array):
-    """The block on ordinary arrays; inside, axes are explicit."""
-    specs = [P(BATCH, None, None), P(BATCH, None)]
-    return qmj.with_explicit_axes(lambda block, *args: block(*args, EXECUTION), MESH, specs)(
-        block, hidden_BTD, token_mask_BT
-    )
 
 
 def waves(random: np.random.Generator, rows: int = 8, length: int = 64):

@@ -108,7 +108,9 @@ class ExecutionConfig:
                     object.__setattr__(self, "sharding", SHARDING_RULES[self.sharding])
             names = ", ".join(map(repr, DISPATCHERS))
             hint = did_you_mean(str(self.dispatch), DISPATCHERS)
-            expected = f"one of {names}, a name given to register_dispatcher before, or None. {hint}".rstrip()
+            expected = f"one of {names}, a name given to register_dispatcher before, or None" + (
+                f"; {hint}".rstrip() if hint else ""
+            )
             check(self.dispatch is None or self.dispatch in DISPATCHERS, "dispatch", expected)
             check.literals()
             check.dtypes("dtype", "param_dtype", "router_dtype")

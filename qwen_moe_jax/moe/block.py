@@ -1,9 +1,17 @@
 """The sparse block of a decoder layer: route, dispatch, experts, combine, plus the shared expert."""
 
+import dataclasses
+import functools
+import math
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import Activation, ExecutionConfig, MoEConfig
+from qwen_moe_jax.config.resolve import resolve
+from qwen_moe_jax.errors import RequestError
 from qwen_moe_jax.moe import stats
 from qwen_moe_jax.moe.dispatch import get_dispatcher
 from qwen_moe_jax.moe.experts import Experts
@@ -12,12 +20,16 @@ from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.matmul import matmul_precision
 from qwen_moe_jax.nn.mlp import MLP
 from qwen_moe_jax.nn.parameters import ParameterFactory
+from qwen_moe_jax.sharding.explicit import has_explicit_axes, with_explicit_axes
+from qwen_moe_jax.sharding.rules import BATCH
 
 
 class SparseMoeBlock(nnx.Module):
     """`sum_k weight_k * expert_k(x)`, plus `sigmoid(shared_expert_gate(x)) * shared_expert(x)` where there is one.
 
-    `e_score_correction_bias` is the router's balancing bias, float32 [E], where the config has one.
+    `e_score_correction_bias` is the router's balancing bias, float32 [E], where the config has one. In a model of your
+    own, call the block with ordinary arrays, inside or outside `jax.jit`; inside this package's decoder it sees
+    explicitly sharded ones.
 
     Args:
         hidden_size: D.
@@ -44,25 +56,34 @@ class SparseMoeBlock(nnx.Module):
             Linear(f"{name}.shared_expert_gate", ("router", "embed"), (1, width), make) if shared else None
         )
         self.moe = moe
+        self.mesh = make.mesh
 
     def __call__(
         self,
         hidden_BTD: jax.Array,
-        token_mask_BT: jax.Array,
-        execution: ExecutionConfig,
+        token_mask_BT: jax.Array | None = None,
+        execution: ExecutionConfig = ExecutionConfig(dispatch="dropless"),
         noise_key: jax.Array | None = None,
     ) -> tuple[jax.Array, stats.RouterStats, stats.RouterTrace]:
         """Runs the block.
 
         Args:
-            hidden_BTD: normalised hidden states.
-            token_mask_BT: False for padding, which is routed nowhere.
-            execution: with nothing left open (`config.resolve.resolve`).
+            hidden_BTD: normalised hidden states; B a multiple of the devices that share the batch.
+            token_mask_BT: False for padding, which is routed nowhere. None: there is no padding.
+            execution: how it is run. Of ordinary arrays the dtype is that of the hidden states, and what is None is
+                chosen as in training; of explicitly sharded ones, nothing may be None (`config.resolve`).
             noise_key: of the jitter (`config.moe.router_jitter_noise`); None adds none.
 
         Returns:
             The block's result [B, T, D], the layer's counts, and the router's decisions about every token.
+
+        Raises:
+            RequestError: the hidden states are not [B, T, D], or B does not divide over the mesh.
         """
+        if not has_explicit_axes(self.mesh):
+            return self._on_ordinary_arrays(hidden_BTD, token_mask_BT, execution, noise_key)
+        if token_mask_BT is None:
+            token_mask_BT = jnp.ones(hidden_BTD.shape[:2], bool, out_sharding=P(BATCH, None))
         if noise_key is not None:
             hidden_BTD = jitter(hidden_BTD, noise_key, self.moe.router_jitter_noise)
         with jax.named_scope("router"):
@@ -95,9 +116,50 @@ class SparseMoeBlock(nnx.Module):
         counts = stats.count(logits_BTE, routing, drops)
         return combined_BTD.astype(hidden_BTD.dtype), counts, trace
 
+    def _on_ordinary_arrays(
+        self,
+        hidden_BTD: jax.Array,
+        token_mask_BT: jax.Array | None,
+        execution: ExecutionConfig,
+        noise_key: jax.Array | None,
+    ) -> tuple[jax.Array, stats.RouterStats, stats.RouterTrace]:
+        shape, width = jnp.shape(hidden_BTD), self.gate.weight.shape[-1]
+        num_shards = math.prod(self.mesh.shape[axis] for axis in BATCH)
+        if len(shape) != 3 or shape[2] != width or shape[0] % num_shards:
+            raise RequestError(
+                f"the hidden states have shape {shape}, expected [batch, length, {width}], batch a multiple of the "
+                f"{num_shards} devices of the mesh axes {', '.join(BATCH)}."
+            )
+        execution = resolve(
+            dataclasses.replace(execution, dtype=hidden_BTD.dtype.name, param_dtype=None),
+            self.moe,
+            expert_shards=self.mesh.shape["expert"],
+            platform=self.mesh.devices.flat[0].platform,
+            training=True,
+        )
+        mask_BT = jnp.ones(shape[:2], bool) if token_mask_BT is None else token_mask_BT
+        return _with_explicit_axes(self, hidden_BTD, mask_BT, noise_key, execution=execution)
+
     def _router_logits(self, hidden_BTD: jax.Array, execution: ExecutionConfig) -> jax.Array:
         """[B, T, E] in the router's dtype."""
         if execution.router_dtype is None:
             return self.gate(hidden_BTD)
         with matmul_precision(execution.router_dtype):
             return self.gate(hidden_BTD.astype(execution.router_dtype))
+
+
+@functools.partial(jax.jit, static_argnames="execution")
+def _with_explicit_axes(
+    block: SparseMoeBlock,
+    hidden_BTD: jax.Array,
+    token_mask_BT: jax.Array,
+    noise_key: jax.Array | None,
+    *,
+    execution: ExecutionConfig,
+) -> tuple[jax.Array, stats.RouterStats, stats.RouterTrace]:
+    def run(block: SparseMoeBlock, hidden_BTD: jax.Array, token_mask_BT: jax.Array, noise_key: jax.Array | None):
+        with matmul_precision(hidden_BTD.dtype):
+            return block(hidden_BTD, token_mask_BT, execution, noise_key)
+
+    specs = (P(BATCH, None, None), P(BATCH, None), P())
+    return with_explicit_axes(run, block.mesh, specs)(block, hidden_BTD, token_mask_BT, noise_key)

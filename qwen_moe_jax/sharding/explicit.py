@@ -46,7 +46,7 @@ def with_explicit_axes(function: Callable[..., Any], mesh: Mesh, in_specs: Seque
             module, args = jax.tree.unflatten(treedef, leaves)
             return function(module, *args)
 
-        if _is_explicit(mesh):
+        if has_explicit_axes(mesh):
             return body([jax.sharding.reshard(leaf, spec) for leaf, spec in zip(leaves, specs, strict=True)])
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return jax.sharding.explicit_axes(body, in_sharding=(specs,))(leaves)
@@ -83,7 +83,7 @@ def _refusal(mesh: Mesh) -> ShardingError:
     )
 
 
-def _is_explicit(mesh: Mesh) -> bool:
+def has_explicit_axes(mesh: Mesh) -> bool:
     """Whether the code that is being traced sees explicitly sharded arrays on this mesh."""
     current = jax.sharding.get_abstract_mesh()
     return current.shape_tuple == mesh.abstract_mesh.shape_tuple and all(

@@ -37,8 +37,14 @@ class Dispatcher(Protocol):
 _REGISTERED: dict[str, Dispatcher] = {"capacity": capacity, "dense": dense, "dropless": dropless}
 
 
-def register_dispatcher(name: str, dispatcher: Dispatcher) -> None:
+def register_dispatcher(name: str, dispatcher: Dispatcher, *, overwrite: bool = False) -> None:
     """Makes a dispatcher known as `ExecutionConfig(dispatch=name)`. Do so before the config is created.
+
+    Args:
+        name: for `ExecutionConfig.dispatch`.
+        dispatcher: anything with the two functions.
+        overwrite: replace one of this name, as a notebook's cell that is run again. Programs that are compiled keep the
+            old one.
 
     Raises:
         ConfigError: it lacks one of the two functions, or another dispatcher has the name.
@@ -48,8 +54,11 @@ def register_dispatcher(name: str, dispatcher: Dispatcher) -> None:
         raise ConfigError(
             f"dispatcher {name!r}: found no function {' and '.join(missing)}, expected dispatch and combine."
         )
-    if _REGISTERED.get(name, dispatcher) is not dispatcher:
-        raise ConfigError(f"dispatcher {name!r}: another one is registered under this name. Choose another name.")
+    if not overwrite and _REGISTERED.get(name, dispatcher) is not dispatcher:
+        raise ConfigError(
+            f"dispatcher {name!r}: another one is registered under this name. Choose another name, or pass "
+            "overwrite=True."
+        )
     _REGISTERED[name] = dispatcher
     if name not in DISPATCHERS:
         DISPATCHERS.append(name)
