@@ -55,7 +55,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
         start = start_of(config, program, mesh, state, fixed, text_tokens=feed.rows.num_tokens)
         report, profiler = _reports(config, folder, start, first_step=int(state.step))
         with report, profiler, stop_requests() as asked:
-            report.say("\n".join([introduction(start, config.run.max_steps), *corpus.notes]))
+            report.say("\n".join([introduction(start, config.run.max_steps), *corpus.notes, *feed.notes]))
             loop = Loop(
                 config=config.run,
                 mesh=mesh,

@@ -51,6 +51,7 @@ class StepMetrics:
         router_z: the z-loss of the router's logits, without its coefficient.
         gradient_norm: over all trained parameters, before clipping.
         tokens: real tokens, without padding.
+        learned_tokens: the targets of the loss; a step without any changes nothing but the step number.
         assignments: (token, expert) pairs that the routers chose, over all layers.
         dropped: the assignments without a capacity slot.
         load_imbalance: the largest load of an expert over the mean load, in the layer where that is largest.
@@ -65,6 +66,7 @@ class StepMetrics:
     router_z: jax.Array
     gradient_norm: jax.Array
     tokens: jax.Array
+    learned_tokens: jax.Array
     assignments: jax.Array
     dropped: jax.Array
     load_imbalance: jax.Array
@@ -187,6 +189,7 @@ def make_train_step(
             router_z=loss.router_z,
             gradient_norm=gradient_norm,
             tokens=whole.tokens,
+            learned_tokens=whole.targets,
             assignments=jnp.int32(0) if stats is None else jnp.sum(stats.tokens_per_expert),
             dropped=jnp.int32(0) if stats is None else jnp.sum(stats.dropped_per_expert),
             load_imbalance=jnp.float32(0) if stats is None else jnp.max(stats.load_imbalance),
@@ -198,8 +201,9 @@ def make_train_step(
             model = nnx.merge(graphdef, merge(params, fixed))
             model = update_balancing_biases(model, stats, loss_config.router_bias_update_rate)
             params = select(nnx.to_pure_dict(nnx.state(model)), like=params)
+        is_update = metrics.finite & (whole.targets > 0)
         params, moments = jax.tree.map(
-            lambda new, old: jnp.where(metrics.finite, new, old), (params, moments), (state.params, state.optimizer)
+            lambda new, old: jnp.where(is_update, new, old), (params, moments), (state.params, state.optimizer)
         )
         return TrainState(step=state.step + 1, params=params, optimizer=moments), metrics
 

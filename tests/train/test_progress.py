@@ -31,7 +31,7 @@ def step_metrics() -> StepMetrics:
     stats |= {"dropped_per_expert": zeros_LE + np.array([[0], [1]], np.int32), "entropy": np.array([1.3, 0.1])}
     numbers = {"loss": 3.5, "cross_entropy": 3.25, "balance_loss": 1.0, "router_z": 2.0, "gradient_norm": 1.0}
     numbers |= {"finite": True, "z_loss": 30.0}
-    counts = {"tokens": 20, "assignments": 80, "dropped": 4, "load_imbalance": 4.0}
+    counts = {"tokens": 20, "learned_tokens": 16, "assignments": 80, "dropped": 4, "load_imbalance": 4.0}
     return StepMetrics(**numbers, **counts, router=RouterStats(**stats))
 
 

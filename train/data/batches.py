@@ -4,6 +4,7 @@ So a checkpoint needs no iterator state: a resumed run, on any number of hosts, 
 uninterrupted run would have read.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -23,12 +24,14 @@ class Documents(Sequence):
         tokens: the ids of all documents, integer [total].
         learned: whether a token is a target of the loss, bool [total].
         starts, lengths: the slice of each document, int64 [documents].
+        fully_learned: whether every token is known to be a target; False where `learned` says it.
     """
 
     tokens: np.ndarray
     learned: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
+    fully_learned: bool = False
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -42,7 +45,7 @@ class Documents(Sequence):
 
     def select(self, chosen: np.ndarray) -> "Documents":
         """The documents that a mask or an array of numbers selects."""
-        return Documents(self.tokens, self.learned, self.starts[chosen], self.lengths[chosen])
+        return dataclasses.replace(self, starts=self.starts[chosen], lengths=self.lengths[chosen])
 
     def _span(self, number: int) -> slice:
         return slice(self.starts[number], self.starts[number] + self.lengths[number])
@@ -52,7 +55,8 @@ def as_documents(arrays: Sequence[np.ndarray]) -> Documents:
     """Documents of arrays of ids, all of which are targets of the loss."""
     lengths = np.array([len(array) for array in arrays], np.int64)
     tokens = np.concatenate([np.asarray(array) for array in arrays])
-    return Documents(tokens, np.ones(len(tokens), bool), starts=np.cumsum(lengths) - lengths, lengths=lengths)
+    learned = np.ones(len(tokens), bool)
+    return Documents(tokens, learned, starts=np.cumsum(lengths) - lengths, lengths=lengths, fully_learned=True)
 
 
 @dataclass(frozen=True)
@@ -105,17 +109,33 @@ class Rows:
     A row is built on access, so that the documents may be larger than host memory.
     """
 
-    def __init__(self, documents: Documents, seq_len: int, name: str) -> None:
+    def __init__(self, documents: Documents, seq_len: int, name: str, numbers: np.ndarray | None = None) -> None:
+        """`numbers` selects some of the rows; None is all of them."""
         self.name = name
+        self._numbers = numbers
         self._documents, self._seq_len = documents, seq_len
         self._ends = np.cumsum(documents.lengths)  # offsets in the concatenation of all documents
-        self.num_tokens = int(self._ends[-1])
+        self._total = int(self._ends[-1])
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of all rows, without padding."""
+        if self._numbers is None:
+            return self._total
+        padding = len(self._all) * self._seq_len - self._total if len(self._all) - 1 in self._numbers else 0
+        return len(self._numbers) * self._seq_len - padding
+
+    @property
+    def _all(self) -> range:
+        return range(ceil_div(self._total, self._seq_len))
 
     def __len__(self) -> int:
-        return ceil_div(self.num_tokens, self._seq_len)
+        return len(self._all) if self._numbers is None else len(self._numbers)
 
     def __getitem__(self, number: int) -> Row:
-        start, stop = number * self._seq_len, min((number + 1) * self._seq_len, self.num_tokens)
+        if self._numbers is not None:
+            number = int(self._numbers[number])
+        start, stop = number * self._seq_len, min((number + 1) * self._seq_len, self._total)
         first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
         tokens, learned, lengths = [], [], []
         for document in range(first, last + 1):
@@ -134,6 +154,41 @@ class Rows:
             positions_T=to_row([np.arange(length) for length in lengths], np.int32),
             learned_T=to_row(learned, bool),
         )
+
+    def with_targets(self) -> "Rows":
+        """The rows that have a target: a learned token that is not the first of its segment.
+
+        Returns:
+            These rows themselves, where all have one.
+        """
+        has_target = np.cumsum(self._changes())[:-1] > 0
+        if has_target.all():
+            return self
+        return Rows(self._documents, self._seq_len, self.name, np.flatnonzero(has_target))
+
+    def _changes(self) -> np.ndarray:
+        """Differences, from row to row, of the number of runs of targets; int64 [rows + 1]."""
+        documents, changes = self._documents, np.zeros(len(self._all) + 1, np.int64)
+        starts = self._ends - documents.lengths
+        if documents.fully_learned:
+            self._add_runs(changes, starts, self._ends, starts)
+            return changes
+        for number, start in enumerate(starts):
+            edges = np.flatnonzero(np.diff(np.concatenate([[False], documents.learned_in(number), [False]])))
+            self._add_runs(changes, start + edges[::2], start + edges[1::2], start)
+        return changes
+
+    def _add_runs(self, changes: np.ndarray, starts: np.ndarray, ends: np.ndarray, document_starts: np.ndarray) -> None:
+        """Adds runs of learned tokens [start, end), counted from the first token of all documents.
+
+        The first token of a document is no target, and neither is the first of a row.
+        """
+        first = np.maximum(starts, document_starts + 1)
+        first += first % self._seq_len == 0
+        rows, last_rows = first // self._seq_len, (ends - 2) // self._seq_len  # a row needs its second token, too
+        holds = (first < ends) & (rows <= last_rows)
+        np.add.at(changes, rows[holds], 1)
+        np.add.at(changes, last_rows[holds] + 1, -1)
 
     def references(self, seed: int | str) -> grain.MapDataset:
         """An endless sequence of `Reference`s: every row once an epoch, each epoch in another order."""

@@ -25,6 +25,7 @@ from qwen_moe_jax.inference.tokenizer import load_tokenizer
 from train.config import DataConfig, SourceConfig
 from train.data.batches import Documents
 from train.data.chat import Turns, conversation_documents
+from train.data.lengths import LengthRule
 from train.data.sources import Conversation, Record, describe_source, read_records
 from train.data.tokenizer import END_OF_TEXT, MESSAGE_END, copy_tokenizer, save_tokenizer, train_tokenizer
 from train.data.turn_ends import TurnEnds
@@ -116,12 +117,12 @@ def _make_corpus(folder: Path, config: DataConfig) -> None:
     notes: list[str] = []
     turn_ends = TurnEnds(tokenizer)
     for number, source in enumerate(config.mixture):
-
-        def note(how_much: str, source: SourceConfig = source) -> None:
-            notes.append(f"read {how_much} of {describe_source(source)} (data.megabytes)")
-
-        records = read_records(source, config.megabytes, end_id, note)
-        _write_part(folder / str(number), _encode(records, tokenizer, end_id, folder / "tokenizer", turn_ends))
+        name, read = describe_source(source), list[str]()
+        records = read_records(source, config.megabytes, end_id, read.append)
+        documents = _encode(records, tokenizer, end_id, folder / "tokenizer", turn_ends)
+        lengths = LengthRule(config.too_long, config.seq_len)
+        _write_part(folder / str(number), lengths.apply(documents))
+        notes += [f"read {how_much} of {name} (data.megabytes)" for how_much in read] + lengths.notes(name)
         _hold_out(folder / str(number), source, config)
     sources = [describe_source(source) for source in config.mixture]
     notes += turn_ends.notes()
@@ -198,7 +199,7 @@ def _vocab_size(tokenizer: Tokenizer) -> int:
 def _write_part(folder: Path, documents: Iterable[tuple[Record, Turns]]) -> None:
     """Writes documents one by one, so that memory holds only one at a time."""
     folder.mkdir(parents=True)
-    lengths, digests = [], []
+    lengths, digests, fully_learned = [], [], True
     with ExitStack() as stack:
         tokens_file = stack.enter_context((folder / "tokens.uint32").open("wb"))
         learned_file = stack.enter_context((folder / "learned.bool").open("wb"))
@@ -206,8 +207,10 @@ def _write_part(folder: Path, documents: Iterable[tuple[Record, Turns]]) -> None
             tokens_file.write(turns.ids.astype(np.uint32).tobytes())
             learned_file.write(turns.learned.tobytes())
             lengths.append(len(turns.ids))
+            fully_learned = fully_learned and bool(turns.learned.all())
             digests.append(int.from_bytes(hashlib.sha256(record.name.encode()).digest()[:8], "big"))
-    np.savez(folder / "documents.npz", lengths=np.array(lengths), digests=np.array(digests, np.uint64))
+    arrays = {"lengths": np.array(lengths, np.int64), "digests": np.array(digests, np.uint64)}
+    np.savez(folder / "documents.npz", fully_learned=fully_learned, **arrays)
 
 
 def _hold_out(folder: Path, source: SourceConfig, config: DataConfig) -> None:
@@ -217,11 +220,14 @@ def _hold_out(folder: Path, source: SourceConfig, config: DataConfig) -> None:
     count = max(1, round(len(names) * config.heldout_fraction))
     heldout = name_of < count
     training_tokens = int(arrays["lengths"][~heldout].sum())
-    if training_tokens < config.seq_len:
+    if not len(names) or training_tokens < config.seq_len:
+        remedy = "Read more text."
+        if config.too_long == "drop":
+            remedy = 'Read more text, raise data.seq_len, or set data.too_long to "truncate" or "split".'
         raise ConfigError(
             f"data.megabytes: found {config.megabytes}, which gives {len(names)} documents of "
             f"{describe_source(source)}; with {count} of them held out, {training_tokens} tokens are left to train on, "
-            f"fewer than one row of {config.seq_len}. Read more text."
+            f"fewer than one row of {config.seq_len}. {remedy}"
         )
     np.savez(folder / "documents.npz", heldout=heldout, **arrays)
 
@@ -234,5 +240,6 @@ def _open_part(folder: Path, name: str) -> Part:
         learned=np.memmap(folder / "learned.bool", bool, mode="r"),
         starts=np.cumsum(lengths) - lengths,
         lengths=lengths,
+        fully_learned=bool(arrays["fully_learned"]),
     )
     return Part(name, training=documents.select(~heldout), heldout=documents.select(heldout))

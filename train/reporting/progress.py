@@ -142,6 +142,7 @@ class Report:
             "dropped": int(metrics.dropped) / max(int(metrics.assignments), 1),
             "load_imbalance": float(metrics.load_imbalance),
             "tokens": int(metrics.tokens),
+            "learned_tokens": int(metrics.learned_tokens),
             "step_seconds": seconds,
             "data_seconds": data_seconds,
             **self._speed(int(metrics.tokens) / seconds),
@@ -229,9 +230,10 @@ class _LineDisplay:
         print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
     def step(self, step: int, record: dict[str, Any], seconds_left: float | None) -> None:
-        self._losses.append(record["cross_entropy"])
+        if record["learned_tokens"]:
+            self._losses.append(record["cross_entropy"])
         if step % self._logging_steps == 0 or step == self._last_step:
-            mean = sum(self._losses) / len(self._losses)  # one step's loss is noisy
+            mean = sum(self._losses) / len(self._losses) if self._losses else None  # one step's loss is noisy
             self._losses.clear()
             done = f"step {step}/{self._last_step} {step / self._last_step:4.0%}"
             self.line(f"{done}  {_status({**record, 'cross_entropy': mean}, seconds_left)}")
@@ -256,8 +258,9 @@ class _BarDisplay:
         self._progress.console.print(text, markup=False, highlight=False)
 
     def step(self, step: int, record: dict[str, Any], seconds_left: float | None) -> None:
-        loss = record["cross_entropy"]
-        mean = loss if self._mean_loss is None else 0.9 * self._mean_loss + 0.1 * loss
+        mean, loss = self._mean_loss, record["cross_entropy"]
+        if record["learned_tokens"]:
+            mean = loss if mean is None else 0.9 * mean + 0.1 * loss
         self._mean_loss = mean
         self._progress.update(
             self._task, completed=step, status=_status({**record, "cross_entropy": mean}, seconds_left)
@@ -269,7 +272,8 @@ class _BarDisplay:
 
 def _status(record: dict[str, Any], seconds_left: float | None) -> str:
     speed = record["tokens_per_second"]
-    parts = [f"loss {record['cross_entropy']:.3f}", f"{speed:,.0f} tokens/s" if speed else "- tokens/s"]
+    loss = record["cross_entropy"]  # None where no step had a token to learn
+    parts = [f"loss {loss:.3f}" if loss is not None else "loss -", f"{speed:,.0f} tokens/s" if speed else "- tokens/s"]
     if "mfu" in record:
         parts.append(f"MFU {record['mfu']:.1%}")
     parts.append(f"dropped {record['dropped']:.1%}")
