@@ -4,6 +4,7 @@ Both the old keys (`rope_theta`, `rope_scaling`, `torch_dtype`, `num_experts`) a
 (`rope_parameters`, `dtype`, `num_local_experts`) are read.
 """
 
+import contextlib
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -13,8 +14,10 @@ from qwen_moe_jax.config import AttentionConfig, LayerKind, ModelConfig, RopeCon
 from qwen_moe_jax.config.model import AttentionKind
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.families import Family, family_of
-from qwen_moe_jax.huggingface.fields import REQUIRED, Fields, freeze, read_json
+from qwen_moe_jax.huggingface.fields import REQUIRED, Fields, freeze, read_json, shown
+from qwen_moe_jax.huggingface.known_fields import CONFIG_NEUTRAL, CONFIG_READ, CONFIG_WITHOUT_EFFECT
 from qwen_moe_jax.huggingface.quantisation import fp8_block
+from qwen_moe_jax.suggest import similar
 
 #: More means a damaged config, which is refused before anything is allocated per layer.
 MOST_LAYERS = 1000
@@ -29,6 +32,9 @@ ONLY_VALUES: dict[str, bool | None] = {
     "unpadded_vocab_size": None,
 }
 
+#: The similarity from which an unknown key is a misspelt one: `num_expert` has 0.95 of `num_experts`.
+_NEAR_MISS = 0.86
+
 LAYER_TYPES: dict[str, AttentionKind] = {"full_attention": "full", "sliding_attention": "sliding"}
 
 
@@ -37,13 +43,35 @@ def read_config(source: str | PathLike[str] | Mapping[str, Any]) -> ModelConfig:
 
     Raises:
         ConfigError: unknown model type, unsupported rope type or quantisation, inconsistent sizes; the message names
-            the field, the value and what is supported.
+            the field, the value and what is supported. In content that is given as a mapping, which somebody wrote by
+            hand, also a key that is nearly one that is read.
     """
     if isinstance(source, Mapping):
+        _refuse_near_misses(source)
         return config_from_hub(source, "config")
     path = Path(source)
     path = path / "config.json" if path.is_dir() else path
     return config_from_hub(read_json(path), str(path))
+
+
+def keys_read(hub: Mapping[str, Any]) -> set[str]:
+    """The keys of a config.json that are read for its model type, by whatever rule, present or not."""
+    family = family_of(hub.get("model_type"), "config")
+    fields = Fields(hub, "config", family.defaults, family.renames)
+    with contextlib.suppress(ConfigError):  # the keys that were read before the refusal
+        _config(family, fields)
+    return (CONFIG_READ - family.renames.keys()) | fields.asked
+
+
+def _refuse_near_misses(hub: Mapping[str, Any]) -> None:
+    read = keys_read(hub)
+    known = read | ONLY_VALUES.keys() | CONFIG_WITHOUT_EFFECT | CONFIG_NEUTRAL.keys()
+    for key in [key for key, value in hub.items() if key not in known and value is not None]:
+        if near := similar(str(key), sorted(read), count=1, cutoff=_NEAR_MISS):
+            raise ConfigError(
+                f"config: {key}={shown(hub[key])}: no field of model_type={hub['model_type']!r} is called so: expected "
+                f"{near[0]}. Correct the key, or remove it."
+            )
 
 
 def config_from_hub(hub: Mapping[str, Any], where: str = "config") -> ModelConfig:
@@ -52,7 +80,7 @@ def config_from_hub(hub: Mapping[str, Any], where: str = "config") -> ModelConfi
     fp8_block(hub, where)  # refuses what cannot be dequantised
     # The model's weights are not quantised, also where the files' are.
     hub = {name: value for name, value in hub.items() if name != "quantization_config"}
-    fields = Fields(hub, where, family.defaults)
+    fields = Fields(hub, where, family.defaults, family.renames)
     try:
         return _config(family, fields)
     except ConfigError as error:
@@ -62,7 +90,7 @@ def config_from_hub(hub: Mapping[str, Any], where: str = "config") -> ModelConfi
 
 def _config(family: Family, fields: Fields) -> ModelConfig:
     for name, value in ONLY_VALUES.items():
-        if name in fields and fields.values[name] not in (value, {}):
+        if name in fields and fields.given(name) not in (value, {}):
             raise fields.error(name, "it to be absent" if value is None else f"{str(value).lower()}, or absent")
     width = fields.integer("hidden_size")
     layers = layer_kinds(family, fields)
@@ -111,7 +139,7 @@ def _attention(family: Family, fields: Fields, width: int, sliding: bool) -> Att
         head_dim = width // heads
     if sliding and fields.is_null("sliding_window"):
         raise fields.error("sliding_window", "an integer, since some layers slide")
-    multi_head = fields.values.get("num_key_value_heads", 0) is None  # an explicit null means one per query head
+    multi_head = fields.is_null("num_key_value_heads")  # an explicit null means one per query head
     return AttentionConfig(
         num_attention_heads=heads,
         num_key_value_heads=heads if multi_head else fields.integer("num_key_value_heads"),
@@ -130,7 +158,7 @@ def layer_kinds(family: Family, fields: Fields) -> tuple[LayerKind, ...]:
     if not 1 <= count <= MOST_LAYERS:
         raise fields.error("num_hidden_layers", f"between 1 and {MOST_LAYERS}")
     if family.writes_layer_types and "layer_types" in fields:
-        names = fields.values["layer_types"]
+        names = fields.given("layer_types")
         known = isinstance(names, list | tuple) and all(name in list(LAYER_TYPES) for name in names)
         if not known or len(names) != count:
             raise fields.error("layer_types", f"{count} entries (num_hidden_layers), each one of {list(LAYER_TYPES)}")

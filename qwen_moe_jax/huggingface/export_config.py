@@ -4,6 +4,7 @@ The keys of both are written. A config that its family cannot express is refused
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from qwen_moe_jax.config import ModelConfig, MoEConfig, RopeConfig
@@ -25,7 +26,7 @@ def config_to_hub(config: ModelConfig, head: str = "ForCausalLM") -> dict[str, A
             message names the field.
     """
     family = family_of(config.model_type, "config")
-    hub = thaw(config.hub_fields)
+    hub = _renamed(thaw(config.hub_fields), {key: name for name, key in family.renames.items()})
     hub |= {
         "architectures": [family.class_prefix + head],
         "model_type": config.model_type,
@@ -55,13 +56,22 @@ def config_to_hub(config: ModelConfig, head: str = "ForCausalLM") -> dict[str, A
     hub |= _biases_to_hub(config)
     if config.moe is not None:
         hub |= _moe_to_hub(config, config.moe)
+    if "num_experts" in family.renames:
+        hub.pop("num_local_experts", None)
     if config.num_labels != (len(hub.get("id2label") or ()) or hub.get("num_labels", 2)):
         hub["id2label"] = {str(label): f"LABEL_{label}" for label in range(config.num_labels)}
         hub["label2id"] = {f"LABEL_{label}": label for label in range(config.num_labels)}
         hub.pop("num_labels", None)
     hub |= _layers_to_hub(config, family, hub)
+    hub = _renamed(hub, family.renames)
     _assert_reads_back(config, hub)
     return hub
+
+
+def _renamed(hub: dict[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    """The object with other keys, old → new; a value that had a new key already is left out."""
+    kept = {key: value for key, value in hub.items() if key in keys or key not in keys.values()}
+    return {keys.get(key, key): value for key, value in kept.items()}
 
 
 def _rope_to_hub(rope: RopeConfig) -> dict[str, Any]:

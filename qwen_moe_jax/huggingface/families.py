@@ -28,6 +28,8 @@ class Family:
         writes_layer_types: the family knows the `layer_types` field.
         moe: reads the sparse block, None for a dense family.
         sparse: (fields, layer index) → does this layer have a sparse block.
+        renames: field name here → key of the family's config.json, where they differ: {"num_experts":
+            "n_routed_experts"}. Rules and defaults use the name here; the key is read, exported and named in errors.
     """
 
     class_prefix: str
@@ -39,6 +41,7 @@ class Family:
     writes_layer_types: bool
     moe: Callable[[Fields], MoEConfig] | None = None
     sparse: Callable[[Fields, int], bool] = lambda fields, layer: False
+    renames: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def _never(fields: Fields) -> bool:
@@ -79,8 +82,12 @@ def _sparse_by_step(fields: Fields, layer: int) -> bool:
 
 
 def _expert_count(fields: Fields) -> int:
-    """Transformers 5 stores `num_local_experts`, and it wins where both are given and differ."""
-    name = "num_local_experts" if "num_local_experts" in fields else "num_experts"
+    """Transformers 5 stores `num_local_experts`, and it wins where both are given and differ.
+
+    A family with a key of its own for `num_experts` has that key alone.
+    """
+    renamed = "num_experts" in fields.renames
+    name = "num_local_experts" if not renamed and "num_local_experts" in fields else "num_experts"
     count, layers = fields.integer(name), fields.integer("num_hidden_layers")
     if count * layers > MOST_EXPERTS:
         raise fields.error(name, f"at most {MOST_EXPERTS} experts in the {layers} layers together")

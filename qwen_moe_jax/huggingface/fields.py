@@ -49,32 +49,54 @@ class Fields:
         values: the object.
         where: its name in messages, for example a path.
         defaults: values of absent fields.
+        renames: the object's key of every field that has another name there.
+
+    Attributes:
+        asked: the object's keys that have been asked for, whether they are there or not.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        where: str,
+        defaults: Mapping[str, Any] | None = None,
+        renames: Mapping[str, str] | None = None,
+    ):
         self.values = values
         self.where = where
         self.defaults = defaults or {}
+        self.renames = renames or {}
+        self.asked: set[str] = set()
+
+    def key(self, name: str) -> str:
+        """The object's key of a field."""
+        key = self.renames.get(name, name)
+        self.asked.add(key)
+        return key
+
+    def given(self, name: str) -> Any:
+        """The field's value as it is, None where it is absent or null."""
+        return self.values.get(self.key(name))
 
     def __contains__(self, name: str) -> bool:
-        return self.values.get(name) is not None
+        return self.given(name) is not None
 
     def is_null(self, name: str) -> bool:
         """Whether the field is given, as null."""
-        return name in self.values and self.values[name] is None
+        return self.given(name) is None and self.key(name) in self.values
 
     def error(self, name: str, expected: str) -> ConfigError:
         """The refusal of a field, ready to be raised."""
         return ConfigError(
-            f"{self.where}: {name}={shown(self.values.get(name))} is not supported: expected {expected}."
+            f"{self.where}: {self.key(name)}={shown(self.given(name))} is not supported: expected {expected}."
         )
 
     def _get(self, name: str, default: Any) -> Any:
-        found = self.values.get(name)
+        found = self.given(name)
         if found is None:
             found = self.defaults.get(name, REQUIRED) if default is REQUIRED else default
         if found is REQUIRED:
-            raise ConfigError(f"{self.where}: the field {name} is missing.")
+            raise ConfigError(f"{self.where}: the field {self.key(name)} is missing.")
         return found
 
     def integer(self, name: str, default: Any = REQUIRED) -> Any:

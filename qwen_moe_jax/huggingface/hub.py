@@ -66,7 +66,11 @@ def _local(source: str | PathLike[str], weights: tuple[str, ...]) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise CheckpointError(f"{path} is a file, expected a checkpoint folder.")
+        fresh = f"CausalLM(ModelConfig.from_pretrained({str(path)!r}), rngs=nnx.Rngs(0))"
+        raise CheckpointError(
+            f"{path} is a file, expected a checkpoint folder."
+            + (f" From a config file, for fresh weights: {fresh}." if path.suffix == ".json" else "")
+        )
     if not is_hub_name(str(source)):
         raise CheckpointError(
             f"{source}: no such folder, and not a name on the Hub (owner/model). Download the checkpoint first and "

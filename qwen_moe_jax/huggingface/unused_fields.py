@@ -12,32 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from qwen_moe_jax.errors import ConfigError
-from qwen_moe_jax.huggingface.config import ONLY_VALUES
+from qwen_moe_jax.huggingface.config import ONLY_VALUES, keys_read
 from qwen_moe_jax.huggingface.fields import read_json, shown
 from qwen_moe_jax.huggingface.generation_config import READERS
+from qwen_moe_jax.huggingface.known_fields import CONFIG_NEUTRAL, CONFIG_WITHOUT_EFFECT
 from qwen_moe_jax.sharding.distributed import is_process_zero
-
-#: config.json: read by `config_from_hub`, the families or `open_checkpoint`.
-_CONFIG_READ = set(
-    "architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-    "num_key_value_heads head_dim hidden_act max_position_embeddings initializer_range rms_norm_eps "
-    "tie_word_embeddings attention_dropout attention_bias qkv_bias bos_token_id eos_token_id pad_token_id dtype "
-    "torch_dtype rope_theta rope_scaling rope_parameters original_max_position_embeddings partial_rotary_factor "
-    "sliding_window use_sliding_window max_window_layers layer_types num_experts num_local_experts "
-    "num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size norm_topk_prob decoder_sparse_step "
-    "mlp_only_layers router_aux_loss_coef router_jitter_noise id2label num_labels quantization_config "
-    "qwen_moe_jax_balancing_bias".split()
-)
-#: config.json: without effect on the model's numbers.
-_CONFIG_WITHOUT_EFFECT = set(
-    "_name_or_path name_or_path transformers_version _commit_hash label2id use_cache return_dict output_hidden_states "
-    "output_attentions output_router_logits task_specific_params problem_type finetuning_task tokenizer_class prefix "
-    "_attn_implementation attn_implementation _attn_implementation_autoset _experts_implementation torchscript "
-    "is_decoder chunk_size_feed_forward unsloth_version unsloth_fixed model_name license tags library_name "
-    "pretraining_tp sep_token_id decoder_start_token_id".split()
-)
-#: config.json: of these families, transformers' classes have no such part, whatever the field says.
-_CONFIG_NEUTRAL = {"use_mrope": False, "is_encoder_decoder": False, "add_cross_attention": False}
 
 _GENERATION_WITHOUT_EFFECT = set(
     "bos_token_id pad_token_id transformers_version _from_model_config use_cache cache_implementation cache_config "
@@ -93,21 +72,23 @@ def unused(hub: Mapping[str, Any], known: set[str], neutral: Mapping[str, Any]) 
     ]
 
 
-#: (file, fields that are read or without effect, neutral values of others).
-_FILES: tuple[tuple[str, set[str], Mapping[str, Any]], ...] = (
-    ("config.json", _CONFIG_READ | ONLY_VALUES.keys() | _CONFIG_WITHOUT_EFFECT, _CONFIG_NEUTRAL),
-    ("generation_config.json", READERS.keys() | _GENERATION_WITHOUT_EFFECT, _GENERATION_NEUTRAL),
-    ("tokenizer_config.json", _TOKENIZER_KNOWN, _TOKENIZER_NEUTRAL),
-)
+def _known(name: str, values: Mapping[str, Any]) -> tuple[set[str], Mapping[str, Any]]:
+    """The fields of one of the files that are read or without effect, and the neutral values of others."""
+    if name == "config.json":
+        return keys_read(values) | ONLY_VALUES.keys() | CONFIG_WITHOUT_EFFECT, CONFIG_NEUTRAL
+    if name == "generation_config.json":
+        return READERS.keys() | _GENERATION_WITHOUT_EFFECT, _GENERATION_NEUTRAL
+    return _TOKENIZER_KNOWN, _TOKENIZER_NEUTRAL
 
 
 def say_unused_fields(folder: Path) -> None:
     """Names the fields of a folder's config files that are not acted on, a line a file on stderr, once per process."""
-    for name, known, neutral in _FILES:
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         path = folder / name
         if path.is_file():
             try:
-                found = unused(read_json(path), known, neutral)
+                values = read_json(path)
+                found = unused(values, *_known(name, values))
             except ConfigError:  # refused by its reader, if there is one
                 continue
             if found and name == "tokenizer_config.json" and _adds_special_tokens(folder / "tokenizer.json"):

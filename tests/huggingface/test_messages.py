@@ -1,5 +1,6 @@
 """What users run into with checkpoints that others made: read where that is right, or refused with the way out."""
 
+import dataclasses
 import json
 import re
 
@@ -12,11 +13,16 @@ from safetensors.numpy import load_file, save_file
 import qwen_moe_jax as qmj
 from qwen_moe_jax.huggingface import unused_fields
 from qwen_moe_jax.huggingface.convert import convert
+from qwen_moe_jax.huggingface.families import FAMILIES
+from qwen_moe_jax.huggingface.known_fields import CONFIG_READ
 from tests.subject import hub_arrays
 
 CONFIG = {
     **{"model_type": "qwen3", "vocab_size": 98, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2},
+}
+MOE = CONFIG | {
+    **{"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -154,6 +160,67 @@ def test_settings_that_are_not_acted_on_are_named_once(folder, capsys):
     assert len(said.splitlines()) == 3
 
 
+@pytest.fixture
+def toy_family(monkeypatch):
+    """A family with a key of its own for the number of experts, and a rule that reads a key of its own."""
+    family = dataclasses.replace(
+        FAMILIES["qwen3_moe"],
+        class_prefix="Toy",
+        renames={"num_experts": "n_routed_experts"},
+        sparse=lambda fields, layer: layer >= fields.integer("first_k_dense_replace", 0),
+    )
+    monkeypatch.setitem(FAMILIES, "toy", family)
+    renamed = {"n_routed_experts" if name == "num_experts" else name: value for name, value in MOE.items()}
+    return renamed | {"model_type": "toy", "num_hidden_layers": 3, "first_k_dense_replace": 1}
+
+
+def test_a_familys_own_keys_are_read_and_exported_and_not_named_as_unused(toy_family, tmp_path, capsys):
+    config = qmj.ModelConfig.from_pretrained(toy_family)
+    assert config.moe.num_experts == MOE["num_experts"]
+    assert [kind.mlp for kind in config.layers] == ["dense", "sparse", "sparse"]
+    qmj.save_pretrained(qmj.CausalLM(config, rngs=nnx.Rngs(0)), tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["n_routed_experts"] == MOE["num_experts"] and written["first_k_dense_replace"] == 1
+    assert not {"num_experts", "num_local_experts"} & written.keys()
+    capsys.readouterr()
+    assert qmj.from_pretrained(tmp_path).config.layers == config.layers
+    assert "not acted on" not in capsys.readouterr().err
+    edit(tmp_path / "config.json", num_experts=7)
+    qmj.from_pretrained(tmp_path)
+    assert "not acted on: num_experts=7." in capsys.readouterr().err
+
+
+def test_an_error_names_the_familys_own_key(toy_family):
+    with pytest.raises(qmj.ConfigError, match="n_routed_experts='many' is not supported: expected an integer"):
+        qmj.ModelConfig.from_pretrained(toy_family | {"n_routed_experts": "many"})
+    with pytest.raises(qmj.ConfigError, match="n_routed_expert=4: .*expected n_routed_experts"):
+        qmj.ModelConfig.from_pretrained(toy_family | {"n_routed_expert": 4})
+
+
+@pytest.mark.parametrize(
+    "wrong, right",
+    [
+        ("num_expert", "num_experts"),
+        ("num_experts_per_token", "num_experts_per_tok"),
+        ("hiden_size", "hidden_size"),
+        ("num_attention_head", "num_attention_heads"),
+    ],
+)
+def test_a_key_that_is_nearly_one_that_is_read_is_refused_with_the_right_one(wrong, right):
+    renamed = {wrong if name == right else name: value for name, value in MOE.items()}
+    with pytest.raises(qmj.ConfigError, match=rf"config: {wrong}={MOE[right]}: .*expected {right}\."):
+        qmj.ModelConfig.from_pretrained(renamed)
+
+
+def test_a_config_file_in_place_of_a_folder_is_refused_with_how_fresh_weights_are_made(folder):
+    with pytest.raises(qmj.CheckpointError, match=r"for fresh weights: CausalLM\(ModelConfig.from_pretrained\("):
+        qmj.from_pretrained(folder / "config.json")
+
+
+def test_keys_that_resemble_none_are_accepted():
+    assert qmj.ModelConfig.from_pretrained(MOE | {"of_tomorrow": 3, "num_expert": None}).hub_fields
+
+
 def test_every_field_of_config_json_that_is_read_is_known(monkeypatch):
     from qwen_moe_jax.huggingface.fields import Fields
 
@@ -164,7 +231,7 @@ def test_every_field_of_config_json_that_is_read_is_known(monkeypatch):
     )
     for model_type in ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mixtral"):
         qmj.ModelConfig.from_pretrained({"model_type": model_type, "use_sliding_window": True})
-    assert {name for where, name in read if where == "config"} <= unused_fields._CONFIG_READ
+    assert {name for where, name in read if where == "config"} <= CONFIG_READ
 
 
 @pytest.mark.parametrize(

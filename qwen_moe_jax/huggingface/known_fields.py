@@ -1,0 +1,23 @@
+"""Keys of config.json that are known: read, without effect, or neutral at one value."""
+
+#: Read by `config_from_hub`, the families or `open_checkpoint`.
+CONFIG_READ = set(
+    "architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads head_dim hidden_act max_position_embeddings initializer_range rms_norm_eps "
+    "tie_word_embeddings attention_dropout attention_bias qkv_bias bos_token_id eos_token_id pad_token_id dtype "
+    "torch_dtype rope_theta rope_scaling rope_parameters original_max_position_embeddings partial_rotary_factor "
+    "sliding_window use_sliding_window max_window_layers layer_types num_experts num_local_experts "
+    "num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size norm_topk_prob decoder_sparse_step "
+    "mlp_only_layers router_aux_loss_coef router_jitter_noise id2label num_labels quantization_config "
+    "qwen_moe_jax_balancing_bias".split()
+)
+#: Without effect on the model's numbers.
+CONFIG_WITHOUT_EFFECT = set(
+    "_name_or_path name_or_path transformers_version _commit_hash label2id use_cache return_dict output_hidden_states "
+    "output_attentions output_router_logits task_specific_params problem_type finetuning_task tokenizer_class prefix "
+    "_attn_implementation attn_implementation _attn_implementation_autoset _experts_implementation torchscript "
+    "is_decoder chunk_size_feed_forward unsloth_version unsloth_fixed model_name license tags library_name "
+    "pretraining_tp sep_token_id decoder_start_token_id".split()
+)
+#: Of these families, transformers' classes have no such part, whatever the field says.
+CONFIG_NEUTRAL = {"use_mrope": False, "is_encoder_decoder": False, "add_cross_attention": False}
