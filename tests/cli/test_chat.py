@@ -69,7 +69,7 @@ def test_thinking_is_the_templates_business(tmp_path, monkeypatch):
     assert asked(engine)[0].endswith(OPEN + "<think>\n\n</think>\n\n")
 
 
-def test_turn_that_fails_is_told_and_the_conversation_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_failing_turn_is_reported_and_the_conversation_goes_on(tmp_path, monkeypatch, capsys):
     """Too long, no UTF-8: the turn counts as not said."""
     engine = install(monkeypatch, f"one{END}", f"two{END}")
     lines = b"a\n" + b"xyz " * 60 + b"\n\xe4\xbd\nb\n"
@@ -80,7 +80,7 @@ def test_turn_that_fails_is_told_and_the_conversation_goes_on(tmp_path, monkeypa
     assert asked(engine)[1] == turn("user", "a") + turn("assistant", "one") + turn("user", "b") + OPEN
 
 
-def test_template_that_refuses_is_told(tmp_path, monkeypatch, capsys):
+def test_a_template_that_refuses_is_reported(tmp_path, monkeypatch, capsys):
     engine = install(monkeypatch, f"one{END}")
     monkeypatch.setattr(
         "tests.cli.fake_engine.TEMPLATES", {"picky": "{{ messages[0].content or raise_exception('no') }}"}

@@ -1,4 +1,4 @@
-"""Conversations are written as transformers writes them; what a template may not do, it cannot."""
+"""Chat templates render as in transformers, and cannot leave their sandbox."""
 
 import json
 import re
@@ -106,7 +106,7 @@ def test_template_that_refuses(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "place",
+    "files",
     [
         {"chat_template.jinja": "A"},
         {"chat_template.jinja": "A", "tokenizer_config.json": {"chat_template": "B"}},
@@ -131,9 +131,9 @@ def test_template_that_refuses(tmp_path):
         },
     ],
 )
-def test_template_and_special_tokens_are_found_where_transformers_finds_them(tmp_path, reference, place):
+def test_template_and_special_tokens_are_read_from_the_files_that_transformers_reads(tmp_path, reference, files):
     folder = write_folder(tmp_path / "checkpoint", None)
-    for name, content in place.items():
+    for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         if name == "tokenizer_config.json":
             content = {"tokenizer_class": "PreTrainedTokenizerFast", **content}
@@ -215,7 +215,7 @@ def test_messages_of_a_wrong_form(tmp_path, messages, variables, message):
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
-def test_no_way_out_of_the_sandbox(tmp_path, attempt):
+def test_the_sandbox_cannot_be_left(tmp_path, attempt):
     template = load_chat_template(write_folder(tmp_path / "checkpoint", attempt))
     messages = [dict(USER)]
     assert rendered(template, messages) in (
@@ -235,8 +235,8 @@ def test_template_cannot_change_the_messages_of_its_caller(tmp_path):
     assert [template.render(messages) for _ in range(2)] == ["x!", "x!"]
 
 
-def test_settings_of_padding_and_cutting_are_not_obeyed(tmp_path):
-    """They would cut a long prompt without a word; transformers' tokenizers do not obey them either."""
+def test_padding_and_truncation_settings_are_ignored(tmp_path):
+    """They would truncate a long prompt silently; transformers' tokenizers ignore them, too."""
     tokenizer = tokenizers.Tokenizer.from_str(KINDS["byte_level"].to_str())
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=20)

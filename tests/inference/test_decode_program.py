@@ -1,4 +1,4 @@
-"""What the compiled program of decoding touches, by the compiler's own account."""
+"""Arrays that the compiled decoding program reads and writes, by the compiler's cost analysis and HLO."""
 
 import re
 
@@ -59,7 +59,7 @@ def test_decoding_reads_the_experts_it_needs_without_copying_them(batch, dtype):
     assert program.memory_analysis().temp_size_in_bytes < E * F * D * jax.numpy.dtype(dtype).itemsize
 
 
-def test_such_a_copy_would_be_seen(monkeypatch):
+def test_a_copy_of_the_experts_would_be_detected(monkeypatch):
     monkeypatch.setattr(cpu, "FEW_ROWS", 0)
     program = compiled_step(4, "float32")  # a batch that was not compiled the other way before
     assert made(program.as_text(), at_least=E * F * D)

@@ -1,4 +1,4 @@
-"""Streamed text is the text of all tokens, however they come; stop strings are found where `str.find` finds them."""
+"""Streamed text is the text of all tokens, in chunks of any size; stop strings are found as by `str.find`."""
 
 import pytest
 import tokenizers
@@ -56,7 +56,7 @@ BYTES = {"byte_level": [*"AĢÃ©ä½łðŁ", "<|im_end|>"], "byte_fallback": [*
 @pytest.mark.parametrize("kind", BYTES)
 @given(data=st.data(), cuts=CUTS)
 @settings(max_examples=300, deadline=None)
-def test_bytes_that_make_characters_or_none(kind, data, cuts):
+def test_bytes_of_valid_and_invalid_characters(kind, data, cuts):
     """A stray byte breaks all the bytes beside it in SentencePiece vocabularies, and itself only in byte-level ones."""
     words = data.draw(st.lists(st.sampled_from(BYTES[kind]), max_size=40))
     ids = [KINDS[kind].token_to_id(word) for word in words]
@@ -127,7 +127,7 @@ WORDS = st.text(st.sampled_from("ab"), min_size=1, max_size=4)
 @given(text=st.text(st.sampled_from("abc"), max_size=40), strings=st.lists(WORDS, max_size=3), cuts=CUTS)
 @example(text="aab", strings=["aab", "ab"], cuts=[])
 @settings(max_examples=300, deadline=None)
-def test_stop_strings_are_found_where_str_find_finds_them(text, strings, cuts):
+def test_stop_strings_are_found_as_by_str_find(text, strings, cuts):
     stop, shown, completed = StopStrings(strings), "", None
     taken = 0
     for piece in pieces(text, cuts):
@@ -152,7 +152,7 @@ def test_stop_strings_are_found_where_str_find_finds_them(text, strings, cuts):
     assert completed[0] < end <= completed[1], "the piece that completed it, and no later one"
 
 
-def test_of_two_that_end_together_the_longer_counts():
+def test_of_two_with_the_same_end_the_longer_counts():
     stop = StopStrings(["b", "ab"])
     assert stop.push("xab") == "x"
     assert stop.found == StopMatch("ab", 1, 3)
@@ -160,7 +160,7 @@ def test_of_two_that_end_together_the_longer_counts():
 
 
 @pytest.mark.parametrize("strings", ["stop", ["stop", ""], [3]])
-def test_what_cannot_be_a_stop_string(strings):
+def test_invalid_stop_strings_are_refused(strings):
     with pytest.raises(RequestError, match="expected a list of strings, none of them empty"):
         StopStrings(strings)
 

@@ -1,4 +1,4 @@
-"""The engine: transformers' tokens on any mesh, the same in any company, sessions that compute only what is new."""
+"""The engine: transformers' tokens on any mesh and in any batch; sessions compute only new tokens."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -342,8 +342,8 @@ def assert_as_if_new(model, session: Session, tokens: list[int], what: str) -> l
     return answer.token_ids
 
 
-def test_a_turn_reads_only_what_is_new_and_says_what_a_new_session_says(model, tokens_read):
-    """The conversation goes on, is cut back a little, parts from what was said, and is cut back far.
+def test_a_turn_prefills_only_new_tokens_and_generates_what_a_new_session_does(model, tokens_read):
+    """The conversation goes on, is shortened a little, diverges from what was generated, and is shortened much.
 
     A ring of 5 + 8 - 1 slots forgets what is more than a chunk back: only then all is computed again.
     """
@@ -378,7 +378,7 @@ def test_a_turn_reads_only_what_is_new_and_says_what_a_new_session_says(model, t
     assert_as_if_new(model, session, make_prompts((30,), seed=3)[0], "another conversation")
 
 
-def test_layers_that_see_everything_forget_nothing(small, tokens_read):
+def test_layers_of_full_attention_keep_every_token(small, tokens_read):
     session = Session(small, 64)
     [first, second] = make_prompts((30, 3), seed=4)
     say(session, first)
@@ -389,7 +389,7 @@ def test_layers_that_see_everything_forget_nothing(small, tokens_read):
 
 
 @pytest.mark.parametrize("chunks", [1, 2], ids=["after_the_first_token", "after_a_chunk"])
-def test_an_answer_that_nobody_heard_to_its_end_is_no_trouble(model, tokens_read, chunks):
+def test_an_answer_whose_iterator_is_abandoned_leaves_the_session_usable(model, tokens_read, chunks):
     """Ctrl-C in a chat: the generator is left, and the last token that it gave was not read."""
     session = Session(model, ROOM)
     [first, second] = make_prompts((21, 9), seed=5)
@@ -402,7 +402,7 @@ def test_an_answer_that_nobody_heard_to_its_end_is_no_trouble(model, tokens_read
 
 
 @pytest.mark.parametrize("program", ["prefill", "decode"])
-def test_a_session_that_was_interrupted_says_what_a_new_session_says(model, monkeypatch, program):
+def test_an_interrupted_session_generates_what_a_new_session_does(model, monkeypatch, program):
     """Ctrl-C while the device works: the cache that went in is gone, and what came out was not kept."""
     session = Session(model, ROOM)
     first, second, third = make_prompts((21, 19, 9), seed=8)
@@ -430,11 +430,11 @@ def test_a_session_refuses_a_prompt_that_fills_its_cache(small):
         with pytest.raises(RequestError, match=message):
             say(session, tokens)
     answer = say(session, [1] * 60, max_new_tokens=30)
-    assert len(answer.token_ids) == 4, "as many as there is room for"
+    assert len(answer.token_ids) == 4, "as many as the cache has slots for"
     assert answer.chunks[-1].finished == "length"
 
 
-def test_without_a_limit_a_text_ends_where_the_positions_do(small):
+def test_without_a_limit_a_text_ends_at_the_last_position(small):
     unlimited = dataclasses.replace(GREEDY, max_new_tokens=None)
     [answer] = run(small, [[1] * 50], [unlimited])
     assert len(answer.token_ids) == 64 - 50 and answer.chunks[-1].finished == "length"

@@ -96,8 +96,8 @@ def test_generation_ends_with_the_first_stop_token(references):
     assert found == expected
 
 
-@pytest.mark.parametrize("place", ["generation_config.json", "config.json"])
-def test_stop_tokens_default_to_the_checkpoints_own(references, tmp_path, place):
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_stop_tokens_default_to_the_checkpoints_own(references, tmp_path, file):
     """generation_config.json speaks first, config.json where there is none; an empty tuple stops at nothing."""
     reference = references["qwen2-plain"]
     folder = tmp_path / "checkpoint"
@@ -106,11 +106,11 @@ def test_stop_tokens_default_to_the_checkpoints_own(references, tmp_path, place)
     [free] = greedy(reference.model, prompts)
     config = json.loads((folder / "config.json").read_text())
     (folder / "generation_config.json").unlink(missing_ok=True)
-    if place == "config.json":
+    if file == "config.json":
         config["eos_token_id"] = free[3]
     else:
         config["eos_token_id"] = free[6]
-        (folder / place).write_text(json.dumps({"eos_token_id": [free[3], 96]}))
+        (folder / file).write_text(json.dumps({"eos_token_id": [free[3], 96]}))
     (folder / "config.json").write_text(json.dumps(config))
 
     model = qmj.from_pretrained(folder, dtype="float32")
@@ -227,7 +227,7 @@ def test_a_setting_outside_its_range_is_refused(small, never_run):
         complete(small, [[1]], max_new_tokens=0)
 
 
-def test_calls_that_mean_nothing_are_refused(small, never_run):
+def test_invalid_calls_are_refused(small, never_run):
     for function in (qmj.generate, complete):
         with pytest.raises(RequestError, match="texts, but no tokenizer was given"):
             function(small, ["w1 w2"])
@@ -239,7 +239,7 @@ def test_calls_that_mean_nothing_are_refused(small, never_run):
             function(small, [[1], [2]], [qmj.GenerationConfig()])
 
 
-def test_nothing_asked_is_nothing_answered(small):
+def test_no_requests_give_no_results(small):
     assert qmj.generate(small, []) == []
 
 
@@ -288,7 +288,7 @@ def test_token_ids_come_with_a_text_where_there_is_a_tokenizer(small):
     ]
 
 
-def test_max_new_tokens_is_the_models_own_and_64_where_nobody_says(small):
+def test_max_new_tokens_is_the_models_own_and_64_by_default(small):
     model, prompt = make_small(qmj.GenerationConfig(max_new_tokens=5)), make_prompts()[:1]
     assert list(map(len, qmj.generate(model, prompt))) == [5]
     assert list(map(len, qmj.generate(model, prompt, max_new_tokens=3))) == [3]

@@ -101,7 +101,7 @@ def test_a_given_config_replaces_a_file_that_would_be_refused(reference, tmp_pat
     assert qmj.from_pretrained(folder, generation_config=given).generation_config == given
 
 
-def test_a_prompt_beyond_the_trained_positions_is_said_once(capsys):
+def test_a_prompt_beyond_the_trained_positions_is_reported_once(capsys):
     config = {**CASES["qwen3-plain"].config, "max_position_embeddings": 8}
     model = qmj.CausalLM(qmj.ModelConfig.from_pretrained(config), rngs=0)
     _said.clear()

@@ -1,4 +1,4 @@
-"""lm-eval's requests, answered without it: tokens, cuts and limits are those of its adapter for transformers."""
+"""lm-eval's requests without lm-eval: tokens, truncation and limits are those of its adapter for transformers."""
 
 import dataclasses
 import json
@@ -74,7 +74,7 @@ def test_greedy_continuations_are_reported(harness):
     assert greedy == (whole[len(context) :] == tokens)
 
 
-def test_long_contexts_lose_their_beginning(folder, model, caplog):
+def test_long_contexts_are_truncated_on_the_left(folder, model, caplog):
     harness = Harness.from_folder(folder, max_length=4)
     context, whole = ids(harness, PROMPT), ids(harness, PROMPT + " jumps")
     tokens = whole[len(context) :]
@@ -121,7 +121,7 @@ def test_requests_with_other_budgets_come_back_in_order(harness):
     assert mixed == alone
 
 
-def test_long_prompts_lose_their_beginning(folder, caplog):
+def test_long_prompts_are_truncated_on_the_left(folder, caplog):
     harness = Harness.from_folder(folder, max_length=7)
     assert len(ids(harness, PROMPT)) > 3
     expected = qmj.generate(harness._model, [ids(harness, PROMPT)[-3:]], max_new_tokens=4)[0]
@@ -130,7 +130,7 @@ def test_long_prompts_lose_their_beginning(folder, caplog):
     assert "1 of 1 requests are longer than max_length=7: truncated." in caplog.text
 
 
-def test_drawn_texts_differ_between_requests_and_not_between_runs(harness):
+def test_sampled_texts_differ_between_requests_and_not_between_runs(harness):
     settings = {"temperature": 2.0, "max_gen_toks": 12}
     found = harness.generate_until(requests(*[(PROMPT, settings)] * 3))
     assert len(set(found)) == 3
@@ -141,7 +141,7 @@ def test_drawn_texts_differ_between_requests_and_not_between_runs(harness):
     assert greedy[0] == greedy[1]
 
 
-def test_tasks_settings_stand_above_the_checkpoints(folder, harness):
+def test_tasks_settings_replace_the_checkpoints(folder, harness):
     """generation_config.json often asks for sampling; lm-eval means greedy where a task says nothing."""
     other = Harness.from_folder(folder)
     replaced = dataclasses.replace(other._model.generation_config, do_sample=True, temperature=2.0)
@@ -150,7 +150,7 @@ def test_tasks_settings_stand_above_the_checkpoints(folder, harness):
     assert other.generate_until(asked) == harness.generate_until(asked)
 
 
-def test_texts_do_not_depend_on_how_many_are_written_together(folder, harness):
+def test_texts_do_not_depend_on_the_batch_size(folder, harness):
     asked = requests(*((PROMPT[:length], {"max_gen_toks": 6}) for length in (19, 4, 9)))
     one_by_one = Harness.from_folder(folder, generated_together=1)
     assert one_by_one.generate_until(asked) == harness.generate_until(asked)
@@ -158,15 +158,15 @@ def test_texts_do_not_depend_on_how_many_are_written_together(folder, harness):
 
 
 @pytest.mark.parametrize(
-    "settings, error, told",
+    "settings, error, message",
     [
         ({"num_beams": 4}, RequestError, r"generation_kwargs has \['num_beams'\]"),
         ({"max_gen_toks": 96}, RequestError, "96 new tokens leave no tokens for a prompt with max_length=96"),
         ({"max_gen_toks": 4, "top_p": 2.0}, ConfigError, "top_p"),
     ],
 )
-def test_what_cannot_be_generated_is_refused(harness, settings, error, told):
-    with pytest.raises(error, match=told):
+def test_invalid_generation_settings_are_refused(harness, settings, error, message):
+    with pytest.raises(error, match=message):
         harness.generate_until(requests((PROMPT, settings)))
 
 
@@ -181,7 +181,7 @@ def test_chat_template_is_the_checkpoints_own(harness):
 
 
 def test_prefix_is_the_token_that_begins_a_text(tmp_path):
-    """It is not doubled where a text begins with it, and the tokenizer's own stands there else."""
+    """It is not doubled where a text begins with it, and the tokenizer's own is added otherwise."""
     folder = make_checkpoint(tmp_path / "bos", byte_fallback(), bos_token="<s>", eos_token="</s>")
     harness = Harness.from_folder(folder)
     assert harness._encode("stop") == harness._encode("<s>stop")[:1] + harness._encode("stop")[1:]

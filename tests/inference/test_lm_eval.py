@@ -1,4 +1,4 @@
-"""lm-eval itself, on tasks that lie on disk: it runs, and what it gets is what the package says."""
+"""lm-eval itself, on local tasks: its results are the scores of the package."""
 
 import json
 
@@ -57,7 +57,7 @@ def home(tmp_path_factory):
         yield home
 
 
-def test_tasks_see_what_the_package_says(home):
+def test_tasks_get_the_scores_of_the_package(home):
     from lm_eval.tasks import TaskManager
 
     from qwen_moe_jax.inference.lm_eval_model import NAME
@@ -82,7 +82,7 @@ def test_tasks_see_what_the_package_says(home):
         assert sample["resps"] == [[text.partition("e")[0]]]
 
 
-def test_command_hands_over_all_words(home, capsys, monkeypatch):
+def test_the_command_passes_on_all_arguments(home, capsys, monkeypatch):
     words = ["--tasks", "tiny_choice", "--include_path", str(home / "tasks"), "--limit", "1"]
     monkeypatch.setattr("sys.argv", ["unused"])
     assert main(["eval", str(home / "model"), *words, "--model_args", "max_length=32", "data=2"]) == 0

@@ -1,4 +1,4 @@
-"""Sampling held to NumPy: what each option does, what is drawn how often, and that no row depends on another."""
+"""Sampling compared with NumPy: every option, frequencies of sampled tokens, independence of rows."""
 
 import dataclasses
 
@@ -122,7 +122,7 @@ PART = st.floats(0, 1, width=32, allow_subnormal=False)
 
 @hypothesis_settings(deadline=None, max_examples=300)
 @given(logits=LOGITS, k=st.integers(0, 15), p=PART, m=PART)
-def test_what_is_left_to_draw_from(logits, k, p, m):
+def test_tokens_left_to_sample_from(logits, k, p, m):
     logits_V = np.array(logits, np.float32)
     found_V = processed(Config(do_sample=True, top_k=k, top_p=p, min_p=m), logits_V)
     kept_V = np.isfinite(found_V)
@@ -147,7 +147,7 @@ def test_equal_logits_stay_or_go_together():
     assert np.isfinite(processed(Config(do_sample=True, top_k=0, top_p=0.1), logits_V)).tolist() == [0, 1, 0, 1, 0, 0]
 
 
-def test_a_large_vocabulary_is_cut_where_a_sort_would_cut_it():
+def test_a_large_vocabulary_is_truncated_as_by_a_sort():
     logits_BV = logits_of(4, vocabulary=5000)
     configs = [Config(do_sample=True, top_k=k, top_p=p) for k, p in [(50, 1.0), (0, 0.9), (1000, 0.7), (1, 1.0)]]
     settings = sampling_settings(configs, 5000)
@@ -218,7 +218,7 @@ def test_successive_tokens_of_one_seed_are_independent():
     assert ((pairs - expected) ** 2 / expected).sum() < scipy.stats.chi2.isf(1e-4, vocabulary**2 - 1)
 
 
-# ---- a row is nobody's neighbour ------------------------------------------------------------------------------------
+# ---- a row does not depend on the others ----------------------------------------------------------------------------
 
 REQUEST = Config(
     do_sample=True,
@@ -239,6 +239,8 @@ NEIGHBOURS = [
     Config(do_sample=True, top_k=3, min_p=0.2, seed=6),
     Config(presence_penalty=1.0, bad_words_ids=[list(range(12)), *([token] for token in range(9))]),
     Config(logit_bias=dict.fromkeys(range(30), 0.5), eos_token_id=tuple(range(6)), min_new_tokens=4),
+    Config(do_sample=True, typical_p=0.5, epsilon_cutoff=0.01, eta_cutoff=0.1, suppress_tokens=(4, 5), seed=8),
+    Config(forced_bos_token_id=1, begin_suppress_tokens=(2,), exponential_decay_length_penalty=(2, 1.5), max_length=9),
 ]
 
 
@@ -257,14 +259,14 @@ def write(configs, prompts, which, steps=12) -> tuple[list[int], np.ndarray]:
     return tokens, np.stack(seen)
 
 
-def test_a_seed_gives_the_same_text_whoever_else_is_in_the_batch():
+def test_a_seed_gives_the_same_text_in_any_batch():
     alone, logits_TV = write([REQUEST], [[5, 1]], 0)
     assert len(set(alone)) > 4
-    for place in (0, 2, 5):
-        configs = [*NEIGHBOURS[:place], REQUEST, *NEIGHBOURS[place:]]
-        prompts = [[1 + index] * (1 + index) for index in range(6)]
-        prompts[place] = [5, 1]
-        tokens, same_TV = write(configs, prompts, place)
+    for slot in (0, 2, 5):
+        configs = [*NEIGHBOURS[:slot], REQUEST, *NEIGHBOURS[slot:]]
+        prompts = [[1 + index] * (1 + index) for index in range(len(configs))]
+        prompts[slot] = [5, 1]
+        tokens, same_TV = write(configs, prompts, slot)
         assert tokens == alone
         np.testing.assert_array_equal(same_TV, logits_TV)  # longer lists, longer words: still bit by bit
     other, _ = write([dataclasses.replace(REQUEST, seed=17)], [[5, 1]], 0)  # the low half of the seed is the same
@@ -300,7 +302,7 @@ def test_values_cost_no_compilation_and_lists_of_any_length_few():
 
 
 @pytest.mark.parametrize("spec", [P("data", "tensor"), P(None, ("data", "tensor"))], ids=str)
-def test_logits_that_lie_split_over_devices_give_the_same(spec):
+def test_logits_sharded_over_devices_give_the_same(spec):
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     configs = [REQUEST, *NEIGHBOURS]
     settings = sampling_settings(configs, V)

@@ -1,4 +1,4 @@
-"""Log-likelihoods and perplexities are transformers', for any lengths, in any company, on any mesh."""
+"""Log-likelihoods and perplexities are transformers', for any lengths, in any batch, on any mesh."""
 
 import math
 
@@ -128,7 +128,7 @@ def test_mesh_gives_what_one_device_gives(sizes):
     assert_same(qmj.score(sharded, sequences), qmj.score(alone, sequences))
 
 
-def test_greedy_is_what_generation_writes(model):
+def test_greedy_scores_are_those_of_greedy_generation(model):
     prompts = texts(4, 9)
     continuations = qmj.generate(model, prompts, max_new_tokens=5, eos_token_id=())
     assert [one.greedy for one in qmj.score(model, continuations, contexts=prompts)] == [True, True]
@@ -145,7 +145,7 @@ def test_training_mode_left_on_changes_nothing():
     assert not model.deterministic
 
 
-def test_arrays_and_no_sequence_at_all(model):
+def test_arrays_and_empty_lists_of_sequences(model):
     [tokens] = texts(8)
     assert_same(qmj.score(model, [np.array(tokens, np.uint16)]), qmj.score(model, [tokens]))
     assert_same(qmj.score(model, np.array([tokens])), qmj.score(model, [tokens]))
@@ -206,15 +206,15 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("sequences, contexts, told", REFUSED.values(), ids=REFUSED)
-def test_refusals_name_the_sequence_before_anything_runs(model, monkeypatch, sequences, contexts, told):
+@pytest.mark.parametrize("sequences, contexts, message", REFUSED.values(), ids=REFUSED)
+def test_refusals_name_the_sequence_before_anything_runs(model, monkeypatch, sequences, contexts, message):
     monkeypatch.setattr(scoring, "_predicted", None)
-    with pytest.raises(RequestError, match=told):
+    with pytest.raises(RequestError, match=message):
         qmj.score(model, sequences, contexts=contexts)
 
 
 @pytest.mark.parametrize(
-    "tokens, window, stride, told",
+    "tokens, window, stride, message",
     [
         ([1], 4, 2, "the text has 1 token"),
         ([], 4, 2, "the text is empty"),
@@ -224,12 +224,12 @@ def test_refusals_name_the_sequence_before_anything_runs(model, monkeypatch, seq
         ([1, 2, VOCABULARY], 4, 2, f"the text holds {VOCABULARY}"),
     ],
 )
-def test_refusals_of_perplexity(model, tokens, window, stride, told):
-    with pytest.raises(RequestError, match=told):
+def test_refusals_of_perplexity(model, tokens, window, stride, message):
+    with pytest.raises(RequestError, match=message):
         qmj.perplexity(model, tokens, window=window, stride=stride)
 
 
-def test_description_of_a_model_is_refused():
+def test_an_abstract_model_is_refused():
     config = qmj.ModelConfig.from_pretrained(CASES["qwen3-plain"].config)
     with pytest.raises(RequestError, match="without weights"):
         qmj.score(qmj.CausalLM(config, rngs=None), [GOOD])
