@@ -28,7 +28,7 @@ def main(words: list[str]) -> int:
     from train.folder import open_run_folder
     from train.stopping import Stopped
 
-    process_zero = True  # which reports for all
+    folder, process_zero = None, True  # which reports for all
     try:
         overrides, others = split_overrides(words)
         arguments = parser.parse_args(others)
@@ -68,6 +68,9 @@ def main(words: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return _failed(130, "Stopped. The same command goes on from the last checkpoint.")
+    finally:
+        if folder is not None:
+            folder.unlock()
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from qwen_moe_jax.errors import ConfigError
 from train.config import TrainConfig, differences, load_config, to_toml
+from train.lock import LOCK_NAME, RunLock, lock_folder
 
 # The settings that a resumed run must keep. Mesh, execution and intervals between reports may change; the model, its
 # text and its optimization may not.
@@ -33,6 +34,29 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.profile = path / "profile"
         self._result = path / "result.json"
+        self._lock: RunLock | None = None
+
+    def lock(self) -> None:
+        """Locks the folder until `unlock`.
+
+        Raises:
+            ConfigError: another run is using it.
+        """
+        self._lock = lock_folder(self.path)
+
+    def unlock(self) -> None:
+        """Releases the lock, if this process has it."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.release()
+
+    def clear(self) -> None:
+        """Deletes everything but the lock."""
+        for path in self.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK_NAME:
+                path.unlink()
 
     @property
     def finished(self) -> bool:
@@ -64,29 +88,37 @@ class RunFolder:
 
 
 def open_run_folder(config: TrainConfig, *, fresh: bool) -> RunFolder:
-    """Creates the folder of this run, or opens that of an earlier start.
+    """Creates the folder of this run, or opens that of an earlier start. It is locked: call `RunFolder.unlock`.
 
     Args:
         fresh: delete an earlier run in the folder first.
 
     Raises:
-        ConfigError: the folder holds a run with other settings, or files that are no run.
+        ConfigError: the folder holds a run with other settings or files that are no run, or another run is using it.
     """
     path = Path(config.run.output_dir)
     folder = RunFolder(path)
-    if folder.config.exists():
-        if fresh:
-            shutil.rmtree(path)
-        else:
-            _check_same_run(load_config(folder.config), config, path)
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if not folder.config.exists() and path.exists() and (not path.is_dir() or _has_files(path)):
         raise ConfigError(
             f"run.output_dir: {path} exists and holds no config.toml, so it is no run of this program and is left "
             "alone. Choose another with --run.output_dir."
         )
     path.mkdir(parents=True, exist_ok=True)
-    folder.config.write_text(to_toml(config), encoding="utf-8")
+    folder.lock()
+    try:
+        if fresh:
+            folder.clear()
+        elif folder.config.exists():
+            _check_same_run(load_config(folder.config), config, path)
+        folder.config.write_text(to_toml(config), encoding="utf-8")
+    except BaseException:
+        folder.unlock()
+        raise
     return folder
+
+
+def _has_files(path: Path) -> bool:
+    return any(not file.name.removeprefix(".").startswith(LOCK_NAME) for file in path.iterdir())
 
 
 def _check_same_run(old: TrainConfig, new: TrainConfig, path: Path) -> None:

@@ -37,7 +37,7 @@ def open_shared_run_folder(config: TrainConfig, *, fresh: bool) -> tuple[RunFold
         ShardingError: the processes have different settings.
     """
     require_same("the settings of the run", f"{to_toml(config)} --fresh={fresh}")
-    folder = RunFolder(open_run_folder(config, fresh=fresh).path if is_process_zero() else config.run.output_dir)
+    folder = open_run_folder(config, fresh=fresh) if is_process_zero() else RunFolder(config.run.output_dir)
     mark = folder.path / f".seen-{broadcast(secrets.token_hex(8))}"
     if is_process_zero():
         mark.touch()

@@ -209,8 +209,12 @@ def _write_part(folder: Path, documents: Iterable[tuple[Record, Turns]]) -> None
             lengths.append(len(turns.ids))
             fully_learned = fully_learned and bool(turns.learned.all())
             digests.append(int.from_bytes(hashlib.sha256(record.name.encode()).digest()[:8], "big"))
-    arrays = {"lengths": np.array(lengths, np.int64), "digests": np.array(digests, np.uint64)}
-    np.savez(folder / "documents.npz", fully_learned=fully_learned, **arrays)
+    np.savez(
+        folder / "documents.npz",
+        lengths=np.array(lengths, np.int64),
+        digests=np.array(digests, np.uint64),
+        fully_learned=np.array(fully_learned),
+    )
 
 
 def _hold_out(folder: Path, source: SourceConfig, config: DataConfig) -> None:
