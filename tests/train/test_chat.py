@@ -14,7 +14,7 @@ from train.config import DataConfig
 from train.data.batches import batch_at, pack
 from train.data.chat import Turns, conversation_documents
 from train.data.corpus import load_corpus
-from train.data.sources import Conversation
+from train.data.records import Conversation
 from train.data.tokenizer import SPECIAL_TOKENS, save_tokenizer, train_tokenizer
 
 SYSTEM, ONE, TWO = (

@@ -13,7 +13,7 @@ from tests.inference.chat_templates import MIXTRAL, QWEN2, QWEN3
 from tests.inference.tokenizer_kinds import byte_fallback, byte_level
 from tests.train.test_run import start
 from train.data.chat import conversation_documents
-from train.data.sources import Conversation
+from train.data.records import Conversation
 from train.data.tokenizer import name_turn_ends, save_tokenizer, train_tokenizer
 from train.data.turn_ends import TurnEnds
 

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from qwen_moe_jax.errors import ConfigError, RequestError
 from qwen_moe_jax.inference.chat_template import ChatTemplate
 from qwen_moe_jax.inference.tokenizer import encode
-from train.data.sources import Conversation
+from train.data.records import Conversation
+from train.data.rendered import require_rendered
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,16 @@ def conversation_documents(
     thoughts): then the first turn that does not continue the previous ids begins a new document. Messages after the
     assistant's last turn are left out, since they have no targets.
 
+    Messages with `"weight": 0` are context only.
+
     Raises:
-        ConfigError: the template refuses the conversation, or its rendering of a turn does not begin with its own
-            generation prompt. The message names `place`.
+        ConfigError: the template refuses the conversation or ignores a field of it, or its rendering of a turn does
+            not begin with its own generation prompt. The message names `place`.
     """
+    require_rendered(conversation, template, place)
     documents: list[Turns] = []
     for number, message in enumerate(conversation.messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or number in conversation.not_learned:
             continue
         before = _render(conversation, template, number, place, add_generation_prompt=True)
         after = _render(conversation, template, number + 1, place, add_generation_prompt=False)

@@ -26,7 +26,8 @@ from train.config import DataConfig, SourceConfig
 from train.data.batches import Documents
 from train.data.chat import Turns, conversation_documents
 from train.data.lengths import LengthRule
-from train.data.sources import Conversation, Record, describe_source, read_records
+from train.data.records import Conversation
+from train.data.sources import Record, describe_source, read_records
 from train.data.tokenizer import END_OF_TEXT, MESSAGE_END, copy_tokenizer, save_tokenizer, train_tokenizer
 from train.data.turn_ends import TurnEnds
 

@@ -8,35 +8,25 @@ import json
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from qwen_moe_jax.errors import ConfigError
 from train.config import FORMATS, SourceConfig
 from train.data.docstrings import questions_of
+from train.data.records import FIELDS, WANTED, Conversation, checked_content, refuse
 
-_ROLES = ("system", "user", "assistant", "tool")
 _Say = Callable[[str], None]
-
-_WANTED = '{"text": …} or {"messages": [{"role": …, "content": …}, …]}'
 
 # Left out of the standard library: installed packages, tests, generated tables and copies of other tools.
 _SKIPPED_IN_STDLIB = (
     "__*__", "config-*", "dist-packages", "encodings", "ensurepip", "idlelib", "lib-dynload", "lib2to3", "pydoc_data",
     "site-packages", "test", "tests", "turtledemo",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages as a chat template takes them, and variables of the template, such as `tools`."""
-
-    messages: list[dict[str, Any]]
-    variables: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,29 +123,33 @@ def _read_jsonl(source: SourceConfig, remaining: float, end_id: int | None, trun
                 try:
                     found = json.loads(line)
                 except (json.JSONDecodeError, RecursionError) as error:
-                    _refuse(f"{place}: this is no JSON ({error}): {line.strip()!r:.80}; expected {_WANTED}.")
-                yield from _as_record(found, place, f"{name}:{number}")
+                    refuse(f"{place}: this is no JSON ({error}): {line.strip()!r:.80}; expected {WANTED}.")
+                content = checked_content(found, place)
+                if content is not None:
+                    yield Record(content, place, f"{name}:{number}")
 
 
 def _read_datasets(source: SourceConfig, remaining: float, end_id: int | None, truncated: _Say) -> Iterator[Record]:
     rows = _open_dataset(source)
     for number, row in enumerate(rows):
         place = f"{source.path}, row {number} of {source.split}"
-        found = {key: value for key, value in row.items() if key in ("text", "messages", "tools")}
-        for record in _as_record(found or row, place, str(number)):
-            text = record.content
-            remaining -= len(json.dumps(text.messages)) if isinstance(text, Conversation) else len(str(text).encode())
-            if remaining < 0:
-                truncated(f"{number:,} of {len(rows):,} rows")
-                return
-            yield record
+        found = {key: value for key, value in row.items() if key in FIELDS}
+        content = checked_content(found or row, place)
+        if content is None:
+            continue
+        text = json.dumps(content.messages) if isinstance(content, Conversation) else content
+        remaining -= len(text.encode())
+        if remaining < 0:
+            truncated(f"{number:,} of {len(rows):,} rows")
+            return
+        yield Record(content, place, str(number))
 
 
 def _open_dataset(source: SourceConfig) -> Any:
     try:
         import datasets  # an optional dependency that is slow to import
     except ImportError:
-        _refuse(
+        refuse(
             "data.format: datasets needs Hugging Face's library, which is not installed: "
             "pip install 'qwen-moe-jax[hf]', or datasets by itself."
         )
@@ -170,7 +164,7 @@ def _open_dataset(source: SourceConfig) -> Any:
             return datasets.load_dataset("parquet", data_files=files, split="train") if files else []
         return datasets.load_dataset(source.path, split=source.split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        _refuse(f"data.path: {source.path}: datasets cannot open it ({type(error).__name__}: {error}).")
+        refuse(f"data.path: {source.path}: datasets cannot open it ({type(error).__name__}: {error}).")
 
 
 def _read_tokens(source: SourceConfig, remaining: float, end_id: int | None, truncated: _Say) -> Iterator[Record]:
@@ -178,10 +172,10 @@ def _read_tokens(source: SourceConfig, remaining: float, end_id: int | None, tru
         try:
             ids = np.load(file, mmap_mode="r")
         except (ValueError, OSError) as error:
-            _refuse(f"{file}: this is no .npy file ({error}), expected one array of token ids.")
+            refuse(f"{file}: this is no .npy file ({error}), expected one array of token ids.")
         if not isinstance(ids, np.ndarray) or ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
             found = f"{ids.dtype} of shape {ids.shape}" if isinstance(ids, np.ndarray) else "several arrays"
-            _refuse(f"{file}: found {found}, expected one row of integer token ids.")
+            refuse(f"{file}: found {found}, expected one row of integer token ids.")
         ends = np.flatnonzero(ids == end_id) + 1
         stops = ends if ends.size and ends[-1] == len(ids) else [*ends, len(ids)]  # the last may lack its end
         start = 0
@@ -219,7 +213,7 @@ def _files(source: SourceConfig) -> list[tuple[Path, str]]:
     if root.is_file():
         return [(root, root.name)]
     if not root.is_dir():
-        _refuse(f"data.path: {root}: there is no such file or folder.")
+        refuse(f"data.path: {root}: there is no such file or folder.")
     skipped = () if source.path else _SKIPPED_IN_STDLIB
     pattern = source.pattern or FORMATS[source.format]
     files = []
@@ -234,56 +228,4 @@ def _decode(raw: bytes, place: str) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        _refuse(f"{place}: found byte 0x{raw[error.start]:02x} at offset {error.start}, expected text in UTF-8.")
-
-
-def _as_record(found: Any, place: str, name: str) -> Iterator[Record]:
-    """One record, or none for a blank text."""
-    if not isinstance(found, dict):
-        _refuse(f"{place}: found {found!r:.80}, expected {_WANTED}.")
-    given = {key: value for key, value in found.items() if value is not None}
-    if ("text" in given) == ("messages" in given):
-        both = "both text and messages" if "text" in given else f"the keys {', '.join(found) or '(none)'}"
-        _refuse(f"{place}: found {both}, expected {_WANTED}.")
-    if "messages" in given:
-        tools = {"tools": given["tools"]} if given.get("tools") else {}
-        yield Record(Conversation(_checked_messages(given["messages"], place), tools), place, name)
-        return
-    text = given["text"]
-    if not isinstance(text, str):
-        _refuse(f"{place}: text: found {text!r:.80}, expected a string.")
-    _refuse_surrogates(text, place)
-    if text.strip():
-        yield Record(text, place, name)
-
-
-def _checked_messages(messages: Any, place: str) -> list[dict[str, Any]]:
-    if not isinstance(messages, list) or not messages:
-        _refuse(f'{place}: messages: found {messages!r:.80}, expected a list of {{"role": …, "content": …}}.')
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict):
-            _refuse(f'{place}: messages[{number}]: found {message!r:.80}, expected {{"role": …, "content": …}}.')
-        if message.get("role") not in _ROLES:
-            _refuse(
-                f"{place}: messages[{number}].role: found {message.get('role')!r}, expected one of {', '.join(_ROLES)}."
-            )
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            _refuse(f"{place}: messages[{number}].content: found {message.get('content')!r:.80}, expected a string.")
-        _refuse_surrogates(message.get("content") or "", place)
-    roles = [message["role"] for message in messages]
-    if roles[0] == "assistant":
-        _refuse(f"{place}: messages[0].role: found 'assistant', expected a message that it answers.")
-    if "assistant" not in roles:
-        _refuse(f"{place}: found no message of the assistant ({', '.join(roles)}), expected one to learn from.")
-    return messages
-
-
-def _refuse_surrogates(text: str, place: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        _refuse(f"{place}: found half of a surrogate pair at character {error.start}, expected Unicode text.")
-
-
-def _refuse(message: str) -> NoReturn:
-    raise ConfigError(message) from None
+        refuse(f"{place}: found byte 0x{raw[error.start]:02x} at offset {error.start}, expected text in UTF-8.")

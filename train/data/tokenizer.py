@@ -10,25 +10,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from qwen_moe_jax.huggingface.fields import read_json
 
-# The special tokens and the chat template (ChatML, as Qwen's) of a tokenizer that is trained here. The `generation`
-# tags mark the assistant's tokens for transformers and TRL; this trainer does not need them.
+# The special tokens of a tokenizer that is trained here.
 SPECIAL_TOKENS = END_OF_TEXT, _, MESSAGE_END = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' }}
-    {%- if message.role == 'assistant' %}
-        {%- generation %}
-            {{- message.content + '<|im_end|>' }}
-        {%- endgeneration %}
-    {%- else %}
-        {{- message.content + '<|im_end|>' }}
-    {%- endif %}
-    {{- '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
+
+#: Its chat template: ChatML with Qwen's forms of tools, tool calls, tool responses and thoughts. Thoughts of earlier
+#: turns are kept, so that a conversation is one document. The `generation` tags mark the assistant's tokens for
+#: transformers and TRL; this trainer does not need them.
+CHAT_TEMPLATE = (Path(__file__).parent / "chatml.jinja").read_text(encoding="utf-8")
 
 # The files of a tokenizer in a Hub folder. special_tokens_map.json is read in old folders only.
 _TOKENIZER_FILES = (
