@@ -18,7 +18,7 @@ from train.export import export, export_dtype
 from train.folder import RunFolder
 from train.initial import check_checkpoint_exists, initial_model_config, initial_state
 from train.nonfinite import NonFiniteGuard
-from train.optimizer import make_schedule
+from train.optimizer import make_schedule, schedule_notes
 from train.parameters import Params, merge
 from train.processes import Asked, with_shared_stop
 from train.program import Program, assemble, batch_sharding
@@ -55,7 +55,8 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
         start = start_of(config, program, mesh, state, fixed, text_tokens=feed.rows.num_tokens)
         report, profiler = _reports(config, folder, start, first_step=int(state.step))
         with report, profiler, stop_requests() as asked:
-            report.say("\n".join([introduction(start, config.run.max_steps), *corpus.notes, *feed.notes]))
+            notes = [*corpus.notes, *feed.notes, *schedule_notes(config.optimizer, config.run.max_steps)]
+            report.say("\n".join([introduction(start, config.run.max_steps), *notes]))
             loop = Loop(
                 config=config.run,
                 mesh=mesh,

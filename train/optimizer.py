@@ -20,7 +20,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     "cosine" and "linear" decay right after the warm-up; "wsd" (warm-up, stable, decay: arXiv 2404.06395) stays constant
     until `decay_steps` before the end, and then decays linearly.
     """
-    top, bottom, warmup = config.learning_rate, config.final_learning_rate, config.warmup_steps
+    top, bottom, warmup = config.learning_rate, config.final_learning_rate, config.warmup_of(steps)
     if config.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(
             init_value=0.0, peak_value=top, warmup_steps=warmup, decay_steps=steps, end_value=bottom
@@ -28,6 +28,17 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     decay = steps - warmup if config.schedule == "linear" else config.decay_steps
     descent = optax.linear_schedule(top, bottom, transition_steps=decay, transition_begin=steps - warmup - decay)
     return optax.join_schedules([optax.linear_schedule(0.0, top, warmup), descent], [warmup])
+
+
+def schedule_notes(config: OptimizerConfig, steps: int) -> list[str]:
+    """What the start of a run says about a warm-up that was shortened; nothing otherwise."""
+    warmup = config.warmup_of(steps)
+    if warmup == config.warmup_steps:
+        return []
+    return [
+        f"the warm-up takes {warmup} steps, not {config.warmup_steps} (optimizer.warmup_steps), since the run has only "
+        f"{steps} (run.max_steps)"
+    ]
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

@@ -48,8 +48,8 @@ def build(tables=None, *overrides):
         ({"run": {"model_name_or_path": "hub"}}, ["both a [model] table and run.model_name_or_path"]),
         ({"model": {"vocab_size": 5}}, ["model.vocab_size", "data.vocab_size is 4096"]),
         (
-            {"run": {"max_steps": 10}, "optimizer": {"warmup_steps": 10}},
-            ["optimizer.warmup_steps", "run.max_steps (10)"],
+            {"run": {"max_steps": 10}, "optimizer": {"schedule": "wsd", "decay_steps": 10}},
+            ["optimizer.decay_steps", "run.max_steps less the steps of the warm-up (9)"],
         ),
         ({"data": {"batch_size": 12}, "mesh": {"data": 2, "expert": 4}}, ["data.batch_size", "multiple of 8"]),
         ({"mesh": {"data": 0}}, ["mesh.data: found 0, expected a positive integer"]),
@@ -144,9 +144,9 @@ def test_all_problems_are_reported_at_once_each_on_its_line():
 
 
 def test_what_only_follows_from_a_wrong_key_is_not_reported():
-    """With 500 steps, the default that stands in for `many`, a warm-up of 600 would be too long."""
+    """With 500 steps, the default that stands in for `many`, a decay of 470 after a warm-up of 40 would be too long."""
     with pytest.raises(ConfigError) as refusal:
-        build({"run": {"max_steps": "many"}, "optimizer": {"warmup_steps": 600}})
+        build({"run": {"max_steps": "many"}, "optimizer": {"schedule": "wsd", "decay_steps": 470}})
     assert str(refusal.value) == "some.toml: run.max_steps: found 'many' (text), expected an integer."
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import qwen_moe_jax as qmj
 from train.config import OptimizerConfig
-from train.optimizer import decays, frozen_paths, make_optimizer, make_schedule
+from train.optimizer import decays, frozen_paths, make_optimizer, make_schedule, schedule_notes
 
 PARAMS = {
     "embed_tokens": {"weight": jnp.ones((8, 4))},
@@ -72,6 +72,19 @@ def test_other_schedules_fall_in_a_line_at_once_or_in_the_end(settings, expected
     config = OptimizerConfig(learning_rate=1.0, final_learning_rate=0.1, warmup_steps=10, **settings)
     schedule = make_schedule(config, steps=110)
     np.testing.assert_allclose([schedule(step) for step in (0, 5, 10, 60, 85, 110)], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (9, 0), (10, 1), (40, 4), (41, 40)])
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_run_of_no_more_steps_than_the_warm_up_has_a_shorter_one_and_says_so(schedule, steps, warmup):
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=40, schedule=schedule)
+    rates = [float(make_schedule(config, steps)(step)) for step in range(steps + 1)]
+    assert max(rates) == rates[warmup] == 1.0
+    notes = schedule_notes(config, steps)
+    if warmup == 40:
+        assert notes == []
+    else:
+        assert notes[0].startswith(f"the warm-up takes {warmup} steps, not 40 (optimizer.warmup_steps)")
 
 
 def test_the_first_moment_alone_has_the_dtype_of_moments():

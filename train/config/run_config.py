@@ -100,11 +100,9 @@ class TrainConfig:
 
     def _check_schedule(self, check: Checks) -> None:
         optimizer, steps = self.optimizer, self.run.max_steps
-        expected = f"fewer than run.max_steps ({steps})"
-        check(optimizer.warmup_steps < steps, "optimizer.warmup_steps", expected, given=("run.max_steps",))
         if optimizer.decay_steps is not None:
-            left = steps - optimizer.warmup_steps
-            expected = f"at most run.max_steps - optimizer.warmup_steps ({left})"
+            left = steps - optimizer.warmup_of(steps)
+            expected = f"at most run.max_steps less the steps of the warm-up ({left})"
             given = ("run.max_steps", "optimizer.warmup_steps")
             check(optimizer.decay_steps <= left, "optimizer.decay_steps", expected, given=given)
 

@@ -186,7 +186,7 @@ class OptimizerConfig:
     Attributes:
         learning_rate: the highest rate, after the warm-up.
         final_learning_rate: the rate at the last step.
-        warmup_steps: steps from zero to the highest rate.
+        warmup_steps: steps from zero to the highest rate; in a run of no more steps than that, a tenth of its steps.
         schedule: how the rate decays after the warm-up: cosine, linear, or wsd (stays constant, then linear).
         decay_steps: with schedule wsd, the number of last steps in which the rate decays.
         weight_decay: of matrices; norms and biases have none.
@@ -208,6 +208,10 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     mu_dtype: DTypeLike | None = None
     frozen: tuple[str, ...] = ()
+
+    def warmup_of(self, max_steps: int) -> int:
+        """The steps of the warm-up in a run of `max_steps`."""
+        return self.warmup_steps if self.warmup_steps < max_steps else max_steps // 10
 
     def __post_init__(self) -> None:
         with Checks(self) as check:
