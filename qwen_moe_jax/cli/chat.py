@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise RequestError(f"--max-length {arguments.max_length}, expected at least 1.")
 
     from qwen_moe_jax.config import ModelConfig
-    from qwen_moe_jax.huggingface.generation_config import read_generation_config
+    from qwen_moe_jax.huggingface.generation_config import generation_folder, read_generation_config
     from qwen_moe_jax.huggingface.hub import local_folder
     from qwen_moe_jax.inference.chat_template import load_chat_template
     from qwen_moe_jax.inference.engine import Session
@@ -64,7 +64,9 @@ def run(arguments: argparse.Namespace) -> None:
     folder = local_folder(arguments.folder)
     config = ModelConfig.from_pretrained(folder)
     tokenizer, template = load_tokenizer(folder), load_chat_template(folder)
-    generation = read_generation_config(folder, config, sampling_overrides(arguments))
+    generation = read_generation_config(
+        generation_folder(folder, arguments.adapter), config, sampling_overrides(arguments)
+    )
     model = load_model(arguments, generation)
     session = Session(model, arguments.max_length or min(config.max_position_embeddings, DEFAULT_MAX_LENGTH))
     conversation = Conversation(

@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from qwen_moe_jax.cli.answer import Answer
     from qwen_moe_jax.config import ModelConfig
-    from qwen_moe_jax.huggingface.generation_config import read_generation_config
+    from qwen_moe_jax.huggingface.generation_config import generation_folder, read_generation_config
     from qwen_moe_jax.huggingface.hub import local_folder
     from qwen_moe_jax.inference.chat_template import load_chat_template
     from qwen_moe_jax.inference.detokenize import TextStream
@@ -79,7 +79,9 @@ def run(arguments: argparse.Namespace) -> None:
     folder = local_folder(arguments.folder)
     config = ModelConfig.from_pretrained(folder)
     tokenizer = load_tokenizer(folder)
-    generation = read_generation_config(folder, config, sampling_overrides(arguments))
+    generation = read_generation_config(
+        generation_folder(folder, arguments.adapter), config, sampling_overrides(arguments)
+    )
     if generation.max_new_tokens is None and generation.max_length is None:
         generation = dataclasses.replace(generation, max_new_tokens=DEFAULT_LENGTH)
 

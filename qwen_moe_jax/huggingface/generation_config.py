@@ -4,6 +4,7 @@ Fields that are not implemented (beams, `guidance_scale`, …) are kept and writ
 """
 
 from collections.abc import Callable, Mapping
+from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from qwen_moe_jax.config import GenerationConfig, ModelConfig
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.fields import Fields, freeze, one_or_list, read_json, thaw
+from qwen_moe_jax.huggingface.hub import adapter_folder
 
 
 def read_generation_config(
@@ -30,6 +32,14 @@ def read_generation_config(
     if not path.is_file():
         return GenerationConfig(**{"eos_token_id": config.eos_token_id, **overrides})
     return generation_config_from_hub(read_json(path), str(path), overrides)
+
+
+def generation_folder(folder: Path, adapter: str | PathLike[str] | None) -> Path:
+    """The folder whose generation_config.json is read: the adapter's, if there is one with such a file."""
+    if adapter is None:
+        return folder
+    found = adapter_folder(adapter)
+    return found if (found / "generation_config.json").is_file() else folder
 
 
 def generation_config_from_hub(

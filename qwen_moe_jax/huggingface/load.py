@@ -61,7 +61,7 @@ def from_pretrained(
         execution: how the model is run; the arguments `dtype` and `param_dtype` override its fields.
         adapter: a folder of low-rank adapters in PEFT's layout, or its name on the Hub. They are kept separate from the
             weights; `merge_lora` adds them.
-        generation_config: how text is generated; None reads generation_config.json.
+        generation_config: how text is generated; None reads generation_config.json, the adapter's if it has one.
         hub_arguments: none is taken; those of transformers are refused with the name of ours.
 
     Returns:
@@ -85,6 +85,8 @@ def from_pretrained(
     )
     if adapter is not None:
         load_adapter(model, adapter)
+        if generation_config is not None:
+            model.generation_config = generation_config
     return model
 
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 from flax import nnx
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.huggingface.generation_config import read_generation_config
+from qwen_moe_jax.huggingface.generation_config import generation_folder, read_generation_config
 from qwen_moe_jax.inference.chat_template import load_chat_template
 from tests.inference.chat_templates import MIXTRAL, QWEN2, QWEN3
 from tests.inference.tokenizer_kinds import byte_fallback, byte_level
@@ -157,6 +158,17 @@ def test_an_adapter_brings_its_stop_tokens_to_the_base(tuned):
     base, run, _, over = tuned
     model = qmj.from_pretrained(base, adapter=run / "adapter")
     assert model.generation_config.eos_token_id == (0, 2, over) and model.generation_config.temperature == 0.7
+    chosen = qmj.GenerationConfig(eos_token_id=(5,))
+    model = qmj.from_pretrained(base, adapter=run / "adapter", generation_config=chosen)
+    assert model.generation_config == chosen
+
+
+def test_the_commands_read_the_generation_config_of_an_adapter_that_has_one(tuned, tmp_path):
+    base, run, _, _ = tuned
+    assert generation_folder(base, None) == base and generation_folder(base, run / "adapter") == run / "adapter"
+    shutil.copytree(run / "adapter", tmp_path / "bare")
+    (tmp_path / "bare" / "generation_config.json").unlink()
+    assert generation_folder(base, tmp_path / "bare") == base
 
 
 def test_the_export_has_the_dtype_of_its_base_and_the_end_says_so(tuned):
