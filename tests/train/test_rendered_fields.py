@@ -129,6 +129,7 @@ def test_a_record_sets_the_variables_of_its_template(tmp_path):
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
+        ({"text": None}, "text: found null, expected {"),
         ({"tools": "{"}, "tools: found a string that is no JSON"),
         ({"tools": {"name": "add"}}, "tools: found {'name': 'add'}, expected a list of objects"),
         ({"tools": '["add"]'}, "expected a list of objects, or that as a JSON string"),
@@ -145,6 +146,8 @@ def test_a_record_sets_the_variables_of_its_template(tmp_path):
     ],
 )
 def test_a_field_of_another_kind_is_refused_by_name(record, expected):
+    if "text" not in record:
+        record = {"messages": [USER, ANSWER], **record}
     with pytest.raises(ConfigError) as refusal:
-        checked_content({"messages": [USER, ANSWER], **record}, "a.jsonl, line 7")
+        checked_content(record, "a.jsonl, line 7")
     assert str(refusal.value).startswith("a.jsonl, line 7: ") and expected in str(refusal.value)

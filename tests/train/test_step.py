@@ -1,4 +1,4 @@
-"""What a step does to where things lie, and what it counts."""
+"""A step keeps the shardings of its state, and counts what it reports."""
 
 import dataclasses
 

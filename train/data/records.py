@@ -39,6 +39,9 @@ def checked_content(found: Any, place: str) -> str | Conversation | None:
     if not isinstance(found, dict):
         refuse(f"{place}: found {found!r:.80}, expected {WANTED}.")
     given = {key: value for key, value in found.items() if value is not None and key in FIELDS}
+    for name in ("text", "messages"):
+        if name in found and found[name] is None and not {"text", "messages"} & given.keys():
+            refuse(f"{place}: {name}: found null, expected {WANTED}.")
     if ("text" in given) == ("messages" in given):
         both = "both text and messages" if "text" in given else f"the keys {', '.join(found) or '(none)'}"
         refuse(f"{place}: found {both}, expected {WANTED}.")
