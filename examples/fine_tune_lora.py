@@ -29,7 +29,7 @@ def main() -> None:
     qmj.add_lora(model, config, rngs=nnx.Rngs(1))  # without effect until trained: B is zero
     graphdef, adapters, weights = nnx.split(model, is_adapter, ...)
     count = sum(leaf.size for leaf in jax.tree.leaves(adapters))
-    print(f"{count:,} parameters of adapters beside {model.config.num_parameters():,} that stay fixed")
+    print(f"{count:,} parameters of adapters in addition to {model.config.num_parameters():,} that stay fixed")
 
     row = jnp.asarray([list(SENTENCE)])
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(1e-2, STEPS)))

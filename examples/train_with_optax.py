@@ -1,4 +1,4 @@
-"""A training loop of your own: a mesh of eight devices, optax, the balance loss, an export for transformers.
+"""A training loop of your own: a mesh of eight devices, optax, the load-balancing loss, an export for transformers.
 
     python examples/train_with_optax.py
 

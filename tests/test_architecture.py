@@ -1,4 +1,4 @@
-"""The house rule: arrows point down. A file imports from the rooms below its own, never from one above."""
+"""The rule of imports: arrows point down. A file imports from the packages below its own, never from one above."""
 
 import ast
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 #: From the top of the house to its ground.
-ROOMS = [
+PACKAGES = [
     "train", "__main__", "cli", "plan", "inference", "huggingface", "model", "attention_kernels", "moe", "nn",
     "storage", "sharding", "web_page", "config", "text", "units", "rounding", "suggest", "errors",
 ]  # fmt: skip
@@ -19,7 +19,7 @@ DOORS = {("qwen_moe_jax/config/model.py", "huggingface"), ("qwen_moe_jax/model/b
 SOURCES = sorted([*ROOT.glob("qwen_moe_jax/**/*.py"), *ROOT.glob("train/**/*.py")])
 
 
-def room(module: str) -> str | None:
+def package(module: str) -> str | None:
     parts = module.split(".")
     if parts[0] == "train":
         return "train"
@@ -40,13 +40,15 @@ def imported_modules(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_arrows_point_down(path):
     name = path.relative_to(ROOT).as_posix()
-    here = room(name.removesuffix(".py").replace("/", "."))
+    here = package(name.removesuffix(".py").replace("/", "."))
     if here == "__init__":
-        return  # the public names come from every room
+        return  # the public names come from every package
     for module in imported_modules(path):
-        there = room(module)
-        if there in ROOMS and (name, there) not in DOORS:
-            assert ROOMS.index(here) <= ROOMS.index(there), f"{name} ({here}) imports {module} ({there}), a room above"
+        there = package(module)
+        if there in PACKAGES and (name, there) not in DOORS:
+            assert PACKAGES.index(here) <= PACKAGES.index(there), (
+                f"{name} ({here}) imports {module} ({there}), a package above"
+            )
 
 
 def test_configs_and_the_modules_below_need_nothing_but_python():
@@ -55,10 +57,10 @@ def test_configs_and_the_modules_below_need_nothing_but_python():
     NumPy is imported by one function, for dtypes that are not given by their names.
     """
     also = {"qwen_moe_jax/config/dtypes.py": {"numpy"}}
-    low = ROOMS[ROOMS.index("config") :]
+    low = PACKAGES[PACKAGES.index("config") :]
     for path in SOURCES:
         name = path.relative_to(ROOT).as_posix()
-        if room(name.removesuffix(".py").replace("/", ".")) in low:
+        if package(name.removesuffix(".py").replace("/", ".")) in low:
             roots = {module.split(".")[0] for module in imported_modules(path)}
             allowed = {"qwen_moe_jax", *sys.stdlib_module_names, *also.get(name, ())}
             assert roots <= allowed, f"{name} imports {roots}"

@@ -1,4 +1,4 @@
-"""The settings of an execution that were left open, chosen for the model, its mesh and its mode."""
+"""The settings of an execution that were None, chosen for the model, its mesh and its mode."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def einsum_cost(group_size: int, moe_intermediate_size: int) -> float:
 def resolve(
     execution: ExecutionConfig, moe: MoEConfig | None, *, expert_shards: int, platform: str, training: bool
 ) -> ExecutionConfig:
-    """The same execution with nothing left open.
+    """The same execution with no setting None.
 
     In eval mode `capacity_factor` becomes `eval_capacity_factor`, so that no layer needs to know the mode.
 
@@ -100,7 +100,7 @@ def attention_block(platform: str) -> int:
 
 
 def resolve_attention(execution: ExecutionConfig, platform: str) -> ExecutionConfig:
-    """The same execution with nothing about attention left open.
+    """The same execution with no setting of attention None.
 
     Args:
         execution: with its dtype.

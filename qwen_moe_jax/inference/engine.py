@@ -168,7 +168,7 @@ class Session:
         left = self.max_length - len(token_ids)
         if left < 1:
             raise RequestError(
-                f"the prompt has {len(token_ids)} tokens, and the cache holds {self.max_length} in all: none is "
+                f"the prompt has {len(token_ids)} tokens, and the cache holds {self.max_length} in total: none is "
                 "left for a new token. Start a new conversation, or give the session a larger max_length."
             )
         budget = min(new_tokens(self._model, token_ids, config), left)

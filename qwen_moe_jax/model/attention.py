@@ -52,7 +52,7 @@ class Attention(nnx.Module):
             hidden_BTD: normalised hidden states.
             context: segments and rotations of the tokens.
             sliding_window: number of keys a query sees, itself included; None for all.
-            execution: with nothing left open.
+            execution: with no setting None.
             cache: of the previous tokens, one text a row. None: all tokens are given.
         """
         with jax.named_scope("attention"):

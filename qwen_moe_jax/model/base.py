@@ -159,7 +159,7 @@ class Model(nnx.Module):
 
     @property
     def execution_in_use(self) -> ExecutionConfig:
-        """`execution` with everything that was left open chosen for the present mode (`train()` or `eval()`)."""
+        """`execution` with every setting that was None chosen for the present mode (`train()` or `eval()`)."""
         return resolve(
             self.execution,
             self.config.moe,

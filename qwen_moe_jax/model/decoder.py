@@ -93,7 +93,7 @@ class Decoder(nnx.Module):
 
         Args:
             inputs: tokens, segment ids and positions.
-            execution: how, with nothing left open (`config.resolve`).
+            execution: how, with no setting None (`config.resolve`).
             cache: of the previous tokens, one text a row; the new ones follow them from the left, padding after them.
                 None in training and scoring, where all tokens are given.
             noise_key: of the jitter before the experts; every layer draws its own. None adds none.

@@ -424,7 +424,7 @@ def test_an_interrupted_session_generates_what_a_new_session_does(model, monkeyp
 def test_a_session_refuses_a_prompt_that_fills_its_cache(small):
     session = Session(small, 60)
     assert session.max_length == 64, "lengths of caches are powers of two"
-    with pytest.raises(RequestError, match="64 tokens, and the cache holds 64 in all: .*larger max_length"):
+    with pytest.raises(RequestError, match="64 tokens, and the cache holds 64 in total: .*larger max_length"):
         say(session, [1] * 64)
     for tokens, message in (([], "the prompt is empty"), ([3, 98], "holds 98, expected token ids from 0 to 97")):
         with pytest.raises(RequestError, match=message):

@@ -60,7 +60,7 @@ def page(tmp_path_factory):
 
 def test_a_page_shows_losses_speed_time_routers_and_what_ran(page):
     learning = ["Loss", "Speed and MFU", "Gradient norm", "Learning rate", "Time of a step"]
-    routers = ["Balance loss", "Largest load", "Dropped", "Entropy of the routers", "Load of the experts"]
+    routers = ["Load-balancing loss", "Largest load", "Dropped", "Entropy of the routers", "Load of the experts"]
     assert titles(page) == learning + routers
     facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
     assert facts["step"] == "8" and facts["tokens"] == "512"

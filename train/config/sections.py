@@ -238,7 +238,7 @@ class RunConfig:
 
     Attributes:
         output_dir: folder that receives config.toml, metrics.jsonl, checkpoints/ and hub/.
-        max_steps: optimizer steps in all.
+        max_steps: optimizer steps, total.
         seed: of the initial weights and of the order of the data.
         model_name_or_path: a checkpoint to start from, a folder or a name on the Hub, instead of a [model] table and
             random weights; its tokenizer is the data's, unless data.tokenizer names one.

@@ -14,5 +14,5 @@ An objective is a module with the five functions of `train.objectives.contract.O
 
 `train/step.py` differentiates `training_loss` and accumulates micro-batches; `train/program.py` names the objective of
 a run. A new setting is a field of `LossConfig` in `train/config/sections.py`. `language_modelling.py` is the example;
-its referee is `tests/train/test_against_transformers.py`.
+its reference is `tests/train/test_against_transformers.py`.
 """

@@ -92,8 +92,8 @@ def training_loss(out: TokenLosses, batch: Batch, whole: WholeBatch, config: Los
     """The mean cross entropy over real targets, plus the other losses times their coefficients.
 
     All means are over the whole batch, independent of the number of devices and micro-batches; a batch of padding has
-    loss 0. The exception is the pooled balance loss, a product of means: it is averaged over the micro-batches, as in
-    transformers with gradient accumulation.
+    loss 0. The exception is the pooled load-balancing loss, a product of means: it is averaged over the micro-batches,
+    as in transformers with gradient accumulation.
 
     Args:
         out: the output of `forward` on the micro-batch.

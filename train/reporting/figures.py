@@ -188,7 +188,7 @@ def _balance(metrics: Metrics) -> Drawing:
         _legend(axes)
 
     return _drawing(
-        metrics, "Balance loss", "of the kind that loss.load_balancing_type names, without its coefficient", draw
+        metrics, "Load-balancing loss", "of the kind that loss.load_balancing_type names, without its coefficient", draw
     )
 
 
