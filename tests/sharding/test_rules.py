@@ -76,7 +76,8 @@ def test_a_device_holds_what_the_rules_leave_on_it():
 def test_expert_tensor_gathers_no_weight():
     model = build("expert+tensor", **MESH)
     program = jax.jit(lambda model, tokens: model(tokens).logits).lower(model, TOKENS[:, :1]).compile()
-    gathered = [size for kind, size in collectives(program) if kind == "all-gather"]
+    found = collectives(program)
+    gathered = [size for kind, size in found.outside + found.in_loops if kind == "all-gather"]
     tokens = TOKENS[:, :1].size * CONFIG.hidden_size * 4  # the experts' exchange gathers tokens
     smallest_weight = CONFIG.hidden_size * CONFIG.attention.num_key_value_heads * CONFIG.attention.head_dim * 4 // 2
     assert gathered and max(gathered) <= tokens < smallest_weight
