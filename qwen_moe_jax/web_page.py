@@ -6,7 +6,6 @@ numbers are formatted by the filters of `FILTERS`.
 """
 
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +46,6 @@ def render(template: str, folder: Path, page: Any) -> str:
 def render_markup(template: str, folder: Path, page: Any) -> Markup:
     """As `render`, for a part of another page."""
     return Markup(render(template, folder, page))  # what autoescape has made is safe to insert
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes a temporary file and renames it: a file of this name is always complete.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @functools.cache

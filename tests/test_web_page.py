@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from jinja2 import UndefinedError
 
-from qwen_moe_jax.web_page import render, render_markup, write_whole
+from qwen_moe_jax.web_page import render, render_markup
+from qwen_moe_jax.whole_file import write_whole
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,19 +14,21 @@ def main(words: list[str]) -> int:
         words: of the command line, without the program's name.
 
     Returns:
-        The exit code: 0; 1 where loss or gradient are not finite; 2 for a refusal; 130 for Ctrl-C and 143 for SIGTERM,
-        after either of which the same command resumes the run. Of several processes, all end with the code of the one
-        that fails; with 75 where one was killed or crashed, or its host is gone; rarely with 134, where JAX was the
-        first to notice. After these two, the same command resumes from the last checkpoint.
+        The exit code: 0; 1 where loss or gradient are not finite; 2 for a refusal; 74 where a file of the run cannot be
+        written (a full disk, say), after which the same command resumes from the last complete checkpoint; 130 for
+        Ctrl-C and 143 for SIGTERM, after either of which it resumes the run. Of several processes, all end with the
+        code of the one that fails; with 75 where one was killed or crashed, or its host is gone; rarely with 134, where
+        JAX was the first to notice. After these two, the same command resumes from the last checkpoint.
     """
     parser = _parser()
     if {"-h", "--help"} & set(words):
         parser.parse_args(["--help"])  # answers and exits
 
     from qwen_moe_jax.errors import CheckpointError, ConfigError, ShardingError
-    from train.errors import NonFiniteError
+    from train.errors import NonFiniteError, SaveError
     from train.folder import open_run_folder
     from train.stopping import Stopped
+    from train.write_errors import CANNOT_WRITE
 
     folder, process_zero = None, True  # which reports for all
     try:
@@ -58,6 +60,8 @@ def main(words: list[str]) -> int:
             print(folder.describe_result())
     except (CheckpointError, ConfigError, ShardingError) as error:
         return _failed(2, f"{type(error).__name__}: {error}")
+    except SaveError as error:
+        return _failed(CANNOT_WRITE, f"SaveError: {error}")
     except Stopped as stopped:
         if process_zero:
             print(f"Stopped after step {stopped.step}, saved. The same command goes on from there.", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Saves and restores a `TrainState` with Orbax; an incomplete checkpoint is never restored."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.nn.parameters import parameters_with_paths
 from qwen_moe_jax.sharding.rules import PADDED_AXES
 from train.step import TrainState
+from train.write_errors import quiet_write_errors, write_errors
 
 
 class Checkpoints:
@@ -22,6 +24,10 @@ class Checkpoints:
     Several processes share one folder, which all of them see; each writes the shards of its own devices.
 
     A context manager: on exit, everything that was saved is complete on disk.
+
+    Args:
+        folder: `checkpoints` in the run's folder.
+        keep: how many checkpoints remain.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -30,16 +36,20 @@ class Checkpoints:
             preservation_policy=ocp.training.preservation_policies.LatestN(n=keep),
             cleanup_tmp_directories=True,
         )
-        self._writing: ocp.AsyncResponse[bool] | None = None
+        self._run = folder.parent
+        self._writing: tuple[int, ocp.AsyncResponse[bool]] | None = None
+        self._quiet = ExitStack()
 
     def __enter__(self) -> "Checkpoints":
+        self._quiet.enter_context(quiet_write_errors(self._run))
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
-            self.wait()
-        finally:
-            self._checkpointer.close()
+        with self._quiet:
+            try:
+                self.wait()
+            finally:
+                self._checkpointer.close()
 
     @property
     def latest_step(self) -> int | None:
@@ -50,17 +60,44 @@ class Checkpoints:
         """Copies the state to host memory and writes it in the background while training goes on.
 
         Because of the copy, the next step may reuse (donate) the state's device memory at once. At most one checkpoint
-        is written at a time: a second `save` waits for the first, and raises the error with which it failed.
+        is written at a time: a second `save` waits for the first.
+
+        Raises:
+            SaveError: this checkpoint, or the one before it, cannot be written.
         """
         self.wait()
         on_host = jax.block_until_ready({name: _copied_to_host(array) for name, array in _named_arrays(state).items()})
-        self._writing = self._checkpointer.save_async(step, on_host, overwrite=True)
+        with write_errors(self._run, _saving(step)):
+            self._writing = step, self._checkpointer.save_async(step, on_host, overwrite=True)
+
+    def check(self) -> None:
+        """Looks, without waiting, whether the last saved checkpoint failed.
+
+        Raises:
+            SaveError: it did.
+        """
+        with suppress(TimeoutError):
+            self._finish(timeout=0)
 
     def wait(self) -> None:
-        """Blocks until the last saved checkpoint is complete on disk."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        """Blocks until the last saved checkpoint is complete on disk.
+
+        Raises:
+            SaveError: it cannot be written.
+        """
+        self._finish(timeout=None)
+
+    def _finish(self, timeout: float | None) -> None:
+        if self._writing is None:
+            return
+        step, writing = self._writing
+        self._writing = None
+        with write_errors(self._run, _saving(step)):
+            try:
+                writing.result(timeout)
+            except TimeoutError:
+                self._writing = step, writing
+                raise
 
     def restore_latest(self, like: TrainState, model: CausalLM) -> TrainState:
         """The newest state, sharded as `like` is; the mesh may differ from the one that saved.
@@ -83,6 +120,10 @@ class Checkpoints:
         with context:
             arrays = self._checkpointer.load(abstract_state=jax.tree.map(_abstract, named))
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in named])
+
+
+def _saving(step: int) -> str:
+    return f"the checkpoint of step {step}"
 
 
 def _check_shapes(stored: Mapping[str, Any], named: Mapping[str, jax.Array], model: CausalLM) -> None:

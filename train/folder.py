@@ -1,15 +1,16 @@
 """The run folder: its files, and which settings may change when a run in it is resumed."""
 
 import json
-import os
 import shutil
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.whole_file import write_whole
 from train.config import TrainConfig, differences, load_config, to_toml
 from train.lock import LOCK_NAME, RunLock, lock_folder
+from train.write_errors import write_errors
 
 # The settings that a resumed run must keep. Mesh, execution and intervals between reports may change; the model, its
 # text and its optimization may not.
@@ -65,9 +66,7 @@ class RunFolder:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Writes the result, which marks the run as finished. A run without one is resumed by the next start."""
-        partial = self._result.with_suffix(".partial")
-        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self._result)
+        write_whole(self._result, json.dumps(result, indent=2) + "\n")
 
     def result(self) -> dict[str, Any]:
         """The dict that `finish` was given."""
@@ -95,9 +94,15 @@ def open_run_folder(config: TrainConfig, *, fresh: bool) -> RunFolder:
 
     Raises:
         ConfigError: the folder holds a run with other settings or files that are no run, or another run is using it.
+        SaveError: it cannot be created or written.
     """
     path = Path(config.run.output_dir)
-    folder = RunFolder(path)
+    with write_errors(path, "the start"):
+        return _open(RunFolder(path), config, fresh=fresh)
+
+
+def _open(folder: RunFolder, config: TrainConfig, *, fresh: bool) -> RunFolder:
+    path = folder.path
     if not folder.config.exists() and path.exists() and (not path.is_dir() or _has_files(path)):
         raise ConfigError(
             f"run.output_dir: {path} exists and holds no config.toml, so it is no run of this program and is left "
@@ -110,7 +115,7 @@ def open_run_folder(config: TrainConfig, *, fresh: bool) -> RunFolder:
             folder.clear()
         elif folder.config.exists():
             _check_same_run(load_config(folder.config), config, path)
-        folder.config.write_text(to_toml(config), encoding="utf-8")
+        write_whole(folder.config, to_toml(config))
     except BaseException:
         folder.unlock()
         raise

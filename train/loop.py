@@ -29,17 +29,24 @@ from train.reporting.start import Start, introduction, start_of
 from train.reporting.tensorboard import require_tensorboard
 from train.step import TrainState, heldout_loss
 from train.stopping import Stopped, stop_requests
+from train.write_errors import write_errors
 
 
 def train(config: TrainConfig, folder: RunFolder) -> None:
     """Trains, evaluates, exports and samples into `folder`; goes on from its last checkpoint, if it has one.
 
     Raises:
+        SaveError: a file of the run cannot be written.
         ConfigError: there is too little text; the model's config means nothing; a library is asked for and missing.
         ShardingError: there are too few devices, or sizes that do not divide over the mesh.
         Stopped: a signal asked for it; the last step is saved.
         NonFiniteError: a loss or a gradient is no finite number, and the config says to stop.
     """
+    with write_errors(folder.path, "the start"):
+        _train(config, folder)
+
+
+def _train(config: TrainConfig, folder: RunFolder) -> None:
     began = time.perf_counter()
     if config.run.tensorboard:
         require_tensorboard()
@@ -59,6 +66,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
             report.say("\n".join([introduction(start, config.run.max_steps), *notes]))
             loop = Loop(
                 config=config.run,
+                folder=folder,
                 mesh=mesh,
                 program=program,
                 feed=feed,
@@ -72,19 +80,20 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
             state, loss = loop.run(state, asked)
 
     trained = nnx.merge(program.eval_graph, merge(state.params, fixed))
-    sample = export(trained, config, folder, corpus)
-    if is_process_zero():
-        folder.finish(
-            {
-                "steps": config.run.max_steps,
-                "heldout_loss": loss,
-                "tokens_per_second": report.tokens_per_second,
-                "seconds_of_last_start": time.perf_counter() - began,
-                "prompt": config.run.sample_prompt,
-                "sample": sample,
-                "export_dtype": export_dtype(config, program.model) if config.run.export else None,
-            }
-        )
+    with write_errors(folder.path, "the export"):
+        sample = export(trained, config, folder, corpus)
+        if is_process_zero():
+            folder.finish(
+                {
+                    "steps": config.run.max_steps,
+                    "heldout_loss": loss,
+                    "tokens_per_second": report.tokens_per_second,
+                    "seconds_of_last_start": time.perf_counter() - began,
+                    "prompt": config.run.sample_prompt,
+                    "sample": sample,
+                    "export_dtype": export_dtype(config, program.model) if config.run.export else None,
+                }
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +102,7 @@ class Loop:
 
     Attributes:
         config: the intervals and the last step.
+        folder: of the run.
         mesh: of the compiled steps.
         program: the compiled steps.
         feed: the batches.
@@ -101,6 +111,7 @@ class Loop:
     """
 
     config: RunConfig
+    folder: RunFolder
     mesh: Mesh
     program: Program
     feed: BatchFeed
@@ -117,25 +128,28 @@ class Loop:
         Raises:
             Stopped: `asked` has a signal; the step under way is finished and saved.
             NonFiniteError: see `NonFiniteGuard`.
+            SaveError: a checkpoint, or what the run reports, cannot be written.
         """
-        first_step, last_step = int(state.step), self.config.max_steps
+        done, last_step = int(state.step), self.config.max_steps
         train_step, asked_to_stop = with_shared_stop(self.program.train_step, asked, self.mesh)
-        self._begin(first_step, state)
-        for step in range(first_step, last_step):
-            done = step + 1
-            self.profiler.before(done)
-            with self.report.fetching():
-                batch = self.feed.training(step)
-            state, metrics = train_step(state, self.fixed, batch)
-            self.report.step(done, metrics)
-            self.guard.step(done, metrics)
-            self._between_steps(done, state)
-            stop = asked_to_stop()
-            if done % self.config.save_steps == 0 or done == last_step or stop:
-                self._save(done, state)
-            if stop and done < last_step:
-                raise Stopped(done, stop)
-        return state, self._evaluate(last_step, state)
+        with write_errors(self.folder.path, lambda: f"step {done}"):
+            self._begin(done, state)
+            while done < last_step:
+                done += 1
+                self.profiler.before(done)
+                with self.report.fetching():
+                    batch = self.feed.training(done - 1)
+                state, metrics = train_step(state, self.fixed, batch)
+                self.report.step(done, metrics)
+                self.guard.step(done, metrics)
+                self._between_steps(done, state)
+                stop = asked_to_stop()
+                self.checkpoints.check()
+                if done % self.config.save_steps == 0 or done == last_step or stop:
+                    self._save(done, state)
+                if stop and done < last_step:
+                    raise Stopped(done, stop)
+            return state, self._evaluate(last_step, state)
 
     def _begin(self, first_step: int, state: TrainState) -> None:
         """Says where a resumed run goes on; evaluates and samples a new one."""

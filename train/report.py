@@ -17,7 +17,8 @@ from markupsafe import Markup
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.text import format_mesh
 from qwen_moe_jax.units import format_bytes, format_seconds
-from qwen_moe_jax.web_page import render, write_whole
+from qwen_moe_jax.web_page import render
+from qwen_moe_jax.whole_file import write_whole
 from train.folder import RunFolder
 from train.reporting.metrics import ASIDES, Metrics, read_metrics
 from train.reporting.start import Start

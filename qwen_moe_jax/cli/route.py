@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qwen_moe_jax.cli.arguments import add_model_arguments, load_model, number_ranges
 from qwen_moe_jax.errors import RequestError
-from qwen_moe_jax.web_page import write_whole
+from qwen_moe_jax.whole_file import write_whole
 
 if TYPE_CHECKING:
     from qwen_moe_jax.cli.routing import PromptRouting

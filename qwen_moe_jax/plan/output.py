@@ -12,7 +12,7 @@ from qwen_moe_jax.plan.result import Plan
 from qwen_moe_jax.plan.search import Search
 from qwen_moe_jax.plan.search_table import print_search
 from qwen_moe_jax.plan.table import print_plan
-from qwen_moe_jax.web_page import write_whole
+from qwen_moe_jax.whole_file import write_whole
 
 
 def show_plan(make: Callable[[], Plan], target: str, *, json_to: str | None, html_to: str | None) -> None:

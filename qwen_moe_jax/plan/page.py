@@ -14,7 +14,8 @@ from qwen_moe_jax.plan.result import AxisTraffic, Collective, Group, PlacedArray
 from qwen_moe_jax.plan.roofline import traffic_of
 from qwen_moe_jax.text import format_mesh, join_words
 from qwen_moe_jax.units import format_bytes, format_count, format_flops, format_rate, format_seconds
-from qwen_moe_jax.web_page import render, write_whole
+from qwen_moe_jax.web_page import render
+from qwen_moe_jax.whole_file import write_whole
 
 TEMPLATES = Path(__file__).parent / "templates"
 

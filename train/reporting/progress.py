@@ -16,6 +16,7 @@ import optax
 from qwen_moe_jax.cli.terminal import visible
 from qwen_moe_jax.moe.stats import RouterStats
 from qwen_moe_jax.units import format_clock
+from qwen_moe_jax.whole_file import write_whole
 from train.config import RunConfig
 from train.folder import RunFolder
 from train.reporting.metrics import read_records
@@ -287,6 +288,6 @@ def _reopen(metrics_file: Path, first_step: int) -> TextIO:
     """Opens the file to continue after `first_step`; records after the checkpoint are removed."""
     # A start from step 0 has no checkpoint and writes everything again, the loss of step 0 too.
     records = read_records(metrics_file) if first_step > 0 and metrics_file.exists() else []
-    file = metrics_file.open("w", encoding="utf-8")
-    file.writelines(json.dumps(record) + "\n" for record in records if record["step"] <= first_step)
-    return file
+    kept = "".join(json.dumps(record) + "\n" for record in records if record["step"] <= first_step)
+    write_whole(metrics_file, kept)
+    return metrics_file.open("a", encoding="utf-8")

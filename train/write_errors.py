@@ -1,0 +1,133 @@
+"""Failed writes (a full disk, a quota, a folder without permission) as one line that says what the run still has.
+
+Orbax's failures are `ValueError`s with TensorStore's text, each of them also logged with its stack trace by every
+thread that it passes through: more than a thousand lines for one full disk.
+"""
+
+import errno
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qwen_moe_jax.units import format_bytes
+from train.errors import SaveError
+
+#: The exit code of a run that cannot write: EX_IOERR of sysexits.h.
+CANNOT_WRITE = 74
+
+_WRITE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+#: Those that reading another file raises, too: they count where they name a path of the run.
+_PATH_ERRNOS = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG}
+_WAYS_OUT = {
+    errno.ENOSPC: "Free some space on that disk",
+    errno.EDQUOT: "Free some of your quota",
+    errno.EFBIG: "Raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "Make that file system writable",
+    errno.EIO: "Check that disk",
+    errno.EACCES: "Make that folder writable",
+    errno.EPERM: "Make that folder writable",
+}
+_TENSORSTORE_ERRNO = re.compile(r"os_error_code='(\d+)'")
+
+
+@contextmanager
+def write_errors(folder: Path, when: str | Callable[[], str]) -> Iterator[None]:
+    """Raises `SaveError` instead of an exception behind which is a failed write.
+
+    Args:
+        folder: of the run.
+        when: what failed, as the message calls it: "step 8", or a function that is called for it.
+
+    Raises:
+        SaveError: with the path and the system's reason, the newest complete checkpoint, and what the next start does.
+    """
+    try:
+        yield
+    except Exception as error:
+        chain = [*_chain(error)]
+        for earlier in chain:
+            if isinstance(earlier, SaveError):
+                raise earlier from None  # what failed first; files that are closed afterwards fail again
+        number = next((number for one in chain if (number := _write_errno(one, folder)) is not None), None)
+        if number is None:
+            raise
+        raise SaveError(_message(folder, when if isinstance(when, str) else when(), number)) from error
+
+
+@contextmanager
+def quiet_write_errors(folder: Path) -> Iterator[None]:
+    """Keeps Orbax and TensorStore from printing stack traces of failed writes, which are raised anyway.
+
+    After an exception it stays in force: their threads print until the process ends.
+    """
+    absl, hook = logging.getLogger("absl"), sys.unraisablehook
+
+    def is_news(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return error is None or all(_write_errno(one, folder) is None for one in _chain(error))
+
+    def report(unraisable: "sys.UnraisableHookArgs") -> None:
+        # TensorStore completes futures of a loop that Orbax has closed after the failure.
+        if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+            hook(unraisable)
+
+    absl.addFilter(is_news)
+    sys.unraisablehook = report
+    yield
+    absl.removeFilter(is_news)
+    if sys.unraisablehook is report:
+        sys.unraisablehook = hook
+
+
+def complete_steps(checkpoints: Path) -> list[int]:
+    """The steps with a complete checkpoint, in order: Orbax renames a folder to its step's number when it is."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
+
+
+def _message(folder: Path, when: str, number: int) -> str:
+    steps = complete_steps(folder / "checkpoints")
+    kept = f"The checkpoint of step {steps[-1]} is complete" if steps else "There is no complete checkpoint yet"
+    next_start = "it goes on from there" if steps else "it begins anew"
+    free = f" ({_free(folder)} free)" if number == errno.ENOSPC else ""
+    found = f"{when}: cannot write to {folder}: {os.strerror(number)}{free}. {kept}."
+    if number not in _WAYS_OUT:
+        return f"{found} Choose another folder: --run.output_dir FOLDER."
+    return f"{found} {_WAYS_OUT[number]}, then give the same command again: {next_start}."
+
+
+def _free(folder: Path) -> str:
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return format_bytes(shutil.disk_usage(existing).free)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An exception, and those behind it."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop(0)
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        waiting += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
+
+
+def _write_errno(error: BaseException, folder: Path) -> int | None:
+    """The errno of a failed write; None for any other exception."""
+    if isinstance(error, OSError):
+        if error.errno in _WRITE_ERRNOS:
+            return error.errno
+        if error.errno in _PATH_ERRNOS and isinstance(error.filename, str | Path):
+            run, path = folder.absolute(), Path(error.filename).absolute()
+            return error.errno if run.is_relative_to(path) or path.is_relative_to(run) else None
+        return None
+    found = _TENSORSTORE_ERRNO.search(str(error)) if isinstance(error, ValueError) else None
+    return int(found[1]) if found and int(found[1]) in _WRITE_ERRNOS | _PATH_ERRNOS else None
