@@ -1,10 +1,12 @@
 """`python -m train CONFIG [--section.key value ...]`. Arguments are parsed before JAX is imported."""
 
 import argparse
+import os
 import sys
 
 from qwen_moe_jax.cli.arguments import add_host_arguments, end_all_processes, join_processes
 from train.config import TrainConfig, describe_keys, load_config, split_overrides
+from train.errors import CANNOT_WRITE
 
 
 def main(words: list[str]) -> int:
@@ -28,7 +30,6 @@ def main(words: list[str]) -> int:
     from train.errors import NonFiniteError, SaveError
     from train.folder import open_run_folder
     from train.stopping import Stopped
-    from train.write_errors import CANNOT_WRITE
 
     folder, process_zero = None, True  # which reports for all
     try:
@@ -133,4 +134,8 @@ def _simulate_devices(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code == CANNOT_WRITE:  # without the end of Python, at which coroutines of failed saves print warnings
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

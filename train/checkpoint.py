@@ -1,7 +1,8 @@
 """Saves and restores a `TrainState` with Orbax; an incomplete checkpoint is never restored."""
 
+import os
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ from orbax.checkpoint.experimental import v1 as ocp
 from qwen_moe_jax.errors import CheckpointError
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.nn.parameters import parameters_with_paths
+from qwen_moe_jax.sharding.distributed import num_processes
 from qwen_moe_jax.sharding.rules import PADDED_AXES
+from train.errors import SaveError
 from train.step import TrainState
 from train.write_errors import quiet_write_errors, write_errors
+
+#: Seconds between two looks at a checkpoint that is waited for.
+_POLL_SECONDS = 0.2
 
 
 class Checkpoints:
@@ -39,17 +45,25 @@ class Checkpoints:
         self._run = folder.parent
         self._writing: tuple[int, ocp.AsyncResponse[bool]] | None = None
         self._quiet = ExitStack()
+        self._failures: list[int] = []
 
     def __enter__(self) -> "Checkpoints":
-        self._quiet.enter_context(quiet_write_errors(self._run))
+        self._failures = self._quiet.enter_context(quiet_write_errors(self._run))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._quiet:
+            failed = kind is not None and issubclass(kind, SaveError)
             try:
-                self.wait()
+                if not failed:
+                    self.wait()
+            except SaveError:
+                failed = True
+                raise
             finally:
-                self._checkpointer.close()
+                # The other processes, which did not fail, are not here: Orbax would wait for them.
+                if not (failed and num_processes() > 1):
+                    self._checkpointer.close()
 
     @property
     def latest_step(self) -> int | None:
@@ -76,8 +90,7 @@ class Checkpoints:
         Raises:
             SaveError: it did.
         """
-        with suppress(TimeoutError):
-            self._finish(timeout=0)
+        self._finish(wait=False)
 
     def wait(self) -> None:
         """Blocks until the last saved checkpoint is complete on disk.
@@ -85,19 +98,27 @@ class Checkpoints:
         Raises:
             SaveError: it cannot be written.
         """
-        self._finish(timeout=None)
+        self._finish(wait=True)
 
-    def _finish(self, timeout: float | None) -> None:
+    def _finish(self, *, wait: bool) -> None:
         if self._writing is None:
             return
         step, writing = self._writing
-        self._writing = None
+        self._writing, earlier = None, None
         with write_errors(self._run, _saving(step)):
-            try:
-                writing.result(timeout)
-            except TimeoutError:
-                self._writing = step, writing
-                raise
+            while True:
+                try:
+                    writing.result(_POLL_SECONDS if wait else 0)
+                    return
+                except TimeoutError as error:
+                    if error is earlier:  # not of this waiting, but of the save, which gives the same each time
+                        raise
+                    earlier = error
+                if self._failures:  # of several processes, Orbax waits in one that failed until the others time out
+                    raise OSError(self._failures[0], os.strerror(self._failures[0]))
+                if not wait:
+                    self._writing = step, writing
+                    return
 
     def restore_latest(self, like: TrainState, model: CausalLM) -> TrainState:
         """The newest state, sharded as `like` is; the mesh may differ from the one that saved.

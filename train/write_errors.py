@@ -17,9 +17,6 @@ from pathlib import Path
 from qwen_moe_jax.units import format_bytes
 from train.errors import SaveError
 
-#: The exit code of a run that cannot write: EX_IOERR of sysexits.h.
-CANNOT_WRITE = 74
-
 _WRITE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 #: Those that reading another file raises, too: they count where they name a path of the run.
 _PATH_ERRNOS = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG}
@@ -60,28 +57,46 @@ def write_errors(folder: Path, when: str | Callable[[], str]) -> Iterator[None]:
 
 
 @contextmanager
-def quiet_write_errors(folder: Path) -> Iterator[None]:
-    """Keeps Orbax and TensorStore from printing stack traces of failed writes, which are raised anyway.
+def quiet_write_errors(folder: Path) -> Iterator[list[int]]:
+    """Keeps Orbax and TensorStore from printing stack traces of failed writes.
 
     After an exception it stays in force: their threads print until the process ends.
+
+    Yields:
+        A list to which the errno of every failed write that they report is appended.
     """
     absl, hook = logging.getLogger("absl"), sys.unraisablehook
-
-    def is_news(record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        return error is None or all(_write_errno(one, folder) is None for one in _chain(error))
+    for earlier in [one for one in absl.filters if isinstance(one, _FailedWrites)]:
+        absl.removeFilter(earlier)  # of a run of this process that failed
+    failed = _FailedWrites(folder)
 
     def report(unraisable: "sys.UnraisableHookArgs") -> None:
         # TensorStore completes futures of a loop that Orbax has closed after the failure.
         if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
             hook(unraisable)
 
-    absl.addFilter(is_news)
+    absl.addFilter(failed)
     sys.unraisablehook = report
-    yield
-    absl.removeFilter(is_news)
+    yield failed.numbers
+    absl.removeFilter(failed)
     if sys.unraisablehook is report:
         sys.unraisablehook = hook
+
+
+class _FailedWrites(logging.Filter):
+    """Drops log records of failed writes, and collects the errno of each."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.numbers: list[int] = []
+        self._folder = folder
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        errors = _chain(error) if error else ()
+        found = [number for one in errors if (number := _write_errno(one, self._folder)) is not None]
+        self.numbers += found
+        return not found
 
 
 def complete_steps(checkpoints: Path) -> list[int]:

@@ -151,7 +151,6 @@ def test_only_traces_of_failed_writes_are_kept_from_the_log(tmp_path, caplog, mo
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: reported.append(unraisable.exc_value))
     absl, late, other = logging.getLogger("absl"), RuntimeError("Event loop is closed"), RuntimeError("something else")
     monkeypatch.setattr(absl, "propagate", True)
-    monkeypatch.setattr(absl, "filters", [])  # of failed runs in this process
     with quiet_write_errors(tmp_path):
         for error in (ValueError(TENSORSTORE), other):
             absl.error("the thread failed", exc_info=error)
@@ -179,3 +178,35 @@ def test_metrics_survive_a_failed_rewrite(tmp_path, largest_file):
     with _reopen(file, 80) as opened:
         opened.write("{}\n")
     assert file.read_text().splitlines() == [json.dumps(record) for record in records[:81]] + ["{}"]
+
+
+class Save:
+    """A save in the background that does not end, or has ended with an error."""
+
+    def __init__(self, error=None):
+        self.error = error
+
+    def result(self, timeout):
+        raise self.error or TimeoutError
+
+
+@pytest.mark.parametrize("look", [Checkpoints.check, Checkpoints.wait])
+def test_a_failed_write_is_reported_while_orbax_waits_for_other_processes(tmp_path, look):
+    with (
+        pytest.raises(SaveError, match="^the checkpoint of step 4: .*: No space left on device "),
+        Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints,
+    ):
+        checkpoints._writing = 4, Save()
+        checkpoints.check()  # nothing failed so far
+        logging.getLogger("absl").error("the thread failed", exc_info=ValueError(TENSORSTORE))
+        look(checkpoints)
+
+
+def test_a_save_that_ended_with_a_timeout_of_its_own_raises_it(tmp_path):
+    error = TimeoutError("a barrier")
+    with (
+        pytest.raises(TimeoutError, match="a barrier"),
+        Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints,
+    ):
+        checkpoints._writing = 4, Save(error)
+        checkpoints.wait()
