@@ -107,7 +107,7 @@ class SamplingSettings:
         biases: of `logit_bias` and `bad_words_ids`; M is 0 where there are none.
         penalties: None where no row has any.
         min_new_tokens_B: int32 [B]; None where no row has a minimum.
-        stop_BS: int32 [B, S]; the tokens that end a row's text; V, which is no token, in unused places.
+        stop_BS: int32 [B, S]; the tokens that end a row's text; V, which is no token, in unused slots.
         constraints: None where no row has any.
         drawing: None where every row takes the most probable token.
         vocab_size: V.

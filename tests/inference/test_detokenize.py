@@ -57,7 +57,7 @@ BYTES = {"byte_level": [*"AĢÃ©ä½łðŁ", "<|im_end|>"], "byte_fallback": [*
 @given(data=st.data(), cuts=CUTS)
 @settings(max_examples=300, deadline=None)
 def test_bytes_of_valid_and_invalid_characters(kind, data, cuts):
-    """A stray byte breaks all the bytes beside it in SentencePiece vocabularies, and itself only in byte-level ones."""
+    """A stray byte breaks all bytes next to it in SentencePiece vocabularies, and itself only in byte-level ones."""
     words = data.draw(st.lists(st.sampled_from(BYTES[kind]), max_size=40))
     ids = [KINDS[kind].token_to_id(word) for word in words]
     assert "".join(streamed(kind, ids, cuts)) == decode(KINDS[kind], ids)

@@ -135,7 +135,7 @@ DRAWN = dataclasses.replace(GREEDY, do_sample=True, temperature=0.8, top_k=0)
 #: The first token comes at once, to save waiting, and then as many as the host looks at together.
 SIZES = [1, programs.DECODE_STEPS, 48 - 1 - programs.DECODE_STEPS]
 #: Of sessions: as much as the batch's, so that they share its programs.
-ROOM = 128
+MAX_LENGTH = 128
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def assert_same(found: Answer, expected: Answer, what: str) -> None:
 def full_log_probs(model, prompts: list[list[int]], answers: list[Answer]) -> list[np.ndarray]:
     """Of the answers' tokens, by the full forward of prompts and answers; always of one shape, for one compilation."""
     texts = [prompt + answer.token_ids for prompt, answer in zip(prompts, answers, strict=True)]
-    tokens_BT, segments_BT = np.zeros((2, 8, ROOM), np.int32)
+    tokens_BT, segments_BT = np.zeros((2, 8, MAX_LENGTH), np.int32)
     for row, text in enumerate(texts):
         tokens_BT[row, : len(text)], segments_BT[row, : len(text)] = text, 1
     log_probs_BTV = np.asarray(jax.nn.log_softmax(model(tokens_BT, segments_BT).logits))
@@ -263,7 +263,7 @@ def test_a_stop_token_ends_its_request_at_any_position_of_a_chunk(model, batch, 
             assert answer.sizes == SIZES
     assert found[row].token_ids == answers[row].token_ids[: index + 1]
     assert [chunk.finished for chunk in found[row].chunks][-1] == "stop"
-    assert all(chunk.token_ids for chunk in found[row].chunks), "no empty chunk tells that it was the last"
+    assert all(chunk.token_ids for chunk in found[row].chunks), "the last chunk of a request is not empty"
 
 
 def test_enough_ends_one_request_and_the_others_go_on(model, batch):
@@ -274,7 +274,7 @@ def test_enough_ends_one_request_and_the_others_go_on(model, batch):
         seen.append(chunk)
         return chunk.index == row and len(chunk.token_ids) > 1
 
-    session = Session(model, ROOM, rows=8)
+    session = Session(model, MAX_LENGTH, rows=8)
     found = answers_of(session.run(prompts, configs, enough), 8)
     assert len(seen) == sum(len(answer.chunks) for answer in found), "it is asked of every chunk"
     assert found[row].token_ids == answers[row].token_ids[:33]
@@ -303,7 +303,7 @@ def test_a_batch_of_single_tokens_needs_no_decoding(model, batch, monkeypatch):
     prompts, configs, answers = batch
     monkeypatch.setattr(programs, "decode", None)
     configs = [dataclasses.replace(config, max_new_tokens=1) for config in configs]
-    found = answers_of(Session(model, ROOM, rows=8).run(prompts, configs, lambda chunk: False), 8)
+    found = answers_of(Session(model, MAX_LENGTH, rows=8).run(prompts, configs, lambda chunk: False), 8)
     assert [answer.token_ids for answer in found] == [answer.token_ids[:1] for answer in answers]
     assert [[chunk.finished for chunk in answer.chunks] for answer in found] == [["length"]] * 8
 
@@ -338,7 +338,7 @@ def say(session: Session, tokens: list[int], **settings) -> Answer:
 def assert_as_if_new(model, session: Session, tokens: list[int], what: str) -> list[int]:
     answer = say(session, tokens)
     assert_near(answer.log_probs, full_log_probs(model, [tokens], [answer])[0], TOLERANCE, what)
-    assert_same(answer, say(Session(model, ROOM), tokens), what)
+    assert_same(answer, say(Session(model, MAX_LENGTH), tokens), what)
     return answer.token_ids
 
 
@@ -347,7 +347,7 @@ def test_a_turn_prefills_only_new_tokens_and_generates_what_a_new_session_does(m
 
     A ring of 5 + 8 - 1 slots forgets what is more than a chunk back: only then all is computed again.
     """
-    session = Session(model, ROOM)
+    session = Session(model, MAX_LENGTH)
     first, second, third, fourth = make_prompts((21, 9, 3, 2), seed=2)
     answer = assert_as_if_new(model, session, first, "first turn")
     assert tokens_read[0] == 21
@@ -391,7 +391,7 @@ def test_layers_of_full_attention_keep_every_token(small, tokens_read):
 @pytest.mark.parametrize("chunks", [1, 2], ids=["after_the_first_token", "after_a_chunk"])
 def test_an_answer_whose_iterator_is_abandoned_leaves_the_session_usable(model, tokens_read, chunks):
     """Ctrl-C in a chat: the generator is left, and the last token that it gave was not read."""
-    session = Session(model, ROOM)
+    session = Session(model, MAX_LENGTH)
     [first, second] = make_prompts((21, 9), seed=5)
     heard = []
     for _, chunk in zip(range(chunks), session.generate(first, GREEDY), strict=False):
@@ -404,7 +404,7 @@ def test_an_answer_whose_iterator_is_abandoned_leaves_the_session_usable(model, 
 @pytest.mark.parametrize("program", ["prefill", "decode"])
 def test_an_interrupted_session_generates_what_a_new_session_does(model, monkeypatch, program):
     """Ctrl-C while the device works: the cache that went in is gone, and what came out was not kept."""
-    session = Session(model, ROOM)
+    session = Session(model, MAX_LENGTH)
     first, second, third = make_prompts((21, 19, 9), seed=8)
     whole = first + say(session, first).token_ids
     run_program = getattr(programs, program)

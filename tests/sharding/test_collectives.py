@@ -123,7 +123,7 @@ def test_tokens_are_exchanged_with_two_all_to_alls_forward_and_two_backward(meth
     assert of_kind(programs(method, "forward").outside, "all-to-all", CHOICES) == [size] * 2
     assert of_kind(programs(method, "both").outside, "all-to-all", CHOICES) == [size] * 4
     counts = of_kind(programs(method, "both").outside, "all-to-all")[:-4]
-    assert counts == ([E * 4] if method == "all-to-all" else []), "dropless also tells how many rows come"
+    assert counts == ([E * 4] if method == "all-to-all" else []), "dropless also exchanges the number of rows"
 
 
 def test_gathered_tokens_come_once_and_their_sums_go_once(programs):

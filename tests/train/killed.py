@@ -1,4 +1,4 @@
-"""A run that is killed again and again, beside one that is not: `python -m tests.train.killed [KILLS]`.
+"""A run that is killed again and again, compared with one that is not: `python -m tests.train.killed [KILLS]`.
 
 Each start is killed (SIGKILL: nothing can be saved) at a random number of steps after its beginning, at a random moment
 of that step. What comes out in the end has to be, bit for bit, what an uninterrupted run gives.

@@ -82,7 +82,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_a_document_for_each(tmp_pa
     thought = "<think>\n\n</think>\n\n"
     assert learned_pieces(tokenizer, first) == [ids_of(tokenizer, f"{thought}It jumps.<|im_end|>\n")]
     assert learned_pieces(tokenizer, second) == [ids_of(tokenizer, f"{thought}It isn't here.<|im_end|>\n")]
-    # In the second, the first answer stands as the model will read it: without its thought.
+    # In the second, the first answer is written as the model will read it: without its thought.
     assert thought not in tokenizer.decode(second.ids[~second.learned], skip_special_tokens=False)
 
 

@@ -144,7 +144,7 @@ def test_all_problems_are_reported_at_once_each_on_its_line():
 
 
 def test_what_only_follows_from_a_wrong_key_is_not_reported():
-    """With 500 steps, the default that stands in for `many`, a decay of 470 after a warm-up of 40 would be too long."""
+    """With 500 steps, the default in place of `many`, a decay of 470 after a warm-up of 40 would be too long."""
     with pytest.raises(ConfigError) as refusal:
         build({"run": {"max_steps": "many"}, "optimizer": {"schedule": "wsd", "decay_steps": 470}})
     assert str(refusal.value) == "some.toml: run.max_steps: found 'many' (text), expected an integer."

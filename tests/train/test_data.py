@@ -81,7 +81,7 @@ def test_a_target_counts_only_where_it_is_to_be_learned(documents, seq_len, seed
     rows, unmasked = pack(masked, seq_len), pack(documents, seq_len)
     batch, all_batch = (batch_at(some, 0, len(rows), seed=0) for some in (rows, unmasked))
     np.testing.assert_array_equal(batch.tokens_BT, all_batch.tokens_BT)
-    expected = all_batch.target_mask_BT & learned[np.maximum(batch.targets_BT, 1) - 1]  # token n stands at place n - 1
+    expected = all_batch.target_mask_BT & learned[np.maximum(batch.targets_BT, 1) - 1]  # token n is at index n - 1
     np.testing.assert_array_equal(batch.target_mask_BT, expected)
 
 

@@ -61,12 +61,12 @@ def test_its_checkpoints_hold_no_weights(runs):
     assert len(moments) == 2 * len(kept)
 
 
-def test_the_adapter_beside_its_base_is_the_exported_model_whose_other_weights_are_the_bases(runs):
+def test_the_adapter_on_its_base_is_the_exported_model_whose_other_weights_are_the_bases(runs):
     _, base, folder, _ = runs
     tokens = np.arange(24).reshape(2, 12)
-    beside = qmj.from_pretrained(base, adapter=folder / "adapter")
+    unmerged = qmj.from_pretrained(base, adapter=folder / "adapter")
     merged = qmj.from_pretrained(folder / "hub")
-    assert_near(merged(tokens).logits, beside(tokens).logits, 1e-5, "logits")
+    assert_near(merged(tokens).logits, unmerged(tokens).logits, 1e-5, "logits")
     before = dict(hub_arrays(qmj.from_pretrained(base)))
     for name, tensor in hub_arrays(merged):
         same = bool((tensor == before[name]).all())
@@ -89,7 +89,7 @@ def test_a_stopped_run_goes_on_to_bit_equal_adapters(runs, tmp_path):
     assert not (folder / "hub").exists()
 
 
-def test_a_program_describes_float32_adapters_beside_fixed_weights_of_another_dtype():
+def test_a_program_describes_float32_adapters_with_fixed_weights_of_another_dtype():
     program = assembled(
         lora={"r": 2, "target_modules": ["experts"]}, execution={"dtype": "bfloat16", "param_dtype": "bfloat16"}
     )

@@ -73,11 +73,11 @@ def test_a_checkpoint_of_one_mesh_is_restored_on_meshes_with_other_padding(state
         checkpoints.save(3, states["two"])
         checkpoints.wait()
         wanted = without_padding(states["two"])
-        places = {
+        cases = {
             211: abstract(config, qmj.make_mesh()),
             216: abstract(config, qmj.make_mesh(tensor=2, fsdp=3), BOTH),
         }
-        for rows, (model, like) in places.items():
+        for rows, (model, like) in cases.items():
             restored = checkpoints.restore_latest(like=like, model=model)
             assert restored.params["lm_head"]["weight"].shape == (rows, 16)
             for found, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(like), strict=True):

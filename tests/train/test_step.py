@@ -92,7 +92,7 @@ def test_metrics_count_real_tokens_and_dropped_assignments(setting):
     real = (batch.segment_ids_BT > 0).sum()
     assert metrics.tokens == real == 120
     assert metrics.assignments == real * 2 * 2  # two experts a token in each of two layers
-    assert 0 < metrics.dropped < metrics.assignments  # half the room that an even load needs
+    assert 0 < metrics.dropped < metrics.assignments  # half the capacity that an even load needs
     assert np.isfinite(metrics.gradient_norm) and metrics.balance_loss > 1
     assert 1 < metrics.load_imbalance <= 2  # of four experts, two of which every token takes
     assert 0 < metrics.router_z < 20  # log(4)² = 1.9 is a router that knows nothing
