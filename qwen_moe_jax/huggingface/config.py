@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_moe_jax.config import AttentionConfig, LayerKind, ModelConfig, RopeConfig
-from qwen_moe_jax.config.model import AttentionKind
+from qwen_moe_jax.config.model import MixerKind
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.families import Family, family_of
 from qwen_moe_jax.huggingface.fields import REQUIRED, Fields, freeze, read_json, shown
@@ -35,7 +35,7 @@ ONLY_VALUES: dict[str, bool | None] = {
 #: The similarity from which an unknown key is a misspelt one: `num_expert` has 0.95 of `num_experts`.
 _NEAR_MISS = 0.86
 
-LAYER_TYPES: dict[str, AttentionKind] = {"full_attention": "full", "sliding_attention": "sliding"}
+LAYER_TYPES: dict[str, MixerKind] = {"full_attention": "full", "sliding_attention": "sliding"}
 
 
 def read_config(source: str | PathLike[str] | Mapping[str, Any]) -> ModelConfig:
@@ -95,7 +95,7 @@ def _config(family: Family, fields: Fields) -> ModelConfig:
     width = fields.integer("hidden_size")
     layers = layer_kinds(family, fields)
     sparse = any(kind.mlp == "sparse" for kind in layers)
-    sliding = any(kind.attention == "sliding" for kind in layers)
+    sliding = any(kind.mixer == "sliding" for kind in layers)
     dtype = fields.string("dtype", None) or fields.string("torch_dtype", None)
     return ModelConfig(
         model_type=fields.string("model_type"),
@@ -162,13 +162,13 @@ def layer_kinds(family: Family, fields: Fields) -> tuple[LayerKind, ...]:
         known = isinstance(names, list | tuple) and all(name in list(LAYER_TYPES) for name in names)
         if not known or len(names) != count:
             raise fields.error("layer_types", f"{count} entries (num_hidden_layers), each one of {list(LAYER_TYPES)}")
-        attention = [LAYER_TYPES[name] for name in names]
-        if "sliding" in attention and not fields.boolean("use_sliding_window", False):
+        mixers = [LAYER_TYPES[name] for name in names]
+        if "sliding" in mixers and not fields.boolean("use_sliding_window", False):
             raise fields.error("use_sliding_window", "true, since layer_types has sliding layers")
     else:
-        attention = ["sliding" if family.sliding(fields, layer) else "full" for layer in range(count)]
+        mixers = ["sliding" if family.sliding(fields, layer) else "full" for layer in range(count)]
     return tuple(
-        LayerKind(attention=attention[layer], mlp="sparse" if family.sparse(fields, layer) else "dense")
+        LayerKind(mixer=mixers[layer], mlp="sparse" if family.sparse(fields, layer) else "dense")
         for layer in range(count)
     )
 

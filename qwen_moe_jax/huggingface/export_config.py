@@ -133,7 +133,7 @@ def _layers_to_hub(config: ModelConfig, family: Family, hub: dict[str, Any]) -> 
         written = {"use_sliding_window": False}
     if family.writes_layer_types:
         names = {kind: name for name, kind in LAYER_TYPES.items()}
-        written["layer_types"] = [names[kind.attention] for kind in config.layers]
+        written["layer_types"] = [names[kind.mixer] for kind in config.layers]
     if family.moe is not None and config.model_type != "mixtral":
         mlps = [kind.mlp for kind in config.layers]
         as_given = Fields({**hub, **written}, "config", family.defaults)

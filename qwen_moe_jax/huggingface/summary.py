@@ -181,7 +181,7 @@ def _ranges(numbers: list[int]) -> str:
 def _layers(config: ModelConfig) -> str:
     def describe(kind: LayerKind) -> str:
         attention = "full attention"
-        if kind.attention == "sliding":
+        if kind.mixer == "sliding":
             attention = f"attention over {config.attention.sliding_window:,} tokens"
         if kind.mlp == "dense":
             return f"dense, {attention}"

@@ -251,7 +251,7 @@ class Session:
         )
         same = min(same, max(len(row) - 1, 0))
         # A ring buffer has overwritten older tokens: it can go back by less than a chunk.
-        sliding = any(kind.attention == "sliding" for kind in self._model.config.layers)
+        sliding = any(kind.mixer == "sliding" for kind in self._model.config.layers)
         return 0 if sliding and len(cached) - same >= programs.PREFILL_BUCKETS[-1] else same
 
     def _chunks(self, output: DecodeOutput, alive: set[int], enough: Callable[[Chunk], bool]) -> Iterator[Chunk]:

@@ -81,7 +81,7 @@ def slots(config: ModelConfig, kind: LayerKind, max_length: int, max_write: int)
 
     While up to `max_write` tokens are written in one step, the first of them still needs the window before it.
     """
-    if kind.attention == "full":
+    if kind.mixer == "full":
         return max_length
     return min(max_length, config.attention.sliding_window + max_write - 1)
 

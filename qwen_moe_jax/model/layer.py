@@ -48,7 +48,7 @@ class DecoderLayer(nnx.Module):
         else:
             self.mlp = MLP(f"{name}.mlp", width, config.intermediate_size, config.hidden_act, make)
         self.kind = kind
-        self.sliding_window = config.attention.sliding_window if kind.attention == "sliding" else None
+        self.sliding_window = config.attention.sliding_window if kind.mixer == "sliding" else None
 
     def __call__(
         self,

@@ -41,7 +41,7 @@ def extend_flops_per_token(config: ModelConfig, before: int, new: int) -> float:
 def _keys_per_query(kind: LayerKind, sliding_window: int | None, before: int, new: int) -> float:
     """Mean number of keys over the new queries: the query at position t, counted from 1, sees t keys, or the window."""
     window = before + new
-    if kind.attention == "sliding" and sliding_window is not None:
+    if kind.mixer == "sliding" and sliding_window is not None:
         window = sliding_window
     growing = max(min(window, before + new) - before, 0)  # queries that see all there is
     return (growing * before + growing * (growing + 1) / 2 + (new - growing) * window) / new

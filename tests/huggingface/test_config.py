@@ -41,7 +41,7 @@ def read(family: str, **settings) -> qmj.ModelConfig:
 
 
 def sliding_layers(config: qmj.ModelConfig) -> list[int]:
-    return [index for index, kind in enumerate(config.layers) if kind.attention == "sliding"]
+    return [index for index, kind in enumerate(config.layers) if kind.mixer == "sliding"]
 
 
 def sparse_layers(config: qmj.ModelConfig) -> list[int]:

@@ -158,7 +158,7 @@ def test_memory_is_what_the_formula_says(name, dtype):
     found = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.segments))
     assert found == cache_bytes(config, **sizes)
     itemsize, attention = jax.numpy.dtype(dtype).itemsize, config.attention
-    places = sum(64 if kind.attention == "full" else 5 + 16 - 1 for kind in config.layers)
+    places = sum(64 if kind.mixer == "full" else 5 + 16 - 1 for kind in config.layers)
     assert found == 2 * 4 * places * attention.num_key_value_heads * attention.head_dim * itemsize
 
 

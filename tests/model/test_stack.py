@@ -16,7 +16,7 @@ from tests.cases import CASES
 KINDS = {
     "d": LayerKind(mlp="dense"),
     "s": LayerKind(mlp="sparse"),
-    "w": LayerKind(attention="sliding", mlp="sparse"),
+    "w": LayerKind(mixer="sliding", mlp="sparse"),
 }
 
 

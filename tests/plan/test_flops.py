@@ -50,7 +50,7 @@ def test_weights_that_stay_have_no_gradient_of_their_own():
 def test_a_sliding_layer_costs_its_window():
     tables = {"num_hidden_layers": 2, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}
     sliding = qmj.ModelConfig.from_pretrained({**HUB_CONFIG, **tables, "model_type": "qwen2", "intermediate_size": 64})
-    assert {kind.attention for kind in sliding.layers} == {"sliding"}
+    assert {kind.mixer for kind in sliding.layers} == {"sliding"}
 
     def attention(seq_len):
         return forward_flops_per_token(sliding, seq_len) - 2 * sliding.num_active_parameters(exclude_embeddings=True)
