@@ -17,6 +17,8 @@ os.environ.setdefault(
     "--xla_backend_optimization_level=0"
     + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
 )
+# Commands keep no programs in the cache folder of whoever runs the tests; those that share some set a folder.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 # One thread per process: pytest-xdist already uses the cores, and torch's thread barriers collapse on a shared box.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

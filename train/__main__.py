@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from qwen_moe_jax.cli.arguments import add_host_arguments, end_all_processes, join_processes
+from qwen_moe_jax.cli.arguments import add_cache_argument, add_host_arguments, end_all_processes, join_processes
 from train.config import TrainConfig, describe_keys, load_config, split_overrides
 from train.errors import CANNOT_WRITE
 
@@ -26,6 +26,7 @@ def main(words: list[str]) -> int:
     if {"-h", "--help"} & set(words):
         parser.parse_args(["--help"])  # answers and exits
 
+    from qwen_moe_jax.compilation_cache import use_compilation_cache
     from qwen_moe_jax.errors import CheckpointError, ConfigError, ShardingError
     from train.errors import NonFiniteError, SaveError
     from train.folder import open_run_folder
@@ -52,6 +53,8 @@ def main(words: list[str]) -> int:
             finished = folder.finished
         if not finished:
             _simulate_devices(config)
+            if not arguments.no_cache:
+                use_compilation_cache()
             from train.loop import train
 
             train(config, folder)
@@ -89,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", metavar="CONFIG", help="a TOML file")
     parser.add_argument("--fresh", action="store_true", help="delete the run in run.output_dir and start a new one")
+    add_cache_argument(parser)
     add_host_arguments(parser)
     parser.add_argument(
         "--plan",

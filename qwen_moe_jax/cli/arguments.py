@@ -49,6 +49,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --dispatch capacity: slots per expert, as a multiple of a balanced load "
         f"({ExecutionConfig.eval_capacity_factor} if not given)",
     )
+    add_cache_argument(group)
+
+
+def add_cache_argument(group: argparse._ActionsContainer) -> None:
+    """`--no-cache`."""
+    group.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="do not keep compiled programs in ~/.cache/qwen_moe_jax for the next start, and read none",
+    )
 
 
 def add_dtype_argument(group: argparse._ActionsContainer, text: str) -> None:
@@ -131,9 +141,12 @@ def load_model(arguments: argparse.Namespace, generation: GenerationConfig | Non
         settings["eval_capacity_factor"] = arguments.capacity_factor
     execution = ExecutionConfig(**settings)
 
+    from qwen_moe_jax.compilation_cache import use_compilation_cache
     from qwen_moe_jax.huggingface.load import from_pretrained
     from qwen_moe_jax.sharding.mesh import make_mesh
 
+    if not arguments.no_cache:
+        use_compilation_cache()
     mesh = make_mesh(**arguments.mesh) if arguments.mesh else None
     return from_pretrained(
         arguments.folder, mesh=mesh, execution=execution, adapter=arguments.adapter, generation_config=generation

@@ -183,6 +183,6 @@ def _speed(answers: "Sequence[Answer]", seconds: float) -> str:
 
     count = sum(len(answer.token_ids) for answer in answers)
     return (
-        f"{count} tokens in {seconds:.1f} s, {compilations()} programs compiled in that time: "
+        f"{count} tokens in {seconds:.1f} s, {compilations()} programs compiled or read in that time: "
         f"{count / seconds:.1f} tokens per second"
     )

@@ -26,7 +26,7 @@ def test_text_of_one_prompt_is_all_there_is(folder, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == " fox 你好👍🏽\n"
     assert re.search(
-        r"^\d+ tokens in [\d.]+ s, \d+ programs compiled in that time: [\d.]+ tokens per second$", err, re.M
+        r"^\d+ tokens in [\d.]+ s, \d+ programs compiled or read in that time: [\d.]+ tokens per second$", err, re.M
     )
     [(prompt, config)] = engine.asked
     assert prompt == "The quick"
