@@ -15,8 +15,8 @@ MAX_SIZE = 2 << 30
 def use_compilation_cache() -> Path | None:
     """Switches the cache on, in the user's cache folder, and returns the folder. Imports JAX.
 
-    Where JAX_COMPILATION_CACHE_DIR is set, if only to nothing, JAX's own settings hold, and the result is None; so it is
-    where the folder cannot be created: a program is then compiled at every start.
+    Where JAX_COMPILATION_CACHE_DIR is set, if only to nothing, JAX's own settings hold, and the result is None. Where
+    the folder cannot be created, it is None as well: programs are then compiled at every start.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return None
