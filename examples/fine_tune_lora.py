@@ -18,37 +18,33 @@ STEPS = 60
 SENTENCE = b"A mixture of experts sends every token to a few of its experts."
 
 
-def is_adapter(path: tuple, value: object) -> bool:
-    """A filter of Flax: the two matrices of every adapter."""
-    return path[-1] in ("lora_A", "lora_B")
+def loss_fn(model: qmj.CausalLM, row: jax.Array) -> jax.Array:
+    return model.token_losses(row[:, :-1], row[:, 1:]).losses.mean()
+
+
+@nnx.jit
+def step(model: qmj.CausalLM, optimizer: nnx.Optimizer, row: jax.Array) -> jax.Array:
+    """Changes the adapters only: gradients and moments of anything else do not exist."""
+    loss, gradients = nnx.value_and_grad(loss_fn, argnums=nnx.DiffState(0, nnx.LoRAParam))(model, row)
+    optimizer.update(model, gradients)
+    return loss
 
 
 def main() -> None:
     model = qmj.CausalLM(qmj.ModelConfig.from_pretrained(HERE / "tiny_model.json"), rngs=nnx.Rngs(0))
     config = qmj.LoraConfig(r=8, lora_alpha=32, target_modules=("q_proj", "v_proj", "o_proj", "experts"))
     qmj.add_lora(model, config, rngs=nnx.Rngs(1))  # without effect until trained: B is zero
-    graphdef, adapters, weights = nnx.split(model, is_adapter, ...)
-    count = sum(leaf.size for leaf in jax.tree.leaves(adapters))
+    count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.LoRAParam)))
     print(f"{count:,} parameters of adapters in addition to {model.config.num_parameters():,} that stay fixed")
 
     row = jnp.asarray([list(SENTENCE)])
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(1e-2, STEPS)))
-    state = optimizer.init(adapters)
-
-    @jax.jit
-    def step(adapters, state):
-        def loss_fn(adapters):
-            return nnx.merge(graphdef, adapters, weights).token_losses(row[:, :-1], row[:, 1:]).losses.mean()
-
-        loss, gradients = jax.value_and_grad(loss_fn)(adapters)
-        updates, state = optimizer.update(gradients, state)
-        return optax.apply_updates(adapters, updates), state, loss
-
+    schedule = optax.cosine_decay_schedule(1e-2, STEPS)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
     for number in range(STEPS + 1):
-        adapters, state, loss = step(adapters, state)
+        loss = step(model, optimizer, row)
         if number % 20 == 0:
             print(f"step {number:2}  loss {float(loss):.3f}")
-    nnx.update(model, adapters)
 
     with tempfile.TemporaryDirectory() as folder:
         qmj.save_adapter(model, Path(folder) / "adapter")  # PEFT's layout

@@ -1,5 +1,6 @@
 """A low-rank adapter (LoRA): two small matrices that are trained while the matrix they belong to is frozen."""
 
+import dataclasses
 import math
 
 import jax
@@ -15,7 +16,8 @@ class LoraAdapter(nnx.Module):
     """`scaling · B (A x)`, added to a matrix [out, in] or to each of several, [E, out, in] (LoRA, arXiv 2106.09685).
 
     A is drawn as PEFT draws it, uniformly up to 1 / sqrt(in), and B is zero: it begins without effect. Each is sharded
-    as the axis it shares with the matrix; those of experts as their experts.
+    as the axis it shares with the matrix; those of experts as their experts. Both are `nnx.LoRAParam`, a kind of
+    `nnx.Param`, so that Flax's filters tell them from the weights: `nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)`.
 
     Args:
         name: of the matrix, for messages.
@@ -31,6 +33,7 @@ class LoraAdapter(nnx.Module):
         *lead_axes, out_axis, in_axis = axes
         *lead_sizes, rows, columns = sizes
         self.a_axes, self.b_axes = (*lead_axes, "rank", in_axis), (*lead_axes, out_axis, "rank")
+        make = dataclasses.replace(make, variable=nnx.LoRAParam)
         bound = 1 / math.sqrt(columns)
         self.lora_A = make.uniform(f"{name}.lora_A", (*lead_sizes, config.r, columns), self.a_axes, bound)
         self.lora_B = make.zeros(f"{name}.lora_B", (*lead_sizes, rows, config.r), self.b_axes)

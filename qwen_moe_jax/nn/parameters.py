@@ -39,6 +39,7 @@ class ParameterFactory:
         rngs: source of keys; None makes abstract parameters (`jax.ShapeDtypeStruct` with sharding).
         rules: which mesh axes each logical axis is sharded over.
         stack: None, or the number of layers that share one stacked array [layers, …].
+        variable: type of the variables, by which Flax's filters select them.
     """
 
     mesh: Mesh
@@ -47,6 +48,7 @@ class ParameterFactory:
     rngs: nnx.Rngs | None
     rules: ShardingRules = ShardingRules()
     stack: int | None = None
+    variable: type[nnx.Variable] = nnx.Param
 
     def stacked(self, count: int) -> "ParameterFactory":
         """A factory whose parameters have a leading axis of `count` layers."""
@@ -77,14 +79,12 @@ class ParameterFactory:
         """Zeros in float32, whatever the dtype of the parameters: what changes by tiny steps must not be rounded."""
         # A key of its own: the other weights are those of a model without it.
         rngs = None if self.rngs is None else nnx.Rngs(0)
-        created = dataclasses.replace(self, dtype="float32", rngs=rngs)._create("zeros", name, shape, axes)
-        return Untrained(
-            created.get_value(), axes=created.axes, spec=created.spec, unpadded_shape=created.unpadded_shape
-        )
+        make = dataclasses.replace(self, dtype="float32", rngs=rngs, variable=Untrained)
+        return make._create("zeros", name, shape, axes)
 
     def _create(
         self, kind: Kind, name: str, shape: tuple[int, ...], axes: tuple[str, ...], zero_row: int | None = None
-    ) -> nnx.Param:
+    ) -> Any:
         if self.stack is not None:
             shape, axes = (self.stack, *shape), ("layers", *axes)
         sharding = parameter_sharding(name, shape, axes, self.mesh, self.rules)
@@ -94,7 +94,7 @@ class ParameterFactory:
         value: jax.Array | jax.ShapeDtypeStruct = stored
         if self.rngs is not None:
             value = _initializer(kind, shape, stored, zero_row)(self.rngs.params(), self.initializer_range)
-        return nnx.Param(value, axes=axes, spec=sharding.spec, unpadded_shape=shape)
+        return self.variable(value, axes=axes, spec=sharding.spec, unpadded_shape=shape)
 
 
 def as_rngs(source: Any) -> nnx.Rngs | None:

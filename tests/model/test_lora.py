@@ -6,11 +6,13 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.model.lora import is_adapter, matrices
+from qwen_moe_jax.model.lora import is_adapter, matrices, remove_lora
+from qwen_moe_jax.nn.parameters import parameters_with_paths
 from tests.distance import assert_near
 from tests.subject import on_mesh
 
@@ -131,6 +133,42 @@ def test_text_is_written_with_adapters_as_with_merged_weights():
         for one, other in zip(found, expected, strict=found is together):
             assert one.token_ids == other.token_ids
             assert_near(one.log_probs, other.log_probs, 1e-5, "log-probabilities")
+
+
+@pytest.mark.parametrize("mesh", [{}, dict(fsdp=2, expert=4)], ids=["one device", "fsdp=2·expert=4"])
+def test_an_optimizer_of_lora_params_trains_the_adapters_and_no_bit_of_the_weights(mesh):
+    config = qmj.ModelConfig.from_pretrained(HUB_CONFIG)
+    execution = qmj.ExecutionConfig(dispatch="capacity" if mesh else "dense")
+    model = qmj.CausalLM(config, rngs=0, mesh=qmj.make_mesh(**mesh), execution=execution)
+    qmj.add_lora(model, qmj.LoraConfig(r=2, target_modules=("q_proj", "experts")), rngs=1)
+    before = {path: np.asarray(param[...]) for path, param in parameters_with_paths(model)}
+    optimizer = nnx.Optimizer(model, optax.adam(2e-2), wrt=nnx.LoRAParam)
+    gradients_of = nnx.jit(nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam)))
+    losses = []
+    for _ in range(4):
+        value, gradients = gradients_of(model)
+        optimizer.update(model, gradients)
+        losses.append(float(value))
+    assert losses[3] < losses[0] - 0.1
+    for path, param in parameters_with_paths(model):
+        assert isinstance(param, nnx.LoRAParam) == is_adapter(path), path
+        assert np.array_equal(param[...], before[path]) != is_adapter(path), path
+    assert len(jax.tree.leaves(nnx.state(model, nnx.LoRAParam))) == 2 * 4
+    assert len(jax.tree.leaves(nnx.state(model, nnx.Param))) == len(before), "an adapter is a parameter, too"
+
+
+def test_adapters_are_lora_params_wherever_a_model_comes_from(tmp_path):
+    """Abstract, read from a folder, and taken apart and put together again."""
+    model = adapted()
+    qmj.save_adapter(model, tmp_path / "adapter")
+    remove_lora(model)
+    qmj.save_pretrained(model, tmp_path / "base")
+    loaded = qmj.from_pretrained(tmp_path / "base", adapter=tmp_path / "adapter")
+    abstract = qmj.CausalLM(qmj.ModelConfig.from_pretrained(HUB_CONFIG), rngs=None)
+    qmj.add_lora(abstract, LORA, rngs=None)
+    for one in (loaded, abstract, nnx.merge(*nnx.split(loaded))):
+        found = {path for path, param in parameters_with_paths(one) if isinstance(param, nnx.LoRAParam)}
+        assert found and found == {path for path, _ in parameters_with_paths(one) if is_adapter(path)}
 
 
 def test_merging_adds_the_product_and_leaves_no_adapter():
