@@ -19,12 +19,17 @@ L, E, F, D = 4, 128, 24, 40
 NAMES = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "opt-barrier"}
 
 
-def compiled_step(batch: int, dtype: str):
-    """The decode program of a model with many experts, of which a token asks for two. Nothing is allocated."""
+def abstract_model(dtype: str) -> CausalLM:
+    """A model with many experts, of which a token asks for two."""
     sizes = dict(num_hidden_layers=L, num_experts=E, num_experts_per_tok=2, moe_intermediate_size=F, hidden_size=D)
     config = qmj.ModelConfig.from_pretrained({**CASES["qwen3_moe-plain"].config, **sizes})
-    model = CausalLM(config, rngs=None, execution=qmj.ExecutionConfig(dtype=dtype))
-    cache = abstract_cache(config, model.mesh, batch=batch, max_length=64, max_write=8, dtype=dtype)
+    return CausalLM(config, rngs=None, execution=qmj.ExecutionConfig(dtype=dtype))
+
+
+def compiled_step(batch: int, dtype: str):
+    """The decode program of `abstract_model`. Nothing is allocated."""
+    model = abstract_model(dtype)
+    cache = abstract_cache(model.config, model.mesh, batch=batch, max_length=64, max_write=8, dtype=dtype)
     writing = programs.DecodeState(
         token_B=np.zeros(batch, np.int32),
         left_B=np.ones(batch, np.int32),
@@ -57,6 +62,17 @@ def test_decoding_reads_the_experts_it_needs_without_copying_them(batch, dtype):
     program = compiled_step(batch, dtype)
     assert not made(program.as_text(), at_least=E * F * D)
     assert program.memory_analysis().temp_size_in_bytes < E * F * D * jax.numpy.dtype(dtype).itemsize
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prefill_copies_the_experts_of_one_layer_at_most(dtype):
+    """Many rows read a copy of their layer's experts; a slice of bfloat16 would widen those of all layers."""
+    model = abstract_model(dtype)
+    batch, length = 8, cpu.FEW_ROWS * E // 8  # two experts a token: twice the rows that count as few
+    cache = abstract_cache(model.config, model.mesh, batch=batch, max_length=length, max_write=length, dtype=dtype)
+    tokens_BT, count_B = np.zeros((batch, length), np.int32), np.full(batch, length, np.int32)
+    program = programs.prefill.lower(model, cache, tokens_BT, count_B, None).compile().as_text()
+    assert not [line for line in made(program, at_least=L * E * F * D) if f"[{L},{E}," in line]
 
 
 def test_a_copy_of_the_experts_would_be_detected(monkeypatch):

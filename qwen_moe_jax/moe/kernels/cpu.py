@@ -114,7 +114,7 @@ def select_layer(weights: jax.Array, sizes_E: jax.Array, layer: jax.Array, rows:
     """
     layers, experts = weights.shape[:2]
     if rows > FEW_ROWS * experts:
-        return jax.lax.dynamic_index_in_dim(weights, layer, keepdims=False), sizes_E
+        return rows_at(weights, layer, 1)[0], sizes_E
     sizes_N = jnp.zeros(layers * experts, sizes_E.dtype)
     sizes_N = jax.lax.dynamic_update_slice_in_dim(sizes_N, sizes_E, layer * experts, axis=0)
     return weights.reshape(layers * experts, *weights.shape[2:]), sizes_N
