@@ -1,11 +1,13 @@
-"""Tensors that are read in slices: from a file, from several files stacked, from arrays on devices.
+"""Tensors that are read in slices: from a file, from several files stacked, by rows, from arrays on devices.
 
 Each of these is a `StoredTensor`. Code that writes a file or fills devices reads it in blocks, whatever its source, and
 holds a few blocks of it in memory.
 """
 
 import abc
+import bisect
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -152,6 +154,46 @@ class CastTensor(StoredTensor):
             self.tensor.read_into(index, out)
         else:
             out[...] = self.read(index)
+
+
+@dataclasses.dataclass(frozen=True)
+class PickedRows(StoredTensor):
+    """Rows of one or several tensors of the same width, in another order: one run of rows after the other.
+
+    Attributes:
+        runs: (tensor, first row, row after the last) of each run; every run has at least one row.
+    """
+
+    runs: tuple[tuple[StoredTensor, int, int], ...]
+
+    @functools.cached_property
+    def _starts(self) -> list[int]:
+        """The first row of each run here, and the number of rows."""
+        return [0, *itertools.accumulate(stop - start for _, start, stop in self.runs)]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self._starts[-1], *self.runs[0][0].shape[1:])
+
+    @property
+    def dtype(self) -> str:
+        return self.runs[0][0].dtype
+
+    @property
+    def source(self) -> str:
+        return self.runs[0][0].source
+
+    def read_into(self, index: Index, out: np.ndarray) -> None:
+        rows = index[0]
+        first = bisect.bisect_right(self._starts, rows.start) - 1
+        for (tensor, start, _), begin, end in zip(
+            self.runs[first:], self._starts[first:], self._starts[first + 1 :], strict=False
+        ):
+            low, high = max(rows.start, begin), min(rows.stop, end)
+            if low >= high:
+                break
+            inner = slice(start + low - begin, start + high - begin)
+            tensor.read_into((inner, *index[1:]), out[low - rows.start : high - rows.start])
 
 
 @dataclasses.dataclass(frozen=True)
