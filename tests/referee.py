@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.cases import CASES, SPARSE_FAMILIES, Case
+from tests.cases import CASES, HYBRID_CASES, HYBRID_FAMILIES, SPARSE_FAMILIES, SPARSE_HYBRIDS, Case
 
 torch = pytest.importorskip("torch", reason="the referee is transformers on torch, which is not installed here")
 transformers = pytest.importorskip("transformers", reason="the referee is transformers, which is not installed here")
@@ -53,7 +53,8 @@ class Batch:
 
 def make_batch(case: Case, seed: int = 0, length: int = LENGTH) -> Batch:
     """Two rows of each kind of padding. Padding carries the pad token, or token 0 where the case has none."""
-    pad = case.config.get("pad_token_id") or 0
+    config = case.text_config
+    pad = config.get("pad_token_id") or 0
     lengths = {"unpadded": (length, length), "left-padded": (9, 1), "right-padded": (11, 4)}
     numbers = np.random.default_rng(seed)
     mask = np.zeros((6, length), np.int32)
@@ -64,7 +65,7 @@ def make_batch(case: Case, seed: int = 0, length: int = LENGTH) -> Batch:
             mask[row, length - size :] = 1
             if kind == "right-padded":
                 mask[row] = mask[row, ::-1]
-    tokens = numbers.integers(1, case.config["vocab_size"], mask.shape)
+    tokens = numbers.integers(1, config["vocab_size"], mask.shape)
     tokens = np.where((tokens == pad), pad + 1, tokens)
     return Batch(tokens=np.where(mask == 1, tokens, pad).astype(np.int32), mask=mask, rows=rows)
 
@@ -86,10 +87,32 @@ def randomise(model, seed: int) -> None:
             parameter.copy_(values)
 
 
+def randomise_hybrid(model, seed: int, scale: float = 0.1) -> None:
+    """Weights of a hybrid such that every one counts, and that logits of float32 are known to 3e-5.
+
+    A rule's memory makes errors of rounding grow with the size of the weights: of matrices N(0, 0.3²), the logits of
+    transformers itself are known to 3e-4 alone. Decays are spread as transformers draws them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            if name.endswith("A_log"):
+                parameter.copy_(torch.empty_like(noise).uniform_(0.01, 16, generator=generator).log())
+            elif name.endswith("linear_attn.norm.weight"):
+                parameter.copy_(1 + 0.2 * noise)
+            elif name.endswith("norm.weight"):  # centred at zero
+                parameter.copy_(0.2 * noise)
+            elif name.endswith("dt_bias"):
+                parameter.copy_(noise)
+            else:
+                parameter.copy_(scale * noise)
+
+
 def implementations(case: Case, attention: str = "eager", experts: str = "eager") -> dict[str, str]:
     """Options that choose transformers' own implementations; dense families refuse to be told one for experts."""
     chosen = {"attn_implementation": attention}
-    return chosen | ({"experts_implementation": experts} if case.model_type in SPARSE_FAMILIES else {})
+    return chosen | ({"experts_implementation": experts} if case.model_type in SPARSE_FAMILIES + SPARSE_HYBRIDS else {})
 
 
 def build(case: Case, auto_class=None, attention: str = "eager", experts: str = "eager", **changes):
@@ -129,7 +152,7 @@ class Reference:
         self._folder = folder
         self.model = build(case, auto_class, **changes)
         for seed in range(20):  # the first seed without a near-tie in routing; the same one on every run
-            randomise(self.model, seed)
+            (randomise_hybrid if case.model_type in HYBRID_FAMILIES else randomise)(self.model, seed)
             if not self.num_sparse_layers or self._routing_is_clear():
                 break
         else:
@@ -181,7 +204,8 @@ class Reference:
 
     @property
     def num_experts(self) -> int:
-        return self.config.num_local_experts if self.case.model_type != "qwen2_moe" else self.config.num_experts
+        has_alias = self.case.model_type in ("qwen3_moe", "mixtral")
+        return self.config.num_local_experts if has_alias else self.config.num_experts
 
     @property
     def router_logits(self) -> np.ndarray:
@@ -245,5 +269,5 @@ class References:
 
     def __getitem__(self, name: str) -> Reference:
         if name not in self._built:
-            self._built[name] = Reference(CASES[name], self._folder)
+            self._built[name] = Reference((CASES | HYBRID_CASES)[name], self._folder)
         return self._built[name]

@@ -13,7 +13,7 @@ from typing import Any
 from qwen_moe_jax.config import AttentionConfig, LayerKind, ModelConfig, RopeConfig
 from qwen_moe_jax.config.model import MixerKind
 from qwen_moe_jax.errors import ConfigError
-from qwen_moe_jax.huggingface.families import Family, family_of
+from qwen_moe_jax.huggingface.families import TEXT_PARTS, Family, family_of
 from qwen_moe_jax.huggingface.fields import REQUIRED, Fields, freeze, read_json, shown
 from qwen_moe_jax.huggingface.known_fields import CONFIG_NEUTRAL, CONFIG_READ, CONFIG_WITHOUT_EFFECT
 from qwen_moe_jax.huggingface.quantisation import fp8_block
@@ -35,7 +35,14 @@ ONLY_VALUES: dict[str, bool | None] = {
 #: The similarity from which an unknown key is a misspelt one: `num_expert` has 0.95 of `num_experts`.
 _NEAR_MISS = 0.86
 
-LAYER_TYPES: dict[str, MixerKind] = {"full_attention": "full", "sliding_attention": "sliding"}
+LAYER_TYPES: dict[str, MixerKind] = {
+    "full_attention": "full",
+    "sliding_attention": "sliding",
+    "linear_attention": "linear",
+}
+
+#: Keys of a multimodal config.json beside its text_config that are those of its text model, too.
+_SHARED = ("architectures", "dtype", "torch_dtype", "quantization_config", "transformers_version")
 
 
 def read_config(source: str | PathLike[str] | Mapping[str, Any]) -> ModelConfig:
@@ -55,17 +62,50 @@ def read_config(source: str | PathLike[str] | Mapping[str, Any]) -> ModelConfig:
 
 
 def keys_read(hub: Mapping[str, Any]) -> set[str]:
-    """The keys of a config.json that are read for its model type, by whatever rule, present or not."""
+    """The keys of a text model's config that are read for its model type, by whatever rule, present or not."""
     family = family_of(hub.get("model_type"), "config")
     fields = Fields(hub, "config", family.defaults, family.renames)
     with contextlib.suppress(ConfigError):  # the keys that were read before the refusal
         _config(family, fields)
-    return (CONFIG_READ - family.renames.keys()) | fields.asked
+    return (CONFIG_READ - family.renames.keys() - family.without) | fields.asked
+
+
+def text_part(hub: Mapping[str, Any], where: str = "config") -> Mapping[str, Any]:
+    """The config of the text model alone: the `text_config` of a multimodal config.json, else the config itself.
+
+    As AutoModelForCausalLM of transformers takes it: a multimodal folder's own tie_word_embeddings and token ids are
+    not those of its text model.
+
+    Raises:
+        ConfigError: the text_config is missing, or is of another model type.
+    """
+    named = hub.get("model_type")
+    model_type = TEXT_PARTS.get(named) if isinstance(named, str) else None
+    if model_type is None:
+        return hub
+    text = hub.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ConfigError(
+            f"{where}: text_config={shown(text)} is not supported: expected an object, the config of the text model, "
+            f"in a config.json of model_type={named!r} (of the text model alone: model_type={model_type!r})."
+        )
+    if text.get("model_type", model_type) not in (model_type, named):
+        raise ConfigError(
+            f"{where}: text_config: model_type={shown(text['model_type'])} is not supported: expected {model_type!r}."
+        )
+    has_dtype = any(text.get(name) is not None for name in ("dtype", "torch_dtype"))
+    shared = {
+        name: hub[name]
+        for name in _SHARED
+        if hub.get(name) is not None and not (has_dtype and name in ("dtype", "torch_dtype"))
+    }
+    return {**shared, **text, "model_type": model_type}
 
 
 def _refuse_near_misses(hub: Mapping[str, Any]) -> None:
+    hub = text_part(hub)
     read = keys_read(hub)
-    known = read | ONLY_VALUES.keys() | CONFIG_WITHOUT_EFFECT | CONFIG_NEUTRAL.keys()
+    known = read | CONFIG_READ | ONLY_VALUES.keys() | CONFIG_WITHOUT_EFFECT | CONFIG_NEUTRAL.keys()
     for key in [key for key, value in hub.items() if key not in known and value is not None]:
         if near := similar(str(key), sorted(read), count=1, cutoff=_NEAR_MISS):
             raise ConfigError(
@@ -76,6 +116,7 @@ def _refuse_near_misses(hub: Mapping[str, Any]) -> None:
 
 def config_from_hub(hub: Mapping[str, Any], where: str = "config") -> ModelConfig:
     """Translates the content of a config.json. `where` names it in messages."""
+    hub = text_part(hub, where)
     family = family_of(hub.get("model_type"), where)
     fp8_block(hub, where)  # refuses what cannot be dequantised
     # The model's weights are not quantised, also where the files' are.
@@ -95,17 +136,20 @@ def _config(family: Family, fields: Fields) -> ModelConfig:
     width = fields.integer("hidden_size")
     layers = layer_kinds(family, fields)
     sparse = any(kind.mlp == "sparse" for kind in layers)
-    sliding = any(kind.mixer == "sliding" for kind in layers)
+    mixers = {kind.mixer for kind in layers}
     dtype = fields.string("dtype", None) or fields.string("torch_dtype", None)
     return ModelConfig(
         model_type=fields.string("model_type"),
         vocab_size=fields.integer("vocab_size"),
         hidden_size=width,
-        intermediate_size=fields.integer("intermediate_size"),
+        intermediate_size=_dense_width(family, fields),
         layers=layers,
-        attention=_attention(family, fields, width, sliding),
-        rope=_rope(fields),
+        attention=_attention(family, fields, width, "sliding" in mixers),
+        rope=_rope(family, fields),
         moe=family.moe(fields) if family.moe and sparse else None,
+        linear_attention=family.linear(fields) if family.linear and "linear" in mixers else None,
+        zero_centered_norm=family.zero_centered_norm,
+        num_mtp_layers=_mtp_layers(fields) if family.mtp else 0,
         rms_norm_eps=fields.number("rms_norm_eps"),
         hidden_act=fields.string("hidden_act", "silu"),
         max_position_embeddings=fields.integer("max_position_embeddings"),
@@ -120,6 +164,18 @@ def _config(family: Family, fields: Fields) -> ModelConfig:
         num_labels=len(fields.mapping("id2label")) or fields.integer("num_labels", 2),
         hub_fields=freeze(fields.values),
     )
+
+
+def _dense_width(family: Family, fields: Fields) -> int:
+    """The width of dense layers; of a family that has none and no field for it, that of an expert."""
+    return fields.integer("moe_intermediate_size" if "intermediate_size" in family.without else "intermediate_size")
+
+
+def _mtp_layers(fields: Fields) -> int:
+    count = fields.integer("mtp_num_hidden_layers", 0)
+    if count not in (0, 1):
+        raise fields.error("mtp_num_hidden_layers", "1, or 0 for the model without its next-token head")
+    return count
 
 
 def _token_id(fields: Fields, name: str, default: Any = None) -> int | None:
@@ -137,6 +193,8 @@ def _attention(family: Family, fields: Fields, width: int, sliding: bool) -> Att
                 "num_attention_heads", f"a divisor of hidden_size={width}, or an explicit head_dim in addition"
             )
         head_dim = width // heads
+    if family.linear is not None and fields.is_null("head_dim"):
+        raise fields.error("head_dim", "an integer")
     if sliding and fields.is_null("sliding_window"):
         raise fields.error("sliding_window", "an integer, since some layers slide")
     multi_head = fields.is_null("num_key_value_heads")  # an explicit null means one per query head
@@ -147,6 +205,7 @@ def _attention(family: Family, fields: Fields, width: int, sliding: bool) -> Att
         qkv_bias=family.qkv_bias(fields),
         o_bias=family.o_bias(fields),
         qk_norm=family.qk_norm,
+        output_gate=family.output_gate,
         sliding_window=fields.integer("sliding_window") if sliding else None,
         attention_dropout=fields.number("attention_dropout", 0.0),
     )
@@ -159,22 +218,33 @@ def layer_kinds(family: Family, fields: Fields) -> tuple[LayerKind, ...]:
         raise fields.error("num_hidden_layers", f"between 1 and {MOST_LAYERS}")
     if family.writes_layer_types and "layer_types" in fields:
         names = fields.given("layer_types")
-        known = isinstance(names, list | tuple) and all(name in list(LAYER_TYPES) for name in names)
+        known = isinstance(names, list | tuple) and all(name in family.layer_types for name in names)
         if not known or len(names) != count:
-            raise fields.error("layer_types", f"{count} entries (num_hidden_layers), each one of {list(LAYER_TYPES)}")
+            supported = list(family.layer_types)
+            raise fields.error("layer_types", f"{count} entries (num_hidden_layers), each one of {supported}")
         mixers = [LAYER_TYPES[name] for name in names]
         if "sliding" in mixers and not fields.boolean("use_sliding_window", False):
             raise fields.error("use_sliding_window", "true, since layer_types has sliding layers")
     else:
-        mixers = ["sliding" if family.sliding(fields, layer) else "full" for layer in range(count)]
+        mixers = [_mixer(family, fields, layer) for layer in range(count)]
     return tuple(
         LayerKind(mixer=mixers[layer], mlp="sparse" if family.sparse(fields, layer) else "dense")
         for layer in range(count)
     )
 
 
-def _rope(fields: Fields) -> RopeConfig:
-    """Merges `rope_scaling` (which wins where given), `rope_parameters` and `rope_theta`, as transformers does."""
+def _mixer(family: Family, fields: Fields, layer: int) -> MixerKind:
+    if family.linear_layer(fields, layer):
+        return "linear"
+    return "sliding" if family.sliding(fields, layer) else "full"
+
+
+def _rope(family: Family, fields: Fields) -> RopeConfig:
+    """Merges `rope_scaling` (which wins where given), `rope_parameters` and `rope_theta`, as transformers does.
+
+    The three rows of positions that multimodal models have (mrope_section, mrope_interleaved) are equal in a text, and
+    with equal ones the rope is this one, whatever the sections.
+    """
     name = "rope_scaling" if fields.mapping("rope_scaling") else "rope_parameters"
     values = dict(fields.mapping(name))
     rope = Fields(values, f"{fields.where}: {name}")
@@ -184,12 +254,10 @@ def _rope(fields: Fields) -> RopeConfig:
     supported = ("default", "linear", "dynamic", "yarn", "llama3")
     if rope_type not in supported:
         raise ConfigError(f"{rope.where}: rope_type={rope_type!r} is not supported: expected one of {supported}.")
-    for holder in (rope, fields):
-        if holder.number("partial_rotary_factor", 1.0) != 1.0:
-            raise holder.error("partial_rotary_factor", "1.0 (the whole head is rotated)")
     theta = rope.number("rope_theta", None) or fields.number("rope_theta")
+    partial = _partial_rotary_factor(family, rope, fields)
     if rope_type == "default":
-        return RopeConfig(rope_theta=theta)
+        return RopeConfig(rope_theta=theta, partial_rotary_factor=partial)
     longest = fields.integer("max_position_embeddings")
     original = fields.integer("original_max_position_embeddings", None) or rope.integer(
         "original_max_position_embeddings", longest
@@ -203,6 +271,7 @@ def _rope(fields: Fields) -> RopeConfig:
     known = dict(
         rope_type=rope_type,
         rope_theta=theta,
+        partial_rotary_factor=partial,
         factor=factor,
         original_max_position_embeddings=original if scaled else None,
     )
@@ -213,3 +282,13 @@ def _rope(fields: Fields) -> RopeConfig:
     if rope_type == "llama3":
         known |= {name: rope.number(name) for name in ("low_freq_factor", "high_freq_factor")}
     return RopeConfig(**known)
+
+
+def _partial_rotary_factor(family: Family, rope: Fields, fields: Fields) -> float:
+    if family.partial_rotary_factor is None:
+        for holder in (rope, fields):
+            if holder.number("partial_rotary_factor", 1.0) != 1.0:
+                raise holder.error("partial_rotary_factor", "1.0 (the whole head is rotated)")
+        return 1.0
+    found = rope.number("partial_rotary_factor", None)
+    return fields.number("partial_rotary_factor", family.partial_rotary_factor) if found is None else found

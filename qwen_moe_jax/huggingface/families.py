@@ -5,10 +5,11 @@ biases, head size and the defaults of absent fields.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qwen_moe_jax.config import MoEConfig
+from qwen_moe_jax.config import LinearAttentionConfig, MoEConfig
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.fields import Fields
 
@@ -26,8 +27,16 @@ class Family:
         qkv_bias, o_bias: read the biases of the attention projections.
         sliding: (fields, layer index) → does this layer slide, where no `layer_types` is given.
         writes_layer_types: the family knows the `layer_types` field.
+        layer_types: the values of `layer_types` that the family has.
         moe: reads the sparse block, None for a dense family.
         sparse: (fields, layer index) → does this layer have a sparse block.
+        linear: reads the gated delta rule of linear layers; None for a family without.
+        linear_layer: (fields, layer index) → is this layer linear, where no `layer_types` is given.
+        partial_rotary_factor: the default of that field; None for a family whose heads are always rotated whole.
+        output_gate: the heads' outputs have a gate, with rows in q_proj.
+        zero_centered_norm: norms multiply by 1 + weight.
+        mtp: checkpoints may have a next-token head, under `mtp.`.
+        without: keys of config.json that other families have and this one does not act on; they are not written.
         renames: field name here → key of the family's config.json, where they differ: {"num_experts":
             "n_routed_experts"}. Rules and defaults use the name here; the key is read, exported and named in errors.
     """
@@ -39,8 +48,16 @@ class Family:
     qk_norm: bool
     sliding: Callable[[Fields, int], bool]
     writes_layer_types: bool
+    layer_types: tuple[str, ...] = ("full_attention", "sliding_attention")
     moe: Callable[[Fields], MoEConfig] | None = None
     sparse: Callable[[Fields, int], bool] = lambda fields, layer: False
+    linear: Callable[[Fields], LinearAttentionConfig] | None = None
+    linear_layer: Callable[[Fields, int], bool] = lambda fields, layer: False
+    partial_rotary_factor: float | None = None
+    output_gate: bool = False
+    zero_centered_norm: bool = False
+    mtp: bool = False
+    without: frozenset[str] = frozenset()
     renames: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -69,25 +86,40 @@ def _slides_if_given(fields: Fields, layer: int) -> bool:
     return "sliding_window" in fields
 
 
+def _slides_nowhere(fields: Fields, layer: int) -> bool:
+    return False
+
+
 def _always(fields: Fields, layer: int) -> bool:
     return True
 
 
-def _sparse_by_step(fields: Fields, layer: int) -> bool:
+def _linear_but_every_fourth(fields: Fields, layer: int) -> bool:
+    interval = fields.integer("full_attention_interval", 4)
+    if interval < 1:
+        raise fields.error("full_attention_interval", "a positive integer")
+    return (layer + 1) % interval != 0
+
+
+def _sparse_by_step(fields: Fields, layer: int, *, alias: bool = True) -> bool:
     step = fields.integer("decoder_sparse_step", 1)
     if step < 1:
         raise fields.error("decoder_sparse_step", "a positive integer")
     chosen = layer not in fields.integers("mlp_only_layers") and (layer + 1) % step == 0
-    return chosen and _expert_count(fields) > 0
+    return chosen and _expert_count(fields, alias=alias) > 0
 
 
-def _expert_count(fields: Fields) -> int:
+def _sparse_by_step_without_alias(fields: Fields, layer: int) -> bool:
+    return _sparse_by_step(fields, layer, alias=False)
+
+
+def _expert_count(fields: Fields, *, alias: bool = True) -> int:
     """Transformers 5 stores `num_local_experts`, and it wins where both are given and differ.
 
-    A family with a key of its own for `num_experts` has that key alone.
+    A family with a key of its own for `num_experts` has that key alone, and so have those without the alias.
     """
-    renamed = "num_experts" in fields.renames
-    name = "num_local_experts" if not renamed and "num_local_experts" in fields else "num_experts"
+    alias = alias and "num_experts" not in fields.renames
+    name = "num_local_experts" if alias and "num_local_experts" in fields else "num_experts"
     count, layers = fields.integer(name), fields.integer("num_hidden_layers")
     if count * layers > MOST_EXPERTS:
         raise fields.error(name, f"at most {MOST_EXPERTS} experts in the {layers} layers together")
@@ -113,6 +145,35 @@ def _qwen2_moe(fields: Fields) -> MoEConfig:
 def _qwen3_moe(fields: Fields) -> MoEConfig:
     # Coder configs carry shared_expert_intermediate_size; transformers ignores it, and so must we.
     return _qwen_moe(fields, shared_expert=0)
+
+
+def _hybrid_moe(fields: Fields, *, norm_topk_prob: bool) -> MoEConfig:
+    return MoEConfig(
+        num_experts=_expert_count(fields, alias=False),
+        num_experts_per_tok=fields.integer("num_experts_per_tok"),
+        moe_intermediate_size=fields.integer("moe_intermediate_size"),
+        norm_topk_prob=norm_topk_prob,
+        shared_expert_intermediate_size=fields.integer("shared_expert_intermediate_size"),
+        router_aux_loss_coef=fields.number("router_aux_loss_coef", 0.001),
+    )
+
+
+def _qwen3_next_moe(fields: Fields) -> MoEConfig:
+    return _hybrid_moe(fields, norm_topk_prob=fields.boolean("norm_topk_prob", True))
+
+
+def _qwen3_5_moe(fields: Fields) -> MoEConfig:
+    return _hybrid_moe(fields, norm_topk_prob=True)
+
+
+def _linear_attention(fields: Fields) -> LinearAttentionConfig:
+    return LinearAttentionConfig(
+        num_key_heads=fields.integer("linear_num_key_heads"),
+        num_value_heads=fields.integer("linear_num_value_heads"),
+        key_head_dim=fields.integer("linear_key_head_dim"),
+        value_head_dim=fields.integer("linear_value_head_dim"),
+        conv_kernel_dim=fields.integer("linear_conv_kernel_dim"),
+    )
 
 
 def _mixtral(fields: Fields) -> MoEConfig:
@@ -144,6 +205,42 @@ _DENSE_DEFAULTS = {
     "num_attention_heads": 32,
     "num_key_value_heads": 32,
 }
+
+_HYBRID_DEFAULTS = {
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "bos_token_id": None,
+    "eos_token_id": (),
+}
+
+
+def _hybrid(**of_family: Any) -> Family:
+    """A family of gated delta rules between layers of gated attention."""
+    return Family(
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        qk_norm=True,
+        sliding=_slides_nowhere,
+        writes_layer_types=True,
+        layer_types=("full_attention", "linear_attention"),
+        linear=_linear_attention,
+        linear_layer=_linear_but_every_fourth,
+        partial_rotary_factor=0.25,
+        output_gate=True,
+        zero_centered_norm=True,
+        mtp=True,
+        **of_family,
+    )
+
 
 FAMILIES = {
     "qwen2": Family(
@@ -232,12 +329,74 @@ FAMILIES = {
         moe=_mixtral,
         sparse=_always,
     ),
+    "qwen3_next": _hybrid(
+        class_prefix="Qwen3Next",
+        defaults={
+            **_HYBRID_DEFAULTS,
+            "vocab_size": 151_936,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 48,
+            "num_experts": 512,
+            "num_experts_per_tok": 10,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+        },
+        moe=_qwen3_next_moe,
+        sparse=_sparse_by_step_without_alias,
+        without=frozenset({"num_local_experts"}),
+    ),
+    "qwen3_5_text": _hybrid(
+        class_prefix="Qwen3_5",
+        defaults={
+            **_HYBRID_DEFAULTS,
+            "vocab_size": 248_320,
+            "hidden_size": 4096,
+            "intermediate_size": 12_288,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 4,
+        },
+    ),
+    "qwen3_5_moe_text": _hybrid(
+        class_prefix="Qwen3_5Moe",
+        defaults={
+            **_HYBRID_DEFAULTS,
+            "vocab_size": 248_320,
+            "hidden_size": 2048,
+            "num_hidden_layers": 40,
+            "num_experts": 256,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+        },
+        moe=_qwen3_5_moe,
+        sparse=_always,
+        without=frozenset(
+            {"num_local_experts", "intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"}
+        ),
+    ),
 }
+#: Model types of multimodal folders whose text part is read: the model type of that part.
+TEXT_PARTS = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+
+#: (regular expression of a model type, why it is not supported).
+_REFUSED = (
+    (
+        "qwen4_exp(_text)?",
+        "it has hyper-connections, n-gram embeddings and a sparse attention index, which are not implemented",
+    ),
+    (
+        r"qwen\w*_(vl|omni)(_.+)?|qwen\w*audio\w*|qwen\w*_vision",
+        "it reads images or sound; of multimodal folders, the text part of qwen3_5 and qwen3_5_moe is read",
+    ),
+)
 
 
 def family_of(model_type: Any, where: str) -> Family:
     """The entry of a model type; `where` names the config in the refusal of an unknown one."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        supported = ", ".join(FAMILIES)
-        raise ConfigError(f"{where}: model_type={model_type!r} is not supported: expected one of {supported}.")
+        supported = ", ".join([*FAMILIES, *TEXT_PARTS])
+        text = str(model_type)
+        reason = next((f" ({reason})" for pattern, reason in _REFUSED if re.fullmatch(pattern, text)), "")
+        raise ConfigError(f"{where}: model_type={model_type!r} is not supported{reason}: expected one of {supported}.")
     return FAMILIES[model_type]

@@ -9,7 +9,8 @@ CONFIG_READ = set(
     "sliding_window use_sliding_window max_window_layers layer_types num_experts num_local_experts "
     "num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size norm_topk_prob decoder_sparse_step "
     "mlp_only_layers router_aux_loss_coef router_jitter_noise id2label num_labels quantization_config "
-    "qwen_moe_jax_balancing_bias".split()
+    "full_attention_interval linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim "
+    "linear_conv_kernel_dim mtp_num_hidden_layers qwen_moe_jax_balancing_bias".split()
 )
 #: Without effect on the model's numbers.
 CONFIG_WITHOUT_EFFECT = set(
@@ -17,7 +18,15 @@ CONFIG_WITHOUT_EFFECT = set(
     "output_attentions output_router_logits task_specific_params problem_type finetuning_task tokenizer_class prefix "
     "_attn_implementation attn_implementation _attn_implementation_autoset _experts_implementation torchscript "
     "is_decoder chunk_size_feed_forward unsloth_version unsloth_fixed model_name license tags library_name "
-    "pretraining_tp sep_token_id decoder_start_token_id".split()
+    "pretraining_tp sep_token_id decoder_start_token_id "
+    # The dtype of the files is that of A_log and the gated norm; the state is float32.
+    "mamba_ssm_dtype".split()
 )
 #: Of these families, transformers' classes have no such part, whatever the field says.
-CONFIG_NEUTRAL = {"use_mrope": False, "is_encoder_decoder": False, "add_cross_attention": False}
+CONFIG_NEUTRAL = {
+    "use_mrope": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "attn_output_gate": True,
+    "mtp_use_dedicated_embeddings": False,
+}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_moe_jax.errors import ConfigError
-from qwen_moe_jax.huggingface.config import ONLY_VALUES, keys_read
+from qwen_moe_jax.huggingface.config import ONLY_VALUES, keys_read, text_part
 from qwen_moe_jax.huggingface.fields import read_json, shown
 from qwen_moe_jax.huggingface.generation_config import READERS
 from qwen_moe_jax.huggingface.known_fields import CONFIG_NEUTRAL, CONFIG_WITHOUT_EFFECT
@@ -87,7 +87,7 @@ def say_unused_fields(folder: Path) -> None:
         path = folder / name
         if path.is_file():
             try:
-                values = read_json(path)
+                values = text_part(read_json(path)) if name == "config.json" else read_json(path)
                 found = unused(values, *_known(name, values))
             except ConfigError:  # refused by its reader, if there is one
                 continue

@@ -27,6 +27,16 @@ PARAMETERS = {
     "qwen3-8b": (8_190_735_360, 8_190_735_360, 7_568_405_504),
     "qwen3-coder-30b-a3b-instruct": (30_532_122_624, 3_353_032_704, 3_041_867_776),
     "qwen3-coder-480b-a35b-instruct": (480_154_875_392, 35_474_765_312, 34_541_270_528),
+    "qwen3-next-80b-a3b": (79_674_391_296, 3_874_929_408, 3_563_764_480),
+    "qwen3.5-0.8b": (752_393_024, 752_393_024, 752_393_024),
+    "qwen3.5-2b": (1_881_825_088, 1_881_825_088, 1_881_825_088),
+    "qwen3.5-4b": (4_205_751_296, 4_205_751_296, 4_205_751_296),
+    "qwen3.5-9b": (8_953_803_264, 8_953_803_264, 7_936_684_544),
+    "qwen3.5-27b": (26_895_998_464, 26_895_998_464, 25_624_600_064),
+    "qwen3.5-35b-a3b": (34_660_610_688, 3_454_988_928, 2_946_429_568),
+    "qwen3.5-122b-a10b": (122_111_526_912, 9_771_288_576, 9_008_449_536),
+    "qwen3.5-397b-a17b": (396_346_350_336, 17_349_040_896, 16_331_922_176),
+    "qwen3.8-2.4t-a95b": (2_419_804_697_984, 95_287_866_752, 93_253_629_312),
 }
 
 
@@ -385,7 +395,7 @@ def test_pretraining_length_of_scaled_rope_defaults_to_the_longest_position(rope
     [
         pytest.param("qwen3", {"model_type": "llama"}, ("model_type", "llama", *FAMILIES), id="model-type"),
         pytest.param("qwen3", {"model_type": ABSENT}, ("model_type", *FAMILIES), id="model-type-absent"),
-        pytest.param("qwen3_moe", {"model_type": "qwen3_next"}, ("model_type", "qwen3_next", "qwen3_moe"), id="later"),
+        pytest.param("qwen3_moe", {"model_type": "qwen4_exp"}, ("model_type", "qwen4_exp", "qwen3_moe"), id="later"),
         pytest.param(
             "qwen3", {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
             ("rope_type", "longrope", "default", "linear", "dynamic", "yarn", "llama3"), id="rope-type",
