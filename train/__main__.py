@@ -4,8 +4,18 @@ import argparse
 import os
 import sys
 
-from qwen_moe_jax.cli.arguments import add_cache_argument, add_host_arguments, end_all_processes, join_processes
-from train.config import TrainConfig, describe_keys, load_config, split_overrides
+from qwen_moe_jax.cli.arguments import (
+    add_cache_argument,
+    add_dispatch_argument,
+    add_dtype_argument,
+    add_host_arguments,
+    add_mesh_argument,
+    end_all_processes,
+    join_processes,
+)
+from qwen_moe_jax.cli.parser import Parser
+from qwen_moe_jax.config import MESH_AXES, SHARDING_RULES
+from train.config import TrainConfig, describe_keys, key_options, load_config, split_overrides
 from train.errors import CANNOT_WRITE
 
 
@@ -39,7 +49,7 @@ def main(words: list[str]) -> int:
         for name in ("search", "json", "html"):
             if getattr(arguments, name) and not arguments.plan:
                 raise ConfigError(f"--{name} has a meaning with --plan only.")
-        config = load_config(arguments.config, overrides)
+        config = load_config(arguments.config, [*_short_options(arguments), *overrides])
         if arguments.plan:
             _plan(config, arguments)
             return 0
@@ -59,7 +69,7 @@ def main(words: list[str]) -> int:
 
             train(config, folder)
         elif process_zero:
-            print(f"The run in {folder.path} is finished; --fresh trains it anew.")
+            print(f"The run in {folder.path} is finished; --fresh trains it anew, a larger --run.max_steps goes on.")
         if process_zero:
             print(folder.describe_result())
     except (CheckpointError, ConfigError, ShardingError) as error:
@@ -83,16 +93,17 @@ def main(words: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m train",
         description="Train a Qwen, Qwen-MoE or Mixtral model from one TOML file, for example configs/train/tiny.toml.",
         epilog="keys: every key of the file can be changed as --section.key value\n\n" + describe_keys(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        also_known=key_options(),
     )
     parser.add_argument("config", metavar="CONFIG", help="a TOML file")
     parser.add_argument("--fresh", action="store_true", help="delete the run in run.output_dir and start a new one")
     add_cache_argument(parser)
+    _add_short_options(parser)
     add_host_arguments(parser)
     parser.add_argument(
         "--plan",
@@ -109,6 +120,32 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="FILE", help="with --plan: write the plan as JSON; - for standard output")
     parser.add_argument("--html", metavar="FILE", help="with --plan: write a self-contained page")
     return parser
+
+
+def _add_short_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `qwen-moe-jax` for how a model is run, each in place of keys of the file."""
+    group = parser.add_argument_group(
+        "how the model is run", "the options of qwen-moe-jax, in place of keys; an option of a key comes before them"
+    )
+    add_mesh_argument(group, "[mesh]: the sizes of its axes, 1 where one is not named")
+    rules = f"sharding.rules: {', '.join(SHARDING_RULES)}"
+    group.add_argument("--sharding", choices=SHARDING_RULES, metavar="RULES", help=rules)
+    add_dtype_argument(group, "execution.dtype, of activations and matmuls")
+    add_dispatch_argument(group, "the file's execution.dispatch")
+    group.add_argument("--capacity-factor", metavar="X", help="execution.capacity_factor, with --dispatch capacity")
+
+
+def _short_options(arguments: argparse.Namespace) -> list[str]:
+    """Those that were given, as `load_config` takes overrides."""
+    words = {
+        "sharding.rules": arguments.sharding,
+        "execution.dtype": arguments.dtype,
+        "execution.dispatch": arguments.dispatch,
+        "execution.capacity_factor": arguments.capacity_factor,
+    }
+    if arguments.mesh:
+        words |= {f"mesh.{axis}": arguments.mesh.get(axis, 1) for axis in MESH_AXES}
+    return [f"--{key}={word}" for key, word in words.items() if word is not None]
 
 
 def _plan(config: TrainConfig, arguments: argparse.Namespace) -> None:

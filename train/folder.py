@@ -13,16 +13,23 @@ from train.lock import LOCK_NAME, RunLock, lock_folder
 from train.write_errors import write_errors
 
 # The settings that a resumed run must keep. Mesh, execution and intervals between reports may change; the model, its
-# text and its optimization may not.
+# text and its optimization may not. The run may become longer.
 _FIXED_SECTIONS = ("model", "data", "loss", "optimizer", "lora")
-_FIXED_RUN_KEYS = ("max_steps", "seed", "model_name_or_path")
+_FIXED_RUN_KEYS = ("max_steps", "num_train_epochs", "seed", "model_name_or_path")
+_LENGTH_KEYS = ("max_steps", "num_train_epochs")
+_WAYS_OUT = "Add --fresh to delete that run and start anew, or choose another folder: --run.output_dir FOLDER."
 
 #: The name of the exported Hub folder within a run folder.
 HUB_FOLDER = "hub"
 
 
 class RunFolder:
-    """The paths of one run, and its result."""
+    """The paths of one run, and its result.
+
+    Attributes:
+        lengthened: where this start made an earlier run longer, the key and its old and new value:
+            "run.max_steps: 12 → 24"; else "".
+    """
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = path = Path(path)
@@ -34,6 +41,7 @@ class RunFolder:
         self.adapter = path / "adapter"
         self.tensorboard = path / "tensorboard"
         self.profile = path / "profile"
+        self.lengthened = ""
         self._result = path / "result.json"
         self._lock: RunLock | None = None
 
@@ -67,6 +75,10 @@ class RunFolder:
     def finish(self, result: dict[str, Any]) -> None:
         """Writes the result, which marks the run as finished. A run without one is resumed by the next start."""
         write_whole(self._result, json.dumps(result, indent=2) + "\n")
+
+    def reopen(self) -> None:
+        """Removes the result: the run is not finished any more."""
+        self._result.unlink(missing_ok=True)
 
     def result(self) -> dict[str, Any]:
         """The dict that `finish` was given."""
@@ -114,7 +126,9 @@ def _open(folder: RunFolder, config: TrainConfig, *, fresh: bool) -> RunFolder:
         if fresh:
             folder.clear()
         elif folder.config.exists():
-            _check_same_run(load_config(folder.config), config, path)
+            folder.lengthened = _check_same_run(_earlier_config(folder), config, path)
+            if folder.lengthened:
+                folder.reopen()
         write_whole(folder.config, to_toml(config))
     except BaseException:
         folder.unlock()
@@ -126,11 +140,31 @@ def _has_files(path: Path) -> bool:
     return any(not file.name.removeprefix(".").startswith(LOCK_NAME) for file in path.iterdir())
 
 
-def _check_same_run(old: TrainConfig, new: TrainConfig, path: Path) -> None:
-    changed = differences(old, new, _FIXED_SECTIONS)
-    changed += [line for line in differences(old, new, ("run",)) if line.split(":")[0][4:] in _FIXED_RUN_KEYS]
+def _earlier_config(folder: RunFolder) -> TrainConfig:
+    try:
+        return load_config(folder.config)
+    except ConfigError as error:
+        raise ConfigError(
+            f"run.output_dir: {folder.path} holds a run whose config this version cannot read, so an earlier version "
+            f"made it, or the file was changed:\n{error}\n{_WAYS_OUT}"
+        ) from None
+
+
+def _check_same_run(old: TrainConfig, new: TrainConfig, path: Path) -> str:
+    """Refuses other settings than the earlier start's; returns the line of what makes the run longer, or ""."""
+    length, changed = "", differences(old, new, _FIXED_SECTIONS)
+    for line in differences(old, new, ("run",)):
+        key = line.partition(":")[0].removeprefix("run.")
+        if key in _LENGTH_KEYS and _is_more(getattr(old.run, key), getattr(new.run, key)):
+            length = line
+        elif key in _FIXED_RUN_KEYS:
+            changed.append(line)
     if changed:
         raise ConfigError(
-            f"run.output_dir: {path} holds a run with other settings:\n  " + "\n  ".join(changed) + "\n"
-            "Add --fresh to delete that run and start anew, or choose another folder: --run.output_dir FOLDER."
+            f"run.output_dir: {path} holds a run with other settings:\n  " + "\n  ".join(changed) + f"\n{_WAYS_OUT}"
         )
+    return length
+
+
+def _is_more(old: float | None, new: float | None) -> bool:
+    return old is not None and new is not None and new > old

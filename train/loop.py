@@ -55,6 +55,7 @@ def _train(config: TrainConfig, folder: RunFolder) -> None:
     mesh = qmj.make_mesh(**sizes)
     corpus = _shared_corpus(folder, config)
     feed = make_feed(config.data, corpus, mesh, batch_sharding(mesh), config.run.seed)
+    epochs, config = config.run.num_train_epochs, config.with_steps_of(feed.rows.num_rows)
     program = assemble(config, initial_model_config(config, corpus), mesh)  # shapes and shardings, no weights yet
 
     with Checkpoints(folder.checkpoints, config.run.save_total_limit) as checkpoints:
@@ -62,8 +63,9 @@ def _train(config: TrainConfig, folder: RunFolder) -> None:
         start = start_of(config, program, mesh, state, fixed, text_tokens=feed.rows.num_tokens)
         report, profiler = _reports(config, folder, start, first_step=int(state.step))
         with report, profiler, stop_requests() as asked:
-            notes = [*corpus.notes, *feed.notes, *schedule_notes(config.optimizer, config.run.max_steps)]
-            report.say("\n".join([introduction(start, config.run.max_steps), *notes]))
+            notes = [*corpus.notes, *feed.notes, *schedule_notes(config.optimizer, config.run.steps)]
+            notes += _length_notes(config.run, epochs, feed, folder)
+            report.say("\n".join([introduction(start, config.run.steps), *notes]))
             loop = Loop(
                 config=config.run,
                 folder=folder,
@@ -85,7 +87,7 @@ def _train(config: TrainConfig, folder: RunFolder) -> None:
         if is_process_zero():
             folder.finish(
                 {
-                    "steps": config.run.max_steps,
+                    "steps": config.run.steps,
                     "heldout_loss": loss,
                     "tokens_per_second": report.tokens_per_second,
                     "seconds_of_last_start": time.perf_counter() - began,
@@ -130,7 +132,7 @@ class Loop:
             NonFiniteError: see `NonFiniteGuard`.
             SaveError: a checkpoint, or what the run reports, cannot be written.
         """
-        done, last_step = int(state.step), self.config.max_steps
+        done, last_step = int(state.step), self.config.steps
         train_step, asked_to_stop = with_shared_stop(self.program.train_step, asked, self.mesh)
         with write_errors(self.folder.path, lambda: f"step {done}"):
             self._begin(done, state)
@@ -164,7 +166,7 @@ class Loop:
         if self.profiler.ends_with(done):
             with self.report.aside("profile"):
                 self.profiler.stop()
-        if done % self.config.eval_steps == 0 and done < self.config.max_steps:
+        if done % self.config.eval_steps == 0 and done < self.config.steps:
             self._evaluate(done, state)
         self._sample(done, state)
 
@@ -192,12 +194,26 @@ def _shared_corpus(folder: RunFolder, config: TrainConfig) -> Corpus:
     return load_corpus(folder.corpus, config.data)
 
 
+def _length_notes(run: RunConfig, epochs: float | None, feed: BatchFeed, folder: RunFolder) -> list[str]:
+    """What the start says about the number of steps, where it follows from epochs or was raised."""
+    notes = []
+    if epochs is not None:
+        rows = f"{feed.rows.num_rows:,} rows of text, {feed.batch_size} a step"
+        notes.append(f"run.num_train_epochs {epochs:g}: {run.steps:,} steps ({rows})")
+    if folder.lengthened:
+        notes.append(
+            f"a longer run than before ({folder.lengthened}): it keeps weights and moments, and the learning rate now "
+            f"follows the schedule of {run.steps:,} steps"
+        )
+    return notes
+
+
 def _reports(
     config: TrainConfig, folder: RunFolder, start: Start, *, first_step: int
 ) -> tuple[Report | NoReport, Profiler]:
     """Those of process 0 are of all processes; the others report nothing."""
     if not is_process_zero():
         return NoReport(), Profiler(folder.profile, range(0))
-    schedule = make_schedule(config.optimizer, config.run.max_steps)
+    schedule = make_schedule(config.optimizer, config.run.steps)
     report = Report(folder, config.run, start, first_step=first_step, schedule=schedule)
     return report, Profiler(folder.profile, config.run.profile_steps)

@@ -30,7 +30,7 @@ def plan_training(config: TrainConfig, target: str) -> Plan:
         ConfigError: no such target, or its compiler is missing; the model's config cannot be found.
         ShardingError: the mesh has not as many devices as the target, or does not divide the model.
     """
-    request = parse_target(target)
+    request, config = parse_target(target), _with_any_length(config)
     model_config, name = planned_model(config)
     mesh = target_mesh(request, config.mesh.sizes)
     return plan_step(training_step(config, assemble(config, model_config, mesh), name), request, mesh)
@@ -43,7 +43,7 @@ def search_training(config: TrainConfig, target: str) -> Search:
         ConfigError: as `plan_training`.
         ShardingError: no mesh of the target's devices divides the model and the batch.
     """
-    request = parse_target(target)
+    request, config = parse_target(target), _with_any_length(config)
     model_config, name = planned_model(config)
 
     def step_on(mesh: Mesh) -> Step:
@@ -100,3 +100,8 @@ def planned_model(config: TrainConfig) -> tuple[qmj.ModelConfig, str]:
     if not Path(source).exists() and published.is_file():
         return qmj.ModelConfig.from_pretrained(published), source
     return qmj.ModelConfig.from_pretrained(config_file(source)), source
+
+
+def _with_any_length(config: TrainConfig) -> TrainConfig:
+    """The config with a number of steps, on which the cost of a step does not depend; an epoch is not known here."""
+    return config.with_steps_of(rows=10**12)

@@ -95,7 +95,7 @@ def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> 
     trained, fixed = partition(shapes, _fixed_paths(config, model))
     if not trained:
         raise ConfigError(f"optimizer.frozen: {[*config.optimizer.frozen]} leaves no parameter to train.")
-    optimizer = make_optimizer(config.optimizer, config.run.max_steps)
+    optimizer = make_optimizer(config.optimizer, config.run.steps)
     shardings = state_shardings(trained, optimizer, mesh)
     return Program(
         model=model,

@@ -3,7 +3,6 @@
 This module computes what the page shows (`ReportPage`); `reporting/templates/report.html.j2` lays it out.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from qwen_moe_jax.cli.parser import Parser
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.text import format_mesh
 from qwen_moe_jax.units import format_bytes, format_seconds
@@ -110,7 +110,7 @@ def report_page(metrics: Metrics, *, name: str, config: str, state: str) -> str:
 
 def main(words: list[str]) -> int:
     """Writes the page of the run that the command line names; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m train.report", description="Show a run on one HTML page.")
+    parser = Parser(prog="python -m train.report", description="Show a run on one HTML page.")
     parser.add_argument("run", metavar="RUN", type=Path, help="a run folder, for example runs/tiny")
     run = parser.parse_args(words).run
     try:

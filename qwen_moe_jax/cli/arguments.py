@@ -32,13 +32,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter", metavar="FOLDER", help="LoRA adapters in PEFT's layout, to run with the checkpoint's weights"
     )
     group = parser.add_argument_group("how the model is run")
-    group.add_argument(
-        "--mesh",
-        type=mesh_sizes,
-        default={},
-        metavar="AXIS=SIZE,…",
-        help=f"a mesh over devices, for example expert=8,data=2; axes: {', '.join(MESH_AXES)}",
-    )
+    add_mesh_argument(group)
     add_sharding_argument(group)
     add_dtype_argument(group, "of weights and activations; the checkpoint's own if not given")
     add_dispatch_argument(group)
@@ -61,20 +55,31 @@ def add_cache_argument(group: argparse._ActionsContainer) -> None:
     )
 
 
+def add_mesh_argument(group: argparse._ActionsContainer, text: str = "a mesh over devices") -> None:
+    """`--mesh`, as sizes by axis; without it, there are none."""
+    group.add_argument(
+        "--mesh",
+        type=mesh_sizes,
+        default={},
+        metavar="AXIS=SIZE,…",
+        help=f"{text}, for example expert=8,data=2; axes: {', '.join(MESH_AXES)}",
+    )
+
+
 def add_dtype_argument(group: argparse._ActionsContainer, text: str) -> None:
     """`--dtype`, as the name of a dtype or None."""
     group.add_argument("--dtype", type=_dtype, metavar="DTYPE", help=f"{', '.join(DTYPES)}: {text}")
 
 
-def add_dispatch_argument(group: argparse._ActionsContainer) -> None:
-    """`--dispatch`."""
+def add_dispatch_argument(group: argparse._ActionsContainer, default: str = "dropless") -> None:
+    """`--dispatch`; `default` says in words what happens without it."""
     meaning = first_sentence(ExecutionConfig, "dispatch")
-    text = f"{meaning}; dropless if not given. Under capacity, full experts drop tokens"
+    text = f"{meaning}; {default} if not given. Under capacity, full experts drop tokens"
     group.add_argument("--dispatch", choices=DISPATCHERS, help=text)
 
 
 def add_sharding_argument(group: argparse._ActionsContainer) -> None:
-    """`--sharding`. Its commands run a model forward, so that the default gathers no weights."""
+    """`--sharding` of commands that run a model forward, so that the default gathers no weights."""
     group.add_argument(
         "--sharding",
         choices=SHARDING_RULES,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from qwen_moe_jax import __version__
 from qwen_moe_jax.cli import chat, convert, evaluate, generate, inspect, plan, route, score
 from qwen_moe_jax.cli.arguments import end_all_processes
+from qwen_moe_jax.cli.parser import Parser
 from qwen_moe_jax.errors import CheckpointError, ConfigError, RequestError, ShardingError
 
 #: A command is a module with `SUMMARY` (a line of help), `add_arguments(parser)` and `run(arguments)`. It imports JAX
@@ -55,15 +56,14 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="qwen-moe-jax",
         description="Work with Qwen, Qwen-MoE and Mixtral checkpoints in JAX.",
         epilog="qwen-moe-jax COMMAND --help describes a command.",
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"qwen_moe_jax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     for name, command in COMMANDS.items():
         texts = {"help": command.SUMMARY, "description": command.SUMMARY[0].upper() + command.SUMMARY[1:] + "."}
-        command.add_arguments(commands.add_parser(name, **texts, allow_abbrev=False))
+        command.add_arguments(commands.add_parser(name, **texts))
     return parser

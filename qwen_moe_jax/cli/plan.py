@@ -6,7 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_moe_jax.cli.arguments import add_dispatch_argument, add_dtype_argument, add_sharding_argument, mesh_sizes
+from qwen_moe_jax.cli.arguments import (
+    add_dispatch_argument,
+    add_dtype_argument,
+    add_mesh_argument,
+    add_sharding_argument,
+)
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.text import format_mesh
 
@@ -51,13 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"prefill and decode: capacity of the cache in tokens a row; {CONTEXT} if not given",
     )
-    parser.add_argument(
-        "--mesh",
-        type=mesh_sizes,
-        default={},
-        metavar="AXIS=SIZE,…",
-        help="mesh over the target's devices, for example expert=8; the product is the number of devices",
-    )
+    add_mesh_argument(parser, "a mesh over the target's devices: the product is their number")
     add_sharding_argument(parser)
     add_dtype_argument(parser, "of weights and activations; the config's if not given")
     add_dispatch_argument(parser)

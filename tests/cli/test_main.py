@@ -60,6 +60,49 @@ def test_bad_arguments_are_refused_with_what_was_found_and_expected(tmp_path, ca
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_answers_an_unknown_option_with_the_nearest_one(capsys, command):
+    """Before anything else: its value would be taken for the folder, and the message would be about that."""
+    option = next(word for word in ("--mesh", "--dtype", "--json", "--help") if word in _options_of(command))
+    with pytest.raises(SystemExit) as end:
+        main([command, f"{option}x", "hello"])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert f"error: unknown option {option}x; did you mean '{option}'? qwen-moe-jax {command} --help lists" in error
+
+
+def _options_of(command):
+    parser = argparse.ArgumentParser()
+    COMMANDS[command].add_arguments(parser)
+    return parser.format_help()
+
+
+def test_an_unknown_command_or_choice_is_answered_with_the_nearest_one(capsys, tmp_path):
+    route = ["route", str(tmp_path), "--prompt", "x"]
+    for words, nearest in [(["genrate"], "generate"), ([*route, "--dispatch", "dens"], "dense")]:
+        with pytest.raises(SystemExit):
+            main(words)
+        error = capsys.readouterr().err
+        assert f"invalid choice: {words[-1]!r}" in error and error.endswith(f"; did you mean {nearest!r}?\n")
+
+
+def test_options_after_the_folder_of_eval_are_lm_eval_s(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(COMMANDS["eval"], "run", lambda arguments: seen.append(arguments.words))
+    assert main(["eval", str(tmp_path), "--tasks", "arc_easy", "--limt", "3"]) == 0
+    assert seen == [["--tasks", "arc_easy", "--limt", "3"]]
+
+
+def test_values_that_look_like_options_are_still_values(capsys, tmp_path):
+    """A sentence that begins with a dash, a negative number, and all after `--`, as argparse takes them."""
+    seen = []
+    for words in (["--prompt", "- a list"], ["--prompt", "-1"], ["--prompt=--x"]):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(COMMANDS["route"], "run", lambda arguments: seen.append(arguments.prompt))
+            assert main(["route", str(tmp_path), *words]) == 0
+    assert seen == ["- a list", "-1", "--x"]
+
+
 def test_folder_that_is_none(capsys):
     with pytest.raises(SystemExit):
         main(["route", "here/or/there", "--prompt", "x"])

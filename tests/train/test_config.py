@@ -2,16 +2,19 @@
 
 import dataclasses
 import datetime
+import errno
 import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from qwen_moe_jax.config import SHARDING_RULES, ExecutionConfig, LoraConfig, ShardingRules
 from qwen_moe_jax.config.docs import field_docs
 from qwen_moe_jax.errors import ConfigError
+from train.__main__ import main
 from train.config import (
     SECTIONS,
     TRAINER_DEFAULTS,
@@ -228,6 +231,27 @@ def test_overrides_have_the_type_of_their_key():
     assert config.model["norm_topk_prob"] is False
 
 
+def test_the_length_in_epochs_becomes_steps_once_the_rows_are_known():
+    for epochs, rows, steps in [(2, 50, 7), (0.3, 160, 3), (0.1 + 0.2, 160, 3), (1e-9, 160, 1)]:
+        config = build({"run": {"num_train_epochs": epochs}})
+        assert config.run.max_steps is None and config.run.num_train_epochs == epochs
+        assert config.with_steps_of(rows).run.steps == steps, epochs
+    assert build().with_steps_of(10).run.steps == build().run.steps == 500
+    with pytest.raises(ConfigError, match="optimizer.decay_steps=6 .*run.max_steps less the steps"):
+        schedule = {"schedule": "wsd", "decay_steps": 6, "warmup_steps": 2}
+        build({"run": {"num_train_epochs": 1}, "optimizer": schedule}).with_steps_of(112)
+
+
+def test_the_command_line_s_length_replaces_the_file_s_whichever_key_it_has():
+    config = build({"run": {"max_steps": 20}}, "--run.num_train_epochs=1.5")
+    assert config.run.max_steps is None and config.run.num_train_epochs == 1.5
+    config = build({"run": {"num_train_epochs": 3}}, "--run.max_steps=9")
+    assert config.run.max_steps == 9 and config.run.num_train_epochs is None
+    for overrides in ([], ["--run.max_steps=9", "--run.num_train_epochs=3"]):
+        with pytest.raises(ConfigError, match="run.max_steps: found 9, expected none with run.num_train_epochs"):
+            build({"run": {"max_steps": 9, "num_train_epochs": 3}}, *overrides)
+
+
 def test_overrides_may_stand_anywhere_on_the_command_line():
     words = ["--run.max_steps", "-5", "a.toml", "--mesh.expert=4", "--fresh", "--run.sample_prompt", "--x"]
     overrides, others = split_overrides(words)
@@ -316,6 +340,15 @@ def test_a_missing_or_broken_file_is_refused_by_name(tmp_path):
         load_config(tmp_path / "tiny.toml")
 
 
+def test_a_file_without_permission_is_refused_by_name(tmp_path, monkeypatch):
+    def refuse(path, **_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(ConfigError, match="tiny.toml: it cannot be read: Permission denied"):
+        load_config(tmp_path / "tiny.toml")
+
+
 def test_every_key_has_a_meaning_to_show():
     """`Attributes:` of the config classes are the help and the API reference: none is missing, none is left over."""
     for section in [*SECTIONS.values(), SourceConfig]:
@@ -336,6 +369,37 @@ def test_help_answers_without_importing_anything_heavy():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "--optimizer.learning_rate NUMBER" in result.stdout
+
+
+def test_the_options_of_the_other_commands_are_keys_here_and_keys_come_before_them(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("train.__main__._plan", lambda config, arguments: seen.append(config))
+    words = ["--mesh", "expert=4", "--dispatch", "capacity", "--capacity-factor", "2", "--dtype", "bfloat16"]
+    words += ["--sharding", "fsdp", "--mesh.simulated=false", "--data.batch_size=8", "--plan", "cpu:4"]
+    assert main(["configs/train/tiny.toml", *words]) == 0
+    [config] = seen
+    assert config.mesh.sizes == {"data": 1, "fsdp": 1, "expert": 4, "tensor": 1}  # the file's data=2 is gone
+    assert (config.execution.dispatch, config.execution.capacity_factor) == ("capacity", 2.0)
+    assert (config.execution.dtype, config.execution.param_dtype) == ("bfloat16", "float32")
+    assert config.execution.sharding == SHARDING_RULES["fsdp"]
+    assert main(["configs/train/tiny.toml", "--mesh", "expert=4", "--mesh.data=2", "--plan", "cpu:8"]) == 0
+    assert seen[1].mesh.sizes["data"] == 2 and seen[1].mesh.sizes["expert"] == 4
+
+
+@pytest.mark.parametrize(
+    "word, question",
+    [
+        ("--max_steps", "did you mean '--run.max_steps'?"),
+        ("--dispach=dense", "did you mean '--dispatch'?"),
+        ("--fersh", "did you mean '--fresh'?"),
+        ("-mesh", "did you mean '--mesh'?"),
+    ],
+)
+def test_an_unknown_option_is_refused_with_the_nearest_one_among_keys_and_options(capsys, word, question):
+    with pytest.raises(SystemExit) as end:
+        main(["configs/train/tiny.toml", word, "3"])
+    assert end.value.code == 2
+    assert f"unknown option {word.partition('=')[0]}; {question}" in capsys.readouterr().err
 
 
 def test_a_refusal_is_one_message_and_exit_code_2():

@@ -1,6 +1,10 @@
 """The corpus is the same on every start, keeps documents out, and leaves a tokenizer that others open."""
 
+import errno
 import json
+import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,6 +78,43 @@ def test_a_corpus_that_is_not_whole_is_refused(tmp_path):
     (tmp_path / "corpus").mkdir()
     with pytest.raises(ConfigError, match="no corpus.json.*--fresh"):
         load_corpus(tmp_path / "corpus", SMALL)
+
+
+def test_a_corpus_of_an_earlier_version_is_refused_by_what_it_lacks(made, tmp_path):
+    for name, remove in {"turn_end_ids": lambda folder: _drop_key(folder / "corpus.json", "turn_end_ids"),
+                         "fully_learned": lambda folder: _drop_array(folder / "0" / "documents.npz", "fully_learned"),
+                         "learned.bool": lambda folder: (folder / "0" / "learned.bool").unlink()}.items():  # fmt: skip
+        folder = tmp_path / name
+        shutil.copytree(made[0], folder)
+        remove(folder)
+        with pytest.raises(ConfigError, match=rf"{folder}: found no {name}, so an earlier version.*--fresh"):
+            load_corpus(folder, SMALL)
+
+
+def _drop_key(file, key):
+    described = json.loads(file.read_text())
+    del described[key]
+    file.write_text(json.dumps(described))
+
+
+def _drop_array(file, key):
+    np.savez(file, **{name: array for name, array in np.load(file).items() if name != key})
+
+
+def test_a_file_or_folder_that_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch):
+    """The tests may run as root, who can read everything: the system's answer is made up."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.py").write_text("x = 1\n")
+    config = DataConfig(path=str(tmp_path / "text"))
+
+    def refuse(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    for target, name, refused in [(Path, "read_bytes", "text/a.py"), (os, "scandir", "text")]:
+        with monkeypatch.context() as patched:
+            patched.setattr(target, name, refuse)
+            with pytest.raises(ConfigError, match=f"data: .*{refused}: it cannot be read: Permission denied"):
+                load_corpus(tmp_path / "run" / "corpus", config)
 
 
 def test_the_heldout_documents_of_lines_are_spread_and_the_same_every_time(tmp_path):

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import math
+import re
 import shutil
 import tomllib
 
@@ -361,6 +363,39 @@ def test_a_stopped_run_goes_on_to_bit_equal_parameters_and_metrics(finished, con
     assert comparable(metrics(folder)) == comparable(metrics(whole))
     model = "hub/model.safetensors"
     assert (folder / model).read_bytes() == (whole / model).read_bytes()
+
+
+def test_a_finished_run_goes_on_for_more_epochs_with_its_moments_as_if_it_had_been_longer(config_file, tmp_path):
+    """Under a schedule that is constant but for the last step's end, so that both lengths have the same rates."""
+    words = ["--optimizer.schedule=wsd", "--optimizer.decay_steps=1", "--run.eval_steps=9", "--run.sample_steps=0"]
+    longer, whole = tmp_path / "longer", tmp_path / "whole"
+    code, output, complaint = start(config_file, longer, *words, "--run.num_train_epochs=0.02")
+    assert code == 0, complaint
+    [rows] = re.findall(r"run.num_train_epochs 0.02: 3 steps \((\d+) rows of text, 4 a step\)", output)
+    assert math.ceil(0.02 * int(rows) / 4) == 3 and json.loads((longer / "result.json").read_text())["steps"] == 3
+
+    longer_words = [*words, "--run.num_train_epochs=0.04"]
+    code, output, complaint = start(config_file, longer, *longer_words, "--mesh", "data=2,expert=2")
+    assert code == 0, complaint
+    assert "a longer run than before (run.num_train_epochs: 0.02 → 0.04): it keeps weights and moments" in output
+    steps = math.ceil(0.04 * int(rows) / 4)
+    assert f"follows the schedule of {steps} steps" in output and "going on from the checkpoint of step 3" in output
+    assert start(config_file, whole, *longer_words)[0] == 0
+    assert [record["step"] for record in metrics(longer) if "loss" in record] == [*range(1, steps + 1)]
+    model = "hub/model.safetensors"
+    assert (longer / model).read_bytes() == (whole / model).read_bytes()
+
+    code, _, complaint = start(config_file, longer, *words, "--run.num_train_epochs=0.03")
+    assert code == 2 and "run.num_train_epochs: 0.04 → 0.03" in complaint and "--fresh" in complaint
+
+
+def test_a_run_of_an_earlier_version_is_refused_with_the_ways_out(finished, config_file, tmp_path):
+    folder = tmp_path / "old"
+    folder.mkdir()
+    (folder / "config.toml").write_text((finished[0] / "config.toml").read_text().replace("max_steps", "steps"))
+    code, _, complaint = start(config_file, folder)
+    assert code == 2 and f"{folder} holds a run whose config this version cannot read" in complaint
+    assert "run.steps: this key is named run.max_steps now" in complaint and "Add --fresh" in complaint
 
 
 def test_fresh_deletes_the_old_run_and_ctrl_c_says_how_to_go_on(finished, config_file, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@
 describes the keys, `renamed` lists those that are refused.
 """
 
-from train.config.help import describe_keys
+from train.config.help import describe_keys, key_options
 from train.config.load import build_config, load_config, split_overrides
 from train.config.run_config import SECTIONS, TRAINER_DEFAULTS, TrainConfig
 from train.config.sections import (
@@ -35,6 +35,7 @@ __all__ = [
     "build_config",
     "describe_keys",
     "differences",
+    "key_options",
     "load_config",
     "split_overrides",
     "to_toml",

@@ -18,6 +18,19 @@ RULES_HELP = (
 )
 
 
+def key_options() -> list[str]:
+    """The option of every key but those of [model], which are a Hub config's: `--run.max_steps` and so on."""
+    return [
+        "--sharding.rules",
+        *(
+            f"--{section}.{field.name}"
+            for section, cls in SECTIONS.items()
+            for field in dataclasses.fields(cls)
+            if f"{section}.{field.name}" not in API_ONLY
+        ),
+    ]
+
+
 def describe_keys() -> str:
     """Every key of a TOML file with its type, default and meaning."""
     lines = ["[model] takes the keys of a Hub config.json; --model.KEY VALUE changes one that the file sets."]

@@ -33,6 +33,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
         near = sorted(str(other) for other in path.parent.glob("*.toml"))
         found = f" In that folder: {', '.join(near)}." if near else ""
         raise ConfigError(f"{path}: there is no such file.{found}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: it cannot be read: {error.strerror}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: this is no TOML: {error}.") from None
     return build_config(tables, overrides or [], source=str(path))
@@ -114,7 +116,15 @@ def _override(tables: dict[str, Any], overrides: list[str]) -> tuple[dict[str, s
         else:
             types = hints(SECTIONS[section]) if section in SECTIONS else {}
             table[field] = _from_word(word, types.get(field, str))
+    _replace_length(tables.get("run", {}), options)
     return options, problems
+
+
+def _replace_length(run: dict[str, Any], options: dict[str, str]) -> None:
+    """Leaves out the file's length of the run where an override gives it by the other key."""
+    for key, other in (("max_steps", "num_train_epochs"), ("num_train_epochs", "max_steps")):
+        if f"run.{key}" in options and f"run.{other}" not in options:
+            run.pop(other, None)
 
 
 def _override_model(table: dict[str, Any], key: str, word: str) -> list[KeyProblem]:

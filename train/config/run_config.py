@@ -1,6 +1,7 @@
 """One run, whole: the sections together, and the checks that need several of them."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,24 @@ class TrainConfig:
             self._check_schedule(check)
             self._check_trained(check)
 
+    def with_steps_of(self, rows: int) -> "TrainConfig":
+        """The same run with `run.max_steps`, computed from `run.num_train_epochs` where that is given.
+
+        Args:
+            rows: of the training text, all of which an epoch reads once.
+
+        Raises:
+            ConfigError: the steps contradict the schedule.
+        """
+        epochs = self.run.num_train_epochs
+        if epochs is None:
+            return self
+        # Rounded, so that 0.1 + 0.2 epochs of 10 rows are 3 rows, and not a little more.
+        steps = math.ceil(round(epochs * rows / self.data.batch_size, 6))
+        return dataclasses.replace(
+            self, run=dataclasses.replace(self.run, max_steps=max(steps, 1), num_train_epochs=None)
+        )
+
     def _check_model(self, check: Checks) -> None:
         source = self.run.model_name_or_path
         if bool(self.model) == bool(source):
@@ -100,7 +119,7 @@ class TrainConfig:
 
     def _check_schedule(self, check: Checks) -> None:
         optimizer, steps = self.optimizer, self.run.max_steps
-        if optimizer.decay_steps is not None:
+        if optimizer.decay_steps is not None and steps is not None:
             left = steps - optimizer.warmup_of(steps)
             expected = f"at most run.max_steps less the steps of the warm-up ({left})"
             given = ("run.max_steps", "optimizer.warmup_steps")

@@ -15,6 +15,9 @@ from qwen_moe_jax.config.checks import Checks
 #: Ranges that several fields have, in words.
 ABOVE_ZERO, NOT_NEGATIVE = "a number above 0", "0 or more"
 
+#: The steps of a run that says neither `max_steps` nor `num_train_epochs`.
+DEFAULT_STEPS = 500
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
@@ -238,7 +241,9 @@ class RunConfig:
 
     Attributes:
         output_dir: folder that receives config.toml, metrics.jsonl, checkpoints/ and hub/.
-        max_steps: optimizer steps, total.
+        max_steps: optimizer steps, total; left out, 500, or those of num_train_epochs.
+        num_train_epochs: passes over the rows of the training text instead of max_steps, fractions allowed; the start
+            of the run says how many steps that is.
         seed: of the initial weights and of the order of the data.
         model_name_or_path: a checkpoint to start from, a folder or a name on the Hub, instead of a [model] table and
             random weights; its tokenizer is the data's, unless data.tokenizer names one.
@@ -263,7 +268,8 @@ class RunConfig:
     """
 
     output_dir: str = "runs/default"
-    max_steps: int = 500
+    max_steps: int | None = None
+    num_train_epochs: float | None = None
     seed: int = 0
     model_name_or_path: str = ""
     gradient_accumulation_steps: int = 1
@@ -284,14 +290,28 @@ class RunConfig:
     def __post_init__(self) -> None:
         with Checks(self) as check:
             check.literals()
-            check.at_least(1, "max_steps", "gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps")
+            check.at_least(1, "gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps")
             check.at_least(1, "save_total_limit", "sample_tokens")
+            epochs = self.num_train_epochs
+            if epochs is None:
+                object.__setattr__(self, "max_steps", DEFAULT_STEPS if self.max_steps is None else self.max_steps)
+                check.at_least(1, "max_steps")
+            else:
+                check(0 < epochs < math.inf, "num_train_epochs", ABOVE_ZERO)
+                expected = "none with run.num_train_epochs, which says how many they are. Leave one of the two out"
+                check(self.max_steps is None, "max_steps", expected, given=("num_train_epochs",))
             for field in ("max_skipped", "sample_steps"):
                 check((getattr(self, field) or 0) >= 0, field, NOT_NEGATIVE)
             check(self.sample_prompt != "", "sample_prompt", "at least one character to continue")
             expected = "first:end with 1 <= first < end, as 10:13 for steps 10, 11 and 12"
             check(_steps(self.profile) is not None, "profile", expected)
             check.dtypes("export_dtype")
+
+    @property
+    def steps(self) -> int:
+        """`max_steps`, where it is known: `TrainConfig.with_steps_of` computes it from `num_train_epochs`."""
+        assert self.max_steps is not None
+        return self.max_steps
 
     @property
     def profile_steps(self) -> range:

@@ -209,6 +209,11 @@ class Mixture:
     weights: Sequence[float]
 
     @property
+    def num_rows(self) -> int:
+        """The rows of all sources."""
+        return sum(map(len, self.sources))
+
+    @property
     def num_tokens(self) -> int:
         """The tokens of all sources."""
         return sum(rows.num_tokens for rows in self.sources)

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -90,22 +90,39 @@ def load_corpus(folder: Path, config: DataConfig) -> Corpus:
     if not folder.exists():
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        _make_corpus(partial, config)
+        with _unreadable_sources(folder.parent):
+            _make_corpus(partial, config)
         os.replace(partial, folder)
-    if not (folder / "corpus.json").exists():
+    try:
+        described = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        parts = [_open_part(folder / str(number), name) for number, name in enumerate(described["sources"])]
+        end_id, turn_end_ids, notes = (described[key] for key in ("end_id", "turn_end_ids", "notes"))
+    except (FileNotFoundError, KeyError, json.JSONDecodeError) as error:
         raise ConfigError(
-            f"{folder}: found no corpus.json, so an earlier version of this program made it, or the file was removed. "
-            f"Add --fresh to start the run anew."
-        )
-    described = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
-    parts = [_open_part(folder / str(number), name) for number, name in enumerate(described["sources"])]
-    return Corpus(
-        load_tokenizer(folder / "tokenizer"),
-        described["end_id"],
-        described["turn_end_ids"],
-        parts,
-        described["notes"],
-    )
+            f"{folder}: found {_what_is_missing(error)}, so an earlier version of this program made it, or a file was "
+            "changed. Add --fresh to start the run anew."
+        ) from None
+    return Corpus(load_tokenizer(folder / "tokenizer"), end_id, turn_end_ids, parts, notes)
+
+
+def _what_is_missing(error: FileNotFoundError | KeyError | json.JSONDecodeError) -> str:
+    if isinstance(error, KeyError):  # of corpus.json; numpy's are "NAME is not a file in the archive"
+        return f"no {str(error.args[0]).split()[0]}"
+    return f"no {Path(error.filename).name}" if isinstance(error, FileNotFoundError) else "no JSON in corpus.json"
+
+
+@contextmanager
+def _unreadable_sources(run: Path) -> Iterator[None]:
+    """Refuses a file or folder of the text that cannot be read; an error of the run's own files passes."""
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(error.filename, str | Path) or Path(error.filename).absolute().is_relative_to(run.absolute()):
+            raise
+        raise ConfigError(
+            f"data: {error.filename}: it cannot be read: {error.strerror}. Make it readable, or leave it out by "
+            "data.path or data.pattern."
+        ) from None
 
 
 def _make_corpus(folder: Path, config: DataConfig) -> None:

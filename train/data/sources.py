@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -217,11 +217,16 @@ def _files(source: SourceConfig) -> list[tuple[Path, str]]:
     skipped = () if source.path else _SKIPPED_IN_STDLIB
     pattern = source.pattern or FORMATS[source.format]
     files = []
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=_fail):
         subfolders[:] = [name for name in subfolders if not any(fnmatch(name, pattern) for pattern in skipped)]
         files += [Path(folder, name) for name in names if fnmatch(name, pattern)]
     named = [(file, file.relative_to(root).as_posix()) for file in files]
     return sorted(named, key=lambda one: hashlib.sha256(one[1].encode()).digest())
+
+
+def _fail(error: OSError) -> NoReturn:
+    """Raises the error: a folder that cannot be listed would be left out in silence otherwise."""
+    raise error
 
 
 def _decode(raw: bytes, place: str) -> str:

@@ -43,10 +43,10 @@ class Report:
     def __init__(
         self, folder: RunFolder, config: RunConfig, start: Start, *, first_step: int, schedule: optax.Schedule
     ) -> None:
-        """For the steps `first_step + 1 … config.max_steps`. Older records of these steps are removed from the file."""
+        """For the steps `first_step + 1 … config.steps`. Older records of these steps are removed from the file."""
         self._events = Events(folder.tensorboard, first_step=first_step) if config.tensorboard else None
         self._file = _reopen(folder.metrics, first_step)
-        last_step, logging_steps = config.max_steps, config.logging_steps
+        last_step, logging_steps = config.steps, config.logging_steps
         self._display = _BarDisplay(last_step) if sys.stdout.isatty() else _LineDisplay(logging_steps, last_step)
         self._schedule = schedule
         self._start = start

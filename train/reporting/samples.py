@@ -18,7 +18,7 @@ class Sampler:
 
     def __init__(self, config: RunConfig, eval_graph: nnx.GraphDef, tokenizer: Tokenizer) -> None:
         self._every = config.eval_steps if config.sample_steps is None else config.sample_steps
-        self._last_step = config.max_steps
+        self._last_step = config.steps
         self._prompt, self._max_new_tokens = config.sample_prompt, config.sample_tokens
         self._eval_graph, self._tokenizer = eval_graph, tokenizer
 
