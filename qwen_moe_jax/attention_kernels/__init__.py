@@ -1,1 +1,1 @@
-"""Attention as pure functions on one device's arrays: blocks of queries and keys by XLA, and JAX's splash kernels."""
+"""Attention and the gated delta rule as pure functions on one device's arrays, by XLA and by JAX's splash kernels."""

@@ -1,0 +1,294 @@
+"""The gated delta rule: linear attention whose state forgets, and corrects what it holds instead of adding to it.
+
+The state S of a value head is a matrix that maps keys to values. A token decays it, S <- exp(g) S, reads what it holds
+for the token's key, writes beta of what the value differs from that, S <- S + beta k (v - k S), and reads its result
+with the query, q S. Queries and keys are normalised to length one; queries are scaled by H^-0.5.
+
+Over a chunk of C tokens the same is a few matmuls. Let D_ij be the decay from token j to token i, and E_i the decay
+from before the chunk to token i. What the tokens write, W, solves (I + A) W = beta (V - E K S), where A_ij is
+beta_i (k_i k_j) D_ij for j < i. The results are E Q S + (Q K^T * D) W, the new state is E_C S + K^T (D_C W). Chunks
+follow one another, and only the state goes from one to the next.
+
+Source: Yang, Kautz and Hatamizadeh, Gated Delta Networks, arXiv 2412.06464, and transformers' qwen3_next. Two things
+differ from the latter, in rounding alone. The logarithm of D_ij is the sum of g from j + 1 to i: the difference of two
+sums from the chunk's start loses its low digits where decay is strong. And the system is solved with the state inside,
+so that it has one right-hand side for each value head and not two.
+
+Letters of this file: n chunks of a row, C tokens of a chunk, K key heads, G value heads that share a key head,
+N = K * G value heads, H size of a key head, P size of a value head.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from qwen_moe_jax.attention_kernels.blockwise import ATTENDED
+from qwen_moe_jax.attention_kernels.runs import PADDING, runs_of
+from qwen_moe_jax.attention_kernels.triangular import SMALLEST_BLOCK, solve_unit_lower
+from qwen_moe_jax.nn.bits import as_bits, from_bits
+from qwen_moe_jax.nn.matmul import matmul_precision
+
+#: Beside the squared length of queries and keys, under the root.
+EPSILON = 1e-6
+
+
+class _Inputs(NamedTuple):
+    """What the rule reads of tokens; the axis of tokens is the second, or in chunks [n, B, ...] the last of g, beta."""
+
+    q_BTKH: jax.Array
+    k_BTKH: jax.Array
+    v_BTKGP: jax.Array
+    g_BTKG: jax.Array
+    beta_BTKG: jax.Array
+
+
+#: How many axes of heads each of the inputs has.
+HEAD_AXES = (1, 1, 2, 2, 2)
+
+
+class _Runs(NamedTuple):
+    """Runs of the tokens of chunks, and those that the states before and after a chunk belong to."""
+
+    run_nBC: jax.Array
+    before_nB: jax.Array
+    after_nB: jax.Array
+
+
+def chunk_gated_delta_rule(
+    q_BTKH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTNP: jax.Array,
+    g_BTN: jax.Array,
+    beta_BTN: jax.Array,
+    segment_ids_BT: jax.Array,
+    initial_state_BNHP: jax.Array | None,
+    *,
+    chunk_size: int = 64,
+) -> tuple[jax.Array, jax.Array]:
+    """The gated delta rule over whole rows, in chunks, on one device's rows and heads.
+
+    Everything inside is float32. A real token whose segment is not that of the real token before it starts from a zero
+    state; the first real token of a row goes on from the initial state. Padding leaves no trace, wherever it is: its
+    results are zeros, it passes no gradient on, and its inputs may be anything.
+
+    The backward pass keeps the inputs and the state before each chunk, and computes the rest of a chunk again.
+
+    Args:
+        q_BTKH: queries, not yet normalised, of any float dtype.
+        k_BTKH: keys, likewise.
+        v_BTNP: values; value head n uses key head n // (N / K).
+        g_BTN: logarithm of the decay, at most 0, float32.
+        beta_BTN: how much of the difference is written, between 0 and 1.
+        segment_ids_BT: int32; 0 is padding.
+        initial_state_BNHP: float32; None is zeros.
+        chunk_size: tokens of a chunk in rows that are longer, a power of two, at least 8.
+
+    Returns:
+        Results [B, T, N, P] in the dtype of the values, and the state after the last real token, float32 [B, N, H, P].
+
+    Raises:
+        ValueError: `chunk_size` is another number.
+    """
+    if chunk_size < SMALLEST_BLOCK or chunk_size & (chunk_size - 1):
+        raise ValueError(f"chunk_size is {chunk_size}: give a power of two, at least {SMALLEST_BLOCK}")
+    tokens = max(SMALLEST_BLOCK, v_BTNP.shape[1])
+    length = min(chunk_size, 1 << (tokens - 1).bit_length())
+    inputs, state_BKGHP = _by_key_head(q_BTKH, k_BTKH, v_BTNP, g_BTN, beta_BTN, initial_state_BNHP)
+    out_BTKGP, state_BKGHP = _rule(inputs, runs_of(segment_ids_BT), state_BKGHP, length)
+    return out_BTKGP.reshape(v_BTNP.shape), _by_value_head(state_BKGHP)
+
+
+def recurrent_gated_delta_rule(
+    q_BTKH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTNP: jax.Array,
+    g_BTN: jax.Array,
+    beta_BTN: jax.Array,
+    segment_ids_BT: jax.Array,
+    initial_state_BNHP: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The gated delta rule token by token: for one to a handful of them, as in decoding.
+
+    Arguments and results are those of `chunk_gated_delta_rule`.
+    """
+    inputs, state_BKGHP = _by_key_head(q_BTKH, k_BTKH, v_BTNP, g_BTN, beta_BTN, initial_state_BNHP)
+    run_BT = runs_of(segment_ids_BT)
+    start = state_BKGHP, jnp.zeros(run_BT.shape[0], jnp.int32)
+    if run_BT.shape[1] == 1:
+        (state_BKGHP, _), out_BKGP = _one_token(start, jax.tree.map(lambda x: x[:, 0], (inputs, run_BT)))
+        out_BTKGP = out_BKGP[:, None]
+    else:
+        tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (inputs, run_BT))
+        (state_BKGHP, _), out_TBKGP = jax.lax.scan(_one_token, start, tokens)
+        out_BTKGP = jnp.moveaxis(out_TBKGP, 0, 1)
+    return out_BTKGP.astype(v_BTNP.dtype).reshape(v_BTNP.shape), _by_value_head(state_BKGHP)
+
+
+def _one_token(
+    before: tuple[jax.Array, jax.Array], token: tuple[_Inputs, jax.Array]
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """The state [B, K, G, H, P] and its run [B] after a token of each row, and the tokens' results [B, K, G, P].
+
+    State and run are those before where the token is padding. Old results for key and query are read in one pass over
+    the state, and the query's is corrected by what the token writes.
+    """
+    (state_BKGHP, before_B), (inputs, run_B) = before, token
+    q_BKH, k_BKH, v_BKGP, g_BKG, beta_BKG = _in_float32(inputs, run_B != PADDING)
+    state_BKGHP = jnp.where((run_B > before_B)[:, None, None, None, None], 0, state_BKGHP)
+    decay_BKG1 = jnp.exp(g_BKG)[..., None]
+    with matmul_precision(jnp.float32):
+        qk_BK2H = jnp.stack([q_BKH, k_BKH], axis=2)
+        read_BKG2P = jnp.einsum("BKMH,BKGHP->BKGMP", qk_BK2H, state_BKGHP) * decay_BKG1[..., None]
+    write_BKGP = beta_BKG[..., None] * (v_BKGP - read_BKG2P[..., 1, :])
+    out_BKGP = read_BKG2P[..., 0, :] + jnp.sum(q_BKH * k_BKH, axis=-1)[:, :, None, None] * write_BKGP
+    state_BKGHP = state_BKGHP * decay_BKG1[..., None] + k_BKH[:, :, None, :, None] * write_BKGP[..., None, :]
+    return (state_BKGHP, jnp.maximum(before_B, run_B)), out_BKGP
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _rule(inputs: _Inputs, run_BT: jax.Array, state_BKGHP: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+    """Results [B, T, K, G, P] in the dtype of the values and the final state, in chunks of `length` tokens."""
+    out_nBKGCP, state_BKGHP, _ = _over_chunks(inputs, run_BT, state_BKGHP, length, keep_states=False)
+    return _join(out_nBKGCP, inputs.v_BTKGP.shape[1]), state_BKGHP
+
+
+def _forward(inputs: _Inputs, run_BT: jax.Array, state_BKGHP: jax.Array, length: int):
+    out_nBKGCP, state_BKGHP, states_nBKGHP = _over_chunks(inputs, run_BT, state_BKGHP, length, keep_states=True)
+    out_BTKGP = checkpoint_name(_join(out_nBKGCP, inputs.v_BTKGP.shape[1]), ATTENDED)
+    return (out_BTKGP, state_BKGHP), (inputs, run_BT, states_nBKGHP)
+
+
+def _backward(length: int, saved, gradients):
+    inputs, run_BT, states_nBKGHP = saved
+    of_out_BTKGP, of_state_BKGHP = gradients
+
+    def one_chunk(of_state_BKGHP, chunk):
+        inputs, runs, state_BKGHP, of_out_BKGCP = jax.tree.map(from_bits, chunk)
+        _, pull = jax.vjp(lambda state, inputs: _one_chunk(state, inputs, runs), state_BKGHP, inputs)
+        of_state_BKGHP, of_inputs = pull((of_state_BKGHP, of_out_BKGCP.astype(jnp.float32)))
+        return of_state_BKGHP, jax.tree.map(as_bits, of_inputs)
+
+    chunks = _to_chunks(inputs, length), _runs(run_BT, length), states_nBKGHP, _split(of_out_BTKGP, length)
+    with matmul_precision(jnp.float32):
+        of_state_BKGHP, of_chunks = jax.lax.scan(one_chunk, of_state_BKGHP, chunks, reverse=True)
+    tokens = run_BT.shape[1]
+    of_inputs = _Inputs(*(_join(x, tokens, heads) for x, heads in zip(of_chunks, HEAD_AXES, strict=True)))
+    return of_inputs, None, of_state_BKGHP
+
+
+_rule.defvjp(_forward, _backward)
+
+
+def _over_chunks(inputs: _Inputs, run_BT: jax.Array, state_BKGHP: jax.Array, length: int, keep_states: bool):
+    """Results in chunks, the final state, and the states before each chunk if they are to be kept."""
+
+    def one_chunk(state_BKGHP, chunk):
+        inputs, runs = jax.tree.map(from_bits, chunk)
+        after_BKGHP, out_BKGCP = _one_chunk(state_BKGHP, inputs, runs)
+        out_BKGCP = as_bits(out_BKGCP.astype(inputs.v_BTKGP.dtype))
+        return after_BKGHP, (out_BKGCP, state_BKGHP if keep_states else None)
+
+    with matmul_precision(jnp.float32):
+        chunks = _to_chunks(inputs, length), _runs(run_BT, length)
+        state_BKGHP, (out_nBKGCP, states_nBKGHP) = jax.lax.scan(one_chunk, state_BKGHP, chunks)
+    return out_nBKGCP, state_BKGHP, states_nBKGHP
+
+
+def _one_chunk(state_BKGHP: jax.Array, inputs: _Inputs, runs: _Runs) -> tuple[jax.Array, jax.Array]:
+    """The state after a chunk and its results, float32 [B, K, G, C, P]."""
+    run_BC, before_B, after_B = runs
+    q_BKCH, k_BKCH, v_BKGCP, g_BKGC, beta_BKGC = _in_float32(inputs, run_BC != PADDING)
+    goes_on_BC, stays_BC = run_BC == before_B[:, None], run_BC == after_B[:, None]
+    length = run_BC.shape[1]
+    is_before = np.tri(length, k=-1, dtype=bool)
+    same_BCC = (run_BC[:, :, None] == run_BC[:, None, :]) & np.tri(length, dtype=bool)
+
+    since_start_BKGC = jnp.einsum("BKGS,CS->BKGC", g_BKGC, np.tri(length, dtype=np.float32))
+    between_BKGCC = jnp.einsum("CS,BKGSJ->BKGCJ", np.tri(length, dtype=np.float32), g_BKGC[..., None] * is_before)
+    decay_BKGCC = jnp.exp(jnp.where(same_BCC[:, None, None], between_BKGCC, -jnp.inf))
+    from_start_BKGC = jnp.where(goes_on_BC[:, None, None], jnp.exp(since_start_BKGC), 0)
+    to_end_BKGC = jnp.where(stays_BC[:, None, None], jnp.exp(between_BKGCC[..., -1, :]), 0)
+    whole_BKG = jnp.where((before_B == after_B)[:, None, None], jnp.exp(since_start_BKGC[..., -1]), 0)
+
+    qk_BKMH = jnp.concatenate([q_BKCH, k_BKCH], axis=2)
+    qq_BKCC, kk_BKCC = jnp.split(jnp.einsum("BKMH,BKCH->BKMC", qk_BKMH, k_BKCH), 2, axis=2)
+    read_BKGMP = jnp.einsum("BKMH,BKGHP->BKGMP", qk_BKMH, state_BKGHP)
+    read_by_q_BKGCP, read_by_k_BKGCP = jnp.split(read_BKGMP, 2, axis=3)
+
+    beta_BKGC1, from_start_BKGC1 = beta_BKGC[..., None], from_start_BKGC[..., None]
+    lower_BKGCC = jnp.where(is_before, beta_BKGC1 * kk_BKCC[:, :, None] * decay_BKGCC, 0)
+    write_BKGCP = solve_unit_lower(lower_BKGCC, beta_BKGC1 * (v_BKGCP - from_start_BKGC1 * read_by_k_BKGCP))
+    out_BKGCP = from_start_BKGC1 * read_by_q_BKGCP + (qq_BKCC[:, :, None] * decay_BKGCC) @ write_BKGCP
+    added_BKGHP = jnp.einsum("BKCH,BKGCP->BKGHP", k_BKCH, to_end_BKGC[..., None] * write_BKGCP)
+    return whole_BKG[..., None, None] * state_BKGHP + added_BKGHP, out_BKGCP
+
+
+def _in_float32(inputs: _Inputs, real: jax.Array) -> _Inputs:
+    """The inputs in float32, queries and keys normalised, queries scaled, and padding's made zeros.
+
+    Args:
+        inputs: of a token [B, K, (G), ...] or of a chunk [B, K, (G), C, ...].
+        real: False for padding, [B] or [B, C].
+    """
+
+    def masked(x: jax.Array, heads: int, trailing: int) -> jax.Array:
+        batch, *tokens = real.shape
+        mask = real.reshape(batch, *[1] * heads, *tokens, *[1] * trailing)
+        return jnp.where(mask, x.astype(jnp.float32), 0)
+
+    q, k, v, g, beta = inputs
+    q, k, v, g, beta = masked(q, 1, 1), masked(k, 1, 1), masked(v, 2, 1), masked(g, 2, 0), masked(beta, 2, 0)
+    q, k = (x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + EPSILON) for x in (q, k))
+    return _Inputs(q * q.shape[-1] ** -0.5, k, v, g, beta)
+
+
+def _by_key_head(q_BTKH, k_BTKH, v_BTNP, g_BTN, beta_BTN, state_BNHP) -> tuple[_Inputs, jax.Array]:
+    """Value heads apart by the key head that they share, and the state float32, zeros where there is none."""
+    batch, tokens, key_heads, key_size = k_BTKH.shape
+    value_heads, value_size = v_BTNP.shape[2:]
+    if state_BNHP is None:
+        state_BNHP = jnp.zeros((batch, value_heads, key_size, value_size), jnp.float32)
+    heads = key_heads, value_heads // key_heads
+    v_BTKGP, g_BTKG, beta_BTKG = (x.reshape(batch, tokens, *heads, *x.shape[3:]) for x in (v_BTNP, g_BTN, beta_BTN))
+    state_BKGHP = state_BNHP.astype(jnp.float32).reshape(batch, *heads, key_size, value_size)
+    return _Inputs(q_BTKH, k_BTKH, v_BTKGP, g_BTKG, beta_BTKG), state_BKGHP
+
+
+def _by_value_head(state_BKGHP: jax.Array) -> jax.Array:
+    batch, key_heads, shared, *sizes = state_BKGHP.shape
+    return state_BKGHP.reshape(batch, key_heads * shared, *sizes)
+
+
+def _runs(run_BT: jax.Array, length: int) -> _Runs:
+    """The runs in chunks. The state before the first chunk is of run 0, others of the last run so far."""
+    batch, tokens = run_BT.shape
+    count = -(-tokens // length)
+    run_BT = jnp.pad(run_BT, ((0, 0), (0, count * length - tokens)), constant_values=PADDING)
+    run_nBC = jnp.moveaxis(run_BT.reshape(batch, count, length), 1, 0)
+    after_nB = jax.lax.cummax(jnp.maximum(0, jnp.max(run_nBC, axis=-1)))
+    return _Runs(run_nBC, jnp.pad(after_nB, ((1, 0), (0, 0)))[:-1], after_nB)
+
+
+def _to_chunks(inputs: _Inputs, length: int) -> _Inputs:
+    """Inputs as they are scanned over: [n, B, K, C, H] for queries and keys, [n, B, K, G, C, ...] for others."""
+    return _Inputs(*(_split(x, length, heads) for x, heads in zip(inputs, HEAD_AXES, strict=True)))
+
+
+def _split(x: jax.Array, length: int, head_axes: int = 2) -> jax.Array:
+    """[B, T, heads, ...] to [n, B, heads, C, ...], filled up with zeros, bfloat16 as its bits."""
+    x = as_bits(x)
+    batch, tokens, *others = x.shape
+    count = -(-tokens // length)
+    x = jnp.pad(x, ((0, 0), (0, count * length - tokens), *[(0, 0)] * len(others)))
+    return jnp.moveaxis(x.reshape(batch, count, length, *others), (1, 2), (0, 2 + head_axes))
+
+
+def _join(x: jax.Array, tokens: int, head_axes: int = 2) -> jax.Array:
+    """The inverse of `_split`, without the filling."""
+    x = jnp.moveaxis(x, (0, 2 + head_axes), (1, 2))
+    batch, chunks, length, *others = x.shape
+    return from_bits(x.reshape(batch, chunks * length, *others)[:, :tokens])
