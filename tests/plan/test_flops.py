@@ -7,7 +7,12 @@ from flax import nnx
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.plan.chips import peak_flops
-from qwen_moe_jax.plan.flops import forward_flops_per_token, training_flops_per_token
+from qwen_moe_jax.plan.flops import (
+    extend_flops_per_token,
+    forward_flops_per_token,
+    rule_flops_per_token,
+    training_flops_per_token,
+)
 
 HUB_CONFIG = {
     "model_type": "qwen3_moe",
@@ -58,6 +63,18 @@ def test_a_sliding_layer_costs_its_window():
     seen = (1 + 2 + 3 + 3 + 3) / 5
     assert attention(5) == pytest.approx(2 * 4 * 4 * 64 * seen)
     assert attention(2) == pytest.approx(2 * 4 * 4 * 64 * 1.5)  # the window is longer than the row
+
+
+def test_the_rule_costs_82_thousand_multiply_adds_a_value_head_in_chunks_and_49_thousand_alone():
+    """Whatever the context: a token costs the same after ten tokens and after a million."""
+    config = qmj.ModelConfig.from_pretrained("configs/models/qwen3.5-35b-a3b.json")
+    linear_layers, value_heads = 30, 32
+    assert rule_flops_per_token(config, 4096) == 2 * linear_layers * value_heads * 81_920
+    assert rule_flops_per_token(config, 1) == 2 * linear_layers * value_heads * 3 * 128**2
+    one, far = (extend_flops_per_token(config, before, 1) for before in (10, 1_000_000))
+    assert far - one == pytest.approx(10 * 4 * 16 * 256 * (1_000_000 - 10))  # the ten layers of full attention
+    assert forward_flops_per_token(config, 64) < forward_flops_per_token(config, 4096)
+    assert rule_flops_per_token(read(), 4096) == 0
 
 
 @pytest.mark.parametrize(
