@@ -15,7 +15,7 @@ from tests.huggingface.test_config import PUBLISHED, meaning, sparse_layers
 TEXT_FAMILIES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 #: A full layer with the experts of the others, a projection [D, 2 D] and three norms.
 MTP_PARAMETERS = {
-    "qwen3-next-80b-a3b": 1_650_471_424,
+    "qwen3-next-80b-a3b-instruct": 1_650_471_424,
     "qwen3.5-0.8b": 20_452_864,
     "qwen3.5-2b": 60_828_160,
     "qwen3.5-4b": 120_599_552,
@@ -256,7 +256,7 @@ def test_keys_of_a_text_config_that_are_not_acted_on_are_named(tmp_path, capsys)
 
 
 def test_keys_of_the_published_configs_are_all_known(tmp_path, capsys):
-    for name in ("qwen3.5-35b-a3b", "qwen3.5-27b", "qwen3.8-2.4t-a95b", "qwen3-next-80b-a3b"):
+    for name in ("qwen3.5-35b-a3b", "qwen3.5-27b", "qwen3.8-2.4t-a95b", "qwen3-next-80b-a3b-instruct"):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "config.json").write_bytes((PUBLISHED / f"{name}.json").read_bytes())
