@@ -15,7 +15,12 @@ from qwen_moe_jax.config.model import MixerKind
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.families import TEXT_PARTS, Family, family_of
 from qwen_moe_jax.huggingface.fields import REQUIRED, Fields, freeze, read_json, shown
-from qwen_moe_jax.huggingface.known_fields import CONFIG_NEUTRAL, CONFIG_READ, CONFIG_WITHOUT_EFFECT
+from qwen_moe_jax.huggingface.known_fields import (
+    CONFIG_NEUTRAL,
+    CONFIG_OF_OTHER_FAMILIES,
+    CONFIG_READ,
+    CONFIG_WITHOUT_EFFECT,
+)
 from qwen_moe_jax.huggingface.quantisation import fp8_block
 from qwen_moe_jax.suggest import similar
 
@@ -51,7 +56,7 @@ def read_config(source: str | PathLike[str] | Mapping[str, Any]) -> ModelConfig:
     Raises:
         ConfigError: unknown model type, unsupported rope type or quantisation, inconsistent sizes; the message names
             the field, the value and what is supported. In content that is given as a mapping, which somebody wrote by
-            hand, also a key that is nearly one that is read.
+            hand, also a key that is nearly one that is read and no field of another family.
     """
     if isinstance(source, Mapping):
         _refuse_near_misses(source)
@@ -106,6 +111,7 @@ def _refuse_near_misses(hub: Mapping[str, Any]) -> None:
     hub = text_part(hub)
     read = keys_read(hub)
     known = read | CONFIG_READ | ONLY_VALUES.keys() | CONFIG_WITHOUT_EFFECT | CONFIG_NEUTRAL.keys()
+    known |= CONFIG_OF_OTHER_FAMILIES
     for key in [key for key, value in hub.items() if key not in known and value is not None]:
         if near := similar(str(key), sorted(read), count=1, cutoff=_NEAR_MISS):
             raise ConfigError(

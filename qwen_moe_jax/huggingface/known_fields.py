@@ -30,3 +30,17 @@ CONFIG_NEUTRAL = {
     "attn_output_gate": True,
     "mtp_use_dedicated_embeddings": False,
 }
+#: Fields that transformers 5.23 has in other families, and whose names are nearly those of fields that are read.
+#: num_experts_per_token is not among them: it means the same as num_experts_per_tok, whose default would be used.
+CONFIG_OF_OTHER_FAMILIES = set(
+    "architecture attention_heads attention_out_bias boa_token_id boi_token_id conf_attention_chunk_size "
+    "conf_num_attention_heads conf_num_hidden_layers cross_num_attention_heads cross_num_key_value_heads "
+    "decoder_intermediate_size dense_intermediate_size encoder_sparse_step eoa_token_id eod_token_id eoi_token_id "
+    "hidden_sizes intermediate_size_mlp layer_type left_max_position_embeddings linear_head_dim linear_num_heads "
+    "max_2d_position_embeddings mit_intermediate_size mit_num_attention_heads mit_num_hidden_layers "
+    "moe_shared_expert_intermediate_size num_cross_attention_heads num_position_embeddings num_qa_labels "
+    "num_self_attention_heads pred_num_attention_heads pred_num_hidden_layers pred_token_id qv_bias "
+    "right_max_position_embeddings router_z_loss_coef shared_experts_intermediate_size shared_intermediate_size "
+    "sliding_windows swa_num_attention_heads swa_num_key_value_heads t2u_max_position_embeddings use_attention_bias "
+    "v_head_dim".split()
+)

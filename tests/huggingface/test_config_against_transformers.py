@@ -1,10 +1,12 @@
 """config.json as transformers itself writes and reads it."""
 
+import inspect
 import json
 
 import pytest
 
 import qwen_moe_jax as qmj
+from qwen_moe_jax.huggingface.config import read_config
 from qwen_moe_jax.huggingface.export_config import config_to_hub
 from tests.cases import CASES, HYBRID_CASES
 from tests.huggingface.test_config import meaning
@@ -48,3 +50,18 @@ def test_transformers_reads_the_written_config_as_the_original(name, tmp_path):
     original = as_transformers_reads(case.config, tmp_path)
     written = as_transformers_reads(config_to_hub(qmj.ModelConfig.from_pretrained(case.config)), tmp_path)
     assert written == original
+
+
+def test_no_published_field_of_a_language_model_is_refused_as_a_misspelt_one():
+    classes = list(transformers.MODEL_FOR_CAUSAL_LM_MAPPING)
+    names = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
+    assert len(names) > 500
+    mapping = CASES["qwen3_moe-plain"].config
+    refused = set()
+    for name in names - mapping.keys():
+        try:
+            read_config({**mapping, name: "of another family"})
+        except qmj.ConfigError as error:
+            if "no field of model_type" in str(error):
+                refused.add(name)
+    assert refused <= {"num_experts_per_token"}  # here that is num_experts_per_tok

@@ -212,6 +212,11 @@ def test_a_key_that_is_nearly_one_that_is_read_is_refused_with_the_right_one(wro
         qmj.ModelConfig.from_pretrained(renamed)
 
 
+@pytest.mark.parametrize("key", ["v_head_dim", "eod_token_id", "router_z_loss_coef", "dense_intermediate_size"])
+def test_a_field_of_another_family_is_no_misspelt_one(key):
+    assert qmj.ModelConfig.from_pretrained(MOE | {key: 3}).attention == qmj.ModelConfig.from_pretrained(MOE).attention
+
+
 def test_a_config_file_in_place_of_a_folder_is_refused_with_how_fresh_weights_are_made(folder):
     with pytest.raises(qmj.CheckpointError, match=r"for fresh weights: CausalLM\(ModelConfig.from_pretrained\("):
         qmj.from_pretrained(folder / "config.json")
