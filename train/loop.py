@@ -63,7 +63,8 @@ def _train(config: TrainConfig, folder: RunFolder) -> None:
         start = start_of(config, program, mesh, state, fixed, text_tokens=feed.rows.num_tokens)
         report, profiler = _reports(config, folder, start, first_step=int(state.step))
         with report, profiler, stop_requests() as asked:
-            notes = [*corpus.notes, *feed.notes, *schedule_notes(config.optimizer, config.run.steps)]
+            notes = [*corpus.forms, *corpus.notes, *feed.notes]
+            notes += schedule_notes(config.optimizer, config.run.steps)
             notes += _length_notes(config.run, epochs, feed, folder)
             report.say("\n".join([introduction(start, config.run.steps), *notes]))
             loop = Loop(

@@ -24,6 +24,9 @@ SUMMARY = "talk with a checkpoint through its own chat template; the cache keeps
 #: Tokens of a conversation where --max-length is not given: the cache for all of a long model's positions may not fit.
 DEFAULT_MAX_LENGTH = 8192
 
+#: What to do where a conversation is as long as it may be.
+_FULL = "/reset begins a new conversation; --max-length N, at the start, allows for a longer one."
+
 HELP = "/reset begins anew, /system TEXT too and with another system prompt, /quit ends; Ctrl-C stops an answer"
 
 
@@ -68,13 +71,15 @@ def run(arguments: argparse.Namespace) -> None:
         generation_folder(folder, arguments.adapter), config, sampling_overrides(arguments)
     )
     model = load_model(arguments, generation)
-    session = Session(model, arguments.max_length or min(config.max_position_embeddings, DEFAULT_MAX_LENGTH))
+    max_length = arguments.max_length or min(config.max_position_embeddings, DEFAULT_MAX_LENGTH)
+    session = Session(model, max_length)
     conversation = Conversation(
         session=session,
         tokenizer=tokenizer,
         template=template,
         generation=generation,
         vocab_size=config.vocab_size,
+        max_length=max_length,
         variables={"enable_thinking": False} if arguments.no_thinking else {},
     )
     conversation.begin(arguments.system)
@@ -104,6 +109,7 @@ class Conversation:
         tokenizer, template: of the checkpoint.
         generation: how answers are made.
         vocab_size: of the model.
+        max_length: tokens of the whole conversation.
         variables: for the template.
         system: the system prompt.
         messages: all turns so far, the system prompt first.
@@ -114,6 +120,7 @@ class Conversation:
     template: "ChatTemplate"
     generation: "GenerationConfig"
     vocab_size: int
+    max_length: int
     variables: dict[str, Any]
     system: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
@@ -144,14 +151,23 @@ class Conversation:
                 show(answer.take(chunk))
                 return interrupted() or answer.finish_reason is not None
 
-            for _ in self.session.generate(ids, self.generation, ended):
-                pass
+            try:
+                for _ in self.session.generate(ids, self.generation, ended):
+                    pass
+            except RequestError as error:
+                raise RequestError(f"{error} {_FULL}") if self._is_full(len(ids)) else error from None
         if answer.finish_reason is None:
             show(answer.close())
         print()
         if answer.finish_reason != "stop":
-            _notify(f"stopped after {len(answer.token_ids)} tokens")
+            count = len(answer.token_ids)
+            _notify(f"stopped after {count} tokens" + (f": {_FULL}" if self._is_full(len(ids) + count) else ""))
         self.messages = [*messages, {"role": "assistant", "content": answer.text}]
+
+    def _is_full(self, tokens: int) -> bool:
+        """Whether a conversation of so many tokens leaves none for an answer."""
+        of_answers = self.generation.max_length if self.generation.max_new_tokens is None else None
+        return tokens >= min(self.max_length, of_answers or self.max_length)
 
 
 def _lines() -> Iterator[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_moe_jax.cli.arguments import add_model_arguments, load_model, number_ranges
+from qwen_moe_jax.cli.prompts import Prompt, read_prompts
 from qwen_moe_jax.errors import RequestError
 from qwen_moe_jax.whole_file import write_whole
 
@@ -21,7 +22,15 @@ MARK = "qwen-moe-jax route"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to route")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the text to route")
+    prompt.add_argument(
+        "--file",
+        type=Path,
+        metavar="FILE",
+        help="a file whose whole content is the text to route, or a .jsonl file of one line, a request as "
+        "generate takes it: a conversation is written by the chat template",
+    )
     parser.add_argument(
         "--layers",
         type=number_ranges,
@@ -36,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints the tables, or writes the requested files.
 
     Raises:
-        RequestError: a prompt, layers or files that cannot be; nothing has been loaded or written then.
+        RequestError: a prompt, requests, layers or files that cannot be; nothing has been loaded or written then.
         ConfigError, CheckpointError, ShardingError: as `from_pretrained` and `make_mesh`.
     """
     files = [path for path in (arguments.html, arguments.json) if path is not None]
@@ -48,6 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     from qwen_moe_jax.cli.routing import routed_layers, trace_routing
     from qwen_moe_jax.config import ModelConfig
     from qwen_moe_jax.huggingface.hub import local_folder
+    from qwen_moe_jax.inference.chat_template import load_chat_template
     from qwen_moe_jax.inference.tokenizer import encode_prompt, load_tokenizer
 
     # Weights take minutes to read: all that can be refused without them is refused first.
@@ -55,12 +65,15 @@ def run(arguments: argparse.Namespace) -> None:
     config = ModelConfig.from_pretrained(folder)
     layers = routed_layers(config, arguments.layers)
     tokenizer = load_tokenizer(folder)
-    encode_prompt(tokenizer, arguments.prompt, config.vocab_size)
+    prompt = _prompt(arguments)
+    text = prompt.rendered(load_chat_template(folder).render if prompt.is_conversation else None)
+    special_tokens = not prompt.is_conversation
+    encode_prompt(tokenizer, text, config.vocab_size, add_special_tokens=special_tokens)
 
     model = load_model(arguments)
     with Console(stderr=True).status("routing the prompt"):
         name = arguments.folder.resolve().name
-        routing = trace_routing(model, tokenizer, arguments.prompt, name=name, layers=layers)
+        routing = trace_routing(model, tokenizer, text, name=name, layers=layers, add_special_tokens=special_tokens)
 
     if arguments.html is not None:
         from qwen_moe_jax.cli.routing_page import routing_page
@@ -78,6 +91,14 @@ def routing_json(routing: "PromptRouting") -> str:
     """The routing as JSON: the fields of `PromptRouting`, arrays as nested lists."""
     content = {"written_by": MARK, **dataclasses.asdict(routing)}
     return json.dumps(content, ensure_ascii=False, default=lambda array: array.tolist()) + "\n"
+
+
+def _prompt(arguments: argparse.Namespace) -> Prompt:
+    """The one prompt of the command line or of its file."""
+    prompts = read_prompts([arguments.prompt if arguments.file is None else arguments.file])
+    if len(prompts) != 1:
+        raise RequestError(f"{arguments.file}: found {len(prompts)} requests, expected one: route shows one prompt.")
+    return prompts[0]
 
 
 def _check_replaceable(path: Path) -> None:

@@ -143,6 +143,7 @@ def trace_routing(
     *,
     name: str,
     layers: Sequence[int] | None = None,
+    add_special_tokens: bool = True,
 ) -> PromptRouting:
     """Runs a prompt through a model and returns its routing.
 
@@ -152,13 +153,14 @@ def trace_routing(
         prompt: a text of at least one token.
         name: of the model, for people.
         layers: numbers of the layers to keep, dense layers counted; None keeps every layer with a router.
+        add_special_tokens: those that the tokenizer adds by itself; False for what a chat template wrote.
 
     Raises:
         RequestError: see `routed_layers` and `encode_prompt`.
     """
     config, execution = model.config, model.execution_in_use
     sparse, wanted = routed_layers(config, None), routed_layers(config, layers)
-    ids = encode_prompt(tokenizer, prompt, config.vocab_size)
+    ids = encode_prompt(tokenizer, prompt, config.vocab_size, add_special_tokens=add_special_tokens)
     router = jax.device_get(model(np.asarray([ids]), output_router_logits=True).router)
     trace, stats = router.trace, router.stats
 

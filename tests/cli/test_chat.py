@@ -126,6 +126,23 @@ def test_answer_cut_short_says_so(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "stopped after 3 tokens\n"
 
 
+def test_a_full_conversation_names_reset_and_goes_on_after_it(tmp_path, monkeypatch, capsys):
+    engine = install(monkeypatch, f"one{END}", f"two{END}")
+    lines = "a\n" + "xyz " * 60 + "\n/reset\nb"
+    assert chat(monkeypatch, write_folder(tmp_path / "tiny"), lines, "--max-length", "90") == 0
+    out, err = capsys.readouterr()
+    assert out == "one\ntwo\n"
+    assert "no room. /reset begins a new conversation; --max-length N, at the start, allows for a longer one." in err
+    assert asked(engine)[1] == turn("user", "b") + OPEN
+
+
+def test_an_answer_that_fills_the_conversation_names_reset(tmp_path, monkeypatch, capsys):
+    install(monkeypatch, "the lazy dog jumps")
+    folder = write_folder(tmp_path / "tiny", max_length=12)
+    assert chat(monkeypatch, folder, "a") == 0
+    assert "tokens: /reset begins a new conversation" in capsys.readouterr().err
+
+
 def test_stop_string_ends_the_answer(tmp_path, monkeypatch, capsys):
     engine = install(monkeypatch, "the lazy dog. user: more", f"ok{END}")
     assert chat(monkeypatch, write_folder(tmp_path / "tiny"), "a\nb", "--stop", " user:") == 0

@@ -282,6 +282,33 @@ def test_refusals(folder, capsys, words, prompt, message):
     assert error.startswith("qwen-moe-jax route: error: ") and message in error
 
 
+def test_a_file_is_routed_as_the_prompt_that_it_holds(folder, tmp_path, capsys):
+    def found(*words):
+        assert main(["route", str(folder), *words, "--json", str(tmp_path / "routing.json")]) == 0
+        return json.loads((tmp_path / "routing.json").read_text(encoding="utf-8"))
+
+    expected = found("--prompt", PROMPT)
+    (tmp_path / "prompt.txt").write_text(PROMPT, encoding="utf-8")
+    (tmp_path / "prompt.jsonl").write_text(json.dumps({"prompt": PROMPT}) + "\n")
+    assert found("--file", str(tmp_path / "prompt.txt")) == found("--file", str(tmp_path / "prompt.jsonl")) == expected
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b"}\n', "a.jsonl: found 2 requests, expected one: route shows one"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', "found no chat template"),
+        ("a.txt", "", "the prompt is empty"),
+    ],
+)
+def test_a_file_that_holds_no_prompt_is_refused(folder, tmp_path, capsys, name, text, message):
+    (tmp_path / name).write_text(text)
+    assert main(["route", str(folder), "--file", str(tmp_path / name)]) == 2
+    assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # one of both
+        main(["route", str(folder), "--file", str(tmp_path / name), "--prompt", "a"])
+
+
 def test_model_without_routers(tmp_path, capsys):
     """Refused by its config alone: no weights are there to be read."""
     (tmp_path / "config.json").write_text(json.dumps(CASES["qwen3-plain"].config))

@@ -1,6 +1,7 @@
 """What README and docs show is true of the code: Python runs, commands are accepted, settings are valid."""
 
 import ast
+import json
 import re
 import shutil
 import tomllib
@@ -12,6 +13,7 @@ from qwen_moe_jax.cli.main import _parser as command_line
 from tests.docs.snippets import PAGES, ROOT, blocks, commands
 from tests.inference.checkpoints import make_checkpoint
 from train.config import describe_keys, load_config, split_overrides
+from train.data.records import read_record
 
 MODEL = tomllib.loads((ROOT / "configs/train/tiny.toml").read_text())["model"]
 KEYS = set(re.findall(r"^\s*--(\w+\.\w+)", describe_keys(), re.MULTILINE))
@@ -96,6 +98,19 @@ def test_the_settings_of_a_page_are_valid(page, folder):
         file = folder / "config.toml"
         file.write_text(text)
         load_config(file, {})
+
+
+def test_the_records_of_the_data_page_show_every_form():
+    records = [line for block in blocks(ROOT / "docs/data.md", "json") for line in block.text.splitlines()]
+    forms = [read_record(json.loads(line), line).form for line in records]
+    assert list(dict.fromkeys(forms)) == [
+        "texts",
+        "conversations",
+        "conversations in ShareGPT's form (from, value)",
+        "Alpaca's instructions and outputs",
+        "prompts and completions of text",
+        "prompts and completions of messages",
+    ]
 
 
 def toml(value):

@@ -1,10 +1,11 @@
 """The config of a run: a short TOML file, checked as a whole, with `--section.key value` laid over it.
 
-`sections` has the config classes that belong to training, `run_config` the whole of a run. `load` reads a file,
-`validate` checks it (by pydantic, which is imported only there), `toml` writes a config and compares two, `help`
-describes the keys, `renamed` lists those that are refused.
+`sections` and `columns` have the config classes that belong to training, `run_config` the whole of a run. `load` reads
+a file, `validate` checks it (by pydantic, which is imported only there), `toml` writes a config and compares two,
+`help` describes the keys, `renamed` lists those that are refused.
 """
 
+from train.config.columns import ColumnsConfig
 from train.config.help import describe_keys, key_options
 from train.config.load import build_config, load_config, split_overrides
 from train.config.run_config import SECTIONS, TRAINER_DEFAULTS, TrainConfig
@@ -24,6 +25,7 @@ __all__ = [
     "FORMATS",
     "SECTIONS",
     "TRAINER_DEFAULTS",
+    "ColumnsConfig",
     "DataConfig",
     "LossConfig",
     "MeshConfig",

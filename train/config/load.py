@@ -115,7 +115,13 @@ def _override(tables: dict[str, Any], overrides: list[str]) -> tuple[dict[str, s
             problems += _override_model(table, field, word)
         else:
             types = hints(SECTIONS[section]) if section in SECTIONS else {}
-            table[field] = _from_word(word, types.get(field, str))
+            outer, _, inner = field.partition(".")
+            if inner and dataclasses.is_dataclass(types.get(outer)):
+                options[f"{section}.{outer}"] = option
+                known = table.get(outer)
+                table[outer] = {**(known if isinstance(known, dict) else {}), inner: word}
+            else:
+                table[field] = _from_word(word, types.get(field, str))
     _replace_length(tables.get("run", {}), options)
     return options, problems
 

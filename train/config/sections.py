@@ -11,6 +11,7 @@ from typing import Literal
 
 from qwen_moe_jax.config import DTypeLike
 from qwen_moe_jax.config.checks import Checks
+from train.config.columns import ColumnsConfig
 
 #: Ranges that several fields have, in words.
 ABOVE_ZERO, NOT_NEGATIVE = "a number above 0", "0 or more"
@@ -96,16 +97,19 @@ class TextConfig:
         path: a folder or file of documents; left out, Python's own standard library.
         pattern: file names that are read in the folder; left out, *.py, *.jsonl, *.npy or *.parquet, by format.
         format: text (a document per file), docstrings (of Python files: conversations that ask what a name is or does
-            and answer with the start of its docstring), jsonl (a document per line, with `text` or `messages`), tokens
-            (.npy of ids, documents split by the end id) or datasets (Hugging Face's: a folder of save_to_disk or of
-            parquet, or a name on the Hub).
+            and answer with the start of its docstring), jsonl (a record per line, or per item of the array in a .json
+            file), tokens (.npy of ids, documents split by the end id) or datasets (Hugging Face's: a folder of
+            save_to_disk or of parquet, or a name on the Hub).
         split: with format datasets, the split that is read.
+        columns: with formats jsonl and datasets, which column of a record is which field: a table of text, messages,
+            prompt, completion, instruction, input, output, history, system, tools and chat_template_kwargs.
     """
 
     path: str = ""
     pattern: str | None = None
     format: Literal["text", "docstrings", "jsonl", "tokens", "datasets"] = "text"
     split: str = "train"
+    columns: ColumnsConfig = ColumnsConfig()
 
     def __post_init__(self) -> None:
         with Checks(self) as check:
@@ -115,6 +119,10 @@ class TextConfig:
         check.literals()
         if self.format not in ("text", "docstrings"):
             check(self.path != "", "path", f"the file or folder to read as {self.format}", given=("format",))
+        if self.format not in ("jsonl", "datasets"):
+            found = ", ".join(self.columns.given)
+            expected = f"none with format {self.format}: only records of jsonl and datasets have columns"
+            check(not found, "columns", expected, found=found, given=("format",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +146,7 @@ class DataConfig(TextConfig):
     """The documents, their tokenizer and the shape of a batch.
 
     Attributes:
-        sources: a mixture instead of one source: tables of path, pattern, format, split and weight.
+        sources: a mixture instead of one source: tables of path, pattern, format, split, columns and weight.
         megabytes: of each source, stop reading after this much text; inf for all of it.
         tokenizer: a folder with tokenizer.json, or a model's name on the Hub; left out, one is trained on the text.
         vocab_size: entries of the byte-level BPE that is trained on the text, and of the model.

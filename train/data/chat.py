@@ -1,4 +1,4 @@
-"""Conversations → token ids, and which of them the assistant wrote, by the tokenizer's own chat template.
+"""Conversations and completions → token ids, and which of them are learned, by the tokenizer's own chat template.
 
 Templates do not mark the assistant's tokens. At its turn a model reads the conversation so far, rendered with the
 generation prompt; it has to write what the template renders after that. So the learned tokens are the difference of the
@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from qwen_moe_jax.errors import ConfigError, RequestError
 from qwen_moe_jax.inference.chat_template import ChatTemplate
 from qwen_moe_jax.inference.tokenizer import encode
-from train.data.records import Conversation
+from train.data.messages import Conversation
+from train.data.records import Completion
 from train.data.rendered import require_rendered
 
 
@@ -48,7 +49,7 @@ def conversation_documents(
         before = _render(conversation, template, number, place, add_generation_prompt=True)
         after = _render(conversation, template, number + 1, place, add_generation_prompt=False)
         if not after.startswith(before):
-            same = _common_length(before, after)
+            same = common_length(before, after)
             raise ConfigError(
                 f"{place}: messages[{number}]: the chat template of {template.folder} renders "
                 f"{after[same : same + 40]!r} where its own beginning of an answer has {before[same : same + 40]!r}; "
@@ -57,12 +58,25 @@ def conversation_documents(
         prompt, ids = (np.array(encode(tokenizer, text, add_special_tokens=False)) for text in (before, after))
         learned = np.zeros(len(ids), bool)
         # A token that merges the last characters of the prompt with the first of the answer belongs to the answer.
-        learned[_common_length(prompt, ids) :] = True
+        learned[common_length(prompt, ids) :] = True
         if documents and np.array_equal(ids[: len(documents[-1].ids)], documents[-1].ids):
             earlier = documents.pop()
             learned[: len(earlier.ids)] = earlier.learned
         documents.append(Turns(ids, learned))
     return documents
+
+
+def completion_document(completion: Completion, tokenizer: Tokenizer, end_id: int) -> Turns:
+    """The prompt and what follows it as one text, of which the tokens after the prompt's and the end are learned.
+
+    A token that merges the last characters of the prompt with the first of the completion is learned.
+    """
+    prompt, ids = (
+        np.array(encode(tokenizer, text), np.int64)
+        for text in (completion.prompt, completion.prompt + completion.completion)
+    )
+    ids = ids if ids.size and ids[-1] == end_id else np.append(ids, end_id)
+    return Turns(ids, np.arange(len(ids)) >= common_length(prompt, ids))
 
 
 def _render(
@@ -76,7 +90,7 @@ def _render(
         raise ConfigError(f"{place}: {error}") from None
 
 
-def _common_length(one: str | np.ndarray, other: str | np.ndarray) -> int:
+def common_length(one: str | np.ndarray, other: str | np.ndarray) -> int:
     """The length of the common prefix of two sequences."""
     both = list(zip(one, other, strict=False))
     return next((number for number, (a, b) in enumerate(both) if a != b), len(both))

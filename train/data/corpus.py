@@ -24,10 +24,12 @@ from qwen_moe_jax.inference.chat_template import ChatTemplate, load_chat_templat
 from qwen_moe_jax.inference.tokenizer import load_tokenizer
 from train.config import DataConfig, SourceConfig
 from train.data.batches import Documents
-from train.data.chat import Turns, conversation_documents
+from train.data.chat import Turns, completion_document, conversation_documents
 from train.data.lengths import LengthRule
-from train.data.records import Conversation
-from train.data.sources import Record, describe_source, read_records
+from train.data.messages import Conversation
+from train.data.recognised import Recognised
+from train.data.records import Completion
+from train.data.sources import Record, describe_source, read_records, texts_of
 from train.data.tokenizer import END_OF_TEXT, MESSAGE_END, copy_tokenizer, save_tokenizer, train_tokenizer
 from train.data.turn_ends import TurnEnds
 
@@ -52,6 +54,7 @@ class Corpus:
         end_id: the token that ends a document.
         turn_end_ids: the tokens with which the chat template ends an assistant's turn; none without conversations.
         parts: the documents of each source.
+        forms: lines for the start of the run on what the records of each source were recognised as.
         notes: lines for the start of the run, such as one on every source that was not read to its end.
     """
 
@@ -59,6 +62,7 @@ class Corpus:
     end_id: int
     turn_end_ids: list[int]
     parts: list[Part]
+    forms: list[str]
     notes: list[str]
 
     @property
@@ -102,7 +106,8 @@ def load_corpus(folder: Path, config: DataConfig) -> Corpus:
             f"{folder}: found {_what_is_missing(error)}, so an earlier version of this program made it, or a file was "
             "changed. Add --fresh to start the run anew."
         ) from None
-    return Corpus(load_tokenizer(folder / "tokenizer"), end_id, turn_end_ids, parts, notes)
+    forms = described.get("forms", [])  # absent where an earlier version made the corpus
+    return Corpus(load_tokenizer(folder / "tokenizer"), end_id, turn_end_ids, parts, forms, notes)
 
 
 def _what_is_missing(error: FileNotFoundError | KeyError | json.JSONDecodeError) -> str:
@@ -133,29 +138,30 @@ def _make_corpus(folder: Path, config: DataConfig) -> None:
     tokenizer = load_tokenizer(folder / "tokenizer")
     end_id = _end_id(tokenizer, folder / "tokenizer", config)
     notes: list[str] = []
+    forms: list[str] = []
     turn_ends = TurnEnds(tokenizer)
     for number, source in enumerate(config.mixture):
         name, read = describe_source(source), list[str]()
-        records = read_records(source, config.megabytes, end_id, read.append)
+        recognised = Recognised(source.columns)
+        records = read_records(source, config.megabytes, end_id, read.append, recognised)
         documents = _encode(records, tokenizer, end_id, folder / "tokenizer", turn_ends)
         lengths = LengthRule(config.too_long, config.seq_len)
         _write_part(folder / str(number), lengths.apply(documents))
+        forms += recognised.notes(name)
         notes += [f"read {how_much} of {name} (data.megabytes)" for how_much in read] + lengths.notes(name)
         _hold_out(folder / str(number), source, config)
     sources = [describe_source(source) for source in config.mixture]
     notes += turn_ends.notes()
-    described = {"end_id": end_id, "turn_end_ids": turn_ends.ids(), "sources": sources, "notes": notes}
+    described = {"end_id": end_id, "turn_end_ids": turn_ends.ids(), "sources": sources, "forms": forms, "notes": notes}
     (folder / "corpus.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
 def _texts(config: DataConfig) -> Iterator[str]:
-    """The training text of the tokenizer: the texts of all sources and the messages of their conversations."""
+    """The training text of the tokenizer: all texts of all sources."""
     for source in config.mixture:
         for record in read_records(source, config.megabytes):
-            if isinstance(record.content, str):
-                yield record.content
-            elif isinstance(record.content, Conversation):
-                yield from (message.get("content") or "" for message in record.content.messages)
+            if not isinstance(record.content, np.ndarray):
+                yield from texts_of(record.content)
 
 
 def _end_id(tokenizer: Tokenizer, folder: Path, config: DataConfig) -> int:
@@ -191,6 +197,9 @@ def _encode(
                 for turns in conversation_documents(record.content, template(), tokenizer, record.place):
                     turn_ends.add(turns)
                     yield record, turns
+                continue
+            if isinstance(record.content, Completion):
+                yield record, completion_document(record.content, tokenizer, end_id)
                 continue
             if isinstance(record.content, str):
                 ids = np.array(next(encodings).ids, np.int64)

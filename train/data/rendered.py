@@ -4,7 +4,7 @@ from typing import Any
 
 from qwen_moe_jax.errors import ConfigError, RequestError
 from qwen_moe_jax.inference.chat_template import ChatTemplate
-from train.data.records import Conversation
+from train.data.messages import Conversation
 
 #: The fields of an assistant's message that a template may ignore. The last three are names of the same thing.
 _ASSISTANT_FIELDS = ("content", "tool_calls", "reasoning_content", "thinking", "reasoning")

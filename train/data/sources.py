@@ -1,10 +1,9 @@
-"""Files → records: texts, conversations or arrays of token ids, each with its file and line.
+"""Files → records: texts, completions, conversations or arrays of token ids, each with its file and line.
 
 A record that cannot be read is refused by file and line, with what was found and what was expected.
 """
 
 import hashlib
-import json
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -18,7 +17,10 @@ import numpy as np
 from qwen_moe_jax.errors import ConfigError
 from train.config import FORMATS, SourceConfig
 from train.data.docstrings import questions_of
-from train.data.records import FIELDS, WANTED, Conversation, checked_content, refuse
+from train.data.json_files import decode, read_json_file
+from train.data.messages import Conversation, refuse
+from train.data.recognised import Recognised
+from train.data.records import Completion, Content
 
 _Say = Callable[[str], None]
 
@@ -34,12 +36,12 @@ class Record:
     """The content of one document; with some chat templates, of several.
 
     Attributes:
-        content: a text, a conversation or an integer array of token ids.
+        content: a text, a completion, a conversation or an integer array of token ids.
         place: the file and line, for messages.
         name: the same, relative to the source's folder; its hash decides whether the record is held out.
     """
 
-    content: str | Conversation | np.ndarray
+    content: Content | np.ndarray
     place: str
     name: str
 
@@ -49,6 +51,7 @@ def read_records(
     megabytes: float,
     end_id: int | None = None,
     truncated: Callable[[str], None] = lambda how_much: None,
+    recognised: Recognised | None = None,
 ) -> Iterator[Record]:
     """The records of a source, in a deterministic order. Blank files, lines and texts are skipped.
 
@@ -57,14 +60,18 @@ def read_records(
         megabytes: the size of the text to read; token ids are read to the end.
         end_id: the id that ends a document in arrays of token ids.
         truncated: called at the end with how much was read of how much, if that is not all.
+        recognised: told the form of every record of JSON files and datasets.
 
     Raises:
-        ConfigError: the source does not exist, is empty, or holds a record that cannot be read.
+        ConfigError: the source does not exist, is empty, holds a record that cannot be read, or has no record with a
+            column that `source.columns` names.
     """
     empty = True
-    for record in _READERS[source.format](source, megabytes * 1e6, end_id, truncated):
+    recognised = recognised or Recognised(source.columns)
+    for record in _READERS[source.format](source, megabytes * 1e6, end_id, truncated, recognised):
         empty = False
         yield record
+    recognised.require_columns(str(_root(source)))
     if empty:
         pattern = source.pattern or FORMATS[source.format]
         raise ConfigError(
@@ -73,17 +80,28 @@ def read_records(
         )
 
 
+def texts_of(content: Content) -> list[str]:
+    """The texts of a record, from which a tokenizer can be trained."""
+    if isinstance(content, Conversation):
+        return [message.get("content") or "" for message in content.messages]
+    return [content.prompt, content.completion] if isinstance(content, Completion) else [content]
+
+
 def describe_source(source: SourceConfig) -> str:
     """The source's name for messages."""
     return source.path or "Python's standard library"
 
 
-def _read_texts(source: SourceConfig, remaining: float, end_id: int | None, truncated: _Say) -> Iterator[Record]:
+def _read_texts(
+    source: SourceConfig, remaining: float, end_id: int | None, truncated: _Say, recognised: Recognised
+) -> Iterator[Record]:
     for file, name, text in _fitting_texts(source, remaining, truncated):
         yield Record(text, str(file), name)
 
 
-def _read_docstrings(source: SourceConfig, remaining: float, end_id: int | None, truncated: _Say) -> Iterator[Record]:
+def _read_docstrings(
+    source: SourceConfig, remaining: float, end_id: int | None, truncated: _Say, recognised: Recognised
+) -> Iterator[Record]:
     """Questions about the public names of Python files, answered by the first paragraph of their docstrings."""
     for file, name, text in _fitting_texts(source, remaining, truncated):
         for asked, answer in questions_of(text, name, str(file)):
@@ -99,7 +117,7 @@ def _fitting_texts(source: SourceConfig, remaining: float, truncated: _Say) -> I
         if size > remaining - read:
             left_out += size
             continue
-        text = _decode(file.read_bytes(), str(file))
+        text = decode(file.read_bytes(), str(file))
         if text.strip():
             read += size
             yield file, name, text
@@ -107,38 +125,31 @@ def _fitting_texts(source: SourceConfig, remaining: float, truncated: _Say) -> I
         truncated(f"{_megabytes(read)} of {_megabytes(read + left_out)} MB")
 
 
-def _read_jsonl(source: SourceConfig, remaining: float, end_id: int | None, truncated: _Say) -> Iterator[Record]:
+def _read_jsonl(
+    source: SourceConfig, remaining: float, end_id: int | None, truncated: _Say, recognised: Recognised
+) -> Iterator[Record]:
     files, read = _files(source), 0
     for file, name in files:
-        with file.open("rb") as lines:
-            for number, raw in enumerate(lines, start=1):
-                place = f"{file}, line {number}"
-                if read + len(raw) > remaining:
-                    truncated(f"{_megabytes(read)} of {_megabytes(sum(one.stat().st_size for one, _ in files))} MB")
-                    return
-                read += len(raw)
-                line = _decode(raw, place)
-                if not line.strip():
-                    continue
-                try:
-                    found = json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    refuse(f"{place}: this is no JSON ({error}): {line.strip()!r:.80}; expected {WANTED}.")
-                content = checked_content(found, place)
-                if content is not None:
-                    yield Record(content, place, f"{name}:{number}")
+        for value in read_json_file(file):
+            if read + value.size > remaining:
+                truncated(f"{_megabytes(read)} of {_megabytes(sum(one.stat().st_size for one, _ in files))} MB")
+                return
+            read += value.size
+            content = recognised.content(value.found, str(file), value.place)
+            if content is not None:
+                yield Record(content, value.place, f"{name}:{value.number}")
 
 
-def _read_datasets(source: SourceConfig, remaining: float, end_id: int | None, truncated: _Say) -> Iterator[Record]:
+def _read_datasets(
+    source: SourceConfig, remaining: float, end_id: int | None, truncated: _Say, recognised: Recognised
+) -> Iterator[Record]:
     rows = _open_dataset(source)
     for number, row in enumerate(rows):
         place = f"{source.path}, row {number} of {source.split}"
-        found = {key: value for key, value in row.items() if key in FIELDS}
-        content = checked_content(found or row, place)
+        content = recognised.content(dict(row), source.path, place)
         if content is None:
             continue
-        text = json.dumps(content.messages) if isinstance(content, Conversation) else content
-        remaining -= len(text.encode())
+        remaining -= len("".join(texts_of(content)).encode())
         if remaining < 0:
             truncated(f"{number:,} of {len(rows):,} rows")
             return
@@ -167,7 +178,9 @@ def _open_dataset(source: SourceConfig) -> Any:
         refuse(f"data.path: {source.path}: datasets cannot open it ({type(error).__name__}: {error}).")
 
 
-def _read_tokens(source: SourceConfig, remaining: float, end_id: int | None, truncated: _Say) -> Iterator[Record]:
+def _read_tokens(
+    source: SourceConfig, remaining: float, end_id: int | None, truncated: _Say, recognised: Recognised
+) -> Iterator[Record]:
     for file, name in _files(source):
         try:
             ids = np.load(file, mmap_mode="r")
@@ -187,7 +200,7 @@ def _read_tokens(source: SourceConfig, remaining: float, end_id: int | None, tru
             start = stop
 
 
-_READERS: dict[str, Callable[[SourceConfig, float, int | None, _Say], Iterator[Record]]] = {
+_READERS: dict[str, Callable[[SourceConfig, float, int | None, _Say, Recognised], Iterator[Record]]] = {
     "text": _read_texts,
     "docstrings": _read_docstrings,
     "jsonl": _read_jsonl,
@@ -227,10 +240,3 @@ def _files(source: SourceConfig) -> list[tuple[Path, str]]:
 def _fail(error: OSError) -> NoReturn:
     """Raises the error: a folder that cannot be listed would be left out in silence otherwise."""
     raise error
-
-
-def _decode(raw: bytes, place: str) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        refuse(f"{place}: found byte 0x{raw[error.start]:02x} at offset {error.start}, expected text in UTF-8.")

@@ -1,0 +1,64 @@
+"""The forms of a source's records: one in each file, counted, with the columns that nothing reads."""
+
+from collections import Counter
+from typing import Any
+
+from train.config import ColumnsConfig
+from train.data.messages import refuse
+from train.data.records import MIXABLE, Content, read_record
+
+#: Columns that a line of the start names at most.
+_MOST_NAMED = 12
+
+
+class Recognised:
+    """Reads the records of one source and remembers what they were.
+
+    Attributes:
+        forms: the number of records of each form, by its name.
+        columns: all columns with a value in some record, in the order in which they came.
+        read: those of them that were read.
+    """
+
+    def __init__(self, columns: ColumnsConfig) -> None:
+        self._named = columns
+        self.forms: Counter[str] = Counter()
+        self.columns: dict[str, None] = {}
+        self.read: set[str] = set()
+        self._first: dict[str, tuple[str, str]] = {}  # of each file, the form and place of its first record
+
+    def content(self, found: Any, file: str, place: str) -> Content | None:
+        """The content of a record; None for a blank one.
+
+        Raises:
+            ConfigError: as `read_record`; or it has another form than the file's first record.
+        """
+        record = read_record(found, place, self._named)
+        first, where = self._first.setdefault(file, (record.form, place))
+        if record.form != first and not {record.form, first} <= MIXABLE:
+            refuse(
+                f"{place}: found {record.form} (the keys {', '.join(found)}), expected {first}, as in {where}: a file "
+                "has records of one form. Put each form into a file of its own, as [[data.sources]] of a mixture."
+            )
+        self.forms[record.form] += 1
+        self.columns.update(dict.fromkeys(key for key, value in found.items() if value is not None))
+        self.read |= record.columns
+        return record.content
+
+    def require_columns(self, where: str) -> None:
+        """Refuses a column that is named in [data.columns] and that no record had."""
+        for field, column in self._named.given.items():
+            if column not in self.columns and self.columns:
+                refuse(
+                    f"data.columns.{field}: none of the {self.forms.total():,} records of {where} has {column!r}, "
+                    f"expected one of {', '.join(self.columns)}."
+                )
+
+    def notes(self, source: str) -> list[str]:
+        """What the start of a run says: the forms, with their numbers of records, and the columns that are not read."""
+        lines = [f"{count:,} records of {source}: {form}" for form, count in self.forms.items()]
+        unread = [column for column in self.columns if column not in self.read]
+        if unread:
+            more = f" and {len(unread) - _MOST_NAMED} more" if len(unread) > _MOST_NAMED else ""
+            lines[-1] += f"; keys that are not read: {', '.join(unread[:_MOST_NAMED])}{more}"
+        return lines
