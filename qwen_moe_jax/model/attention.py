@@ -10,33 +10,38 @@ from jax.sharding import PartitionSpec as P
 from qwen_moe_jax.attention_kernels.blockwise import Blocks, attend_in_blocks
 from qwen_moe_jax.attention_kernels.splash import LANES, attend_by_splash
 from qwen_moe_jax.config import ExecutionConfig, ModelConfig
-from qwen_moe_jax.errors import ShardingError
 from qwen_moe_jax.model.cache import HEADS, LayerCache, cached_attention, update_cache
 from qwen_moe_jax.model.inputs import TokenContext
 from qwen_moe_jax.model.rotary import apply_rotary
 from qwen_moe_jax.nn.linear import Linear
-from qwen_moe_jax.nn.norm import RMSNorm
+from qwen_moe_jax.nn.norm import rms_norm
 from qwen_moe_jax.nn.parameters import ParameterFactory
-from qwen_moe_jax.sharding.rules import BATCH
+from qwen_moe_jax.sharding.rules import BATCH, require_whole_heads
 
 
 class Attention(nnx.Module):
-    """Projections, optional per-head norms, rotation, attention, output projection."""
+    """Projections, optional per-head norms, rotation, attention, optional gate, output projection.
+
+    With `output_gate`, the rows of `q_proj` are, for each head, those of its query and then those of its gate.
+    """
 
     def __init__(self, name: str, config: ModelConfig, make: ParameterFactory):
         heads, kv_heads = config.attention.num_attention_heads, config.attention.num_key_value_heads
-        _check_whole_heads(name, {"num_attention_heads": heads, "num_key_value_heads": kv_heads}, make)
+        require_whole_heads(name, {"num_attention_heads": heads, "num_key_value_heads": kv_heads}, make.mesh)
         head_dim, width = config.attention.head_dim, config.hidden_size
         into, out = ("heads", "embed"), ("embed", "heads")
-        qkv_bias = config.attention.qkv_bias
-        self.q_proj = Linear(f"{name}.q_proj", into, (heads * head_dim, width), make, bias=qkv_bias)
+        qkv_bias, gates = config.attention.qkv_bias, heads if config.attention.output_gate else 0
+        self.q_proj = Linear(f"{name}.q_proj", into, ((heads + gates) * head_dim, width), make, bias=qkv_bias)
         self.k_proj = Linear(f"{name}.k_proj", into, (kv_heads * head_dim, width), make, bias=qkv_bias)
         self.v_proj = Linear(f"{name}.v_proj", into, (kv_heads * head_dim, width), make, bias=qkv_bias)
         self.o_proj = Linear(f"{name}.o_proj", out, (width, heads * head_dim), make, bias=config.attention.o_bias)
+        norm = functools.partial(
+            rms_norm, size=head_dim, eps=config.rms_norm_eps, make=make, zero_centered=config.zero_centered_norm
+        )
         qk_norm = config.attention.qk_norm
-        self.q_norm = RMSNorm(f"{name}.q_norm", head_dim, config.rms_norm_eps, make) if qk_norm else None
-        self.k_norm = RMSNorm(f"{name}.k_norm", head_dim, config.rms_norm_eps, make) if qk_norm else None
-        self.head_dim = head_dim
+        self.q_norm = norm(f"{name}.q_norm") if qk_norm else None
+        self.k_norm = norm(f"{name}.k_norm") if qk_norm else None
+        self.head_dim, self.output_gate = head_dim, config.attention.output_gate
 
     def __call__(
         self,
@@ -56,28 +61,37 @@ class Attention(nnx.Module):
             cache: of the previous tokens, one text a row. None: all tokens are given.
         """
         with jax.named_scope("attention"):
-            q_BTNH, k_BTKH, v_BTKH = self._projected(hidden_BTD, context)
+            q_BTNH, gate_BTNH, k_BTKH, v_BTKH = self._projected(hidden_BTD, context)
             if cache is None:
                 mixed_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, context.segment_ids_BT, sliding_window, execution)
             else:
                 cache = update_cache(cache, k_BTKH, v_BTKH, context.token_mask_BT)
                 mixed_BTNH = cached_attention(q_BTNH, cache, context.token_mask_BT, sliding_window)
+            if gate_BTNH is not None:
+                mixed_BTNH = mixed_BTNH * jax.nn.sigmoid(gate_BTNH)
             batch, length, heads, head_dim = mixed_BTNH.shape
             return self.o_proj(jnp.reshape(mixed_BTNH, (batch, length, heads * head_dim))), cache
 
-    def _projected(self, hidden_BTD: jax.Array, context: TokenContext) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, N, H], keys and values [B, T, K, H]; queries and keys normed and rotated."""
-        q_BTNH = self._heads(self.q_proj(hidden_BTD))
-        k_BTKH = self._heads(self.k_proj(hidden_BTD))
-        v_BTKH = self._heads(self.v_proj(hidden_BTD))
+    def _projected(
+        self, hidden_BTD: jax.Array, context: TokenContext
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
+        """Queries and gates [B, T, N, H], keys and values [B, T, K, H]; queries and keys normed and rotated."""
+        gate_BTNH = None
+        if self.output_gate:
+            q_BTNH, gate_BTNH = jnp.split(split_heads(self.q_proj(hidden_BTD), 2 * self.head_dim), 2, axis=-1)
+        else:
+            q_BTNH = split_heads(self.q_proj(hidden_BTD), self.head_dim)
+        k_BTKH = split_heads(self.k_proj(hidden_BTD), self.head_dim)
+        v_BTKH = split_heads(self.v_proj(hidden_BTD), self.head_dim)
         if self.q_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        return apply_rotary(q_BTNH, context.rotary), apply_rotary(k_BTKH, context.rotary), v_BTKH
+        return apply_rotary(q_BTNH, context.rotary), gate_BTNH, apply_rotary(k_BTKH, context.rotary), v_BTKH
 
-    def _heads(self, x_BTO: jax.Array) -> jax.Array:
-        batch, length, rows = x_BTO.shape
-        shape = (batch, length, rows // self.head_dim, self.head_dim)
-        return jnp.reshape(x_BTO, shape, out_sharding=HEADS)
+
+def split_heads(x_BTO: jax.Array, head_dim: int) -> jax.Array:
+    """The rows of a projection by head, [B, T, rows / head_dim, head_dim]; heads are sharded over `tensor`."""
+    batch, length, rows = x_BTO.shape
+    return jnp.reshape(x_BTO, (batch, length, rows // head_dim, head_dim), out_sharding=HEADS)
 
 
 def attend(
@@ -96,13 +110,3 @@ def attend(
     return jax.shard_map(local, in_specs=specs, out_specs=HEADS, check_vma=False)(
         q_BTNH, k_BTKH, v_BTKH, segment_ids_BT
     )
-
-
-def _check_whole_heads(name: str, counts: dict[str, int], make: ParameterFactory) -> None:
-    num_shards = make.mesh.shape["tensor"]
-    for field, count in counts.items():
-        if count % num_shards:
-            raise ShardingError(
-                f"{name}: {field}={count} does not divide over the mesh axis tensor={num_shards}: a head is on one "
-                f"device. Choose a tensor size that divides {count}."
-            )

@@ -1,14 +1,18 @@
-"""Keys and values of the tokens a model has read, so that a new token costs one token's work.
+"""What the layers keep of the tokens a model has read, so that a new token costs one token's work.
 
-Every row of the batch has a length of its own: position p of a row is in slot `p % S` of its layer. Layers of full
-attention have a slot for every token there may be; sliding layers have a ring, as long as their window and what is
-written in one step.
+Attention keeps keys and values. Every row of the batch has a length of its own: position p of a row is in slot `p % S`
+of its layer. Layers of full attention have a slot for every token there may be; sliding layers have a ring, as long as
+their window and what is written in one step. Linear layers keep a state that does not grow; it cannot go back to an
+earlier token, only to none: a row of length 0 starts from zeros, whatever is stored.
+
+Letters of this file besides the package's: W columns of a convolution, C its channels. In the state of a linear layer
+[B, N, H, H], N are value heads, and the sizes are those of a key head and of a value head.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +22,15 @@ from jax.sharding import PartitionSpec as P
 from qwen_moe_jax.attention_kernels.cached import attend_cached, stored_dtype, write_slots
 from qwen_moe_jax.config import LayerKind, ModelConfig
 from qwen_moe_jax.model.segments import plan_segments
+from qwen_moe_jax.nn.bits import as_bits, from_bits
 from qwen_moe_jax.sharding.rules import BATCH
 
 #: Keys and values [L, B, S, K, H] are sharded as their rows and heads are: attention needs no collective.
 STORED: Any = P(None, BATCH, None, "tensor", None)
 #: Queries, keys and values [B, T, heads, H] of new tokens.
 HEADS = P(BATCH, None, "tensor", None)
+#: The state [B, N, H, H] of a linear layer, and the columns [B, W, C] of its convolution.
+STATE, COLUMNS = P(BATCH, "tensor", None, None), P(BATCH, None, "tensor")
 
 
 @jax.tree_util.register_dataclass
@@ -39,30 +46,63 @@ class KeyValues:
     keys_LBSKH: jax.Array
     values_LBSKH: jax.Array
 
+    @staticmethod
+    def specs() -> "KeyValues":
+        """The `PartitionSpec` of every array."""
+        return KeyValues(keys_LBSKH=STORED, values_LBSKH=STORED)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecurrentState:
+    """What linear layers at one position of a segment's period keep, stacked as their weights are.
+
+    Attributes:
+        state_LBNHH: of the gated delta rule, float32: a matrix from keys to values for each value head.
+        conv_LBWC: what entered the convolution at the last W tokens of each row, the newest last, as `KeyValues` are
+            stored; zeros before its first token.
+    """
+
+    state_LBNHH: jax.Array
+    conv_LBWC: jax.Array
+
+    @staticmethod
+    def specs() -> "RecurrentState":
+        """The `PartitionSpec` of every array."""
+        state: Any = P(None, *STATE)
+        columns: Any = P(None, *COLUMNS)
+        return RecurrentState(state_LBNHH=state, conv_LBWC=columns)
+
+
+#: What the layers of one kind keep.
+Stored = KeyValues | RecurrentState
+Kept = TypeVar("Kept", bound=Stored)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cache:
-    """Keys and values of a whole model for a batch.
+    """What a whole model keeps for a batch.
 
     Attributes:
-        segments: as `Decoder.segments`, one `KeyValues` for each position of each segment's period.
+        segments: as `Decoder.segments`: for each position of each segment's period `KeyValues`, or a `RecurrentState`
+            where the layer is linear.
         lengths_B: int32; tokens of each row so far.
     """
 
-    segments: tuple[tuple[KeyValues, ...], ...]
+    segments: tuple[tuple[Stored, ...], ...]
     lengths_B: jax.Array
 
     def specs(self) -> "Cache":
         """The `PartitionSpec` of every array."""
-        segments = jax.tree.map(lambda _: STORED, self.segments)
+        segments = tuple(tuple(stored.specs() for stored in period) for period in self.segments)
         rows: Any = P(BATCH)
         return Cache(segments=segments, lengths_B=rows)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerCache:
+class LayerCache(Generic[Kept]):
     """One layer's part of a cache.
 
     Attributes:
@@ -71,13 +111,13 @@ class LayerCache:
         lengths_B: int32; tokens of each row before the new ones.
     """
 
-    stored: KeyValues
+    stored: Kept
     layer: jax.Array
     lengths_B: jax.Array
 
 
 def slots(config: ModelConfig, kind: LayerKind, max_length: int, max_write: int) -> int:
-    """Slots S of a layer: one for each of `max_length` tokens, or, sliding, for a window and `max_write` tokens more.
+    """Slots S of attention: one for each of `max_length` tokens, or, sliding, for a window and `max_write` tokens more.
 
     While up to `max_write` tokens are written in one step, the first of them still needs the window before it.
     """
@@ -97,15 +137,24 @@ def abstract_cache(
         batch: rows, a multiple of the devices that share the batch.
         max_length: the largest number of tokens of a row.
         max_write: tokens that are written in one step at most.
-        dtype: of keys and values.
+        dtype: of keys, values and the columns of convolutions; the state of linear layers is float32.
     """
-    attention = config.attention
+    attention, linear = config.attention, config.linear_attention
     dtype = stored_dtype(dtype, mesh.devices.flat[0].platform)
 
-    def abstract(kind: LayerKind, repeats: int) -> KeyValues:
+    def zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, spec: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    def abstract(kind: LayerKind, repeats: int) -> Stored:
+        if kind.mixer == "linear" and linear is not None:
+            state = (repeats, batch, linear.num_value_heads, linear.key_head_dim, linear.value_head_dim)
+            columns, specs = (repeats, batch, linear.conv_kernel_dim - 1, linear.conv_dim), RecurrentState.specs()
+            return RecurrentState(
+                state_LBNHH=zeros(state, jnp.float32, specs.state_LBNHH),
+                conv_LBWC=zeros(columns, dtype, specs.conv_LBWC),
+            )
         num_slots = slots(config, kind, max_length, max_write)
-        shape = (repeats, batch, num_slots, attention.num_key_value_heads, attention.head_dim)
-        one: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, STORED))
+        one = zeros((repeats, batch, num_slots, attention.num_key_value_heads, attention.head_dim), dtype, STORED)
         return KeyValues(keys_LBSKH=one, values_LBSKH=one)
 
     lengths_B: Any = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=NamedSharding(mesh, P(BATCH)))
@@ -131,7 +180,9 @@ def _zeros(abstract: Cache) -> Callable[[], Cache]:
     return jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=shardings)
 
 
-def update_cache(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, token_mask_BT: jax.Array) -> LayerCache:
+def update_cache(
+    cache: LayerCache[KeyValues], k_BTKH: jax.Array, v_BTKH: jax.Array, token_mask_BT: jax.Array
+) -> LayerCache[KeyValues]:
     """The cache with keys and values of the new tokens after those of their rows; padding is not written."""
 
     def local(stored: KeyValues, layer, lengths_B, k_BTKH, v_BTKH, token_mask_BT) -> KeyValues:
@@ -140,7 +191,7 @@ def update_cache(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, token_
             values_LBSKH=write_slots(stored.values_LBSKH, v_BTKH, layer, lengths_B, token_mask_BT),
         )
 
-    spec = KeyValues(keys_LBSKH=STORED, values_LBSKH=STORED)
+    spec = KeyValues.specs()
     in_specs = (spec, P(), P(BATCH), HEADS, HEADS, P(BATCH, None))
     stored = jax.shard_map(local, in_specs=in_specs, out_specs=spec, check_vma=False)(
         cache.stored, cache.layer, cache.lengths_B, k_BTKH, v_BTKH, token_mask_BT
@@ -149,7 +200,7 @@ def update_cache(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, token_
 
 
 def cached_attention(
-    q_BTNH: jax.Array, cache: LayerCache, token_mask_BT: jax.Array, sliding_window: int | None
+    q_BTNH: jax.Array, cache: LayerCache[KeyValues], token_mask_BT: jax.Array, sliding_window: int | None
 ) -> jax.Array:
     """Attention of the new tokens, stored already, over all of their row so far; see `attend_cached`."""
 
@@ -157,8 +208,32 @@ def cached_attention(
         keys, values = stored.keys_LBSKH, stored.values_LBSKH
         return attend_cached(q_BTNH, keys, values, layer, lengths_B, token_mask_BT, sliding_window)
 
-    spec = KeyValues(keys_LBSKH=STORED, values_LBSKH=STORED)
+    spec = KeyValues.specs()
     in_specs = (HEADS, spec, P(), P(BATCH), P(BATCH, None))
     return jax.shard_map(local, in_specs=in_specs, out_specs=HEADS, check_vma=False)(
         q_BTNH, cache.stored, cache.layer, cache.lengths_B, token_mask_BT
     )
+
+
+def read_state(cache: LayerCache[RecurrentState], dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """A linear layer's state [B, N, H, H] and columns [B, W, C], these in `dtype`; zeros in rows without tokens."""
+    state_BNHH = jax.lax.dynamic_index_in_dim(cache.stored.state_LBNHH, cache.layer, keepdims=False)
+    columns_BWC = from_bits(jax.lax.dynamic_index_in_dim(cache.stored.conv_LBWC, cache.layer, keepdims=False))
+    empty_B = cache.lengths_B == 0
+    state_BNHH = jnp.where(empty_B[:, None, None, None], 0, state_BNHH)
+    return state_BNHH, jnp.where(empty_B[:, None, None], 0, columns_BWC).astype(dtype)
+
+
+def update_state(
+    cache: LayerCache[RecurrentState], state_BNHH: jax.Array, columns_BWC: jax.Array
+) -> LayerCache[RecurrentState]:
+    """The cache with a linear layer's new state and columns."""
+    stored = cache.stored
+    columns_BWC = columns_BWC.astype(from_bits(stored.conv_LBWC).dtype)
+    columns_BWC = as_bits(columns_BWC) if stored.conv_LBWC.dtype == jnp.uint16 else columns_BWC
+    put = jax.lax.dynamic_update_index_in_dim
+    stored = RecurrentState(
+        state_LBNHH=put(stored.state_LBNHH, state_BNHH, cache.layer, 0),
+        conv_LBWC=put(stored.conv_LBWC, columns_BWC, cache.layer, 0),
+    )
+    return dataclasses.replace(cache, stored=stored)

@@ -1,6 +1,7 @@
 """The decoder: embedding, layers, final norm. One forward for training, prefill and decoding. Start reading here.
 
-Tokens [B, T] → embedding → L × (norm → attention → add → norm → MLP or mixture of experts → add) → norm → [B, T, D].
+Tokens [B, T] → embedding → L × (norm → mixer → add → norm → MLP or mixture of experts → add) → norm → [B, T, D].
+The mixer is attention or a gated delta rule.
 
 Layers of one kind are stacked on a leading axis and scanned, so that depth costs no compile time.
 """
@@ -17,7 +18,7 @@ from flax import nnx
 
 from qwen_moe_jax.attention_kernels.blockwise import ATTENDED
 from qwen_moe_jax.config import ExecutionConfig, ModelConfig
-from qwen_moe_jax.model.cache import Cache, KeyValues, LayerCache
+from qwen_moe_jax.model.cache import Cache, LayerCache, Stored
 from qwen_moe_jax.model.inputs import ModelInputs, TokenContext
 from qwen_moe_jax.model.layer import DecoderLayer, LayerOutput
 from qwen_moe_jax.model.rotary import rotary_tables
@@ -29,7 +30,7 @@ from qwen_moe_jax.moe.stats import RouterStats, RouterTrace
 from qwen_moe_jax.nn.bits import rows_at
 from qwen_moe_jax.nn.embedding import Embedding
 from qwen_moe_jax.nn.matmul import WEIGHT_MATMUL
-from qwen_moe_jax.nn.norm import RMSNorm
+from qwen_moe_jax.nn.norm import rms_norm
 from qwen_moe_jax.nn.parameters import ParameterFactory
 
 
@@ -76,7 +77,9 @@ class Decoder(nnx.Module):
             "model.embed_tokens", config.vocab_size, config.hidden_size, config.pad_token_id, make
         )
         self.layers = LayerStack(config, make)
-        self.norm = RMSNorm("model.norm", config.hidden_size, config.rms_norm_eps, make)
+        self.norm = rms_norm(
+            "model.norm", config.hidden_size, config.rms_norm_eps, make, zero_centered=config.zero_centered_norm
+        )
         self.config = config
 
     def __call__(
@@ -105,9 +108,7 @@ class Decoder(nnx.Module):
         if cache is not None:
             positions_BT = cache.lengths_B[:, None] + jnp.arange(token_mask_BT.shape[1])
             positions_BT = jnp.where(token_mask_BT, positions_BT, 0)
-        rotary = rotary_tables(
-            config.rope, config.attention.head_dim, config.max_position_embeddings, positions_BT, dtype
-        )
+        rotary = rotary_tables(config.rope, config.rotary_dim, config.max_position_embeddings, positions_BT, dtype)
         with jax.named_scope("embedding"):
             # The token id of padding is ignored: it may be outside the vocabulary.
             hidden_BTD = self.embed_tokens(jnp.where(token_mask_BT, inputs.tokens_BT, 0), dtype)
@@ -194,7 +195,7 @@ class LayerStack(nnx.Module):
         return jax.checkpoint(run_layer, policy=SAVEABLE[execution.remat], prevent_cse=barrier)
 
 
-_Stored = tuple[KeyValues, ...] | None
+_Stored = tuple[Stored, ...] | None
 _Index = jax.Array | None
 
 

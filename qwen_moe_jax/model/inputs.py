@@ -52,7 +52,7 @@ class TokenContext:
 
     Attributes:
         segment_ids_BT: int32; tokens attend within their own segment; 0 is padding.
-        rotary: cosines and sines [B, T, H] of the tokens' positions.
+        rotary: cosines and sines of the tokens' positions.
     """
 
     segment_ids_BT: jax.Array

@@ -1,6 +1,7 @@
 """One decoder layer, of any kind."""
 
 import dataclasses
+import functools
 
 import jax
 from flax import nnx
@@ -9,10 +10,11 @@ from qwen_moe_jax.config import ExecutionConfig, LayerKind, ModelConfig
 from qwen_moe_jax.model.attention import Attention
 from qwen_moe_jax.model.cache import LayerCache
 from qwen_moe_jax.model.inputs import TokenContext
+from qwen_moe_jax.model.linear_attention import GatedDeltaNet
 from qwen_moe_jax.moe.block import SparseMoeBlock
 from qwen_moe_jax.moe.stats import RouterStats, RouterTrace
 from qwen_moe_jax.nn.mlp import MLP
-from qwen_moe_jax.nn.norm import RMSNorm
+from qwen_moe_jax.nn.norm import rms_norm
 from qwen_moe_jax.nn.parameters import ParameterFactory
 
 
@@ -35,13 +37,22 @@ class LayerOutput:
 
 
 class DecoderLayer(nnx.Module):
-    """`h += attention(norm(h)); h += mlp(norm(h))`, where the MLP is dense or a mixture of experts."""
+    """`h += mixer(norm(h)); h += mlp(norm(h))`.
+
+    The mixer is attention (`self_attn`) or a gated delta rule (`linear_attn`), whichever is not None; the MLP is dense
+    or a mixture of experts.
+    """
 
     def __init__(self, name: str, kind: LayerKind, config: ModelConfig, make: ParameterFactory):
-        width, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = RMSNorm(f"{name}.input_layernorm", width, eps, make)
-        self.self_attn = Attention(f"{name}.self_attn", config, make)
-        self.post_attention_layernorm = RMSNorm(f"{name}.post_attention_layernorm", width, eps, make)
+        width = config.hidden_size
+        norm = functools.partial(
+            rms_norm, size=width, eps=config.rms_norm_eps, make=make, zero_centered=config.zero_centered_norm
+        )
+        self.input_layernorm = norm(f"{name}.input_layernorm")
+        linear = kind.mixer == "linear"
+        self.linear_attn = GatedDeltaNet(f"{name}.linear_attn", config, make) if linear else None
+        self.self_attn = None if linear else Attention(f"{name}.self_attn", config, make)
+        self.post_attention_layernorm = norm(f"{name}.post_attention_layernorm")
         self.mlp: SparseMoeBlock | MLP
         if kind.mlp == "sparse":
             self.mlp = SparseMoeBlock(width, config.moe, act=config.hidden_act, make=make, name=f"{name}.mlp")
@@ -61,8 +72,11 @@ class DecoderLayer(nnx.Module):
     ) -> LayerOutput:
         """Runs the layer on hidden states [B, T, D]; with a `noise_key`, what enters the experts is jittered."""
         normed_BTD = self.input_layernorm(hidden_BTD)
-        attended_BTD, cache = self.self_attn(normed_BTD, context, self.sliding_window, execution, cache)
-        hidden_BTD = hidden_BTD + attended_BTD
+        if self.linear_attn is not None:
+            mixed_BTD, cache = self.linear_attn(normed_BTD, context, cache)
+        else:
+            mixed_BTD, cache = self.self_attn(normed_BTD, context, self.sliding_window, execution, cache)
+        hidden_BTD = hidden_BTD + mixed_BTD
         normed_BTD = self.post_attention_layernorm(hidden_BTD)
         stats: RouterStats | None = None
         trace: RouterTrace | None = None

@@ -11,7 +11,11 @@ from qwen_moe_jax.config import RopeConfig
 
 
 class RotaryTables(NamedTuple):
-    """Cosines and sines of every token's angles, each [B, T, H], in the model's dtype."""
+    """Cosines and sines of every token's angles, each [B, T, H], in the model's dtype.
+
+    H is here the number of dimensions that are rotated, `ModelConfig.rotary_dim`; the functions below call it
+    `head_dim`.
+    """
 
     cos_BTH: jax.Array
     sin_BTH: jax.Array
@@ -32,10 +36,16 @@ def rotary_tables(
 
 
 def apply_rotary(x_BTNH: jax.Array, tables: RotaryTables) -> jax.Array:
-    """Rotates each pair (i, i + H/2) of every head by its token's angle, in the dtype of the input."""
-    first, second = jnp.split(x_BTNH, 2, axis=-1)
+    """Rotates each pair (i, i + R/2) of the first R dimensions of every head by its token's angle.
+
+    R is the width of the tables; the dimensions beyond it pass as they are. The result has the dtype of the input.
+    """
+    width = tables.cos_BTH.shape[-1]
+    turned, passed = x_BTNH[..., :width], x_BTNH[..., width:]
+    first, second = jnp.split(turned, 2, axis=-1)
     rotated = jnp.concatenate([-second, first], axis=-1)
-    return x_BTNH * tables.cos_BTH[:, :, None] + rotated * tables.sin_BTH[:, :, None]
+    turned = turned * tables.cos_BTH[:, :, None] + rotated * tables.sin_BTH[:, :, None]
+    return jnp.concatenate([turned, passed], axis=-1) if passed.shape[-1] else turned
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from qwen_moe_jax.config import ShardingRules
 from qwen_moe_jax.sharding.rules import padded_shape, parameter_sharding
 
-Kind = Literal["normal", "uniform", "zeros", "ones"]
+Kind = Literal["normal", "uniform", "log_uniform", "zeros", "ones"]
 
 
 class Untrained(nnx.Variable):
@@ -54,6 +54,10 @@ class ParameterFactory:
         """A factory whose parameters have a leading axis of `count` layers."""
         return dataclasses.replace(self, stack=count)
 
+    def in_float32(self) -> "ParameterFactory":
+        """A factory of float32 parameters."""
+        return dataclasses.replace(self, dtype="float32")
+
     def normal(
         self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], zero_row: int | None = None
     ) -> nnx.Param:
@@ -66,6 +70,10 @@ class ParameterFactory:
     def uniform(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], bound: float) -> nnx.Param:
         """A matrix drawn uniformly from [-bound, bound)."""
         return dataclasses.replace(self, initializer_range=bound)._create("uniform", name, shape, axes)
+
+    def log_uniform(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], bound: float) -> nnx.Param:
+        """Logarithms of numbers drawn uniformly from [0.01, bound): above 0, whose logarithm would be infinite."""
+        return dataclasses.replace(self, initializer_range=bound)._create("log_uniform", name, shape, axes)
 
     def zeros(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
         """A bias, or a matrix that starts without effect."""
@@ -141,6 +149,8 @@ def _initializer(
             return drawn if zero_row is None else drawn.at[zero_row].set(0)
         if kind == "uniform":
             return jax.random.uniform(key, shape, jnp.float32, -scale, scale).astype(stored.dtype)
+        if kind == "log_uniform":
+            return jnp.log(jax.random.uniform(key, shape, jnp.float32, 0.01, scale)).astype(stored.dtype)
         return jnp.full(shape, 1.0 if kind == "ones" else 0.0, stored.dtype)
 
     return jax.jit(lambda key, scale: jnp.pad(draw(key, scale), padding), out_shardings=stored.sharding)

@@ -24,12 +24,13 @@ BATCH = ("data", "fsdp", "expert")
 COMPUTE_AXES: Mapping[str, tuple[str, ...]] = {
     "layers": (),
     "vocab": ("tensor",),
-    "heads": ("tensor",),  # rows of q, k, v: heads times head size
+    "heads": ("tensor",),  # rows of q, k, v: heads times head size; what each head has one of
     "ffn": ("tensor",),
     "embed": (),  # the hidden axis of dense weights
     "expert": ("expert",),
     "expert_embed": (),  # the hidden axis of routed experts, whose expert axis is already sharded over `expert`
     "norm": (),
+    "conv": (),  # taps of a convolution, whose channels are heads
     "router": (),
     "labels": (),
     "rank": (),  # of low-rank adapters
@@ -95,6 +96,26 @@ def parameter_sharding(
                 f"{over}. Choose mesh sizes that divide {size}, or another sharding rule for {axis!r}."
             )
     return NamedSharding(mesh, spec)
+
+
+def require_whole_heads(name: str, counts: Mapping[str, int], mesh: Mesh) -> None:
+    """Refuses numbers of heads that do not divide over the mesh axis `tensor`.
+
+    Args:
+        name: of the module, for messages.
+        counts: by the name of their config field.
+        mesh: the model's mesh.
+
+    Raises:
+        ShardingError: naming the first that does not divide.
+    """
+    num_shards = mesh.shape["tensor"]
+    for field, count in counts.items():
+        if count % num_shards:
+            raise ShardingError(
+                f"{name}: {field}={count} does not divide over the mesh axis tensor={num_shards}: a head is on one "
+                f"device. Choose a tensor size that divides {count}."
+            )
 
 
 def padded_shape(shape: Sequence[int], axes: Sequence[str], mesh: Mesh, rules: ShardingRules) -> tuple[int, ...]:

@@ -1,0 +1,134 @@
+"""Linear attention by the gated delta rule (Gated DeltaNet, arXiv 2412.06464), over packed and padded rows.
+
+Queries, keys and values pass a short causal convolution, and then a recurrence whose state does not grow with the row.
+
+Letters of this file besides the package's: N value heads, C channels of the convolution, W its taps. In the state
+[B, N, H, H], the sizes are those of a key head and of a value head.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from qwen_moe_jax.attention_kernels.causal_conv import causal_conv1d
+from qwen_moe_jax.attention_kernels.delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from qwen_moe_jax.config import LinearAttentionConfig, ModelConfig
+from qwen_moe_jax.model.attention import split_heads
+from qwen_moe_jax.model.cache import COLUMNS, HEADS, STATE, LayerCache, read_state, update_state
+from qwen_moe_jax.model.inputs import TokenContext
+from qwen_moe_jax.nn.linear import Linear
+from qwen_moe_jax.nn.mlp import ACTIVATIONS
+from qwen_moe_jax.nn.norm import GatedRMSNorm
+from qwen_moe_jax.nn.parameters import ParameterFactory
+from qwen_moe_jax.sharding.rules import BATCH, gather_for_compute, require_whole_heads
+
+#: The largest initial decay rate, exp(A_log), as transformers draws it.
+LARGEST_RATE = 16.0
+
+
+class GatedDeltaNet(nnx.Module):
+    """Projections, convolution, gated delta rule, gated norm, output projection.
+
+    Rows of `in_proj_qkv` and channels of `conv1d` are grouped by key head, the unit that is sharded over `tensor`: for
+    each, the rows of its query, of its key, and of the values of its value heads.
+    """
+
+    def __init__(self, name: str, config: ModelConfig, make: ParameterFactory):
+        linear, width = config.linear_attention, config.hidden_size
+        assert linear is not None  # checked by ModelConfig
+        require_whole_heads(name, {"linear_num_key_heads": linear.num_key_heads}, make.mesh)
+        heads, into = linear.num_value_heads, ("heads", "embed")
+        own = make.in_float32() if linear.float32_parameters else make
+        self.in_proj_qkv = Linear(f"{name}.in_proj_qkv", into, (linear.conv_dim, width), make)
+        self.in_proj_z = Linear(f"{name}.in_proj_z", into, (linear.value_dim, width), make)
+        self.in_proj_b = Linear(f"{name}.in_proj_b", into, (heads, width), make)
+        self.in_proj_a = Linear(f"{name}.in_proj_a", into, (heads, width), make)
+        self.conv1d = DepthwiseConv(f"{name}.conv1d", linear.conv_dim, linear.conv_kernel_dim, make)
+        self.A_log = own.log_uniform(f"{name}.A_log", (heads,), ("heads",), LARGEST_RATE)
+        self.dt_bias = make.ones(f"{name}.dt_bias", (heads,), ("heads",))
+        self.norm = GatedRMSNorm(f"{name}.norm", linear.value_head_dim, config.rms_norm_eps, own)
+        self.out_proj = Linear(f"{name}.out_proj", ("embed", "heads"), (width, linear.value_dim), make)
+        self.linear, self.act = linear, config.hidden_act
+
+    def __call__(
+        self, hidden_BTD: jax.Array, context: TokenContext, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """The layer's output [B, T, D], and the cache with the new tokens, where there is one.
+
+        Args:
+            hidden_BTD: normalised hidden states.
+            context: segments of the tokens.
+            cache: of the previous tokens, one text a row. None: all tokens are given.
+        """
+        with jax.named_scope("linear_attention"):
+            qkv_BTC = self.in_proj_qkv(hidden_BTD)
+            gate_BTNH = split_heads(self.in_proj_z(hidden_BTD), self.linear.value_head_dim)
+            before = None if cache is None else read_state(cache, hidden_BTD.dtype)
+            mixed_BTNH, after = self._mixed(
+                qkv_BTC, self.in_proj_b(hidden_BTD), self.in_proj_a(hidden_BTD), context, before
+            )
+            if cache is not None and after is not None:
+                cache = update_state(cache, *after)
+            normed_BTNH = self.norm(mixed_BTNH, gate_BTNH)
+            batch, length, heads, head_dim = normed_BTNH.shape
+            return self.out_proj(jnp.reshape(normed_BTNH, (batch, length, heads * head_dim))), cache
+
+    def _mixed(
+        self,
+        qkv_BTC: jax.Array,
+        b_BTN: jax.Array,
+        a_BTN: jax.Array,
+        context: TokenContext,
+        before: tuple[jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Convolution and rule [B, T, N, H], and the state and columns after the tokens where there are some before.
+
+        They are computed on each device's own rows and heads: it needs no collective.
+        """
+        # With a cache, a row is one text.
+        ids_BT = context.segment_ids_BT if before is None else context.token_mask_BT.astype(jnp.int32)
+        weight_C1W = gather_for_compute(self.conv1d.weight[...], *self.conv1d.axes)
+        A_log_N, dt_bias_N = (gather_for_compute(param[...], "heads") for param in (self.A_log, self.dt_bias))
+        one_step = before is not None and qkv_BTC.shape[1] == 1
+        local = functools.partial(_mix, linear=self.linear, act=ACTIVATIONS[self.act], one_step=one_step)
+        rows, head = P(BATCH, None, "tensor"), P("tensor")
+        states = None if before is None else (STATE, COLUMNS)
+        return jax.shard_map(
+            local,
+            in_specs=(rows, rows, rows, P(BATCH, None), P("tensor", None, None), head, head, states),
+            out_specs=(HEADS, states),
+            check_vma=False,
+        )(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before)
+
+
+class DepthwiseConv(nnx.Module):
+    """The weight [C, 1, W] of a causal convolution of every channel by itself, in torch's layout, without a bias."""
+
+    def __init__(self, name: str, channels: int, taps: int, make: ParameterFactory):
+        self.axes = ("heads", "conv", "conv")
+        self.weight = make.normal(f"{name}.weight", (channels, 1, taps), self.axes)
+
+
+def _mix(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before, *, linear, act, one_step):
+    """`GatedDeltaNet._mixed` on one device's arrays."""
+    state_BNHH, columns_BWC = (None, None) if before is None else before
+    qkv_BTC, columns_BWC = causal_conv1d(qkv_BTC, weight_C1W[:, 0].astype(qkv_BTC.dtype), ids_BT, columns_BWC)
+    q_BTKH, k_BTKH, v_BTNH = _by_head(act(qkv_BTC), linear)
+    beta_BTN = jax.nn.sigmoid(b_BTN)
+    time_BTN = jax.nn.softplus(a_BTN.astype(jnp.float32) + dt_bias_N.astype(jnp.float32))
+    log_decay_BTN = -jnp.exp(A_log_N.astype(jnp.float32)) * time_BTN
+    rule = recurrent_gated_delta_rule if one_step else chunk_gated_delta_rule
+    mixed_BTNH, state_BNHH = rule(q_BTKH, k_BTKH, v_BTNH, log_decay_BTN, beta_BTN, ids_BT, state_BNHH)
+    return mixed_BTNH, None if before is None else (state_BNHH, columns_BWC)
+
+
+def _by_head(qkv_BTC: jax.Array, linear: LinearAttentionConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries and keys [B, T, K, H] and values [B, T, N, H] of channels that are grouped by key head."""
+    batch, length, channels = qkv_BTC.shape
+    key_size, rows = linear.key_head_dim, linear.conv_dim // linear.num_key_heads
+    qkv_BTKI = qkv_BTC.reshape(batch, length, channels // rows, rows)
+    q_BTKH, k_BTKH, v_BTKI = jnp.split(qkv_BTKI, [key_size, 2 * key_size], axis=-1)
+    return q_BTKH, k_BTKH, v_BTKI.reshape(batch, length, -1, linear.value_head_dim)
