@@ -10,6 +10,8 @@ from typing import Any
 
 VOCABULARY = 97
 
+ABSENT = object()  # as a setting's value: the key is left out of config.json
+
 COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -77,15 +79,13 @@ HYBRID_PLAIN = {
     "qwen3_next": {**_LINEAR_SPARSE, "rope_theta": 100.0, "partial_rotary_factor": 0.5},
     "qwen3_5_text": {**_LINEAR, **_MROPE},
     "qwen3_5": {**_LINEAR, **_MROPE},
-    "qwen3_5_moe_text": {**_LINEAR_SPARSE, **_MROPE},
-    "qwen3_5_moe": {**_LINEAR_SPARSE, **_MROPE},
+    "qwen3_5_moe_text": {**_LINEAR_SPARSE, **_MROPE, "intermediate_size": ABSENT},
+    "qwen3_5_moe": {**_LINEAR_SPARSE, **_MROPE, "intermediate_size": ABSENT},
 }
 HYBRID_FAMILIES = tuple(HYBRID_PLAIN)
 SPARSE_HYBRIDS = ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_moe")
 #: Model types of multimodal folders, and those of their text part.
 NESTED = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
-
-ABSENT = object()  # as a setting's value: the key is left out of config.json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,10 +255,10 @@ CASES = {case.name: case for case in _ALL}
 assert len(CASES) == len(_ALL), "two cases share a name"
 
 _L, _F = "linear_attention", "full_attention"
+_SHORT = {"num_hidden_layers": 2, "full_attention_interval": 2}
 _ALL_HYBRIDS = [
     *(Case(name=f"{family}-plain", model_type=family) for family in HYBRID_FAMILIES),
     # which layers are linear
-    _case("qwen3_next", "one_full_layer", layer_types=[_L, _F], num_hidden_layers=2),
     _case("qwen3_next", "full_first", layer_types=[_F, _L, _L], num_hidden_layers=3),
     _case("qwen3_next", "all_full", layer_types=[_F, _F], num_hidden_layers=2),
     _case("qwen3_5_text", "all_linear", layer_types=[_L, _L], num_hidden_layers=2),
@@ -266,46 +266,52 @@ _ALL_HYBRIDS = [
     _case("qwen3_5_moe_text", "layer_types_over_interval", full_attention_interval=4, layer_types=[_L, _F, _F, _L]),
     _case("qwen3_5", "two_periods", num_hidden_layers=8),
     # value heads for each key head, sizes of heads and of the convolution
-    _case("qwen3_next", "one_value_head", linear_num_value_heads=2, num_hidden_layers=2, full_attention_interval=2),
-    _case("qwen3_5_text", "three_value_heads", linear_num_value_heads=6, linear_conv_kernel_dim=5),
-    _case("qwen3_5_moe_text", "four_value_heads", linear_num_value_heads=8, linear_conv_kernel_dim=3),
-    _case("qwen3_next", "eight_value_heads", linear_num_key_heads=1, linear_num_value_heads=8),
-    _case("qwen3_next", "three_key_heads", linear_num_key_heads=3, linear_num_value_heads=6, linear_value_head_dim=5),
-    _case("qwen3_5", "kernel_2", linear_conv_kernel_dim=2, linear_key_head_dim=12, linear_value_head_dim=8),
-    _case("qwen3_5_text", "one_kv_head", num_key_value_heads=1),
+    _case("qwen3_next", "one_value_head", linear_num_value_heads=2, **_SHORT),
+    _case("qwen3_5_text", "three_value_heads", linear_num_value_heads=6, linear_conv_kernel_dim=5, **_SHORT),
+    _case("qwen3_5_moe_text", "four_value_heads", linear_num_value_heads=8, linear_conv_kernel_dim=3, **_SHORT),
+    _case("qwen3_next", "eight_value_heads", linear_num_key_heads=1, linear_num_value_heads=8, **_SHORT),
+    _case(
+        "qwen3_next", "three_key_heads",
+        linear_num_key_heads=3, linear_num_value_heads=6, linear_value_head_dim=5, **_SHORT,
+    ),
+    _case(
+        "qwen3_5", "kernel_2",
+        linear_conv_kernel_dim=2, linear_key_head_dim=12, linear_value_head_dim=8, **_SHORT,
+    ),
+    _case("qwen3_5_text", "one_kv_head", num_key_value_heads=1, **_SHORT),
     # which layers are sparse, and routing
     _case("qwen3_next", "dense_layers", mlp_only_layers=[0, 3]),
-    _case("qwen3_next", "sparse_step_2", decoder_sparse_step=2),
-    _case("qwen3_next", "no_expert", num_experts=0, num_hidden_layers=2, full_attention_interval=2),
-    _case("qwen3_next", "norm_topk_prob_off", {"norm_topk_prob": True}, norm_topk_prob=False),
+    _case("qwen3_next", "sparse_step_2", decoder_sparse_step=2, **_SHORT),
+    _case("qwen3_next", "no_expert", num_experts=0, **_SHORT),
+    _case("qwen3_next", "norm_topk_prob_off", {"norm_topk_prob": True}, norm_topk_prob=False, **_SHORT),
     _case(
-        "qwen3_5_moe_text", "keys_of_others",
-        mlp_only_layers=[0], norm_topk_prob=False, intermediate_size=7, decoder_sparse_step=2, num_local_experts=3,
+        "qwen3_5_moe_text", "keys_of_others", mlp_only_layers=[0], norm_topk_prob=False, intermediate_size=7,
+        decoder_sparse_step=2, num_local_experts=3, **_SHORT,
     ),
-    _case("qwen3_5_moe", "top_1", num_experts_per_tok=1, num_hidden_layers=2, full_attention_interval=2),
+    _case("qwen3_5_moe", "top_1", num_experts_per_tok=1, **_SHORT),
     # embeddings and heads
-    _case("qwen3_next", "tied", tie_word_embeddings=True, num_hidden_layers=2, full_attention_interval=2),
-    _case("qwen3_5", "tied", outer={"tie_word_embeddings": True}, tie_word_embeddings=True),
-    _case("qwen3_5", "tied_outside_alone", outer={"tie_word_embeddings": True}),
-    _case("qwen3_5_moe", "tied_inside_alone", tie_word_embeddings=True),
-    _case("qwen3_5_text", "pad_token_tied", pad_token_id=5, tie_word_embeddings=True),
+    _case("qwen3_next", "tied", tie_word_embeddings=True, **_SHORT),
+    _case("qwen3_5", "tied", outer={"tie_word_embeddings": True}, tie_word_embeddings=True, **_SHORT),
+    _case("qwen3_5", "tied_outside_alone", outer={"tie_word_embeddings": True}, **_SHORT),
+    _case("qwen3_5_moe", "tied_inside_alone", tie_word_embeddings=True, **_SHORT),
+    _case("qwen3_5_text", "pad_token_tied", pad_token_id=5, tie_word_embeddings=True, **_SHORT),
     # attention
-    _case("qwen3_next", "attention_bias", attention_bias=True),
-    _case("qwen3_5_moe", "attention_bias", attention_bias=True),
-    _case("qwen3_5_text", "large_eps", {"rms_norm_eps": 1e-6}, rms_norm_eps=0.3),
+    _case("qwen3_next", "attention_bias", attention_bias=True, **_SHORT),
+    _case("qwen3_5_moe", "attention_bias", attention_bias=True, **_SHORT),
+    _case("qwen3_5_text", "large_eps", {"rms_norm_eps": 1e-6}, rms_norm_eps=0.3, **_SHORT),
     # rope
-    _case("qwen3_next", "quarter_by_default", partial_rotary_factor=ABSENT, rope_theta=ABSENT),
+    _case("qwen3_next", "quarter_by_default", partial_rotary_factor=ABSENT, rope_theta=ABSENT, **_SHORT),
     _case(
         "qwen3_5_text", "rope_beside_its_parameters", {"partial_rotary_factor": 0.5},
-        rope_parameters={"rope_type": "default"}, rope_theta=50.0, partial_rotary_factor=0.75,
+        rope_parameters={"rope_type": "default"}, rope_theta=50.0, partial_rotary_factor=0.75, **_SHORT,
     ),
     _case(
         "qwen3_next", "yarn", _UNSCALED,
-        rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, **_SHORT,
     ),
     _case(
         "qwen3_5_moe", "yarn",
-        rope_parameters={**_MROPE["rope_parameters"], "rope_type": "yarn", "factor": 4.0},
+        rope_parameters={**_MROPE["rope_parameters"], "rope_type": "yarn", "factor": 4.0}, **_SHORT,
     ),
 ]  # fmt: skip
 

@@ -9,7 +9,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 import qwen_moe_jax as qmj
+from qwen_moe_jax.huggingface.linear_rows import in_published_order
 from qwen_moe_jax.huggingface.tensors import hub_parameters, hub_tensors
+from qwen_moe_jax.storage.arrays import ArrayTensor
 
 
 @functools.partial(jax.jit, static_argnames=("output_router_logits", "output_hidden_states"))
@@ -35,11 +37,18 @@ def run(
 
 
 def hub_arrays(model: qmj.CausalLM) -> Iterator[tuple[str, np.ndarray]]:
-    """(Hub name, array) of every tensor of a model, or of gradients with its structure, layer by layer."""
+    """(Hub name, array) of every tensor of a model, or of gradients with its structure, layer by layer.
+
+    Names and rows are those of the family's published files.
+    """
     parameters = hub_parameters(model)
     arrays = {parameter.path: np.asarray(parameter.leaf) for parameter in parameters}
-    for name, parameter, index in hub_tensors(parameters):
-        yield name, arrays[parameter.path][parameter.window(index)]
+    tensors = {
+        name: ArrayTensor(arrays[parameter.path][parameter.window(index)], "the model")
+        for name, parameter, index in hub_tensors(parameters)
+    }
+    for name, tensor in in_published_order(tensors, model.config).items():
+        yield name, tensor.read()
 
 
 def is_sparse(config) -> bool:

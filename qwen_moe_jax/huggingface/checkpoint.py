@@ -1,6 +1,7 @@
 """A checkpoint folder of any layout, opened: its config, its tensors under the Hub's names, and its problems."""
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -9,10 +10,12 @@ import numpy as np
 
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import CheckpointError
-from qwen_moe_jax.huggingface.config import config_from_hub
+from qwen_moe_jax.huggingface.config import config_from_hub, text_part
+from qwen_moe_jax.huggingface.families import family_of
 from qwen_moe_jax.huggingface.fields import read_json
-from qwen_moe_jax.huggingface.files import HARMLESS, Files, open_files
+from qwen_moe_jax.huggingface.files import HARMLESS, VISION, Files, open_files
 from qwen_moe_jax.huggingface.layouts import EMBEDDING, HEAD, in_hub_form, tied
+from qwen_moe_jax.huggingface.linear_rows import published_name
 from qwen_moe_jax.huggingface.quantisation import dequantized, fp8_block
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_tensors
 from qwen_moe_jax.huggingface.unused_fields import say_once
@@ -33,6 +36,11 @@ HEADS: dict[str, type[Model]] = {
     "ForTokenClassification": TokenClassifier,
 }
 
+#: First word of the names of the next-token head's tensors.
+MTP = "mtp."
+#: Parameters of linear layers that some checkpoints store in float32 whatever the dtype of the others.
+_OFTEN_FLOAT32 = re.compile(r"\.linear_attn\.(A_log|norm\.weight)$")
+
 #: Dtypes of stored weights.
 FLOATS = ("float32", "bfloat16", "float16")
 _LISTED = 40
@@ -46,9 +54,9 @@ class Checkpoint:
 
     Attributes:
         folder: the folder.
-        config: of config.json; its dtype and tied head are corrected by the tensors.
+        config: of config.json; its dtypes, tied head and next-token head are corrected by the tensors.
         head: the class that config.json names; CausalLM if it names no known one.
-        tensors: by the names of the family's published checkpoints.
+        tensors: by the names of `hub_parameters`.
         ignored: names of tensors that no forward pass reads.
         problems: found in the files, a line each.
         whole: False if some files could not be opened, which may have the missing tensors.
@@ -65,32 +73,40 @@ class Checkpoint:
     native: bool
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, drop_mtp: bool = False) -> Checkpoint:
     """Opens a Hub folder or a native one.
+
+    Args:
+        folder: the folder.
+        drop_mtp: leave out the next-token head, where the files have one.
 
     Raises:
         ConfigError: config.json is missing or not supported.
         CheckpointError: the folder has no weights.
     """
     path = folder / "config.json"
-    hub = read_json(path)
+    hub = text_part(read_json(path), str(path))
     config = config_from_hub(hub, str(path))
     head = head_of(hub)
     if (folder / ORBAX).is_dir():
         if hub.get(BALANCING_BIAS) is True and config.moe is not None:
             config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, balancing_bias=True))
-        return _open_native(folder, config, head)
+        return _open_native(folder, config, head, drop_mtp=drop_mtp)
     files, wrappers = open_files(folder).without_wrappers()
     if wrappers:
         say_once(
             f"{folder}: all tensor names begin with {wrappers!r}, which a wrapper of the model left; it is removed."
         )
-    config = dataclasses.replace(config, dtype=config.dtype or _stored_dtype(files.tensors.values()))
+    config = dataclasses.replace(config, dtype=config.dtype or _stored_dtype(files.tensors))
     block = fp8_block(hub, str(path))
     tensors, wrong = (files.tensors, []) if block is None else dequantized(files.tensors, block)
     tensors, twice = in_hub_form(tensors, config)
-    ignored = tuple(name for name in tensors if HARMLESS.search(name))
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in ignored}
+    if vision := sum(1 for name in tensors if VISION.search(name)):
+        say_once(f"{folder}: the text model alone is loaded: {vision} tensors of its vision tower are skipped.")
+    has_mtp = _has_mtp(folder, hub, config, tensors, drop_mtp=drop_mtp)
+    config = _with_stored_parts(config, tensors, has_mtp)
+    ignored = tuple(name for name in tensors if HARMLESS.search(name) and not (has_mtp and name.startswith(MTP)))
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in set(ignored)}
     problems = (*files.problems, *wrong, *twice)
     if config.tie_word_embeddings and {EMBEDDING, HEAD} & tensors.keys():
         tensors, really = tied(tensors, readable=not problems)
@@ -98,10 +114,40 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, head, tensors, ignored, problems, _is_whole(files), native=False)
 
 
-def _open_native(folder: Path, config: ModelConfig, head: type[Model]) -> Checkpoint:
+def _has_mtp(
+    folder: Path,
+    hub: Mapping[str, object],
+    config: ModelConfig,
+    tensors: Mapping[str, StoredTensor],
+    *,
+    drop_mtp: bool,
+) -> bool:
+    """Whether to load a next-token head: if the files have one, whatever the config says, unless it says 0."""
+    if not family_of(config.model_type, "config").mtp or drop_mtp or hub.get("mtp_num_hidden_layers") == 0:
+        return False
+    found = any(name.startswith(MTP) for name in tensors)
+    if config.num_mtp_layers and not found:
+        say_once(f"{folder}: it has no tensors {MTP}*: the model is loaded without the next-token head of its config.")
+    return found
+
+
+def _with_stored_parts(config: ModelConfig, tensors: Mapping[str, StoredTensor], has_mtp: bool) -> ModelConfig:
+    """The config with what only the files say: whether there is a next-token head, and what is stored in float32."""
+    config = dataclasses.replace(config, num_mtp_layers=int(has_mtp))
+    if config.linear_attention is None or config.dtype == "float32":
+        return config
+    float32 = any(tensor.dtype == "float32" for name, tensor in tensors.items() if _OFTEN_FLOAT32.search(name))
+    linear = dataclasses.replace(config.linear_attention, float32_parameters=float32)
+    return dataclasses.replace(config, linear_attention=linear)
+
+
+def _open_native(folder: Path, config: ModelConfig, head: type[Model], *, drop_mtp: bool) -> Checkpoint:
     from qwen_moe_jax.storage.orbax import stored_tensors  # Orbax is slow to import, and most folders are Hub folders
 
     stored = stored_tensors(folder / ORBAX)
+    ignored = tuple(name for name in stored if drop_mtp and name.startswith(MTP))
+    stored = {name: tensor for name, tensor in stored.items() if name not in ignored}
+    config = _with_stored_parts(config, stored, any(name.startswith(MTP) for name in stored))
     abstract = head(config, rngs=None)
     tensors: dict[str, StoredTensor] = {}
     problems: list[str] = []
@@ -114,7 +160,7 @@ def _open_native(folder: Path, config: ModelConfig, head: type[Model]) -> Checkp
             problems.append(f"shape: {parameter.path} is {list(found.shape)} in {ORBAX}, expected {expected}")
         tensors |= {name: TensorSlice(found, index) for index, name in np.ndenumerate(parameter.names)}
     # The remaining arrays belong to no parameter, and are reported as unexpected.
-    return Checkpoint(folder, config, head, tensors | stored, (), tuple(problems), whole=True, native=True)
+    return Checkpoint(folder, config, head, tensors | stored, ignored, tuple(problems), whole=True, native=True)
 
 
 def _is_whole(files: Files) -> bool:
@@ -131,9 +177,13 @@ def head_of(hub: Mapping[str, object]) -> type[Model]:
     return CausalLM
 
 
-def _stored_dtype(tensors: Iterable[StoredTensor]) -> str | None:
-    """The dtype of a config without one: that of the first floating-point tensor, as in transformers."""
-    return next((tensor.dtype for tensor in tensors if tensor.dtype in FLOATS), None)
+def _stored_dtype(tensors: Mapping[str, StoredTensor]) -> str | None:
+    """The dtype of a config without one: that of the first floating-point tensor, as in transformers.
+
+    Tensors that may be in float32 for themselves are passed over.
+    """
+    own = (tensor.dtype for name, tensor in tensors.items() if not _OFTEN_FLOAT32.search(name))
+    return next((dtype for dtype in own if dtype in FLOATS), None)
 
 
 def problems_of(checkpoint: Checkpoint, parameters: list[HubParameter], optional: Iterable[str] = ()) -> list[str]:
@@ -142,11 +192,14 @@ def problems_of(checkpoint: Checkpoint, parameters: list[HubParameter], optional
     Args:
         checkpoint: the folder.
         parameters: of the model.
-        optional: names of tensors that the model does not use and the checkpoint may have.
+        optional: names of tensors that the model does not use and the checkpoint may have; those of a next-token head
+            are, where the model has none.
     """
     problems = list(checkpoint.problems)
     tensors, optional = checkpoint.tensors, set(optional)
     wanted = {name: parameter.tensor_shape for name, parameter, _ in hub_tensors(parameters)}
+    if not any(name.startswith(MTP) for name in wanted):
+        optional |= {name for name in tensors if name.startswith(MTP)}
     if checkpoint.whole:
         problems += [_missing(name, shape, checkpoint) for name, shape in wanted.items() if name not in tensors]
     for name, tensor in tensors.items():
@@ -164,8 +217,13 @@ def problems_of(checkpoint: Checkpoint, parameters: list[HubParameter], optional
 def _missing(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> str:
     """The line for a missing tensor; for one that is missing for a known reason, with the way out."""
     line = f"missing: {name} {list(shape)}"
+    published = published_name(name, checkpoint.config)
+    if published != name and not checkpoint.native:
+        line += f", rows of {published}"
     if name == HEAD and EMBEDDING in checkpoint.tensors:
         return f"{line}: add it, or set tie_word_embeddings to true in config.json if the head is the token table"
+    if name.startswith(MTP):
+        return f"{line}: add it, or set mtp_num_hidden_layers to 0 in config.json to load without the next-token head"
     if name == "score.weight":
         return f"{line}: pass rngs=nnx.Rngs(0) to initialise a head that is to be trained"
     return line

@@ -20,6 +20,7 @@ from qwen_moe_jax.huggingface.checkpoint import (
 )
 from qwen_moe_jax.huggingface.generation_config import read_generation_config
 from qwen_moe_jax.huggingface.hub import local_folder
+from qwen_moe_jax.huggingface.linear_rows import in_published_order
 from qwen_moe_jax.huggingface.peft import merged, open_adapter
 from qwen_moe_jax.huggingface.save import configs_to_hub, is_stale, shard_limit, write_configs, write_shards
 from qwen_moe_jax.huggingface.tensors import hub_parameters, hub_tensors
@@ -112,7 +113,7 @@ def convert(
                 name: CastTensor(checkpoint.tensors[name], str(parameter.leaf.dtype))
                 for name, parameter, _ in hub_tensors(parameters)
             }
-            write_shards(new, rounded, limit, advance)
+            write_shards(new, in_published_order(rounded, abstract.config), limit, advance)
 
 
 def abstract_model(checkpoint: Checkpoint, dtype: DTypeLike | None = None) -> Model:

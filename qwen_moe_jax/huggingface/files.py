@@ -22,8 +22,10 @@ LAYOUTS = (
 )
 #: Prefixes that wrappers of a model put before the names of all its tensors.
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
-#: Tensors of checkpoints that no forward pass reads: an index may name them without their being there.
-HARMLESS = re.compile(r"\.rotary_emb\.inv_freq$|^(model\.)?mtp\.")
+#: The vision tower of a multimodal folder, which the text model does not use.
+VISION = re.compile(r"^(model\.)?visual\.")
+#: Tensors of checkpoints that a model runs without: an index may name them without their being there.
+HARMLESS = re.compile(rf"\.rotary_emb\.inv_freq$|^(model\.)?mtp\.|{VISION.pattern}")
 #: Most files of a folder that a message names.
 _LISTED = 10
 

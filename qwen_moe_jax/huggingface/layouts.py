@@ -5,24 +5,30 @@ import re
 import numpy as np
 
 from qwen_moe_jax.config import ModelConfig
+from qwen_moe_jax.huggingface.linear_rows import in_model_order
 from qwen_moe_jax.huggingface.tensors import renamer
 from qwen_moe_jax.storage.tensor import StoredTensor, TensorSlice, blocks
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 #: First words of tensor names in a decoder saved without a head (AutoModel), which have no `model.` prefix.
 _BARE = ("embed_tokens.", "layers.", "norm.")
+#: What multimodal folders have before the names of the text model's tensors, once `model.` is taken for granted.
+_TEXT_PART = re.compile(r"^(model\.language_model\.|language_model\.model\.|language_model\.)")
 #: Bytes per block of a comparison.
 _COMPARED = 64 << 20
 _FUSED = re.compile(r"(.+\.mlp\.experts)\.(gate_up|down)_proj")
 
 
 def in_hub_form(tensors: dict[str, StoredTensor], config: ModelConfig) -> tuple[dict[str, StoredTensor], list[str]]:
-    """A folder's tensors under the names of the family's published checkpoints; and the problems found, a line each."""
+    """A folder's tensors under the names of `hub_parameters`; and the problems found, a line each.
+
+    Experts are one by one, and the rows of linear layers in the model's order (see `linear_rows`).
+    """
     rename = renamer(config.model_type)
     found: dict[str, StoredTensor] = {}
     problems: list[str] = []
     for name, tensor in tensors.items():
-        prefixed = f"model.{name}" if name.startswith(_BARE) else name
+        prefixed = _prefixed(name)
         fused = _FUSED.fullmatch(prefixed)
         each = [(prefixed, tensor)]
         if fused is not None and config.moe is not None:
@@ -30,6 +36,7 @@ def in_hub_form(tensors: dict[str, StoredTensor], config: ModelConfig) -> tuple[
             if tensor.shape != expected:
                 problems.append(
                     f"shape: {prefixed} is {list(tensor.shape)} in {tensor.source}, expected {list(expected)}"
+                    + _transposed(tensor.shape, expected)
                 )
                 continue
             each = _unfused(fused[1], fused[2], tensor)
@@ -38,7 +45,20 @@ def in_hub_form(tensors: dict[str, StoredTensor], config: ModelConfig) -> tuple[
             if own in found:
                 problems.append(f"duplicated: {own} is in {found[own].source} and, as {name}, in {tensor.source}")
             found[own] = part
-    return found, problems
+    found, disordered = in_model_order(found, config)
+    return found, problems + disordered
+
+
+def _prefixed(name: str) -> str:
+    """The name with the prefix `model.`, of a decoder saved without a head and of the text part of a multimodal one."""
+    name = _TEXT_PART.sub("", name)
+    return f"model.{name}" if name.startswith(_BARE) else name
+
+
+def _transposed(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """A remark on the fused experts of Qwen3-VL-MoE, whose matrices are [in, out]."""
+    swapped = (*expected[:-2], expected[-1], expected[-2])
+    return " (its matrices are transposed, as Qwen3-VL-MoE stores them)" if shape == swapped else ""
 
 
 def _fused_shape(config: ModelConfig, kind: str) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from qwen_moe_jax.config import DTypeLike, ExecutionConfig, GenerationConfig, ModelConfig
 from qwen_moe_jax.config.checks import dtype_name
 from qwen_moe_jax.huggingface.checkpoint import (
+    MTP,
     Checkpoint,
     open_checkpoint,
     problems_of,
@@ -29,11 +30,13 @@ from qwen_moe_jax.storage.placement import local_bytes, place
 from qwen_moe_jax.storage.progress import bytes_bar
 from qwen_moe_jax.suggest import refuse_hub_arguments
 
-_ARGUMENTS = ("mesh", "dtype", "param_dtype", "execution", "adapter", "generation_config", "rngs", "num_labels")
+_ARGUMENTS = (
+    "mesh", "dtype", "param_dtype", "execution", "adapter", "generation_config", "drop_mtp", "rngs", "num_labels",
+)  # fmt: skip
 
 AnyModel = TypeVar("AnyModel", bound=Model)
 
-#: Prefix of all tensor names except the head's.
+#: Prefix of all tensor names except the heads'.
 _BACKBONE = "model."
 
 
@@ -46,14 +49,15 @@ def from_pretrained(
     execution: ExecutionConfig = ExecutionConfig(),
     adapter: str | PathLike[str] | None = None,
     generation_config: GenerationConfig | None = None,
+    drop_mtp: bool = False,
     **hub_arguments: Any,
 ) -> CausalLM:
     """Loads a checkpoint as a causal language model.
 
     Args:
-        folder: a Hub folder (config.json with safetensors or PyTorch files) of a Qwen2, Qwen2-MoE, Qwen3, Qwen3-MoE
-            or Mixtral checkpoint, one that `save_orbax` wrote, or a name on the Hub ("Qwen/Qwen3-30B-A3B"), which
-            is downloaded if it is not cached.
+        folder: a Hub folder (config.json with safetensors or PyTorch files) of a Qwen2, Qwen2-MoE, Qwen3, Qwen3-MoE,
+            Qwen3-Next, Qwen3.5 (of a multimodal one, the text model) or Mixtral checkpoint, one that `save_orbax`
+            wrote, or a name on the Hub ("Qwen/Qwen3-30B-A3B"), which is downloaded if it is not cached.
         mesh: see `make_mesh`; None is one device. Each process reads the shards of its own devices in blocks: besides
             the model, the host holds 400 to 650 MB, whatever its size.
         dtype: of activations and matmuls, anything that `jnp.dtype` takes; None keeps the checkpoint's.
@@ -62,6 +66,7 @@ def from_pretrained(
         adapter: a folder of low-rank adapters in PEFT's layout, or its name on the Hub. They are kept separate from the
             weights; `merge_lora` adds them.
         generation_config: how text is generated; None reads generation_config.json, the adapter's if it has one.
+        drop_mtp: load the model without the next-token head (`mtp.*`) that the checkpoint may have.
         hub_arguments: none is taken; those of transformers are refused with the name of ours.
 
     Returns:
@@ -82,6 +87,7 @@ def from_pretrained(
         param_dtype=param_dtype,
         execution=execution,
         generation_config=generation_config,
+        drop_mtp=drop_mtp,
     )
     if adapter is not None:
         load_adapter(model, adapter)
@@ -99,6 +105,7 @@ def load_model(
     param_dtype: DTypeLike | None = None,
     execution: ExecutionConfig = ExecutionConfig(),
     generation_config: GenerationConfig | None = None,
+    drop_mtp: bool = False,
     rngs: nnx.Rngs | jax.Array | int | None = None,
     num_labels: int | None = None,
     **hub_arguments: Any,
@@ -112,7 +119,7 @@ def load_model(
         hub_arguments: none is taken; those of transformers are refused with the name of ours.
     """
     refuse_hub_arguments("from_pretrained", hub_arguments, _ARGUMENTS)
-    checkpoint = open_checkpoint(local_folder(folder))
+    checkpoint = open_checkpoint(local_folder(folder), drop_mtp=drop_mtp)
     if num_labels is not None:
         checkpoint = dataclasses.replace(checkpoint, config=_with_labels(checkpoint, num_labels))
     say_unused_fields(checkpoint.folder)
@@ -145,10 +152,10 @@ def _with_labels(checkpoint: Checkpoint, num_labels: int) -> ModelConfig:
 def _init_missing_head(abstract: Model, checkpoint: Checkpoint, rngs: nnx.Rngs | jax.Array | int) -> list[str]:
     """Initialises the head, unless the checkpoint has one of its kind. Returns the tensor names of another kind's."""
     own = [str(name) for parameter in hub_parameters(abstract) for name in parameter.names.flat]
-    if any(name in checkpoint.tensors for name in own if not name.startswith(_BACKBONE)):
+    if any(name in checkpoint.tensors for name in own if not name.startswith((_BACKBONE, MTP))):
         return []
     abstract.draw_head(rngs)
-    return [name for name in checkpoint.tensors if not name.startswith(_BACKBONE)]
+    return [name for name in checkpoint.tensors if not name.startswith((_BACKBONE, MTP))]
 
 
 def _read(checkpoint: Checkpoint, parameters: list[HubParameter], name: str) -> list[jax.Array]:

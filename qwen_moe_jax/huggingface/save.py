@@ -15,6 +15,7 @@ from qwen_moe_jax.huggingface.checkpoint import HEADS, ORBAX
 from qwen_moe_jax.huggingface.export_config import config_to_hub
 from qwen_moe_jax.huggingface.files import INDEX, SINGLE, is_weights
 from qwen_moe_jax.huggingface.generation_config import generation_config_to_hub
+from qwen_moe_jax.huggingface.linear_rows import in_published_order
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_tensors
 from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.sharding.distributed import is_process_zero
@@ -50,18 +51,20 @@ def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size
     model.require_weights()
     configs = configs_to_hub(model)
     with replaced_folder(folder, is_stale) as new, readable_tensors(hub_parameters(model), scratch=new) as tensors:
-        size = sum(tensor.nbytes for tensor in tensors.values())
+        published = in_published_order(tensors, model.config)
+        size = sum(tensor.nbytes for tensor in published.values())
         if is_process_zero():
             with bytes_bar(f"Writing {folder.name}", size) as advance:
                 write_configs(new, configs)
-                write_shards(new, tensors, limit, advance)
+                write_shards(new, published, limit, advance)
 
 
 @contextlib.contextmanager
 def readable_tensors(parameters: list[HubParameter], scratch: Path) -> Iterator[dict[str, StoredTensor]]:
-    """The Hub tensors of parameters, readable by process 0: from its devices, or from a copy on disk under `scratch`.
+    """The tensors of parameters by their names in `hub_parameters`, readable by process 0.
 
-    The copy is written by all processes, if process 0 cannot address every shard, and removed at the end.
+    From its devices, or, if process 0 cannot address every shard, from a copy on disk under `scratch`, which all
+    processes write and which is removed at the end.
     """
     if all(parameter.leaf.is_fully_addressable for parameter in parameters):
         yield {

@@ -2,7 +2,8 @@
 
 Modules have the Hub's names, so most tensor names are a parameter's path with the layer number inserted. The rest is
 stacking: a parameter of scanned layers [L, …] is one Hub tensor per layer, one of experts [L, E, …] one per layer and
-expert. Matrices keep the Hub's [out, in] order, so both directions are slicing.
+expert. Matrices keep the Hub's [out, in] order, so both directions are slicing. The projections of linear layers are
+named as Qwen3.5's in every family, and keep the model's order of rows: `linear_rows` says what the files have instead.
 """
 
 import dataclasses
@@ -27,6 +28,8 @@ RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 _STACKED = re.compile(r"model\.layers\.segments\.(\d+)\.(\d+)\.(.+)")
+#: Parameters of a layer that is not stacked with others, that of the next-token head.
+_SINGLE = re.compile(r"(mtp\.layers\.\d+)\.(.+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,19 +104,24 @@ def natural_order(name: str) -> list[tuple[int, int | str]]:
 
 
 def _names(path: str, leaf: Any, model: Model, rename: Callable[[str], str]) -> np.ndarray:
-    stacked = _STACKED.fullmatch(path)
-    if stacked is None:
-        return np.array(rename(re.sub(r"\.lora\.(lora_[AB])$", r".\1.weight", path)), dtype=object)
-    segment = model.model.layers.plan[int(stacked[1])]
-    position, rest = int(stacked[2]), stacked[3]
-    layers = [f"model.layers.{segment.layer_index(position, repeat)}" for repeat in range(segment.repeats)]
+    stacked, single = _STACKED.fullmatch(path), _SINGLE.fullmatch(path)
+    if stacked is not None:
+        segment = model.model.layers.plan[int(stacked[1])]
+        layers = [segment.layer_index(int(stacked[2]), repeat) for repeat in range(segment.repeats)]
+        return _layer_names([f"model.layers.{layer}" for layer in layers], stacked[3], leaf.shape[1:], rename)
+    if single is not None:
+        return np.array(_layer_names([single[1]], single[2], leaf.shape, rename)[0], dtype=object)
+    return np.array(rename(re.sub(r"\.lora\.(lora_[AB])$", r".\1.weight", path)), dtype=object)
+
+
+def _layer_names(layers: list[str], rest: str, shape: tuple[int, ...], rename: Callable[[str], str]) -> np.ndarray:
+    """[layers] or, of routed experts, [layers, experts] names of a parameter, from its path and shape in one layer."""
     # Adapters are siblings of their matrix in PEFT: "q_proj.lora.lora_A", "experts.lora.gate_proj.lora_A".
     rest = re.sub(r"\.lora((?:\.\w+)?)\.(lora_[AB])$", r"\1.\2.weight", rest)
     experts = re.fullmatch(r"mlp\.experts\.(\w+?)(\.lora_[AB])?(?:\.weight)?", rest)
     if experts is None:
-        return np.array([rename(f"{layer}.{rest}") for layer in layers], dtype=object)
-    count, matrix = leaf.shape[1], experts[1] + (experts[2] or "")
-    return np.array(
-        [[rename(f"{layer}.mlp.experts.{e}.{matrix}.weight") for e in range(count)] for layer in layers],
-        dtype=object,
-    )
+        names: list[Any] = [rename(f"{layer}.{rest}") for layer in layers]
+    else:
+        matrix = experts[1] + (experts[2] or "")
+        names = [[rename(f"{layer}.mlp.experts.{e}.{matrix}.weight") for e in range(shape[0])] for layer in layers]
+    return np.array(names, dtype=object)

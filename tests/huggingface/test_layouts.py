@@ -205,11 +205,13 @@ MULTIPLE, RAGGED, LARGE = (8, 8), (16, 20), (128, 128)
 QUANTISED = re.compile(r"\.(self_attn\.\w_proj|\w+_proj|w[123])\.weight$")
 
 
-def fp8_tensors(tensors: dict, block: tuple[int, int], scale_dtype: str = "float32") -> dict:
+def fp8_tensors(
+    tensors: dict, block: tuple[int, int], scale_dtype: str = "float32", pattern: re.Pattern = QUANTISED
+) -> dict:
     """Every projection as float8 with the largest value of each block at float8's largest; the others as they are."""
     found = {}
     for name, value in tensors.items():
-        if not QUANTISED.search(name):
+        if not pattern.search(name):
             found[name] = value
             continue
         rows, columns = value.shape
