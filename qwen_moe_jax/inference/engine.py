@@ -20,7 +20,7 @@ from qwen_moe_jax.huggingface.unused_fields import say_once
 from qwen_moe_jax.inference import programs
 from qwen_moe_jax.inference.programs import DecodeOutput
 from qwen_moe_jax.inference.sampling import initial_state, sampling_settings
-from qwen_moe_jax.model.cache import Cache, empty_cache
+from qwen_moe_jax.model.cache import Cache, RecurrentState, empty_cache
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.sharding.distributed import broadcast
 from qwen_moe_jax.sharding.explicit import apart_from_callers_mesh
@@ -128,6 +128,10 @@ def new_tokens(model: CausalLM, prompt: Sequence[int], config: GenerationConfig)
 class Session:
     """A cache and the rows that use it. The prefix that a row shares with its next prompt is not computed again.
 
+    The state of linear layers cannot go back to an earlier token. A session of one row keeps two copies of it, from
+    the end of the last prompt and from before the last chunk of that; a prompt that departs from what was read goes on
+    from the last copy before that point, or is read from its start.
+
     An exception (Ctrl-C, say) while the device runs clears the cache, and nothing else.
 
     Where the model is sharded over several processes, all of them run the same session with the same prompts, and all
@@ -149,6 +153,8 @@ class Session:
         self._rows, self.max_length, self._abstract = programs.padded_cache(model, rows, max_length, cache_dtype)
         self._cache: Cache | None = None
         self._cached: list[list[int]] = [[] for _ in range(self._rows)]
+        self._is_linear = any(kind.mixer == "linear" for kind in model.config.layers)
+        self._copies: dict[int, list[RecurrentState]] = {}  # of linear layers, by the tokens that row 0 had then
         self._per_row = NamedSharding(model.mesh, P(BATCH))
         self._spans_processes = not self._per_row.is_fully_addressable
 
@@ -172,15 +178,26 @@ class Session:
                 "left for a new token. Start a new conversation, or give the session a larger max_length."
             )
         budget = min(new_tokens(self._model, token_ids, config), left)
-        yield from self.run([token_ids], [dataclasses.replace(config, max_new_tokens=budget)], enough)
+        yield from self.run(
+            [token_ids], [dataclasses.replace(config, max_new_tokens=budget)], enough, keep_copies=self._is_linear
+        )
 
     def run(
         self,
         prompts: Sequence[Sequence[int]],
         configs: Sequence[GenerationConfig],
         enough: Callable[[Chunk], bool],
+        *,
+        keep_copies: bool = False,
     ) -> Iterator[Chunk]:
-        """Continues prompts that were checked and fit, one a row."""
+        """Continues prompts that were checked and fit, one a row.
+
+        Args:
+            prompts: token ids.
+            configs: one for each prompt.
+            enough: that of `stream`.
+            keep_copies: copy the state of linear layers, for the next prompt of this one row.
+        """
         model, absent = self._model, self._rows - len(prompts)
         rows = [*map(list, prompts), *[[]] * absent]
         budgets = [new_tokens(model, *request) for request in zip(prompts, configs, strict=True)]
@@ -195,7 +212,7 @@ class Session:
             settings = sampling_settings([*configs, *[GenerationConfig()] * absent], model.config.vocab_size)
             sampling = initial_state(settings, rows, self.max_length)
             state = programs.DecodeState(token_B=token_B, left_B=left_B, sampling=sampling)
-            state, output = programs.first(self._read(rows), state, settings)
+            state, output = programs.first(self._read(rows, keep_copies), state, settings)
             output = self._on_host(output)
         alive = set(range(len(prompts)))
         yield from self._chunks(output, alive, enough)
@@ -220,19 +237,23 @@ class Session:
             with apart_from_callers_mesh(self._model.mesh):
                 yield
         except BaseException:
-            self._cache, self._cached = None, [[] for _ in range(self._rows)]
+            self._cache, self._cached, self._copies = None, [[] for _ in range(self._rows)], {}
             raise
 
-    def _read(self, rows: list[list[int]]) -> jax.Array:
+    def _read(self, rows: list[list[int]], keep_copies: bool) -> jax.Array:
         """Reads the prompts into the cache; logits [B, V] of what follows each."""
         known_B = np.array([self._known(index, row) for index, row in enumerate(rows)], np.int32)
-        self._cached = [list(row) for row in rows]
         cache = self._cache or empty_cache(self._abstract)
+        if self._is_linear and 0 < known_B[0] < len(self._cached[0]) - 1:
+            cache = programs.restore_states(cache, self._copies[int(known_B[0])])
+        self._cached, self._copies = [list(row) for row in rows], {}
         self._cache = dataclasses.replace(cache, lengths_B=jax.device_put(known_B, self._per_row))
         logits_BV = None
         while logits_BV is None or any(known < len(row) for known, row in zip(known_B, rows, strict=True)):
             left = max(len(row) - known for known, row in zip(known_B, rows, strict=True))
             length = programs.prefill_length(left)
+            if keep_copies and left <= length:
+                self._copy_states(known_B[0])
             tokens_BT = np.zeros((self._rows, length), np.int32)
             count_B = np.zeros(self._rows, np.int32)
             for index, (known, row) in enumerate(zip(known_B, rows, strict=True)):
@@ -241,7 +262,13 @@ class Session:
                 count_B[index] = len(part)
             self._cache, logits_BV = programs.prefill(self._model, self._cache, tokens_BT, count_B, logits_BV)
             known_B = known_B + count_B  # not in place: JAX may still read the old one
+        if keep_copies:
+            self._copy_states(known_B[0])
         return logits_BV
+
+    def _copy_states(self, tokens: np.integer) -> None:
+        if tokens:  # no copy is needed of the state before the first token
+            self._copies[int(tokens)] = programs.copy_states(self._cache)
 
     def _known(self, index: int, row: list[int]) -> int:
         """How many tokens of a prompt the row's cache has. The last is run in any case: its logits are needed."""
@@ -250,22 +277,24 @@ class Session:
             (at for at, (a, b) in enumerate(zip(cached, row, strict=False)) if a != b), min(len(cached), len(row))
         )
         same = min(same, max(len(row) - 1, 0))
+        if self._is_linear and same < len(cached):
+            return max((tokens for tokens in self._copies if tokens <= same), default=0) if index == 0 else 0
         # A ring buffer has overwritten older tokens: it can go back by less than a chunk.
         sliding = any(kind.mixer == "sliding" for kind in self._model.config.layers)
         return 0 if sliding and len(cached) - same >= programs.PREFILL_BUCKETS[-1] else same
 
     def _chunks(self, output: DecodeOutput, alive: set[int], enough: Callable[[Chunk], bool]) -> Iterator[Chunk]:
         """The new tokens, request by request; requests that ended are taken out of `alive`."""
-        for index in sorted(alive):
-            count = int(output.count_B[index])
-            token_ids = tuple(output.token_BC[index, :count].tolist())
+        decoded = {index: output.token_BC[index, : output.count_B[index]].tolist() for index in sorted(alive)}
+        for index, token_ids in decoded.items():  # all of them, before the first is yielded: nobody may take the others
+            self._cached[index] += token_ids
+        for index, token_ids in decoded.items():
             finished: Finish | None = None
             if not output.alive_B[index]:
                 finished = "stop" if output.stopped_B[index] else "length"
                 alive.discard(index)
-            self._cached[index] += token_ids
-            log_probs = tuple(output.log_prob_BC[index, :count].tolist())
-            chunk = Chunk(index=index, token_ids=token_ids, log_probs=log_probs, finished=finished)
+            log_probs = tuple(output.log_prob_BC[index, : len(token_ids)].tolist())
+            chunk = Chunk(index=index, token_ids=tuple(token_ids), log_probs=log_probs, finished=finished)
             if enough(chunk) and finished is None:
                 alive.discard(index)
                 chunk = dataclasses.replace(chunk, finished="stop")

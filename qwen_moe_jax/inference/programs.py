@@ -26,7 +26,7 @@ from qwen_moe_jax.inference.sampling import (
     process_logits,
     sampling_settings,
 )
-from qwen_moe_jax.model.cache import Cache, abstract_cache
+from qwen_moe_jax.model.cache import Cache, RecurrentState, abstract_cache, recurrent_states
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.rounding import next_power_of_two, round_up
 from qwen_moe_jax.sharding.rules import BATCH
@@ -81,6 +81,23 @@ def prefill(
     """Reads a chunk of every prompt. Rows without tokens in it keep the logits they had."""
     new_BV, cache = _next_logits(model, tokens_BT, count_B, cache)
     return cache, new_BV if logits_BV is None else jnp.where(count_B[:, None] > 0, new_BV, logits_BV)
+
+
+@jax.jit
+def copy_states(cache: Cache) -> list[RecurrentState]:
+    """Copies of what the linear layers keep: unlike keys and values, it has no part for each token to go back to."""
+    return jax.tree.map(jnp.copy, recurrent_states(cache))
+
+
+@jax.jit(donate_argnames="cache")
+def restore_states(cache: Cache, states: list[RecurrentState]) -> Cache:
+    """The cache with copies of these `copy_states` in its linear layers."""
+    waiting = iter(jax.tree.map(jnp.copy, states))
+    segments = tuple(
+        tuple(next(waiting) if isinstance(stored, RecurrentState) else stored for stored in period)
+        for period in cache.segments
+    )
+    return dataclasses.replace(cache, segments=segments)
 
 
 @jax.jit

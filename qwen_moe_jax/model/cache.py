@@ -167,6 +167,11 @@ def abstract_cache(
     )
 
 
+def recurrent_states(cache: Cache) -> list[RecurrentState]:
+    """What the linear layers keep, in the order of the segments; empty for a model without linear layers."""
+    return [stored for period in cache.segments for stored in period if isinstance(stored, RecurrentState)]
+
+
 def empty_cache(abstract: Cache) -> Cache:
     """A cache without tokens, allocated as `abstract_cache` gives it."""
     return _zeros(abstract)()

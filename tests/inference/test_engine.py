@@ -67,6 +67,7 @@ def greedy(model, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
         tokens,
         attention_mask=mask,
         max_new_tokens=NEW_TOKENS,
+        use_cache=True,
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
