@@ -37,17 +37,13 @@ EPSILON = 1e-6
 
 
 class _Inputs(NamedTuple):
-    """What the rule reads of tokens; the axis of tokens is the second, or in chunks [n, B, ...] the last of g, beta."""
+    """What the rule reads of tokens."""
 
     q_BTKH: jax.Array
     k_BTKH: jax.Array
     v_BTKGP: jax.Array
     g_BTKG: jax.Array
     beta_BTKG: jax.Array
-
-
-#: How many axes of heads each of the inputs has.
-HEAD_AXES = (1, 1, 2, 2, 2)
 
 
 class _Runs(NamedTuple):
@@ -95,11 +91,12 @@ def chunk_gated_delta_rule(
     """
     if chunk_size < SMALLEST_BLOCK or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size is {chunk_size}: give a power of two, at least {SMALLEST_BLOCK}")
-    tokens = max(SMALLEST_BLOCK, v_BTNP.shape[1])
-    length = min(chunk_size, 1 << (tokens - 1).bit_length())
+    length = min(chunk_size, max(SMALLEST_BLOCK, 1 << (v_BTNP.shape[1] - 1).bit_length()))
     inputs, state_BKGHP = _by_key_head(q_BTKH, k_BTKH, v_BTNP, g_BTN, beta_BTN, initial_state_BNHP)
-    out_BTKGP, state_BKGHP = _rule(inputs, runs_of(segment_ids_BT), state_BKGHP, length)
-    return out_BTKGP.reshape(v_BTNP.shape), _by_value_head(state_BKGHP)
+    if v_BTNP.shape[1] == 0:
+        return v_BTNP, _by_value_head(state_BKGHP)
+    out_BTKGP, state_BKHGP = _rule(inputs, runs_of(segment_ids_BT), jnp.moveaxis(state_BKGHP, 2, 3), length)
+    return out_BTKGP.reshape(v_BTNP.shape), _by_value_head(jnp.moveaxis(state_BKHGP, 3, 2))
 
 
 def recurrent_gated_delta_rule(
@@ -150,98 +147,115 @@ def _one_token(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _rule(inputs: _Inputs, run_BT: jax.Array, state_BKGHP: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+def _rule(inputs: _Inputs, run_BT: jax.Array, state_BKHGP: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
     """Results [B, T, K, G, P] in the dtype of the values and the final state, in chunks of `length` tokens."""
-    out_nBKGCP, state_BKGHP, _ = _over_chunks(inputs, run_BT, state_BKGHP, length, keep_states=False)
-    return _join(out_nBKGCP, inputs.v_BTKGP.shape[1]), state_BKGHP
+    out_BTKGP, state_BKHGP, _ = _over_chunks(inputs, run_BT, state_BKHGP, length, keep_states=False)
+    return out_BTKGP, state_BKHGP
 
 
-def _forward(inputs: _Inputs, run_BT: jax.Array, state_BKGHP: jax.Array, length: int):
-    out_nBKGCP, state_BKGHP, states_nBKGHP = _over_chunks(inputs, run_BT, state_BKGHP, length, keep_states=True)
-    out_BTKGP = checkpoint_name(_join(out_nBKGCP, inputs.v_BTKGP.shape[1]), ATTENDED)
-    return (out_BTKGP, state_BKGHP), (inputs, run_BT, states_nBKGHP)
+def _forward(inputs: _Inputs, run_BT: jax.Array, state_BKHGP: jax.Array, length: int):
+    out_BTKGP, state_BKHGP, states_nBKHGP = _over_chunks(inputs, run_BT, state_BKHGP, length, keep_states=True)
+    return (checkpoint_name(out_BTKGP, ATTENDED), state_BKHGP), (inputs, run_BT, states_nBKHGP)
 
 
 def _backward(length: int, saved, gradients):
-    inputs, run_BT, states_nBKGHP = saved
-    of_out_BTKGP, of_state_BKGHP = gradients
-
-    def one_chunk(of_state_BKGHP, chunk):
-        inputs, runs, state_BKGHP, of_out_BKGCP = jax.tree.map(from_bits, chunk)
-        _, pull = jax.vjp(lambda state, inputs: _one_chunk(state, inputs, runs), state_BKGHP, inputs)
-        of_state_BKGHP, of_inputs = pull((of_state_BKGHP, of_out_BKGCP.astype(jnp.float32)))
-        return of_state_BKGHP, jax.tree.map(as_bits, of_inputs)
-
-    chunks = _to_chunks(inputs, length), _runs(run_BT, length), states_nBKGHP, _split(of_out_BTKGP, length)
-    with matmul_precision(jnp.float32):
-        of_state_BKGHP, of_chunks = jax.lax.scan(one_chunk, of_state_BKGHP, chunks, reverse=True)
+    inputs, run_BT, states_nBKHGP = saved
+    of_out_BTKGP, of_state_BKHGP = gradients
     tokens = run_BT.shape[1]
-    of_inputs = _Inputs(*(_join(x, tokens, heads) for x, heads in zip(of_chunks, HEAD_AXES, strict=True)))
-    return of_inputs, None, of_state_BKGHP
+    all_inputs, all_of_out = jax.tree.map(lambda x: _split(x, length), (inputs, of_out_BTKGP))
+
+    def one_chunk(carry, chunk):
+        of_state_BKHGP, of_inputs = carry
+        index, runs, state_BKHGP = chunk
+        inputs, of_out_BCKGP = jax.tree.map(lambda x: _chunk_at(x, index), (all_inputs, all_of_out))
+        _, pull = jax.vjp(lambda state, inputs: _one_chunk(state, inputs, runs), state_BKHGP, inputs)
+        of_state_BKHGP, of_chunk = pull((of_state_BKHGP, of_out_BCKGP.astype(jnp.float32)))
+        of_inputs = jax.tree.map(lambda x, part: _with_chunk(x, part, index), of_inputs, of_chunk)
+        return (of_state_BKHGP, of_inputs), None
+
+    runs = _runs(run_BT, length)
+    chunks = np.arange(runs.run_nBC.shape[0]), runs, states_nBKHGP
+    start = of_state_BKHGP, jax.tree.map(jnp.zeros_like, all_inputs)
+    with matmul_precision(jnp.float32):
+        (of_state_BKHGP, of_inputs), _ = jax.lax.scan(one_chunk, start, chunks, reverse=True)
+    return jax.tree.map(lambda x: _join(x, tokens), of_inputs), None, of_state_BKHGP
 
 
 _rule.defvjp(_forward, _backward)
 
 
-def _over_chunks(inputs: _Inputs, run_BT: jax.Array, state_BKGHP: jax.Array, length: int, keep_states: bool):
-    """Results in chunks, the final state, and the states before each chunk if they are to be kept."""
+def _over_chunks(inputs: _Inputs, run_BT: jax.Array, state_BKHGP: jax.Array, length: int, keep_states: bool):
+    """Results, the final state, and the states before each chunk if they are to be kept."""
+    all_inputs = jax.tree.map(lambda x: _split(x, length), inputs)
 
-    def one_chunk(state_BKGHP, chunk):
-        inputs, runs = jax.tree.map(from_bits, chunk)
-        after_BKGHP, out_BKGCP = _one_chunk(state_BKGHP, inputs, runs)
-        out_BKGCP = as_bits(out_BKGCP.astype(inputs.v_BTKGP.dtype))
-        return after_BKGHP, (out_BKGCP, state_BKGHP if keep_states else None)
+    def one_chunk(carry, chunk):
+        state_BKHGP, out_BnCKGP = carry
+        index, runs = chunk
+        inputs = jax.tree.map(lambda x: _chunk_at(x, index), all_inputs)
+        after_BKHGP, out_BCKGP = _one_chunk(state_BKHGP, inputs, runs)
+        out_BnCKGP = _with_chunk(out_BnCKGP, out_BCKGP.astype(inputs.v_BTKGP.dtype), index)
+        return (after_BKHGP, out_BnCKGP), state_BKHGP if keep_states else None
 
+    runs = _runs(run_BT, length)
+    start = state_BKHGP, jnp.zeros_like(all_inputs.v_BTKGP)
     with matmul_precision(jnp.float32):
-        chunks = _to_chunks(inputs, length), _runs(run_BT, length)
-        state_BKGHP, (out_nBKGCP, states_nBKGHP) = jax.lax.scan(one_chunk, state_BKGHP, chunks)
-    return out_nBKGCP, state_BKGHP, states_nBKGHP
+        chunks = np.arange(runs.run_nBC.shape[0]), runs
+        (state_BKHGP, out_BnCKGP), states_nBKHGP = jax.lax.scan(one_chunk, start, chunks)
+    return _join(out_BnCKGP, run_BT.shape[1]), state_BKHGP, states_nBKHGP
 
 
-def _one_chunk(state_BKGHP: jax.Array, inputs: _Inputs, runs: _Runs) -> tuple[jax.Array, jax.Array]:
-    """The state after a chunk and its results, float32 [B, K, G, C, P]."""
+def _one_chunk(state_BKHGP: jax.Array, inputs: _Inputs, runs: _Runs) -> tuple[jax.Array, jax.Array]:
+    """The state after a chunk and its results, float32 [B, C, K, G, P]."""
     run_BC, before_B, after_B = runs
-    q_BKCH, k_BKCH, v_BKGCP, g_BKGC, beta_BKGC = _in_float32(inputs, run_BC != PADDING)
-    goes_on_BC, stays_BC = run_BC == before_B[:, None], run_BC == after_B[:, None]
-    length = run_BC.shape[1]
-    is_before = np.tri(length, k=-1, dtype=bool)
-    same_BCC = (run_BC[:, :, None] == run_BC[:, None, :]) & np.tri(length, dtype=bool)
+    q_BKCH, k_BKCH, *others = (jnp.moveaxis(x, 1, 2) for x in _in_float32(inputs, run_BC != PADDING))
+    v_BKGCP, g_BKGC, beta_BKGC = (jnp.moveaxis(x, 2, 3) for x in others)
+    beta_BKGC1 = beta_BKGC[..., None]
+    length, shape = run_BC.shape[1], state_BKHGP.shape
+    up_to, before = np.tri(length, dtype=np.float32), np.tri(length, k=-1, dtype=np.float32)
 
-    since_start_BKGC = jnp.einsum("BKGS,CS->BKGC", g_BKGC, np.tri(length, dtype=np.float32))
-    between_BKGCC = jnp.einsum("CS,BKGSJ->BKGCJ", np.tri(length, dtype=np.float32), g_BKGC[..., None] * is_before)
-    decay_BKGCC = jnp.exp(jnp.where(same_BCC[:, None, None], between_BKGCC, -jnp.inf))
-    from_start_BKGC = jnp.where(goes_on_BC[:, None, None], jnp.exp(since_start_BKGC), 0)
-    to_end_BKGC = jnp.where(stays_BC[:, None, None], jnp.exp(between_BKGCC[..., -1, :]), 0)
-    whole_BKG = jnp.where((before_B == after_B)[:, None, None], jnp.exp(since_start_BKGC[..., -1]), 0)
+    # Masks come after the exponentials: sums of g are never positive, so that none of them overflows.
+    since_start_BKGC = g_BKGC @ up_to.T
+    between_BKGCC = (g_BKGC[..., None, :] * up_to) @ before
+    same_BCC = (run_BC[:, :, None] == run_BC[:, None, :]) & (up_to > 0)
+    decay_BKGCC = jnp.where(same_BCC[:, None, None], jnp.exp(between_BKGCC), 0)
+    goes_on_B11C, stays_B11C = (run_BC == before_B[:, None])[:, None, None], (run_BC == after_B[:, None])[:, None, None]
+    from_start_BKGC1 = jnp.where(goes_on_B11C, jnp.exp(since_start_BKGC), 0)[..., None]
+    to_end_BKGC1 = jnp.where(stays_B11C, jnp.exp(between_BKGCC[..., -1, :]), 0)[..., None]
+    whole_BK1G1 = jnp.where((before_B == after_B)[:, None, None], jnp.exp(since_start_BKGC[..., -1]), 0)[
+        :, :, None, :, None
+    ]
 
-    qk_BKMH = jnp.concatenate([q_BKCH, k_BKCH], axis=2)
-    qq_BKCC, kk_BKCC = jnp.split(jnp.einsum("BKMH,BKCH->BKMC", qk_BKMH, k_BKCH), 2, axis=2)
-    read_BKGMP = jnp.einsum("BKMH,BKGHP->BKGMP", qk_BKMH, state_BKGHP)
-    read_by_q_BKGCP, read_by_k_BKGCP = jnp.split(read_BKGMP, 2, axis=3)
+    def read(x_BKCH: jax.Array) -> jax.Array:
+        read_BKCI = _matmul(x_BKCH, state_BKHGP.reshape(*shape[:3], -1))
+        return jnp.moveaxis(read_BKCI.reshape(*x_BKCH.shape[:3], *shape[3:]), 2, 3)
 
-    beta_BKGC1, from_start_BKGC1 = beta_BKGC[..., None], from_start_BKGC[..., None]
-    lower_BKGCC = jnp.where(is_before, beta_BKGC1 * kk_BKCC[:, :, None] * decay_BKGCC, 0)
-    write_BKGCP = solve_unit_lower(lower_BKGCC, beta_BKGC1 * (v_BKGCP - from_start_BKGC1 * read_by_k_BKGCP))
-    out_BKGCP = from_start_BKGC1 * read_by_q_BKGCP + (qq_BKCC[:, :, None] * decay_BKGCC) @ write_BKGCP
-    added_BKGHP = jnp.einsum("BKCH,BKGCP->BKGHP", k_BKCH, to_end_BKGC[..., None] * write_BKGCP)
-    return whole_BKG[..., None, None] * state_BKGHP + added_BKGHP, out_BKGCP
+    lower_BKGCC = beta_BKGC1 * _matmul(k_BKCH, k_BKCH.mT)[:, :, None] * decay_BKGCC * before
+    write_BKGCP = solve_unit_lower(lower_BKGCC, beta_BKGC1 * (v_BKGCP - from_start_BKGC1 * read(k_BKCH)))
+    weights_BKGCC = _matmul(q_BKCH, k_BKCH.mT)[:, :, None] * decay_BKGCC
+    out_BKGCP = from_start_BKGC1 * read(q_BKCH) + _matmul(weights_BKGCC, write_BKGCP)
+    left_BKCGP = jnp.moveaxis(to_end_BKGC1 * write_BKGCP, 3, 2)
+    written_BKHI = _matmul(k_BKCH.mT, left_BKCGP.reshape(*left_BKCGP.shape[:3], -1))
+    return whole_BK1G1 * state_BKHGP + written_BKHI.reshape(shape), jnp.moveaxis(out_BKGCP, 3, 1)
+
+
+@jax.custom_vjp
+def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    """`x @ y`. JAX's own gradient of y is computed transposed and then copied."""
+    return x @ y
+
+
+_matmul.defvjp(lambda x, y: (x @ y, (x, y)), lambda saved, of_z: (of_z @ saved[1].mT, saved[0].mT @ of_z))
 
 
 def _in_float32(inputs: _Inputs, real: jax.Array) -> _Inputs:
     """The inputs in float32, queries and keys normalised, queries scaled, and padding's made zeros.
 
     Args:
-        inputs: of a token [B, K, (G), ...] or of a chunk [B, K, (G), C, ...].
+        inputs: of a token or of a chunk.
         real: False for padding, [B] or [B, C].
     """
-
-    def masked(x: jax.Array, heads: int, trailing: int) -> jax.Array:
-        batch, *tokens = real.shape
-        mask = real.reshape(batch, *[1] * heads, *tokens, *[1] * trailing)
-        return jnp.where(mask, x.astype(jnp.float32), 0)
-
-    q, k, v, g, beta = inputs
-    q, k, v, g, beta = masked(q, 1, 1), masked(k, 1, 1), masked(v, 2, 1), masked(g, 2, 0), masked(beta, 2, 0)
+    mask = (jnp.reshape(real, real.shape + (1,) * (x.ndim - real.ndim)) for x in inputs)
+    q, k, v, g, beta = (jnp.where(real, x.astype(jnp.float32), 0) for real, x in zip(mask, inputs, strict=True))
     q, k = (x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + EPSILON) for x in (q, k))
     return _Inputs(q * q.shape[-1] ** -0.5, k, v, g, beta)
 
@@ -273,22 +287,24 @@ def _runs(run_BT: jax.Array, length: int) -> _Runs:
     return _Runs(run_nBC, jnp.pad(after_nB, ((1, 0), (0, 0)))[:-1], after_nB)
 
 
-def _to_chunks(inputs: _Inputs, length: int) -> _Inputs:
-    """Inputs as they are scanned over: [n, B, K, C, H] for queries and keys, [n, B, K, G, C, ...] for others."""
-    return _Inputs(*(_split(x, length, heads) for x, heads in zip(inputs, HEAD_AXES, strict=True)))
-
-
-def _split(x: jax.Array, length: int, head_axes: int = 2) -> jax.Array:
-    """[B, T, heads, ...] to [n, B, heads, C, ...], filled up with zeros, bfloat16 as its bits."""
+def _split(x: jax.Array, length: int) -> jax.Array:
+    """[B, T, ...] to [B, n, C, ...], filled up with zeros, bfloat16 as its bits."""
     x = as_bits(x)
     batch, tokens, *others = x.shape
     count = -(-tokens // length)
     x = jnp.pad(x, ((0, 0), (0, count * length - tokens), *[(0, 0)] * len(others)))
-    return jnp.moveaxis(x.reshape(batch, count, length, *others), (1, 2), (0, 2 + head_axes))
+    return x.reshape(batch, count, length, *others)
 
 
-def _join(x: jax.Array, tokens: int, head_axes: int = 2) -> jax.Array:
+def _join(x: jax.Array, tokens: int) -> jax.Array:
     """The inverse of `_split`, without the filling."""
-    x = jnp.moveaxis(x, (0, 2 + head_axes), (1, 2))
     batch, chunks, length, *others = x.shape
     return from_bits(x.reshape(batch, chunks * length, *others)[:, :tokens])
+
+
+def _chunk_at(x: jax.Array, index: jax.Array) -> jax.Array:
+    return from_bits(jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False))
+
+
+def _with_chunk(x: jax.Array, part: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(x, as_bits(part), index, axis=1)
