@@ -107,7 +107,7 @@ def test_hidden_states_of_every_layer_equal_transformers():
     """[L+1, B, T, D]: what enters each layer, and the last layer's result after the final norm."""
     rows = (("left", 70), ("right", 9))
     tokens_BT, mask_BT = batch(rows)
-    model = hybrid("qwen3_next", scale=0.1, num_hidden_layers=8, batch=(tokens_BT, mask_BT))
+    model = hybrid("qwen3_5_text", scale=0.1, num_hidden_layers=8)
     found = np.asarray(run(model.model, tokens_BT, mask_BT, output_hidden_states=True).hidden_states)
     expected = model.hub_hidden_states(tokens_BT, mask_BT)
     assert found.shape == expected.shape
