@@ -251,7 +251,7 @@ class Session:
         logits_BV = None
         while logits_BV is None or any(known < len(row) for known, row in zip(known_B, rows, strict=True)):
             left = max(len(row) - known for known, row in zip(known_B, rows, strict=True))
-            length = programs.prefill_length(left)
+            length = programs.prefill_length(left, self._model.config)
             if keep_copies and left <= length:
                 self._copy_states(known_B[0])
             tokens_BT = np.zeros((self._rows, length), np.int32)
@@ -277,6 +277,8 @@ class Session:
             (at for at, (a, b) in enumerate(zip(cached, row, strict=False)) if a != b), min(len(cached), len(row))
         )
         same = min(same, max(len(row) - 1, 0))
+        if programs.has_growing_base(self._model.config, max(len(row), len(self._cached[index]))):
+            return 0  # the cached keys were rotated for a text of another length
         if self._is_linear and same < len(cached):
             return max((tokens for tokens in self._copies if tokens <= same), default=0) if index == 0 else 0
         # A ring buffer has overwritten older tokens: it can go back by less than a chunk.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_moe_jax.config import DTypeLike, GenerationConfig
+from qwen_moe_jax.config import DTypeLike, GenerationConfig, ModelConfig
 from qwen_moe_jax.config.checks import dtype_name
 from qwen_moe_jax.inference.sampling import (
     SamplingSettings,
@@ -210,7 +210,7 @@ def abstract_prefill(
         cache_dtype: as `Session`.
     """
     rows, max_length, cache = padded_cache(model, rows, max_length, cache_dtype)
-    length = prefill_length(prompt)
+    length = prefill_length(prompt, model.config)
     tokens_BT, count_B = jax.ShapeDtypeStruct((rows, length), np.int32), jax.ShapeDtypeStruct((rows,), np.int32)
     arguments = (model, cache, tokens_BT, count_B, None)
     return AbstractProgram(
@@ -240,15 +240,23 @@ def padded_cache(model: CausalLM, rows: int, max_length: int, cache_dtype: DType
     num_shards = math.prod(model.mesh.shape[axis] for axis in BATCH)
     rows, max_length = round_up(next_power_of_two(rows), num_shards), _cache_length(max_length)
     dtype = model.execution.dtype if cache_dtype is None else dtype_name("cache_dtype", cache_dtype)
-    cache = abstract_cache(
-        model.config, model.mesh, batch=rows, max_length=max_length, max_write=PREFILL_BUCKETS[-1], dtype=dtype
-    )
+    longest = prefill_length(max_length, model.config)
+    cache = abstract_cache(model.config, model.mesh, batch=rows, max_length=max_length, max_write=longest, dtype=dtype)
     return rows, max_length, cache
 
 
-def prefill_length(left: int) -> int:
-    """Tokens of the shortest chunk that holds what is left of the prompts, or of the longest chunk."""
-    return next((length for length in PREFILL_BUCKETS if length >= left), PREFILL_BUCKETS[-1])
+def prefill_length(left: int, config: ModelConfig) -> int:
+    """Tokens of the shortest chunk that holds what is left of the prompts, or of the longest chunk.
+
+    Beyond the pretrained length, the base of a dynamic rope is that of a whole prompt: it is read in one chunk.
+    """
+    longest = round_up(left, PREFILL_BUCKETS[-1]) if has_growing_base(config, left) else PREFILL_BUCKETS[-1]
+    return next((length for length in PREFILL_BUCKETS if length >= left), longest)
+
+
+def has_growing_base(config: ModelConfig, length: int) -> bool:
+    """Whether rotations in a text of this length depend on its length: under a dynamic rope, as `model.rotary` says."""
+    return config.rope.rope_type == "dynamic" and length > config.max_position_embeddings
 
 
 def _cache_length(length: int) -> int:
