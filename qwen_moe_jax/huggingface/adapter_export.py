@@ -12,18 +12,22 @@ from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.adapter_layouts import PREFIX, fused
 from qwen_moe_jax.huggingface.checkpoint import HEADS
 from qwen_moe_jax.huggingface.tensors import hub_parameters, renamer
+from qwen_moe_jax.huggingface.unused_fields import say_once
 from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.model.lora import Matrix, matrices
+from qwen_moe_jax.text import join_words
 
 #: How adapters of routed experts are written: a pair for each expert, or one for all experts of a layer.
 ExpertLayout = Literal["separate", "fused"]
 
+#: Model types of which PEFT over transformers 5 converts adapters of single experts, where all three matrices have one.
+_CONVERTED = ("mixtral", "qwen3_moe")
 _TASKS = {"CausalLM": "CAUSAL_LM", "SequenceClassifier": "SEQ_CLS", "TokenClassifier": "TOKEN_CLS"}
 _TABLE = "model.embed_tokens."
 
 
 def adapter_files(
-    model: Model, arrays: Mapping[str, np.ndarray], *, base: str, experts: ExpertLayout
+    model: Model, arrays: Mapping[str, np.ndarray], *, base: str, experts: ExpertLayout | None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The content of adapter_config.json, and PEFT's tensors by name.
 
@@ -31,7 +35,7 @@ def adapter_files(
         model: with adapters.
         arrays: lora_A and lora_B of each Hub matrix, by `hub_parameters`' names.
         base: for `base_model_name_or_path`.
-        experts: layout of the experts' adapters.
+        experts: layout of the experts' adapters; None is one that PEFT loads, see `save_adapter`.
 
     Raises:
         ConfigError: an unknown layout; "fused" with adapters of only one of gate_proj and up_proj.
@@ -48,6 +52,7 @@ def adapter_files(
         "bias": "none",
         "inference_mode": True,
     }
+    experts = experts or _layout(model, {matrix.name for matrix in routed})
     if experts == "separate" or (experts == "fused" and not routed):
         config |= _ranks(model, adapted) | {"target_modules": _target_modules(model, adapted)}
         return config, dict(_peft_tensors(arrays))
@@ -68,6 +73,20 @@ def adapter_files(
         "target_parameters": [f"mlp.experts.{parameter}" for parameter in parameters] + routers,
     }
     return config, tensors
+
+
+def _layout(model: Model, routed: set[str]) -> ExpertLayout:
+    """The layout that PEFT loads, by the names of the experts' matrices that have an adapter."""
+    converted = model.config.model_type in _CONVERTED and len(routed) == 3
+    if converted or not routed:
+        return "separate"
+    if len(routed & {"gate_proj", "up_proj"}) != 1:
+        return "fused"
+    say_once(
+        f"the adapters of the experts' {join_words(sorted(routed))} are written for each expert, which PEFT over "
+        "transformers 5 does not load: it needs gate_proj and up_proj together. This package and vLLM do."
+    )
+    return "separate"
 
 
 def _ranks(model: Model, adapted: list[Matrix]) -> dict[str, Any]:

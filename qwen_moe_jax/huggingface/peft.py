@@ -60,7 +60,7 @@ class Adapter:
 
 
 def save_adapter(
-    model: Model, folder: str | PathLike[str], *, base: str = "", experts: ExpertLayout = "separate"
+    model: Model, folder: str | PathLike[str], *, base: str = "", experts: ExpertLayout | None = None
 ) -> None:
     """Writes a model's adapters without its weights. Under several processes all call it.
 
@@ -69,8 +69,9 @@ def save_adapter(
         folder: to write, under a temporary name first; other files in it are kept.
         base: name or folder of the checkpoint that they were trained on, for `base_model_name_or_path`.
         experts: "separate" is a pair (A, B) per expert, as transformers 4 and vLLM name them; PEFT over transformers 5
-            converts it for Mixtral and Qwen3-MoE, and drops it for Qwen2-MoE. "fused" is a pair for all experts of a
-            layer, what PEFT itself writes since 0.18.
+            converts it for Mixtral and Qwen3-MoE, where all three matrices have adapters, and else drops it. "fused" is
+            a pair for all experts of a layer, what PEFT itself writes since 0.18. None is "separate" where PEFT
+            converts it, and else "fused".
 
     Raises:
         ConfigError: the model has no adapters; with "fused", only one of gate_proj and up_proj has them.
