@@ -13,7 +13,7 @@ from qwen_moe_jax.config import Activation, ExecutionConfig, MoEConfig
 from qwen_moe_jax.config.resolve import resolve
 from qwen_moe_jax.errors import RequestError
 from qwen_moe_jax.moe import stats
-from qwen_moe_jax.moe.dispatch import get_dispatcher
+from qwen_moe_jax.moe.dispatch import checked_combined, checked_rows, get_dispatcher
 from qwen_moe_jax.moe.experts import Experts
 from qwen_moe_jax.moe.router import jitter, route
 from qwen_moe_jax.nn.linear import Linear
@@ -99,11 +99,12 @@ class SparseMoeBlock(nnx.Module):
             )
         dispatcher = get_dispatcher(execution.dispatch)
         with jax.named_scope("dispatch"):
-            rows, plan = dispatcher.dispatch(hidden_BTD, routing, execution)
+            rows, plan = checked_rows(execution.dispatch, dispatcher.dispatch(hidden_BTD, routing, execution))
         with jax.named_scope("experts"):
             rows = self.experts(rows, execution.grouped_matmul)
         with jax.named_scope("combine"):
-            combined_BTD, drops = dispatcher.combine(rows, plan)
+            combined = dispatcher.combine(rows, plan)
+            combined_BTD, drops = checked_combined(execution.dispatch, combined, hidden_BTD.shape)
         if self.shared_expert is not None:
             gate_BT1 = jax.nn.sigmoid(self.shared_expert_gate(hidden_BTD))
             combined_BTD = combined_BTD + gate_BT1 * self.shared_expert(hidden_BTD)

@@ -1,5 +1,7 @@
 """A sparse block alone, called with ordinary arrays in somebody's own model."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from flax import nnx
 
 import qwen_moe_jax as qmj
+from qwen_moe_jax.moe.dispatch import dense, dropless
 
 MOE = qmj.MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, norm_topk_prob=True)
 HIDDEN_BTD = np.random.default_rng(0).normal(size=(4, 6, 16)).astype(np.float32)
@@ -42,9 +45,32 @@ def test_hidden_states_of_another_shape_are_refused_with_the_expected_one(shape)
         block_on(data=2, expert=2)(np.zeros(shape, np.float32))
 
 
-def test_a_registered_name_is_taken_again_only_to_overwrite():
-    from qwen_moe_jax.moe.dispatch import dense, dropless
+@pytest.mark.parametrize(
+    ("function", "result", "expected"),
+    [
+        ("dispatch", lambda *_: None, "dispatch returned nothing, expected a pair of rows (one of Slots, AllTokens, "),
+        (
+            "dispatch",
+            lambda hidden_BTD, *_: (hidden_BTD, None),
+            "dispatch returned a tuple of 2 (an array [4, 6, 16], ",
+        ),
+        ("combine", lambda rows, plan: rows.x_BTD, "combine returned an array [4, 6, 16], expected a pair of"),
+        (
+            "combine",
+            lambda rows, plan: (rows.x_BTD[:, 1:], None),
+            "combine returned a tuple of 2 (an array [4, 5, 16], ",
+        ),
+    ],
+)
+def test_a_dispatcher_that_returns_something_else_is_refused_with_what_is_expected(function, result, expected):
+    functions = {"dispatch": dense.dispatch, "combine": dense.combine} | {function: result}
+    qmj.register_dispatcher("wrong", SimpleNamespace(**functions), overwrite=True)
+    with pytest.raises(qmj.ConfigError, match=r"^dispatcher 'wrong': ") as refusal:
+        block_on()(HIDDEN_BTD, execution=qmj.ExecutionConfig(dispatch="wrong"))
+    assert expected in str(refusal.value)
 
+
+def test_a_registered_name_is_taken_again_only_to_overwrite():
     qmj.register_dispatcher("mine", dense)
     with pytest.raises(qmj.ConfigError, match="overwrite=True"):
         qmj.register_dispatcher("mine", dropless)

@@ -10,7 +10,7 @@ A dispatcher is anything with two functions, a module for example:
 pytree. Both functions are called while tracing, with explicitly sharded arrays.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import jax
 
@@ -62,6 +62,53 @@ def register_dispatcher(name: str, dispatcher: Dispatcher, *, overwrite: bool = 
     _REGISTERED[name] = dispatcher
     if name not in DISPATCHERS:
         DISPATCHERS.append(name)
+
+
+def checked_rows(name: str, found: Any) -> tuple[Rows, Any]:
+    """What a dispatcher's `dispatch` returned.
+
+    Args:
+        name: of the dispatcher.
+        found: its result.
+
+    Raises:
+        ConfigError: it is no pair, or its first item is no layout of rows.
+    """
+    layouts = ", ".join(layout.__name__ for layout in get_args(Rows))
+    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[0], get_args(Rows)):
+        raise ConfigError(
+            f"dispatcher {name!r}: dispatch returned {_described(found)}, expected a pair of rows (one of {layouts}, "
+            "of qwen_moe_jax.moe.dispatch.rows) and the plan that combine is given."
+        )
+    return found
+
+
+def checked_combined(name: str, found: Any, shape: tuple[int, ...]) -> tuple[jax.Array, Drops]:
+    """What a dispatcher's `combine` returned.
+
+    Args:
+        name: of the dispatcher.
+        found: its result.
+        shape: of the block's hidden states, (B, T, D).
+
+    Raises:
+        ConfigError: it is no pair of an array of this shape and `Drops`.
+    """
+    is_pair = isinstance(found, tuple) and len(found) == 2
+    if not is_pair or not isinstance(found[1], Drops) or getattr(found[0], "shape", None) != shape:
+        raise ConfigError(
+            f"dispatcher {name!r}: combine returned {_described(found)}, expected a pair of the tokens' sums, an array "
+            f"{list(shape)}, and Drops, of qwen_moe_jax.moe.stats (no_drops(routing) where none are dropped)."
+        )
+    return found
+
+
+def _described(found: Any) -> str:
+    if isinstance(found, tuple):
+        return f"a tuple of {len(found)} ({', '.join(map(_described, found))})"
+    if hasattr(found, "shape") and hasattr(found, "dtype"):
+        return f"an array {list(found.shape)}"
+    return "nothing" if found is None else type(found).__name__
 
 
 def get_dispatcher(name: str) -> Dispatcher:
