@@ -18,9 +18,29 @@ HUB_ARGUMENTS = {
     "position_ids": "positions",
     "past_key_values": "cache",
     "use_cache": "cache",
-    "labels": "the method token_losses(tokens, targets)",
+    "labels": "targets of the method token_losses(tokens, targets), where targets[:, t] follows tokens[:, t]",
     "output_attentions": "nothing: attention weights are never materialised",
     "return_dict": "nothing: the result is always a dataclass",
+}
+
+
+#: Methods and attributes of models in transformers and PyTorch, and what does the same here.
+HUB_METHODS = {
+    "generate": "qwen_moe_jax.generate(model, prompts, …)",
+    "save_pretrained": "qwen_moe_jax.save_pretrained(model, folder)",
+    "load_adapter": "qwen_moe_jax.load_adapter(model, folder)",
+    "parameters": "nnx.state(model, nnx.Param)",
+    "state_dict": "nnx.state(model)",
+    "num_parameters": "model.config.num_parameters()",
+    "gradient_checkpointing_enable": "execution=ExecutionConfig(remat='full')",
+    "to": "from_pretrained(…, mesh=…, dtype=…)",
+    "cuda": "from_pretrained(…, mesh=…)",
+    "cpu": "from_pretrained(…, mesh=…)",
+    "half": "from_pretrained(…, dtype='float16')",
+    "bfloat16": "from_pretrained(…, dtype='bfloat16')",
+    "float": "from_pretrained(…, dtype='float32')",
+    "device": "model.mesh",
+    "dtype": "model.execution.dtype",
 }
 
 
@@ -51,6 +71,17 @@ def similar(word: str, known: Iterable[str], *, count: int = 3, cutoff: float = 
         cutoff: the least similarity, 0 to 1, as `difflib.get_close_matches` measures it.
     """
     return difflib.get_close_matches(word, list(known), n=count, cutoff=cutoff)
+
+
+def missing_attribute(kind: str, name: str) -> AttributeError:
+    """The error for an attribute that a model does not have, with what does the same here.
+
+    Args:
+        kind: name of the model's class.
+        name: of the attribute.
+    """
+    ours = f": here that is {HUB_METHODS[name]}" if name in HUB_METHODS else ""
+    return AttributeError(f"{kind!r} object has no attribute {name!r}{ours}")
 
 
 def refuse_hub_arguments(function: str, given: Mapping[str, Any], known: Iterable[str] = ()) -> None:

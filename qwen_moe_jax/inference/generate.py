@@ -1,9 +1,11 @@
 """Text generation from prompts: `generate` and `complete`."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
+
+import numpy as np
 
 from qwen_moe_jax.config import DTypeLike, GenerationConfig
 from qwen_moe_jax.errors import RequestError
@@ -15,6 +17,18 @@ from qwen_moe_jax.suggest import did_you_mean
 
 #: New tokens where neither the call nor generation_config.json says how many.
 MAX_NEW_TOKENS = 64
+
+#: Arguments of transformers' `generate`, and what does the same here.
+_HUB_ARGUMENTS = {
+    "input_ids": "prompts, the second argument",
+    "inputs": "prompts, the second argument",
+    "attention_mask": "nothing: prompts of different lengths are given as lists, without padding",
+    "generation_config": "config",
+    "streamer": "the function stream",
+    "return_dict_in_generate": "the function complete, whose results have log-probabilities",
+    "output_scores": "the function complete, whose results have log-probabilities",
+    "num_return_sequences": "the same prompt several times, with do_sample=True",
+}
 
 Prompts = Sequence[str] | Sequence[Sequence[int]]
 
@@ -41,7 +55,7 @@ class Completion:
 
 def generate(
     model: CausalLM,
-    prompts: Prompts,
+    prompts: Prompts | None = None,
     config: GenerationConfig | Sequence[GenerationConfig] | None = None,
     *,
     tokenizer: Tokenizer | str | PathLike[str] | None = None,
@@ -52,7 +66,7 @@ def generate(
 
     Args:
         model: run in eval mode, whose dispatch drops no token unless the model's `ExecutionConfig` says so.
-        prompts: texts, or token ids as lists or arrays of NumPy, JAX or PyTorch. They need not be of one length.
+        prompts: needed: texts, or token ids as lists or arrays of NumPy, JAX or PyTorch, of any lengths.
         config: for all, or one for each; None is the model's own (generation_config.json).
         tokenizer: needed for texts and for stop strings: a tokenizer, or the checkpoint folder that holds one.
         cache_dtype: of the cached keys and values, anything that `jnp.dtype` takes; None is the model's.
@@ -66,14 +80,14 @@ def generate(
         RequestError: requests that cannot be served, each named; none is run then (`complete` serves the others).
     """
     completions = _complete(model, prompts, config, tokenizer, cache_dtype, settings, strict=True)
-    if all(isinstance(prompt, str) for prompt in prompts):
+    if prompts is not None and all(isinstance(prompt, str) for prompt in prompts):
         return [completion.text or "" for completion in completions]
     return [list(completion.token_ids) for completion in completions]
 
 
 def complete(
     model: CausalLM,
-    prompts: Prompts,
+    prompts: Prompts | None = None,
     config: GenerationConfig | Sequence[GenerationConfig] | None = None,
     *,
     tokenizer: Tokenizer | str | PathLike[str] | None = None,
@@ -92,7 +106,7 @@ def complete(
 
 def _complete(
     model: CausalLM,
-    prompts: Prompts,
+    prompts: Prompts | None,
     config: GenerationConfig | Sequence[GenerationConfig] | None,
     tokenizer: Tokenizer | str | PathLike[str] | None,
     cache_dtype: DTypeLike | None,
@@ -100,8 +114,8 @@ def _complete(
     *,
     strict: bool,
 ) -> list[Completion]:
-    if isinstance(prompts, str):
-        raise RequestError("prompts is one string, expected a list: generate(model, [prompt], …).")
+    _check_settings(settings)
+    prompts = _checked_prompts(prompts)
     if isinstance(tokenizer, str | PathLike):
         tokenizer = load_tokenizer(tokenizer)
     configs = request_configs(model, len(prompts), config, settings)
@@ -181,13 +195,7 @@ def request_configs(
         RequestError: another number of configs than prompts, or an unknown setting.
         ConfigError: a setting outside its range.
     """
-    known = [field.name for field in dataclasses.fields(GenerationConfig)]
-    for name in settings:
-        if name not in known:
-            raise RequestError(
-                f"{name}={settings[name]!r}: there is no such setting of generation; {did_you_mean(name, known)}"
-                f"expected one of {', '.join(known)}."
-            )
+    _check_settings(settings)
     if config is None or isinstance(config, GenerationConfig):
         configs = [config or model.generation_config] * count
     else:
@@ -199,3 +207,35 @@ def request_configs(
         one if one.max_new_tokens or one.max_length else dataclasses.replace(one, max_new_tokens=MAX_NEW_TOKENS)
         for one in configs
     ]
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(GenerationConfig)]
+    for name, value in settings.items():
+        if name in _HUB_ARGUMENTS:
+            raise RequestError(f"{name} is not an argument: here that is {_HUB_ARGUMENTS[name]}.")
+        if name not in known:
+            raise RequestError(
+                f"{name}={value!r:.80}: there is no such setting of generation; {did_you_mean(name, known)}"
+                f"expected one of {', '.join(known)}."
+            )
+
+
+def _checked_prompts(prompts: Any) -> Prompts:
+    """The prompts as a list, with one message for what is no list of prompts at all."""
+    if isinstance(prompts, str):
+        raise RequestError("prompts is one string, expected a list: generate(model, [prompt], …).")
+    if isinstance(prompts, Mapping):
+        names = ", ".join(map(str, list(prompts)[:5]))
+        raise RequestError(f"prompts is a mapping ({names}), expected a list of texts or of token ids.")
+    if prompts is None or not isinstance(prompts, Iterable):
+        raise RequestError(f"prompts is {prompts!r:.80}, expected a list of texts or of token ids.")
+    found = list(prompts)
+    if found and all(isinstance(prompt, int | np.integer) or getattr(prompt, "ndim", 1) == 0 for prompt in found):
+        raise RequestError("prompts is one list of token ids, expected a list of such: generate(model, [prompt], …).")
+    if any(isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping) for prompt in found):
+        raise RequestError(
+            "a prompt is a list of messages, expected a text: load_chat_template(folder).render(messages) of "
+            "qwen_moe_jax.inference.chat_template writes it."
+        )
+    return found

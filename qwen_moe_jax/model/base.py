@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from os import PathLike
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, LoraConfig, ModelConfig
 from qwen_moe_jax.config.resolve import resolve
-from qwen_moe_jax.errors import ConfigError, RequestError
+from qwen_moe_jax.errors import ConfigError, RequestError, ShardingError
 from qwen_moe_jax.model.cache import Cache
 from qwen_moe_jax.model.decoder import Decoder, DecoderOutput
 from qwen_moe_jax.model.inputs import INPUT_SPECS, ModelInputs, checked_inputs, pad_rows
@@ -23,8 +23,8 @@ from qwen_moe_jax.nn.matmul import matmul_precision
 from qwen_moe_jax.nn.parameters import ParameterFactory, as_rngs
 from qwen_moe_jax.sharding.explicit import apart_from_callers_mesh, with_explicit_axes
 from qwen_moe_jax.sharding.mesh import checked_mesh
-from qwen_moe_jax.sharding.rules import BATCH
-from qwen_moe_jax.suggest import refuse_hub_arguments
+from qwen_moe_jax.sharding.rules import BATCH, stored
+from qwen_moe_jax.suggest import missing_attribute, refuse_hub_arguments
 
 
 class Model(nnx.Module):
@@ -60,11 +60,18 @@ class Model(nnx.Module):
         self.execution = dataclasses.replace(execution, dtype=dtype, param_dtype=execution.param_dtype or dtype)
         self.generation_config = generation_config or GenerationConfig(eos_token_id=config.eos_token_id)
         self.mesh = checked_mesh(mesh)
+        _check_experts(config, self.mesh, execution)
         self.deterministic = True
         self.lora: LoraConfig | None = None
         make = self.factory(rngs)
         self.model = Decoder(config, make)
         self.add_head(make)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Names of transformers are refused with what does the same here."""
+            raise missing_attribute(type(self).__name__, name)
 
     def factory(self, rngs: nnx.Rngs | jax.Array | int | None) -> ParameterFactory:
         """Creates more of the model's parameters, here or in `model.lora`."""
@@ -97,7 +104,7 @@ class Model(nnx.Module):
 
     def __call__(
         self,
-        tokens_BT: jax.typing.ArrayLike,
+        tokens_BT: jax.typing.ArrayLike | None = None,
         segment_ids: jax.typing.ArrayLike | None = None,
         positions: jax.typing.ArrayLike | None = None,
         *,
@@ -111,7 +118,7 @@ class Model(nnx.Module):
         """Runs the model.
 
         Args:
-            tokens_BT: token ids, integers [B, T].
+            tokens_BT: token ids, integers [B, T]; needed.
             segment_ids: integers [B, T]; tokens attend within their own segment, 0 is padding (so an attention mask of
                 zeros and ones is one). None means no padding, one segment a row.
             positions: integers [B, T]; None counts from 0 at the first token of each segment.
@@ -130,8 +137,8 @@ class Model(nnx.Module):
             sequence NaN.
 
         Raises:
-            RequestError: the arrays are not integers, or not all [B, T]; `positions` are given with a cache, or the
-                cache has another number of rows; there is no `noise_key` where it is needed.
+            RequestError: there are no tokens; the arrays are not integers, or not all [B, T]; `positions` are given
+                with a cache, or the cache has another number of rows; there is no `noise_key` where it is needed.
             ConfigError: in training mode, the config asks for dropout.
             TypeError: an argument of another name.
         """
@@ -287,6 +294,19 @@ def _check_cached(cache: Cache, inputs: ModelInputs, num_shards: int) -> None:
         )
     if inputs.positions_BT is not None:
         raise RequestError("positions were given with a cache, expected None: the cache counts its tokens.")
+
+
+def _check_experts(config: ModelConfig, mesh: Mesh, execution: ExecutionConfig) -> None:
+    """Refuses experts that do not divide over the mesh before other axes are, which are split over the same devices."""
+    axes = stored(execution.rules)["expert"]
+    shards = math.prod(mesh.shape[axis] for axis in axes)
+    if config.moe is not None and config.moe.num_experts % shards:
+        sizes = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
+        raise ShardingError(
+            f"num_experts={config.moe.num_experts} does not divide over the mesh axes {sizes}: "
+            "every device has the same number of whole experts. Choose a size that divides "
+            f"{config.moe.num_experts}; fsdp or data use the other devices."
+        )
 
 
 def _check_trainable(config: ModelConfig) -> None:

@@ -1,6 +1,7 @@
 """The models: a decoder with a language-model head or a classification head."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from qwen_moe_jax.nn.lora import LoraAdapter
 from qwen_moe_jax.nn.matmul import weight_einsum
 from qwen_moe_jax.nn.parameters import ParameterFactory
 from qwen_moe_jax.sharding.rules import BATCH, partition_spec
+from qwen_moe_jax.suggest import refuse_hub_arguments
 
 
 class CausalLM(Model):
@@ -25,13 +27,14 @@ class CausalLM(Model):
 
     def token_losses(
         self,
-        tokens_BT: jax.typing.ArrayLike,
-        targets_BT: jax.typing.ArrayLike,
+        tokens_BT: jax.typing.ArrayLike | None = None,
+        targets_BT: jax.typing.ArrayLike | None = None,
         segment_ids: jax.typing.ArrayLike | None = None,
         positions: jax.typing.ArrayLike | None = None,
         *,
         noise_key: jax.Array | None = None,
         chunk: int | None = None,
+        **hub_arguments: Any,
     ) -> TokenLosses:
         """-log p(target) of every token, the same as of the logits, without ever holding the logits.
 
@@ -40,14 +43,18 @@ class CausalLM(Model):
 
         Args:
             tokens_BT, segment_ids, positions, noise_key: see `__call__`.
-            targets_BT: integers [B, T]; the token that should follow each one. The loss of a target outside the
+            targets_BT: integers [B, T], needed; the token that should follow each one. The loss of a target outside the
                 vocabulary is NaN: mask it where it has no meaning.
             chunk: tokens of each row in a chunk; None lets a device hold 256 MiB of logits.
+            hub_arguments: as of `__call__`.
 
         Raises:
             RequestError: as `__call__`, of the targets too; `chunk` is less than 1.
             ConfigError: in training mode, the config asks for dropout.
         """
+        refuse_hub_arguments("token_losses", hub_arguments, ("targets_BT", "segment_ids", "positions"))
+        if targets_BT is None:
+            raise RequestError("there are no targets, expected the token that should follow each one, integers [B, T].")
         inputs = checked_inputs(tokens_BT, segment_ids, positions, targets=targets_BT)
         if chunk is not None and chunk < 1:
             raise RequestError(f"chunk={chunk} is no number of tokens: expected at least 1, or None.")

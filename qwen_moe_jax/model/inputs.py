@@ -70,8 +70,10 @@ def checked_inputs(
     """Arrays, or lists of numbers, as a caller gives them; JAX arrays stay on their devices.
 
     Raises:
-        RequestError: they are not integers, or not all [B, T] (`logits_at` [B]).
+        RequestError: there are no tokens; they are not integers, or not all [B, T] (`logits_at` [B]).
     """
+    if tokens is None:
+        raise RequestError("there are no tokens, expected integers [batch, length] as the first argument.")
     arrays = {"tokens": tokens, "segment_ids": segment_ids, "positions": positions, "targets": targets}
     arrays = {name: _as_array(x) for name, x in arrays.items() if x is not None}
     shape = jnp.shape(arrays["tokens"])

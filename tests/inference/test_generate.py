@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -12,6 +13,7 @@ from flax import nnx
 import qwen_moe_jax as qmj
 from qwen_moe_jax.errors import ConfigError, RequestError
 from qwen_moe_jax.inference import generate as generating
+from qwen_moe_jax.inference import programs
 from qwen_moe_jax.inference.generate import complete
 from tests.cases import CASES, VOCABULARY
 from tests.referee import Reference, torch
@@ -68,6 +70,24 @@ def test_dynamic_rope_does_not_depend_on_slots_kept_for_new_tokens(tmp_path):
     model = qmj.from_pretrained(reference.folder, dtype="float32")
     found = qmj.generate(model, prompts, max_new_tokens=NEW_TOKENS, eos_token_id=())
     assert found == greedy(reference.model, prompts)
+
+
+def test_beyond_the_maximum_a_dynamic_rope_reads_a_prompt_at_once(references, monkeypatch):
+    """Its base is that of the whole prompt, longer than a chunk, in a later turn of a conversation as well."""
+    monkeypatch.setattr(programs, "PREFILL_BUCKETS", (4, 8))
+    reference = references["qwen3_moe-dynamic_past_maximum"]
+    model = qmj.from_pretrained(reference.folder, dtype="float32")
+    prompts = [[(7 * i + 5) % 90 + 1 for i in range(length)] for length in (21, 6, 13)]
+    expected = []
+    for prompt in prompts:
+        reference.model(torch.tensor([[1]]))  # else transformers keeps the base of the text before
+        expected += greedy(reference.model, [prompt])
+    assert qmj.generate(model, prompts, max_new_tokens=NEW_TOKENS, eos_token_id=()) == expected
+    session = qmj.Session(model, max_length=64)
+    config = qmj.GenerationConfig(max_new_tokens=NEW_TOKENS)
+    for index in (2, 0, 1):  # a conversation grows, and begins anew
+        chunks = session.generate(prompts[index], config)
+        assert [token for chunk in chunks for token in chunk.token_ids] == expected[index]
 
 
 def test_left_padded_batch_of_transformers_gives_the_same(references):
@@ -208,6 +228,14 @@ def test_generate_names_every_prompt_that_it_refuses_and_runs_none(small, never_
         qmj.generate(small, [[1], [], [2, 3], [97]], max_new_tokens=NEW_TOKENS)
 
 
+def test_arrays_of_jax_numpy_and_torch_are_prompts(small):
+    rows = [[1, 2, 3], [4, 5, 6]]
+    expected = qmj.generate(small, rows, max_new_tokens=2)
+    for make in (jnp.array, np.array, torch.tensor):
+        assert qmj.generate(small, make(rows), max_new_tokens=2) == expected
+        assert qmj.generate(small, [make(row) for row in rows], max_new_tokens=2) == expected
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -235,6 +263,18 @@ def test_invalid_calls_are_refused(small, never_run):
             function(small, [[1]], stop_strings=["w1"])
         with pytest.raises(RequestError, match="prompts is one string, expected a list"):
             function(small, "w1 w2", tokenizer=word_tokenizer())
+        with pytest.raises(RequestError, match="^prompts is one list of token ids, expected a list of such"):
+            function(small, [1, 2, 3])
+        with pytest.raises(RequestError, match="^prompts is one list of token ids"):
+            function(small, np.array([1, 2, 3]))
+        with pytest.raises(RequestError, match=r"prompts is a mapping \(input_ids, attention_mask\), expected a list"):
+            function(small, {"input_ids": [[1]], "attention_mask": [[1]]})
+        with pytest.raises(RequestError, match="prompts is None, expected a list"):
+            function(small)
+        with pytest.raises(RequestError, match=r"a prompt is a list of messages, expected a text: load_chat_template"):
+            function(small, [[{"role": "user", "content": "Hi"}]], tokenizer=word_tokenizer())
+        with pytest.raises(RequestError, match="input_ids is not an argument: here that is prompts"):
+            function(small, input_ids=[[1]])
         with pytest.raises(RequestError, match="1 configs for 2 prompts"):
             function(small, [[1], [2]], [qmj.GenerationConfig()])
 

@@ -38,12 +38,41 @@ def test_lists_are_taken_as_tokens(model):
         ((3,), r"shape \(\), expected \[batch, length\]"),
         ((np.zeros((2, 0), int),), "neither of them 0"),
         ((np.ones((2, 3)),), "dtype float64, expected integers"),
+        ((), r"there are no tokens, expected integers \[batch, length\]"),
         ((TOKENS_BT, TOKENS_BT[:, 1:]), r"segment_ids has shape \(3, 6\), expected that of the tokens, \(3, 7\)"),
     ],
 )
 def test_what_is_no_batch_of_tokens_is_refused(model, arguments, message):
     with pytest.raises(qmj.RequestError, match=message):
         model(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: model(input_ids=TOKENS_BT), "'input_ids': here that is tokens, the first argument"),
+        (lambda model: model.token_losses(TOKENS_BT, labels=TOKENS_BT), r"'labels': here that is targets of the met"),
+        (lambda model: model.token_losses(TOKENS_BT, target=TOKENS_BT), r"'target': did you mean 'targets_BT'"),
+    ],
+)
+def test_arguments_of_transformers_alone_are_refused_with_the_name_of_ours(model, call, message):
+    with pytest.raises(TypeError, match=message):
+        call(model)
+
+
+def test_losses_without_targets_are_refused(model):
+    with pytest.raises(qmj.RequestError, match="there are no targets, expected the token that should follow each one"):
+        model.token_losses(TOKENS_BT)
+
+
+def test_methods_of_transformers_are_refused_with_what_does_the_same(model):
+    with pytest.raises(AttributeError, match=r"no attribute 'generate': here that is qwen_moe_jax.generate\("):
+        model.generate(TOKENS_BT)
+    with pytest.raises(AttributeError, match=r"no attribute 'parameters': here that is nnx.state\("):
+        model.parameters()
+    with pytest.raises(AttributeError, match="^'CausalLM' object has no attribute 'anything'$"):
+        model.anything  # noqa: B018
+    assert not hasattr(model, "device")
 
 
 @pytest.mark.parametrize("bad", [-1, 32])

@@ -106,6 +106,12 @@ def test_collisions_and_sizes_that_do_not_divide_are_refused_by_name(rules, mess
         qmj.CausalLM(CONFIG, rngs=None, mesh=qmj.make_mesh(data=3), execution=execution)
 
 
+@pytest.mark.parametrize("axes", [dict(expert=3), dict(expert=3, tensor=2), dict(data=2, expert=3)], ids=str)
+def test_experts_that_do_not_divide_are_named_before_anything_else(axes):
+    with pytest.raises(qmj.ShardingError, match=r"^num_experts=4 does not divide over the mesh axes expert=3: every"):
+        qmj.CausalLM(CONFIG, rngs=None, mesh=qmj.make_mesh(**axes))
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
