@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen_moe_jax.errors import RequestError
+from qwen_moe_jax.storage.git_lfs import lfs_problem
+from qwen_moe_jax.text_files import decode_text
 
 _EXPECTED = 'expected {"prompt": "…"} or {"messages": [{"role": …, "content": …}, …]}, the latter also with "tools"'
 
@@ -59,16 +61,21 @@ def read_prompts(sources: Iterable[str | Path | None]) -> list[Prompt]:
 
 
 def _content(source: Path | None) -> str:
-    # Bytes that are no UTF-8 are kept, so that the prompt is refused for them, and not for something else.
     try:
         content = sys.stdin.buffer.read() if source is None else source.read_bytes()
     except OSError as error:
         raise RequestError(f"{source}: cannot be read ({error.strerror}).") from None
-    return content.decode("utf-8", "surrogateescape")
+    if source is not None and (problem := lfs_problem(source)) is not None:
+        raise RequestError(f"{source}: {problem}.")
+    try:
+        return decode_text(content)
+    except UnicodeDecodeError:
+        # Kept, so that the prompt is refused for them, and not for something else.
+        return content.decode("utf-8", "surrogateescape")
 
 
 def _requests(path: Path) -> list[Prompt]:
-    lines = enumerate(_content(path).removeprefix("\ufeff").split("\n"), 1)  # JSON strings may have other line ends
+    lines = enumerate(_content(path).split("\n"), 1)  # JSON strings may have other line ends
     found = [_request(f"{path}, line {number}", line) for number, line in lines if line.strip()]
     if not found:
         raise RequestError(f"{path}: found no request, expected one a line: {_EXPECTED}.")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from qwen_moe_jax.cli.arguments import add_model_arguments, load_model
 from qwen_moe_jax.errors import RequestError
+from qwen_moe_jax.storage.git_lfs import lfs_problem
+from qwen_moe_jax.text_files import read_text
 
 SUMMARY = "measure how well a checkpoint predicts a text file: its perplexity"
 
@@ -77,8 +79,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _read(path: Path) -> str:
+    if (problem := lfs_problem(path)) is not None:
+        raise RequestError(f"{path}: {problem}.")
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except OSError as error:
         raise RequestError(f"{path}: cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError as error:

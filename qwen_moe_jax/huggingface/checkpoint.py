@@ -43,6 +43,8 @@ _OFTEN_FLOAT32 = re.compile(r"\.linear_attn\.(A_log|norm\.weight)$")
 
 #: Dtypes of stored weights.
 FLOATS = ("float32", "bfloat16", "float16")
+#: Behind the name of a tensor of a model that PEFT has wrapped.
+ADAPTED = ": of a model with PEFT's adapters inside; call merge_and_unload() and save_pretrained there"
 _LISTED = 40
 #: Bytes per block of a check.
 _BLOCK = 64 << 20
@@ -200,18 +202,37 @@ def problems_of(checkpoint: Checkpoint, parameters: list[HubParameter], optional
     wanted = {name: parameter.tensor_shape for name, parameter, _ in hub_tensors(parameters)}
     if not any(name.startswith(MTP) for name in wanted):
         optional |= {name for name in tensors if name.startswith(MTP)}
+    renamed = _common_prefix(tensors, wanted)
+    if renamed is not None:
+        return [*problems, renamed]
     if checkpoint.whole:
         problems += [_missing(name, shape, checkpoint) for name, shape in wanted.items() if name not in tensors]
     for name, tensor in tensors.items():
         if name in optional:
             continue
         if name not in wanted:
-            problems.append(f"unexpected: {name} {list(tensor.shape)} in {tensor.source}")
+            hint = ADAPTED if ".base_layer." in name or ".lora_" in name else ""
+            problems.append(f"unexpected: {name} {list(tensor.shape)} in {tensor.source}{hint}")
         elif tensor.shape != wanted[name]:
             problems.append(f"shape: {name} is {list(tensor.shape)} in {tensor.source}, expected {list(wanted[name])}")
         elif tensor.dtype not in FLOATS:
             problems.append(f"dtype: {name} is {tensor.dtype} in {tensor.source}, expected one of {', '.join(FLOATS)}")
     return problems
+
+
+def _common_prefix(tensors: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The line for names that are the model's behind a prefix which all of them have, in place of hundreds of lines."""
+    if not tensors or wanted.keys() & tensors.keys():
+        return None
+    for name in list(wanted)[:_LISTED]:
+        prefix = next((other.removesuffix(name) for other in tensors if other.endswith(f".{name}")), None)
+        if prefix and all(other.startswith(prefix) for other in tensors):
+            known = sum(other.removeprefix(prefix) in wanted for other in tensors)
+            return (
+                f"names: all {len(tensors)} tensor names begin with {prefix!r}, expected names without it, as {name}; "
+                f"{known} of them are the model's then. Rename them and save the file again"
+            )
+    return None
 
 
 def _missing(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> str:

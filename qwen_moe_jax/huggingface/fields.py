@@ -9,6 +9,7 @@ from typing import Any
 
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.storage.git_lfs import lfs_problem
+from qwen_moe_jax.text_files import read_text
 
 REQUIRED = object()
 _TOO_DEEP = "its values are nested too deeply"
@@ -23,13 +24,14 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: the file is absent, is not JSON, or does not hold an object.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file. A checkpoint folder needs one.") from None
     except (ValueError, OSError) as error:
         if (problem := lfs_problem(path)) is not None:
             raise ConfigError(f"{path}: {problem}.") from None
-        raise ConfigError(f"{path}: cannot be read as JSON ({error}).") from None
+        toml = " A run's TOML file is read by `python -m train`." if path.suffix == ".toml" else ""
+        raise ConfigError(f"{path}: cannot be read as JSON ({error}).{toml}") from None
     except RecursionError:
         raise ConfigError(f"{path}: cannot be read as JSON ({_TOO_DEEP}).") from None
     if not isinstance(found, dict):

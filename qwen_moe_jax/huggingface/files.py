@@ -10,6 +10,7 @@ from qwen_moe_jax.errors import CheckpointError
 from qwen_moe_jax.storage.safetensors_file import open_safetensors
 from qwen_moe_jax.storage.tensor import StoredTensor
 from qwen_moe_jax.storage.torch_file import open_torch_file
+from qwen_moe_jax.text_files import read_text
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -112,7 +113,7 @@ def _open_indexed(path: Path, opener: Callable[[Path], tuple[dict[str, StoredTen
 
 
 def _weight_map(path: Path) -> Mapping[str, str]:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(read_text(path))
     found = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(found, dict) or not found:
         raise ValueError("expected an object with a weight_map of tensor names to file names")

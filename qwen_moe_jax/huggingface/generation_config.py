@@ -75,6 +75,11 @@ def generation_config_to_hub(generation: GenerationConfig, config: ModelConfig) 
     return hub
 
 
+def _stop_tokens(fields: Fields, name: str) -> tuple[int, ...]:
+    # -1, which no token has, is how some tools write that there is none.
+    return tuple(token for token in fields.integers(name) if token != -1)
+
+
 def _strings(fields: Fields, name: str) -> tuple[str, ...]:
     found = fields.values[name]
     found = [found] if isinstance(found, str) else found
@@ -111,7 +116,7 @@ def _are_ids(found: Any) -> bool:
 
 #: Readers of the implemented fields.
 READERS: dict[str, Callable[[Fields, str], Any]] = {
-    "eos_token_id": Fields.integers,
+    "eos_token_id": _stop_tokens,
     "stop_strings": _strings,
     "max_new_tokens": Fields.integer,
     "max_length": Fields.integer,

@@ -132,7 +132,12 @@ def load_model(
         execution=dataclasses.replace(execution, dtype=dtype, param_dtype=param_dtype or dtype),
         generation_config=generation_config or read_generation_config(checkpoint.folder, checkpoint.config),
     )
-    optional = () if rngs is None else _init_missing_head(abstract, checkpoint, rngs)
+    own, others = _heads(abstract, checkpoint)
+    lacks_head = not any(name in checkpoint.tensors for name in own)
+    if lacks_head and rngs is not None:
+        abstract.draw_head(rngs)
+    # Another kind's head is not the problem of a folder that lacks the model's own.
+    optional = others if lacks_head and (own or rngs is not None) else []
     wanted = [parameter for parameter in hub_parameters(abstract) if not isinstance(parameter.leaf, jax.Array)]
     require_no_problems(checkpoint.folder, problems_of(checkpoint, wanted, optional))
     read = iter(_read(checkpoint, wanted, Path(folder).name))
@@ -149,13 +154,12 @@ def _with_labels(checkpoint: Checkpoint, num_labels: int) -> ModelConfig:
     )
 
 
-def _init_missing_head(abstract: Model, checkpoint: Checkpoint, rngs: nnx.Rngs | jax.Array | int) -> list[str]:
-    """Initialises the head, unless the checkpoint has one of its kind. Returns the tensor names of another kind's."""
+def _heads(abstract: Model, checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
+    """Names of the tensors of the model's head, and of all tensors of a checkpoint outside the decoder."""
     own = [str(name) for parameter in hub_parameters(abstract) for name in parameter.names.flat]
-    if any(name in checkpoint.tensors for name in own if not name.startswith((_BACKBONE, MTP))):
-        return []
-    abstract.draw_head(rngs)
-    return [name for name in checkpoint.tensors if not name.startswith((_BACKBONE, MTP))]
+    outside = (_BACKBONE, MTP)
+    heads = [[name for name in names if not name.startswith(outside)] for names in (own, checkpoint.tensors)]
+    return heads[0], heads[1]
 
 
 def _read(checkpoint: Checkpoint, parameters: list[HubParameter], name: str) -> list[jax.Array]:

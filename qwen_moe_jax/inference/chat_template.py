@@ -18,6 +18,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from qwen_moe_jax.errors import CheckpointError, RequestError
 from qwen_moe_jax.huggingface.fields import read_json
+from qwen_moe_jax.storage.git_lfs import lfs_problem
+from qwen_moe_jax.text_files import read_text
 
 #: Fields of a message for the model's reasoning before its answer; templates read the first.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -129,8 +131,10 @@ def _sources(folder: Path, config: Mapping[str, Any]) -> tuple[Path, dict[str, s
 
 
 def _read(path: Path) -> str:
+    if (problem := lfs_problem(path)) is not None:
+        raise CheckpointError(f"{path}: {problem}.")
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read as a chat template ({error}).") from None
 

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import tokenizers
 
 from qwen_moe_jax.errors import CheckpointError, RequestError
+from qwen_moe_jax.storage.git_lfs import lfs_problem
+from qwen_moe_jax.text_files import read_text
 
 
 class Tokenizer(Protocol):
@@ -27,8 +29,12 @@ def load_tokenizer(folder: str | PathLike[str]) -> tokenizers.Tokenizer:
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file. The checkpoint folder has to hold its tokenizer.")
+    if (problem := lfs_problem(path)) is not None:
+        raise CheckpointError(f"{path}: {problem}.")
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_str(read_text(path))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
     except Exception as error:  # tokenizers raises bare Exception
         raise CheckpointError(f"{path}: cannot be read as a tokenizer ({error}).") from None
     # Settings of the data that the tokenizer was trained on; transformers ignores them as well.

@@ -54,6 +54,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             return {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file.") from None
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from None
     except (SafetensorError, OSError, AttributeError) as error:  # AttributeError: a dtype that NumPy does not have
         raise CheckpointError(f"{path}: damaged, it cannot be read as safetensors ({error}).") from None
 

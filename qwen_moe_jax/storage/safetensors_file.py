@@ -136,13 +136,18 @@ def open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     """Reads a file's header: its tensors by name, and every problem found, a line each.
 
     Tensors with an invalid header entry are left out of the first result and reported in the second.
+
+    Raises:
+        CheckpointError: the file cannot be read at all: no permission, a disk that fails.
     """
     if (problem := lfs_problem(path)) is not None:
         return {}, [f"not downloaded: {problem}"]
     try:
         file = OpenFile(path)
         begin, entries = _header(file)
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
+    except (ValueError, RecursionError) as error:
         return {}, [f"damaged: {path.name} is not a safetensors file ({error})"]
     tensors: dict[str, StoredTensor] = {}
     problems: list[str] = []

@@ -46,7 +46,7 @@ def open_torch_file(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     """The tensors of a file by name, and the problems found in it, as `open_safetensors`.
 
     Raises:
-        CheckpointError: torch is not installed.
+        CheckpointError: torch is not installed, or there is no permission to read the file.
     """
     if (problem := lfs_problem(path)) is not None:
         return {}, [f"not downloaded: {problem}"]
@@ -61,6 +61,8 @@ def open_torch_file(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     try:
         # Files older than PyTorch 1.6 are not zip archives; torch cannot map them and reads them whole.
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
     except Exception as error:  # a damaged file may raise pickle's errors, RuntimeError, KeyError, …
         reason = str(error).strip().splitlines()
         return {}, [f"damaged: {path.name} is not a PyTorch file of tensors only ({reason[0] if reason else error!r})"]

@@ -204,6 +204,24 @@ def test_a_jsonl_file_has_one_request_a_line(folder, tmp_path, monkeypatch, caps
     assert second == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
+@pytest.mark.parametrize("name", ["prompt.txt", "prompts.jsonl"])
+def test_a_file_of_any_unicode_encoding_is_read(folder, tmp_path, monkeypatch, capsys, encoding, name):
+    engine = install(monkeypatch, f"one{END}")
+    text = "hélas" if name == "prompt.txt" else json.dumps({"prompt": "hélas"}, ensure_ascii=False)
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    assert generate(folder, "--file", str(tmp_path / name)) == 0
+    assert [prompt for prompt, _ in engine.asked] == ["hélas"]
+
+
+def test_a_git_lfs_pointer_is_no_prompt(folder, tmp_path, capsys):
+    (tmp_path / "prompt.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4096\n")
+    assert generate(folder, "--file", str(tmp_path / "prompt.txt")) == 2
+    assert f"prompt.txt is a Git LFS pointer, not the file itself: run `git lfs pull` in {tmp_path}" in (
+        capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     "line, message",
     [

@@ -1,6 +1,7 @@
 """What users run into with checkpoints that others made: read where that is right, or refused with the way out."""
 
 import dataclasses
+import errno
 import json
 import re
 
@@ -15,6 +16,9 @@ from qwen_moe_jax.huggingface import unused_fields
 from qwen_moe_jax.huggingface.convert import convert
 from qwen_moe_jax.huggingface.families import FAMILIES
 from qwen_moe_jax.huggingface.known_fields import CONFIG_READ
+from qwen_moe_jax.inference.chat_template import load_chat_template
+from qwen_moe_jax.inference.tokenizer import load_tokenizer
+from tests.inference.tokenizer_kinds import byte_level
 from tests.subject import hub_arrays
 
 CONFIG = {
@@ -62,6 +66,62 @@ def test_a_prefix_of_some_names_is_a_problem_of_these(folder):
         qmj.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("prefix", ["student.", "model.", "transformer.decoder."])
+def test_any_other_prefix_of_every_name_is_one_problem_with_the_right_name(folder, prefix):
+    rename(folder, lambda name: prefix + name)
+    with pytest.raises(qmj.CheckpointError) as refusal:
+        qmj.from_pretrained(folder)
+    assert "(1 problem)" in str(refusal.value)
+    assert f"names: all 25 tensor names begin with '{prefix}', expected names without it" in str(refusal.value)
+
+
+def test_a_model_with_adapters_inside_says_to_merge_them(folder):
+    rename(folder, lambda name: "base_model.model." + name.replace("q_proj.", "q_proj.base_layer."))
+    with pytest.raises(
+        qmj.CheckpointError, match=r"unexpected: .*base_layer.*: of a model with PEFT's adapters inside;"
+    ):
+        qmj.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_json_and_templates_of_any_unicode_encoding_are_read(folder, encoding):
+    expected = qmj.from_pretrained(folder)
+    byte_level().save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}hé {{ m.content }}{% endfor %}")
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "é"}')
+    names = dict.fromkeys(load_file(folder / WEIGHTS), "model-00001.safetensors")
+    (folder / WEIGHTS).rename(folder / "model-00001.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": names}))
+    for path in (*folder.glob("*.json"), *folder.glob("*.jinja")):
+        path.write_bytes(path.read_text(encoding="utf-8").encode(encoding))
+    found = qmj.from_pretrained(folder)
+    assert found.config == expected.config and found.generation_config == expected.generation_config
+    assert load_tokenizer(folder).encode("hi").ids
+    assert load_chat_template(folder).render([{"role": "user", "content": "x"}]) == "hé x"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
+def test_a_git_lfs_pointer_in_place_of_a_tokenizer_or_template_says_what_to_run(folder, name):
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4096\n")
+    with pytest.raises(qmj.CheckpointError, match=f"{name} is a Git LFS pointer, not the file itself: run `git"):
+        load_tokenizer(folder) if name == "tokenizer.json" else load_chat_template(folder)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "pytorch_model.bin"])
+def test_weights_without_permission_are_refused_in_one_line(folder, name, monkeypatch):
+    def forbidden(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    if name == WEIGHTS:
+        monkeypatch.setattr("qwen_moe_jax.storage.safetensors_file.os.open", forbidden)
+    else:
+        monkeypatch.setattr(pytest.importorskip("torch"), "load", forbidden)
+        (folder / WEIGHTS).rename(folder / name)
+    with pytest.raises(qmj.CheckpointError) as refusal:
+        qmj.from_pretrained(folder)
+    assert str(refusal.value) == f"{folder / name}: cannot be read (Permission denied)."
+
+
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json", "pytorch_model.bin", "generation_config.json"])
 def test_a_git_lfs_pointer_says_what_to_run(folder, name):
     if name == "pytorch_model.bin":
@@ -100,11 +160,14 @@ def test_a_token_id_of_minus_one_is_none(folder, field):
     edit(folder / "config.json", **{field: -1})
     (folder / "generation_config.json").unlink()
     assert getattr(qmj.from_pretrained(folder).config, field) in (None, ())
+    edit(folder / "generation_config.json", **{field: -1})
+    assert qmj.from_pretrained(folder).generation_config.eos_token_id in ((), (2,))
 
 
 def test_a_classifier_without_a_head_says_how_to_get_one_and_takes_its_labels(folder):
-    with pytest.raises(qmj.CheckpointError, match=r"missing: score.weight \[2, 32\]: pass rngs=nnx.Rngs\(0\)"):
+    with pytest.raises(qmj.CheckpointError, match=r"missing: score.weight \[2, 32\]: pass rngs=nnx.Rngs\(0\)") as found:
         qmj.SequenceClassifier.from_pretrained(folder)
+    assert "(1 problem)" in str(found.value), "the head of the language model is no problem"
     model = qmj.SequenceClassifier.from_pretrained(folder, rngs=0, num_labels=5)
     assert model.config.num_labels == 5 and model.score.weight.shape == (5, 32)
     qmj.save_pretrained(model, folder.parent / "classifier")

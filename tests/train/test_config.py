@@ -344,8 +344,32 @@ def test_a_file_without_permission_is_refused_by_name(tmp_path, monkeypatch):
     def refuse(path, **_):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(ConfigError, match="tiny.toml: it cannot be read: Permission denied"):
+        load_config(tmp_path / "tiny.toml")
+
+
+def test_a_folder_or_a_models_config_in_place_of_a_toml_file_is_refused_with_what_to_give(tmp_path):
+    (tmp_path / "tiny.toml").write_text("")
+    with pytest.raises(ConfigError, match=f"{tmp_path} is a folder, expected a TOML file. In that folder: .*tiny.toml"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"To fine-tune the checkpoint in it: run.model_name_or_path = '{tmp_path}'"):
+        load_config(tmp_path)
+    with pytest.raises(ConfigError, match=r"this is no TOML: .* A model's config.json is the \[model\] table of one"):
+        load_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+def test_a_toml_file_of_any_unicode_encoding_is_read(tmp_path, encoding):
+    text = Path("configs/train/tiny.toml").read_text(encoding="utf-8")
+    (tmp_path / "tiny.toml").write_bytes(text.encode(encoding))
+    assert load_config(tmp_path / "tiny.toml") == load_config("configs/train/tiny.toml")
+
+
+def test_a_toml_file_of_another_encoding_is_refused_by_its_byte(tmp_path):
+    (tmp_path / "tiny.toml").write_bytes(b"# caf\xe9\n")
+    with pytest.raises(ConfigError, match="tiny.toml: found byte 0xe9 at offset 5, expected text in UTF-8"):
         load_config(tmp_path / "tiny.toml")
 
 

@@ -142,6 +142,21 @@ def test_a_text_in_another_encoding_is_refused_by_its_file_and_place(tmp_path):
         texts(path=str(tmp_path), pattern="*.md")
 
 
+@pytest.mark.parametrize(("name", "form"), [("a.jsonl", "jsonl"), ("a.txt", "text"), ("a.npy", "tokens")])
+def test_a_git_lfs_pointer_is_refused_with_what_to_run(tmp_path, name, form):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4096\n")
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(ConfigError, match=rf"^data.path: .*{name} is a Git LFS pointer, .*: run `git lfs pull` in"):
+            texts(path=str(path), format=form, pattern=name)
+
+
+def test_utf_16_without_a_mark_is_read(tmp_path):
+    (tmp_path / "a.txt").write_bytes("café".encode("utf-16-le"))
+    (tmp_path / "a.jsonl").write_bytes('{"text": "one"}\n{"text": "é"}\n'.encode("utf-16-be"))
+    assert texts(path=str(tmp_path), pattern="*.txt") == ["café"]
+    assert texts(path=str(tmp_path), format="jsonl") == ["one", "é"]
+
+
 @pytest.mark.parametrize(
     ("array", "expected"),
     [

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_origin
 from qwen_moe_jax.config import SHARDING_RULES
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.suggest import did_you_mean
+from qwen_moe_jax.text_files import encoding_problem, read_text
 from train.config.kinds import described, hints, type_name
 from train.config.problems import KeyProblem, dotted
 from train.config.renamed import API_ONLY
@@ -28,16 +29,29 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
     """
     path = Path(path)
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(read_text(path))
     except (FileNotFoundError, IsADirectoryError):
-        near = sorted(str(other) for other in path.parent.glob("*.toml"))
-        found = f" In that folder: {', '.join(near)}." if near else ""
-        raise ConfigError(f"{path}: there is no such file.{found}") from None
+        raise ConfigError(_absent(path)) from None
     except OSError as error:
         raise ConfigError(f"{path}: it cannot be read: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: this is no TOML: {error}.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: {encoding_problem(error)}.") from None
+    except tomllib.TOMLDecodeError as error:
+        model = " A model's config.json is the [model] table of one." if path.suffix == ".json" else ""
+        raise ConfigError(f"{path}: this is no TOML: {error}.{model}") from None
     return build_config(tables, overrides or [], source=str(path))
+
+
+def _absent(path: Path) -> str:
+    """The message for a path that is no file."""
+    folder = path if path.is_dir() else path.parent
+    near = sorted(str(other) for other in folder.glob("*.toml"))
+    found = f" In that folder: {', '.join(near)}." if near else ""
+    if not path.is_dir():
+        return f"{path}: there is no such file.{found}"
+    if (path / "config.json").is_file():
+        found += f" To fine-tune the checkpoint in it: run.model_name_or_path = {str(path)!r} in a TOML file."
+    return f"{path} is a folder, expected a TOML file.{found}"
 
 
 def build_config(tables: dict[str, Any], overrides: list[str], source: str) -> TrainConfig:

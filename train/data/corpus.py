@@ -19,6 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.huggingface.fields import read_json
 from qwen_moe_jax.huggingface.hub import tokenizer_folder
 from qwen_moe_jax.inference.chat_template import ChatTemplate, load_chat_template
 from qwen_moe_jax.inference.tokenizer import load_tokenizer
@@ -167,7 +168,7 @@ def _texts(config: DataConfig) -> Iterator[str]:
 def _end_id(tokenizer: Tokenizer, folder: Path, config: DataConfig) -> int:
     """The id of the token that ends a document: tokenizer_config.json's eos_token."""
     file = folder / "tokenizer_config.json"
-    found = json.loads(file.read_text(encoding="utf-8")).get("eos_token") if file.exists() else None
+    found = read_json(file).get("eos_token") if file.exists() else None
     token = found.get("content") if isinstance(found, dict) else found
     end_id = tokenizer.token_to_id(token or END_OF_TEXT)
     if end_id is None:

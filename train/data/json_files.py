@@ -1,4 +1,4 @@
-"""JSON lines, and the array of a .json file → values, each with its place in the file. UTF-8, or UTF-16 with a mark."""
+"""JSON lines, and the array of a .json file → values, each with its place in the file. UTF-8 or UTF-16."""
 
 import codecs
 import io
@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from qwen_moe_jax.text_files import decode_text, encoding_problem
 from train.data.messages import refuse
 from train.data.records import WANTED
 
@@ -45,27 +46,24 @@ def read_json_file(file: Path) -> Iterator[Value]:
         opened.seek(0)
         if file.suffix == ".json" and start.replace(b"\0", b"").lstrip(_BEFORE_ARRAY).startswith(b"["):
             yield from _items(decode(opened.read(), str(file)), file)
-        elif start.startswith(_UTF16):
+        elif start.startswith(_UTF16) or b"\0" in start[:2]:
             yield from _lines(io.BytesIO(decode(opened.read(), str(file)).encode("utf-8")), file)
         else:
             yield from _lines(opened, file)
 
 
 def decode(raw: bytes, place: str) -> str:
-    """A text in UTF-8, without the mark that it may begin with, or in UTF-16 with one.
+    """A text in UTF-8, without the mark that it may begin with, or in UTF-16.
 
     Raises:
         ConfigError: it is none; the message begins with `place`.
     """
-    if raw.startswith(_UTF16):
-        try:
-            return raw.decode("utf-16")
-        except UnicodeDecodeError as error:
-            refuse(f"{place}: begins as UTF-16 and is none ({error.reason} at offset {error.start}).")
     try:
-        return raw.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        return decode_text(raw)
     except UnicodeDecodeError as error:
-        refuse(f"{place}: found byte 0x{raw[error.start]:02x} at offset {error.start}, expected text in UTF-8.")
+        if raw.startswith(_UTF16):
+            refuse(f"{place}: begins as UTF-16 and is none ({error.reason} at offset {error.start}).")
+        refuse(f"{place}: {encoding_problem(error)}.")
 
 
 def _lines(lines: Iterable[bytes], file: Path) -> Iterator[Value]:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.storage.git_lfs import lfs_problem
 from train.config import FORMATS, SourceConfig
 from train.data.docstrings import questions_of
 from train.data.json_files import decode, read_json_file
@@ -224,6 +225,7 @@ def _files(source: SourceConfig) -> list[tuple[Path, str]]:
     """
     root = _root(source)
     if root.is_file():
+        _refuse_pointer(root)
         return [(root, root.name)]
     if not root.is_dir():
         refuse(f"data.path: {root}: there is no such file or folder.")
@@ -233,6 +235,8 @@ def _files(source: SourceConfig) -> list[tuple[Path, str]]:
     for folder, subfolders, names in os.walk(root, onerror=_fail):
         subfolders[:] = [name for name in subfolders if not any(fnmatch(name, pattern) for pattern in skipped)]
         files += [Path(folder, name) for name in names if fnmatch(name, pattern)]
+    for file in files:
+        _refuse_pointer(file)
     named = [(file, file.relative_to(root).as_posix()) for file in files]
     return sorted(named, key=lambda one: hashlib.sha256(one[1].encode()).digest())
 
@@ -240,3 +244,8 @@ def _files(source: SourceConfig) -> list[tuple[Path, str]]:
 def _fail(error: OSError) -> NoReturn:
     """Raises the error: a folder that cannot be listed would be left out in silence otherwise."""
     raise error
+
+
+def _refuse_pointer(file: Path) -> None:
+    if (problem := lfs_problem(file)) is not None:
+        refuse(f"data.path: {file}: {problem}.")
