@@ -76,9 +76,21 @@ class ChatTemplate:
         except SecurityError as error:
             raise RequestError(f"{self.folder}: the chat template tried what its sandbox forbids ({error}).") from None
         except Exception as error:  # a template may raise anything
+            strings = [text for message in messages for text in argument_strings(message)]
+            hint = f" Are the arguments {strings[0]!r:.60} wanted as an object, not as a string?" if strings else ""
             raise RequestError(
-                f"{self.folder}: the chat template fails on these messages ({type(error).__name__}: {error})."
+                f"{self.folder}: the chat template fails on these messages ({type(error).__name__}: {error}).{hint}"
             ) from None
+
+
+def argument_strings(message: Mapping[str, Any]) -> list[str]:
+    """The arguments of a message's tool calls that are strings, as in OpenAI's format, and not objects."""
+    calls = message.get("tool_calls")
+    functions = [
+        call.get("function", call) for call in (calls if isinstance(calls, list) else []) if isinstance(call, Mapping)
+    ]
+    found = [function.get("arguments") for function in functions if isinstance(function, Mapping)]
+    return [arguments for arguments in found if isinstance(arguments, str)]
 
 
 def load_chat_template(folder: str | PathLike[str]) -> ChatTemplate:

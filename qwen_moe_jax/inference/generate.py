@@ -232,7 +232,9 @@ def _checked_prompts(prompts: Any) -> Prompts:
         raise RequestError(f"prompts is {prompts!r:.80}, expected a list of texts or of token ids.")
     found = list(prompts)
     if found and all(isinstance(prompt, int | np.integer) or getattr(prompt, "ndim", 1) == 0 for prompt in found):
-        raise RequestError("prompts is one list of token ids, expected a list of such: generate(model, [prompt], …).")
+        raise RequestError(
+            "prompts is one list of token ids, expected one list for each prompt: generate(model, [prompt], …)."
+        )
     if any(isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping) for prompt in found):
         raise RequestError(
             "a prompt is a list of messages, expected a text: load_chat_template(folder).render(messages) of "

@@ -14,4 +14,4 @@ def lfs_problem(path: Path) -> str | None:
         return None
     if not found:
         return None
-    return f"{path.name} is a Git LFS pointer, not the file itself: run `git lfs pull` in {path.parent}"
+    return f"{path.name} is a Git LFS pointer, not the file itself: run `git lfs pull` in {path.parent.absolute()}"

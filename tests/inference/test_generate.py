@@ -263,7 +263,7 @@ def test_invalid_calls_are_refused(small, never_run):
             function(small, [[1]], stop_strings=["w1"])
         with pytest.raises(RequestError, match="prompts is one string, expected a list"):
             function(small, "w1 w2", tokenizer=word_tokenizer())
-        with pytest.raises(RequestError, match="^prompts is one list of token ids, expected a list of such"):
+        with pytest.raises(RequestError, match="^prompts is one list of token ids, expected one list for each"):
             function(small, [1, 2, 3])
         with pytest.raises(RequestError, match="^prompts is one list of token ids"):
             function(small, np.array([1, 2, 3]))

@@ -5,14 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.errors import ConfigError, RequestError
 from qwen_moe_jax.inference.chat_template import load_chat_template
+from qwen_moe_jax.inference.tokenizer import load_tokenizer
 from tests.inference.chat_templates import MIXTRAL, QWEN2, QWEN3
 from tests.inference.tokenizer_kinds import byte_fallback, byte_level
 from tests.train.test_chat import documents, write_folder
 from train.data.chat import conversation_documents
 from train.data.records import checked_content
-from train.data.tokenizer import save_tokenizer, train_tokenizer
+from train.data.tokenizer import CHAT_TEMPLATE, save_tokenizer, train_tokenizer
 
 USER, ANSWER = {"role": "user", "content": "add 1 and 2"}, {"role": "assistant", "content": "3"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -151,3 +152,33 @@ def test_a_field_of_another_kind_is_refused_by_name(record, expected):
     with pytest.raises(ConfigError) as refusal:
         checked_content(record, "a.jsonl, line 7")
     assert str(refusal.value).startswith("a.jsonl, line 7: ") and expected in str(refusal.value)
+
+
+def with_arguments(arguments):
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    return {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}, RESULT, ANSWER]}
+
+
+LOOPS = """{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for call in m.tool_calls or [] %}
+{%- for name, value in call.function.arguments | items %}<{{ name }}>{{ value }}{% endfor %}
+{%- endfor %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+
+@pytest.mark.parametrize(
+    "template", [LOOPS, QWEN2, CHAT_TEMPLATE], ids=["loops over them", "writes JSON", "takes either"]
+)
+def test_arguments_as_a_json_string_are_learned_as_the_object(template, tmp_path):
+    folder = write_folder(tmp_path / "model", byte_level(), template)
+    own = load_tokenizer(folder), load_chat_template(folder)
+    found = pieces(own, with_arguments(json.dumps({"a": 1, "b": "é"}, ensure_ascii=False)))
+    assert found == pieces(own, with_arguments({"a": 1, "b": "é"}))
+    assert "\\" not in found[0][0]
+
+
+def test_arguments_that_are_no_object_are_refused_where_the_template_wants_one(tmp_path):
+    folder = write_folder(tmp_path / "model", byte_level(), LOOPS)
+    own = load_tokenizer(folder), load_chat_template(folder)
+    with pytest.raises(ConfigError, match=r"^line 1: messages\[1\].tool_calls: arguments: found 'a=1', expected an ob"):
+        pieces(own, with_arguments("a=1"))
+    with pytest.raises(RequestError, match=r"fails on these messages .* Are the arguments '\{\}' wanted as an object"):
+        own[1].render(with_arguments("{}")["messages"])

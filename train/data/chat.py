@@ -16,6 +16,7 @@ from qwen_moe_jax.inference.tokenizer import encode
 from train.data.messages import Conversation
 from train.data.records import Completion
 from train.data.rendered import require_rendered
+from train.data.tool_calls import with_arguments_as_rendered
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def conversation_documents(
         ConfigError: the template refuses the conversation or ignores a field of it, or its rendering of a turn does
             not begin with its own generation prompt. The message names `place`.
     """
+    conversation = with_arguments_as_rendered(conversation, template, place)
     require_rendered(conversation, template, place)
     documents: list[Turns] = []
     for number, message in enumerate(conversation.messages):
