@@ -10,7 +10,9 @@ import numpy as np
 from qwen_moe_jax.config import LoraConfig
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.adapter_layouts import PREFIX, fused
+from qwen_moe_jax.huggingface.adapter_rows import in_published_rows
 from qwen_moe_jax.huggingface.checkpoint import HEADS
+from qwen_moe_jax.huggingface.linear_rows import published_name
 from qwen_moe_jax.huggingface.tensors import hub_parameters, renamer
 from qwen_moe_jax.huggingface.unused_fields import say_once
 from qwen_moe_jax.model.base import Model
@@ -41,6 +43,8 @@ def adapter_files(
         ConfigError: an unknown layout; "fused" with adapters of only one of gate_proj and up_proj.
     """
     adapted = [matrix for matrix in matrices(model) if matrix.lora is not None]
+    configs = {matrix.path: model.lora.of_matrix(matrix.path) for matrix in adapted}
+    arrays, configs = in_published_rows(arrays, configs, model.config)
     routed = [matrix for matrix in adapted if ".experts." in matrix.path]
     head = next(head.__name__ for head in HEADS.values() if isinstance(model, head))
     config = {
@@ -54,7 +58,7 @@ def adapter_files(
     }
     experts = experts or _layout(model, {matrix.name for matrix in routed})
     if experts == "separate" or (experts == "fused" and not routed):
-        config |= _ranks(model, adapted) | {"target_modules": _target_modules(model, adapted)}
+        config |= _ranks(model, configs) | {"target_modules": _target_modules(model, adapted)}
         return config, dict(_peft_tensors(arrays))
     if experts != "fused":
         raise ConfigError(f"experts={experts!r} is not known: expected 'separate' or 'fused'.")
@@ -62,7 +66,8 @@ def adapter_files(
         raise ConfigError("experts='fused' needs adapters of both gate_proj and up_proj of the experts, found one.")
     tensors, parameters = _fused_tensors(model, routed, arrays)
     others = [matrix for matrix in adapted if matrix not in routed and matrix.name != "gate"]
-    ranks = _ranks(model, [matrix for matrix in adapted if matrix not in routed])
+    paths = {matrix.path for matrix in routed}
+    ranks = _ranks(model, {path: own for path, own in configs.items() if path not in paths})
     for parameter, (rank, scaling) in parameters.items():
         pattern = rf".*\.{parameter}"
         ranks["rank_pattern"][pattern] = rank
@@ -89,12 +94,11 @@ def _layout(model: Model, routed: set[str]) -> ExpertLayout:
     return "separate"
 
 
-def _ranks(model: Model, adapted: list[Matrix]) -> dict[str, Any]:
-    """r and lora_alpha, and their patterns by the Hub's names of the matrices that differ.
+def _ranks(model: Model, lora: Mapping[str, LoraConfig]) -> dict[str, Any]:
+    """r and lora_alpha, and their patterns by the Hub's names of the matrices that differ, from those of each path.
 
     PEFT's conversion to fused experts knows the rank of gate and up only as `r`, so theirs is the default.
     """
-    lora = {matrix.path: model.lora.of_matrix(matrix.path) for matrix in adapted}
     default: LoraConfig = lora.get("mlp.experts.gate_proj", model.lora)
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -124,7 +128,9 @@ def _target_modules(model: Model, adapted: list[Matrix]) -> list[str] | str:
     outside: set[str] = set()
     for matrix in matrices(model):
         names = inside if any(matrix.path == own.path and matrix.segment == own.segment for own in adapted) else outside
-        names.update(str(name).removesuffix(".weight") for name in parameters[matrix.parameter_path].names.flat)
+        found = [published_name(name, model.config) for name in parameters[matrix.parameter_path].names.flat]
+        names.update(name.removesuffix(".weight") for name in found)
+    outside -= inside  # a matrix of the files may be two of the model, of which one is adapted
     words = {name.rpartition(".")[2] for name in inside}
     if not any(name.rpartition(".")[2] in words for name in outside):
         return sorted(words)

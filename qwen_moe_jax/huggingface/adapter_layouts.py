@@ -16,14 +16,15 @@ import numpy as np
 
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.huggingface.adapter_config import AdapterConfig
+from qwen_moe_jax.huggingface.files import VISION
+from qwen_moe_jax.huggingface.layouts import prefixed
 from qwen_moe_jax.huggingface.tensors import renamer
+from qwen_moe_jax.huggingface.unused_fields import say_once
 
 PREFIX = "base_model.model."
 #: (module, "embedding_" or "", "A" or "B") of a tensor's name.
 _SIDE = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 _EXPERTS = re.compile(r"(.+\.mlp\.experts)(\.base_layer)?")
-#: First words of names in adapters of a decoder without a head (AutoModel), which have no `model.` prefix.
-_BARE = ("embed_tokens.", "layers.")
 #: How transformers 5 names Mixtral's sparse block.
 _BLOCK = (".block_sparse_moe.", ".mlp.")
 #: Modules whose base weight PEFT saves along with their adapter.
@@ -67,9 +68,12 @@ def low_rank_pairs(
     sides: dict[str, dict[str, np.ndarray]] = {}
     bases: dict[str, np.ndarray] = {}
     problems: list[str] = []
+    vision: list[str] = []
     for name, array in arrays.items():
-        module = name.removeprefix(PREFIX)
-        module = f"model.{module}" if module.startswith(_BARE) else module
+        module = prefixed(name.removeprefix(PREFIX))
+        if VISION.search(module):
+            vision.append(name)
+            continue
         found = _SIDE.fullmatch(module)
         if module in [f"{embedding}.base_layer.weight" for embedding in EMBEDDINGS]:
             bases[module.replace(".base_layer", "")] = array
@@ -79,6 +83,8 @@ def low_rank_pairs(
             transposed = found[2] is not None
             side = {"A": "B", "B": "A"}[found[3]] if transposed else found[3]
             sides.setdefault(found[1], {})[side] = array.T if transposed else array
+    if vision:
+        say_once(f"{config.where}: {len(vision)} tensors are adapters of the vision tower, and are skipped.")
     pairs: dict[str, LowRank] = {}
     rename = renamer(model.model_type)
     for module, found_sides in sides.items():
@@ -139,20 +145,27 @@ def _unfused(
         if parameter == "down_proj":
             yield f"{name}.down_proj", LowRank(a_ri, b_or, scaling)
             continue
-        for own, (a_own, b_own) in zip(("gate_proj", "up_proj"), _gate_and_up(a_ri, b_or), strict=True):
+        for own, (a_own, b_own) in zip(("gate_proj", "up_proj"), own_pairs(a_ri, np.split(b_or, 2)), strict=True):
             yield f"{name}.{own}", LowRank(a_own, b_own, scaling)
 
 
-def _gate_and_up(a: np.ndarray, b: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The pairs of gate and up from their common one; of half its rank where B is block-diagonal.
+def own_pairs(a: np.ndarray, parts: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The pair of each of several matrices with one A in common; of its share of the rank where B is block-diagonal.
 
-    PEFT makes such a B of adapters that were trained for gate and up separately, and so does `fused`.
+    PEFT makes such a B of adapters that were trained for gate and up separately, and so does what writes adapters here.
+
+    Args:
+        a: [r, in].
+        parts: each matrix's rows of B, [out, r].
     """
-    rows, half = b.shape[0] // 2, a.shape[0] // 2
-    gate, up = b[:rows], b[rows:]
-    if a.shape[0] % 2 == 0 and not gate[:, half:].any() and not up[:, :half].any():
-        return [(a[:half], gate[:, :half]), (a[half:], up[:, half:])]
-    return [(a, gate), (a, up)]
+    rank = a.shape[0] // len(parts)
+    shares = [slice(number * rank, (number + 1) * rank) for number in range(len(parts))]
+    is_block_diagonal = len(parts) * rank == a.shape[0] and not any(
+        part[:, share].any() for number, part in enumerate(parts) for share in shares[:number] + shares[number + 1 :]
+    )
+    if is_block_diagonal:
+        return [(a[share], part[:, share]) for share, part in zip(shares, parts, strict=True)]
+    return [(a, part) for part in parts]
 
 
 def fused(pairs: list[list[tuple[np.ndarray, np.ndarray]]], *, shared_a: bool = False) -> tuple[np.ndarray, np.ndarray]:

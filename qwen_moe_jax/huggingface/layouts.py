@@ -28,14 +28,14 @@ def in_hub_form(tensors: dict[str, StoredTensor], config: ModelConfig) -> tuple[
     found: dict[str, StoredTensor] = {}
     problems: list[str] = []
     for name, tensor in tensors.items():
-        prefixed = _prefixed(name)
-        fused = _FUSED.fullmatch(prefixed)
-        each = [(prefixed, tensor)]
+        with_prefix = prefixed(name)
+        fused = _FUSED.fullmatch(with_prefix)
+        each = [(with_prefix, tensor)]
         if fused is not None and config.moe is not None:
             expected = _fused_shape(config, fused[2])
             if tensor.shape != expected:
                 problems.append(
-                    f"shape: {prefixed} is {list(tensor.shape)} in {tensor.source}, expected {list(expected)}"
+                    f"shape: {with_prefix} is {list(tensor.shape)} in {tensor.source}, expected {list(expected)}"
                     + _transposed(tensor.shape, expected)
                 )
                 continue
@@ -49,7 +49,7 @@ def in_hub_form(tensors: dict[str, StoredTensor], config: ModelConfig) -> tuple[
     return found, problems + disordered
 
 
-def _prefixed(name: str) -> str:
+def prefixed(name: str) -> str:
     """The name with the prefix `model.`, of a decoder saved without a head and of the text part of a multimodal one."""
     name = _TEXT_PART.sub("", name)
     return f"model.{name}" if name.startswith(_BARE) else name

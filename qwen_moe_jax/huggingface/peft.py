@@ -20,6 +20,7 @@ from qwen_moe_jax.errors import CheckpointError, ConfigError
 from qwen_moe_jax.huggingface.adapter_config import CONFIG, AdapterConfig, read_adapter_config
 from qwen_moe_jax.huggingface.adapter_export import ExpertLayout, adapter_files
 from qwen_moe_jax.huggingface.adapter_layouts import LowRank, low_rank_pairs
+from qwen_moe_jax.huggingface.adapter_rows import in_model_rows
 from qwen_moe_jax.huggingface.checkpoint import Checkpoint, stacked_tensor
 from qwen_moe_jax.huggingface.generation_config import read_generation_config
 from qwen_moe_jax.huggingface.hub import adapter_folder
@@ -47,7 +48,7 @@ class Adapter:
     Attributes:
         folder: the folder.
         config: ranks and scalings.
-        pairs: adapters by the Hub's name of their matrix, as "model.layers.0.self_attn.q_proj.weight".
+        pairs: adapters by the name of their matrix in `hub_parameters`, as "model.layers.0.self_attn.q_proj.weight".
         bases: weights of embeddings that PEFT saved along with their adapters, by the same names.
         source: file name of the tensors, for messages.
     """
@@ -153,6 +154,8 @@ def open_adapter(folder: str | PathLike[str], model: ModelConfig) -> Adapter:
             raise CheckpointError(f"{folder}: {problems[0]}.")
         arrays = {name: tensor.read() for name, tensor in tensors.items()}
     pairs, bases, problems = low_rank_pairs(arrays, config, model)
+    pairs, misshapen = in_model_rows(pairs, model)
+    problems += misshapen
     if not pairs and not problems:
         problems = ["there are no adapters in it"]
     adapter = Adapter(folder, config, pairs, bases, source)
