@@ -56,7 +56,7 @@ def saved(tmp_path_factory):
     base = qmj.CausalLM(config, rngs=nnx.Rngs(0), execution=EXECUTION)
     qmj.save_pretrained(base, folder / "base")
     model = adapted(folder / "base", ("self_attn", "mlp.experts", "shared_expert.down_proj"), use_rslora=True)
-    qmj.save_adapter(model, folder / "adapter", base="someone/base")
+    qmj.save_adapter(model, folder / "adapter", base="someone/base", experts="separate")
     return folder, logits(base), logits(model)
 
 
