@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import re
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from qwen_moe_jax.errors import CheckpointError
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 #: The names of a layer's tensors are long and begin alike.
 _LAYERS = re.compile(r"(model\.layers\.(?:\{[^}]*\}|\d+)\.)?(.+)")
+#: Parts of a checkpoint that are named as a whole where they are not read.
+_PARTS = re.compile(r"(model\.)?(visual|mtp)\.")
 
 SUMMARY = "show a checkpoint's tensors, sizes and parameters, and whether it loads, without reading its weights"
 
@@ -66,7 +69,9 @@ def print_summary(summary: "Summary") -> None:
     is_sparse = summary.active_parameters < summary.parameters
     active = f", {format_count(summary.active_parameters)} active" if is_sparse else ""
     dtype = f" in {min(dtypes)}" if len(dtypes) == 1 else ""
-    console.print(f"{format_count(summary.parameters)} parameters{active} · {format_bytes(summary.nbytes)}{dtype}")
+    mtp = f", {format_count(summary.mtp_parameters)} more in its next-token head" if summary.mtp_parameters else ""
+    size = f"{format_bytes(summary.nbytes)}{dtype}"
+    console.print(f"{format_count(summary.parameters)} parameters{active}{mtp} · {size}")
     console.print(summary.layers)
     console.print()
     # A column with the same value in every row takes width from the names.
@@ -87,6 +92,13 @@ def print_summary(summary: "Summary") -> None:
         table.add_row(*cells[: 1 + len(headings)])
     console.print(table)
     if summary.ignored:
-        console.print(f"\nNot read by any forward pass: {', '.join(summary.ignored)}")
+        console.print(f"\nNot read by any forward pass: {', '.join(_grouped(summary.ignored))}")
     if not summary.problems and summary.form != "config alone":
         console.print("\nIt loads.")
+
+
+def _grouped(names: tuple[str, ...]) -> list[str]:
+    """Names of tensors; of a vision tower or a next-token head, how many there are."""
+    parts = Counter(part[0] for name in names if (part := _PARTS.match(name)))
+    others = [name for name in names if not _PARTS.match(name)]
+    return others + [f"{count} of {part}*" for part, count in parts.items()]

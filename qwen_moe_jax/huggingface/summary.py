@@ -2,23 +2,26 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
 from qwen_moe_jax.config import LayerKind, ModelConfig
 from qwen_moe_jax.errors import CheckpointError
-from qwen_moe_jax.huggingface.checkpoint import Checkpoint, head_of, non_finite, open_checkpoint, problems_of
+from qwen_moe_jax.huggingface.checkpoint import MTP, Checkpoint, head_of, non_finite, open_checkpoint, problems_of
 from qwen_moe_jax.huggingface.config import read_config
 from qwen_moe_jax.huggingface.fields import read_json
 from qwen_moe_jax.huggingface.hub import local_folder
+from qwen_moe_jax.huggingface.linear_rows import in_published_order, published_name
 from qwen_moe_jax.huggingface.quantisation import DequantizedTensor
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, natural_order
 from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.storage.progress import bytes_bar
-from qwen_moe_jax.storage.tensor import StoredTensor, nbytes
+from qwen_moe_jax.storage.tensor import PickedRows, StoredTensor, nbytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,8 @@ class Summary:
         form: "Hub folder", "native folder" or "config alone".
         model_type, head: family and class.
         layers: kinds of the layers, a line.
-        parameters, active_parameters: of the model; those that one token uses.
+        parameters, active_parameters: of the model without its next-token head; those that one token uses.
+        mtp_parameters: of the next-token head, embedding and output head aside; 0 without one.
         rows: in the order of the layers.
         tensors: (name, shape) of every tensor of the model, in the same order.
         ignored: names of tensors that no forward pass reads.
@@ -65,6 +69,7 @@ class Summary:
     layers: str
     parameters: int
     active_parameters: int
+    mtp_parameters: int
     rows: tuple[Row, ...]
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
     ignored: tuple[str, ...]
@@ -112,21 +117,60 @@ def _of_config(path: Path) -> Summary:
 
 def _summary(where: str, form: str, model: Model, checkpoint: Checkpoint | None, problems: Iterable[str]) -> Summary:
     config = model.config
-    parameters = sorted(hub_parameters(model), key=lambda parameter: natural_order(str(parameter.names.flat[0])))
+    own = hub_parameters(model)
+    parameters = sorted(_published(own, config), key=lambda parameter: natural_order(str(parameter.names.flat[0])))
     named = [(str(name), parameter.tensor_shape) for parameter in parameters for name in parameter.names.flat]
+    tensors = {} if checkpoint is None else in_published_order(checkpoint.tensors, config)
+    head = [parameter for parameter in own if parameter.path.startswith(MTP)]
+    trunk = [parameter for parameter in own if not parameter.path.startswith(MTP)]
     return Summary(
         where=where,
         form=form,
         model_type=config.model_type,
         head=type(model).__name__,
         layers=_layers(config),
-        parameters=sum(parameter.leaf.size for parameter in parameters),
-        active_parameters=sum(_active(parameter, config) for parameter in parameters),
-        rows=tuple(_row(parameter, checkpoint) for parameter in parameters),
+        parameters=sum(parameter.leaf.size for parameter in trunk),
+        active_parameters=sum(_active(parameter, config) for parameter in trunk),
+        mtp_parameters=sum(parameter.leaf.size for parameter in head),
+        rows=tuple(_row(parameter, None if checkpoint is None else tensors) for parameter in parameters),
         tensors=tuple(sorted(named, key=lambda entry: natural_order(entry[0]))),
         ignored=() if checkpoint is None else checkpoint.ignored,
         problems=tuple(problems),
     )
+
+
+def _published(parameters: list[HubParameter], config: ModelConfig) -> list[HubParameter]:
+    """The parameters as a table of the family's files has them.
+
+    Several of one matrix of the files are one, and those of one name and shape in all layers of a kind are one.
+    """
+    found: dict[str, HubParameter] = {}
+    for parameter in parameters:
+        names = np.array([published_name(str(name), config) for name in parameter.names.flat], object)
+        names = names.reshape(parameter.names.shape)
+        first = str(names.flat[0])
+        joined = _joined([*([found[first]] if first in found else []), parameter], parameter.names.ndim)
+        found[first] = dataclasses.replace(joined, names=names)
+    kinds: dict[Any, list[HubParameter]] = {}
+    for first, parameter in found.items():
+        layer = re.match(r"model\.layers\.(\d+)\.(.+)", first)
+        key = (layer[2], config.layers[int(layer[1])], parameter.tensor_shape) if layer else first
+        kinds.setdefault(key, []).append(parameter)
+    return [
+        dataclasses.replace(_joined(same, 0), names=np.concatenate([parameter.names for parameter in same]))
+        if len(same) > 1
+        else same[0]
+        for same in kinds.values()
+    ]
+
+
+def _joined(parameters: list[HubParameter], axis: int) -> HubParameter:
+    """Abstract parameters, one after the other along an axis, under the names of the first."""
+    first = parameters[0]
+    shape = list(first.leaf.shape)
+    shape[axis : axis + 1] = [sum(parameter.leaf.shape[axis] for parameter in parameters)] if shape else []
+    leaf = jax.ShapeDtypeStruct(tuple(shape), first.leaf.dtype)
+    return HubParameter(first.path, leaf, leaf.shape, first.names)
 
 
 def _active(parameter: HubParameter, config: ModelConfig) -> int:
@@ -135,14 +179,15 @@ def _active(parameter: HubParameter, config: ModelConfig) -> int:
     return parameter.leaf.size // config.moe.num_experts * config.moe.num_experts_per_tok
 
 
-def _row(parameter: HubParameter, checkpoint: Checkpoint | None) -> Row:
+def _row(parameter: HubParameter, tensors: Mapping[str, StoredTensor] | None) -> Row:
+    """A row of the table; `tensors` are those of the checkpoint, None of a config alone."""
     names = [str(name) for name in parameter.names.flat]
-    stored = [] if checkpoint is None else [checkpoint.tensors[name] for name in names if name in checkpoint.tensors]
-    if checkpoint is None:
+    if tensors is None:
         dtypes = {str(parameter.leaf.dtype)}
         size = nbytes(parameter.leaf.shape, str(parameter.leaf.dtype))
     else:
-        dtypes, size = {_stored(tensor).dtype for tensor in stored}, sum(_stored(tensor).nbytes for tensor in stored)
+        stored = [(tensors[name].shape, _stored_dtype(tensors[name])) for name in names if name in tensors]
+        dtypes, size = {dtype for _, dtype in stored}, sum(nbytes(*tensor) for tensor in stored)
     return Row(
         names=_pattern(parameter.names),
         shape=parameter.tensor_shape,
@@ -153,9 +198,11 @@ def _row(parameter: HubParameter, checkpoint: Checkpoint | None) -> Row:
     )
 
 
-def _stored(tensor: StoredTensor) -> StoredTensor:
-    """The tensor as stored: float8 of a dequantised one."""
-    return tensor.weight if isinstance(tensor, DequantizedTensor) else tensor
+def _stored_dtype(tensor: StoredTensor) -> str:
+    """The dtype in the file: float8 of a dequantised tensor, or of one whose rows are picked."""
+    if isinstance(tensor, PickedRows):
+        return _stored_dtype(tensor.runs[0][0])
+    return tensor.weight.dtype if isinstance(tensor, DequantizedTensor) else tensor.dtype
 
 
 def _pattern(names: np.ndarray) -> str:
@@ -169,20 +216,21 @@ def _pattern(names: np.ndarray) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] as 0-2,5; every other one as 0,2,…,46."""
-    steps = {after - before for before, after in zip(numbers, numbers[1:], strict=False)}
-    if steps == {1}:
-        return f"{numbers[0]}-{numbers[-1]}"
-    if len(steps) == 1 and len(numbers) > 3:
-        return f"{numbers[0]},{numbers[1]},…,{numbers[-1]}"
-    return ",".join(map(str, numbers))
+    """[0, 1, 2, 5] as 0-2,5; every other one as 0,2,…,46; three of four as 0-2,4-6,…,44-46."""
+    first = [number for number in numbers if number - 1 not in numbers]
+    last = [number for number in numbers if number + 1 not in numbers]
+    runs = [f"{start}-{stop}" if stop > start else str(start) for start, stop in zip(first, last, strict=True)]
+    is_periodic = len(set(np.diff(first))) == len({*np.subtract(last, first)}) == 1
+    return ",".join([*runs[:2], "…", runs[-1]] if is_periodic and len(runs) > 3 else runs)
 
 
 def _layers(config: ModelConfig) -> str:
     def describe(kind: LayerKind) -> str:
-        attention = "full attention"
+        attention = "gated full attention" if config.attention.output_gate else "full attention"
         if kind.mixer == "sliding":
             attention = f"attention over {config.attention.sliding_window:,} tokens"
+        if kind.mixer == "linear":
+            attention = "gated delta rule"
         if kind.mlp == "dense":
             return f"dense, {attention}"
         shared = ", one shared" if config.moe.shared_expert_intermediate_size else ""

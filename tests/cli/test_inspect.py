@@ -22,7 +22,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "qwen2-57b-a14b", "mixtral-8x7b-v0.1", "qwen3-0.6b"])
+@pytest.mark.parametrize(
+    "name", ["qwen3-30b-a3b", "qwen2-57b-a14b", "mixtral-8x7b-v0.1", "qwen3-0.6b", "qwen3.5-0.8b", "qwen3.5-35b-a3b"]
+)
 def test_of_a_config_alone_the_published_counts(name):
     path = f"{CONFIGS}/{name}.json"
     config, summary = qmj.ModelConfig.from_pretrained(path), summarize(path)
@@ -30,7 +32,7 @@ def test_of_a_config_alone_the_published_counts(name):
         config.num_parameters(),
         config.num_active_parameters(),
     )
-    assert sum(row.parameters for row in summary.rows) == summary.parameters
+    assert sum(row.parameters for row in summary.rows) == summary.parameters + summary.mtp_parameters
     assert sum(row.count for row in summary.rows) == len(summary.tensors)
     assert not summary.problems
 
@@ -43,6 +45,17 @@ def test_of_a_config_alone_every_tensor_by_name_and_shape(capsys):
     assert lines.index("model.layers.2.input_layernorm.weight [4096]") < lines.index(
         "model.layers.10.input_layernorm.weight [4096]"
     )
+
+
+def test_layers_of_one_kind_are_one_block_of_the_table_under_the_names_of_the_files(capsys):
+    assert main(["inspect", f"{CONFIGS}/qwen3-next-80b-a3b-instruct.json"]) == 0
+    out = capsys.readouterr().out
+    assert "36 layers: 512 experts, 10 a token, one shared, gated delta rule; 12 layers: " in out.replace("\n", "")
+    assert out.count("model.layers.{0-2,4-6,…,44-46}.") == out.count("model.layers.{3,7,…,47}.") == 1
+    rows = {line.split()[0]: line.split()[1:5] for line in out.splitlines() if line.startswith("  ")}
+    assert rows["linear_attn.in_proj_qkvz.weight"] == ["12288", "×", "2048", "36"]
+    assert rows["linear_attn.in_proj_ba.weight"] == ["64", "×", "2048", "36"]
+    assert not {"linear_attn.in_proj_qkv.weight", "linear_attn.in_proj_z.weight"} & rows.keys()
 
 
 def test_the_table_fits_a_narrow_terminal_and_says_that_it_loads(folder, capsys, monkeypatch):

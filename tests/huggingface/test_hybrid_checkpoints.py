@@ -10,6 +10,7 @@ import pytest
 import qwen_moe_jax as qmj
 from qwen_moe_jax.huggingface.checkpoint import open_checkpoint
 from qwen_moe_jax.huggingface.convert import convert
+from qwen_moe_jax.huggingface.summary import summarize
 from tests.cases import HYBRID_CASES, SPARSE_HYBRIDS
 from tests.distance import assert_near
 from tests.huggingface.test_checkpoint import assert_bit_equal, read_tensors
@@ -223,6 +224,23 @@ def test_float8_is_widened_exactly_whatever_rows_it_is_read_by(references, name,
     folder = write(tmp_path / "fp8", reference, layout, "bfloat16", quantization_config=config)
     model = qmj.from_pretrained(folder, dtype="float32")
     assert_holds(model, {name: value.float() for name, value in widened_tensors(stored, block, "float32").items()})
+
+
+@pytest.mark.parametrize("name", [NEXT, SPARSE])
+def test_a_summary_has_the_names_shapes_and_bytes_of_the_files(references, name, tmp_path):
+    reference = references[name]
+    tensors = tensors_of(reference, "bfloat16", float32=True)
+    folder = write(tmp_path / "hub", reference, multimodal(tensors), "bfloat16")
+    summary = summarize(folder)
+    assert dict(summary.tensors) == {name: tuple(value.shape) for name, value in tensors.items()}
+    assert summary.nbytes == sum(value.nbytes for value in tensors.values()) and not summary.problems
+    dtypes = {row.names.rpartition("linear_attn.")[2]: row.dtype for row in summary.rows}
+    assert dtypes["A_log"] == dtypes["norm.weight"] == "float32" and dtypes["conv1d.weight"] == "bfloat16"
+    stored = fp8_tensors(tensors, (16, 16), pattern=QUANTISED)
+    config = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
+    quantised = summarize(write(tmp_path / "fp8", reference, stored, "bfloat16", quantization_config=config))
+    scales = sum(value.nbytes for name, value in stored.items() if name.endswith("_scale_inv"))
+    assert quantised.nbytes == sum(value.nbytes for value in stored.values()) - scales
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
