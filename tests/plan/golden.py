@@ -21,6 +21,9 @@ PLACED = {
     "qwen3-8b": [dict(fsdp=4, tensor=2)],
     "qwen3-235b-a22b": [dict(fsdp=32, expert=8), dict(fsdp=16, expert=8, tensor=2)],
     "qwen3-30b-a3b": [dict(expert=8), dict(fsdp=8, expert=8)],
+    "qwen3-next-80b-a3b-instruct": [dict(fsdp=8, expert=8)],
+    "qwen3.5-27b": [dict(fsdp=8)],
+    "qwen3.5-397b-a17b": [dict(fsdp=16, expert=8, tensor=2)],
 }
 
 #: Of the steps that are compiled: a mixture small enough for seconds, whose widths divide all meshes.
@@ -38,9 +41,29 @@ TINY = {
     "norm_topk_prob": True,
     "max_position_embeddings": 128,
 }
+#: A hybrid of the same sizes: three linear layers, which are scanned, and a full one.
+TINY_HYBRID = {
+    **TINY,
+    "model_type": "qwen3_next",
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "shared_expert_intermediate_size": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+}
+#: Model, mesh and execution.
 STEPS = {
-    "step-data2-expert4-capacity": (dict(data=2, expert=4), dict(dispatch="capacity", group_size=64)),
-    "step-fsdp2-expert4-dropless": (dict(fsdp=2, expert=4), dict(dispatch="dropless", exchange="all_to_all")),
+    "step-data2-expert4-capacity": (TINY, dict(data=2, expert=4), dict(dispatch="capacity", group_size=64)),
+    "step-fsdp2-expert4-dropless": (TINY, dict(fsdp=2, expert=4), dict(dispatch="dropless", exchange="all_to_all")),
+    "step-hybrid-expert4-tensor2-dropless": (
+        TINY_HYBRID,
+        dict(expert=4, tensor=2),
+        dict(dispatch="dropless", exchange="all_to_all"),
+    ),
 }
 ROWS, LENGTH = 8, 64
 
@@ -105,9 +128,9 @@ def compiled(name: str):
     from train.config import build_config
     from train.plan import plan_training
 
-    mesh, execution = STEPS[name]
-    tables = {"model": TINY, "mesh": mesh, "execution": execution}
-    tables["data"] = {"vocab_size": TINY["vocab_size"], "seq_len": LENGTH, "batch_size": ROWS}
+    model, mesh, execution = STEPS[name]
+    tables = {"model": model, "mesh": mesh, "execution": execution}
+    tables["data"] = {"vocab_size": model["vocab_size"], "seq_len": LENGTH, "batch_size": ROWS}
     return plan_training(build_config(tables, [], name), "cpu:8")
 
 
