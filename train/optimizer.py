@@ -107,10 +107,14 @@ def frozen_paths(patterns: Collection[str], model: CausalLM) -> frozenset[str]:
 def decays(params: Any) -> Any:
     """A tree of bools, shaped as `params`: whether weight decay applies to the array.
 
-    It does not apply to norm scales and biases. They are recognised by name, not by rank: layers of one kind are
-    stacked, so that a norm's scale is [L,D] and looks like a matrix.
+    It does not apply to norm scales, biases and the decay rates of linear layers (A_log). They are recognised by name,
+    not by rank: layers of one kind are stacked, so that a norm's scale is [L,D] and looks like a matrix.
     """
-    return _by_name(lambda names: not any("norm" in name or name.endswith("bias") for name in names), params)
+
+    def is_matrix(names: list[str]) -> bool:
+        return not any("norm" in name or name.endswith("bias") or name == "A_log" for name in names)
+
+    return _by_name(is_matrix, params)
 
 
 def moves_by_itself(params: Any) -> Any:

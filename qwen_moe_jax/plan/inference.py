@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import ExecutionConfig, ModelConfig
 from qwen_moe_jax.inference.programs import AbstractProgram, abstract_decode, abstract_prefill
+from qwen_moe_jax.model.cache import Cache, RecurrentState, recurrent_states
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.plan.compile import Step
 from qwen_moe_jax.plan.flops import extend_flops_per_token
@@ -72,7 +73,7 @@ def _engine_step(model: CausalLM, name: str, purpose: Purpose, described: Abstra
     return Step(
         function=described.program,
         arguments=described.arguments,
-        groups={"parameters": model, "cache": described.cache, "requests": rest},
+        groups={"parameters": model, **_cache_groups(described.cache), "requests": rest},
         config=model.config,
         name=name,
         work=work_of(
@@ -80,3 +81,12 @@ def _engine_step(model: CausalLM, name: str, purpose: Purpose, described: Abstra
         ),
         model_flops=model_flops,
     )
+
+
+def _cache_groups(cache: Cache) -> dict[str, Any]:
+    """The arrays of a cache by what grows with its length and, in hybrids, what does not."""
+    states = recurrent_states(cache)
+    if not states:
+        return {"cache": cache}
+    kept = [stored for period in cache.segments for stored in period if not isinstance(stored, RecurrentState)]
+    return {"cache": (kept, cache.lengths_B), "recurrent state": states}

@@ -41,6 +41,28 @@ def test_parameters_are_as_many_bytes_as_arithmetic_says():
     assert group_of("parameters", described).bytes == 2 * (whole + sharded // 256)
 
 
+@pytest.mark.parametrize(
+    ("model", "state_mib", "kib_a_token"),
+    [
+        ("qwen3-next-80b-a3b-instruct", 72, 24),
+        ("qwen3.5-35b-a3b", 60, 20),
+        ("qwen3.5-397b-a17b", 180, 30),
+        ("qwen3.5-27b", 144, 64),
+    ],
+)
+def test_a_hybrid_s_cache_is_a_state_that_does_not_grow_and_the_keys_of_its_full_layers(model, state_mib, kib_a_token):
+    config = ModelConfig.from_pretrained(golden.MODELS / f"{model}.json")
+    linear = config.linear_attention
+    layers = sum(kind.mixer == "linear" for kind in config.layers)
+    columns = layers * (linear.conv_kernel_dim - 1) * linear.conv_dim * 2
+    for rows, length in [(1, 4096), (4, 32768)]:
+        step = decode_step(config, model, qmj.make_mesh(), ExecutionConfig(), rows=rows, max_length=length)
+        assert [*step.groups] == ["parameters", "cache", "recurrent state", "requests"]
+        state, cache = (group_of(name, step.groups[name]).bytes for name in ("recurrent state", "cache"))
+        assert state == rows * (state_mib * 2**20 + columns)
+        assert cache == rows * (length * kib_a_token * 2**10 + 4)  # and an int32, the row's length
+
+
 def test_memory_is_its_parts(capacity):
     memory = capacity.memory
     assert [group.name for group in memory.groups] == ["parameters", "optimizer state", "batch"]

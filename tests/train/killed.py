@@ -17,13 +17,19 @@ from tests.train.commands import after_steps, finish, said, start, steps_of
 STEPS = 40
 CONFIG = f"""
 [model]
-model_type = "qwen3_moe"
+model_type = "qwen3_5_moe_text"
 hidden_size = 32
 num_hidden_layers = 2
+layer_types = ["linear_attention", "full_attention"]
 num_attention_heads = 2
 num_key_value_heads = 1
 head_dim = 16
+linear_num_key_heads = 1
+linear_num_value_heads = 2
+linear_key_head_dim = 8
+linear_value_head_dim = 8
 moe_intermediate_size = 16
+shared_expert_intermediate_size = 16
 num_experts = 4
 num_experts_per_tok = 2
 router_aux_loss_coef = 0.01

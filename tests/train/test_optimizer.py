@@ -23,6 +23,11 @@ PARAMS = {
             "experts": {"gate_proj": jnp.ones((2, 3, 4, 4))},
         },
     },
+    "linear_attn": {
+        "A_log": jnp.ones((2, 3)),
+        "dt_bias": jnp.ones((2, 3)),
+        "conv1d": {"weight": jnp.ones((2, 4, 1, 4))},
+    },
     "norm": {"weight": jnp.ones(4)},
 }
 BALANCING_BIAS = "layers.mlp.e_score_correction_bias"
@@ -31,6 +36,8 @@ LEFT_ALONE = {
     "layers.input_layernorm.weight",
     "layers.self_attn.q_norm.weight",
     "layers.self_attn.q_proj.bias",
+    "linear_attn.A_log",
+    "linear_attn.dt_bias",
     "norm.weight",
 }
 

@@ -200,7 +200,7 @@ class OptimizerConfig:
         warmup_steps: steps from zero to the highest rate; in a run of no more steps than that, a tenth of its steps.
         schedule: how the rate decays after the warm-up: cosine, linear, or wsd (stays constant, then linear).
         decay_steps: with schedule wsd, the number of last steps in which the rate decays.
-        weight_decay: of matrices; norms and biases have none.
+        weight_decay: of matrices; norms, biases and the decay rates of linear layers (A_log) have none.
         beta1: decay rate of the first moment.
         beta2: decay rate of the second moment.
         max_grad_norm: gradients with a larger norm, over all parameters, are scaled down to it.
