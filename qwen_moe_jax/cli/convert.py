@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="LoRA adapters in PEFT's layout, merged into the weights",
     )
     parser.add_argument(
+        "--drop-mtp", action="store_true", help="leave out the next-token head (mtp.*) that the checkpoint may have"
+    )
+    parser.add_argument(
         "--check-finite", action="store_true", help="first read all weights and refuse infinities and NaN"
     )
 
@@ -54,6 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
         max_shard_size=arguments.max_shard_size,
         check_finite=arguments.check_finite,
         adapter=arguments.adapter,
+        drop_mtp=arguments.drop_mtp,
     )
     size = sum(path.stat().st_size for path in arguments.target.rglob("*") if path.is_file())
     print(f"Wrote {arguments.target}, {format_bytes(size)}.")

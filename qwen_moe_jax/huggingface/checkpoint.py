@@ -129,7 +129,7 @@ def _has_mtp(
         return False
     found = any(name.startswith(MTP) for name in tensors)
     if config.num_mtp_layers and not found:
-        say_once(f"{folder}: it has no tensors {MTP}*: the model is loaded without the next-token head of its config.")
+        say_once(f"{folder}: it has no tensors {MTP}*: the model is loaded without its next-token head.")
     return found
 
 
@@ -244,7 +244,7 @@ def _missing(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> str:
     if name == HEAD and EMBEDDING in checkpoint.tensors:
         return f"{line}: add it, or set tie_word_embeddings to true in config.json if the head is the token table"
     if name.startswith(MTP):
-        return f"{line}: add it, or set mtp_num_hidden_layers to 0 in config.json to load without the next-token head"
+        return f"{line}: add it, or pass drop_mtp=True to load without the next-token head"
     if name == "score.weight":
         return f"{line}: pass rngs=nnx.Rngs(0) to initialise a head that is to be trained"
     return line

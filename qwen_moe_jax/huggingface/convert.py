@@ -57,6 +57,7 @@ def convert(
     max_shard_size: int | str = "5GB",
     check_finite: bool = False,
     adapter: str | PathLike[str] | None = None,
+    drop_mtp: bool = False,
 ) -> None:
     """Writes a checkpoint in another format.
 
@@ -73,6 +74,7 @@ def convert(
         max_shard_size: with "hub", bytes of a file, or for example "5GB".
         adapter: a folder of low-rank adapters in PEFT's layout, or its name on the Hub, added to the weights in float32
             and rounded once.
+        drop_mtp: leave out the next-token head (`mtp.*`) that the checkpoint may have.
         check_finite: reads all weights once before writing, and refuses infinities and NaN.
 
     Raises:
@@ -83,7 +85,7 @@ def convert(
     require_choice("to", to, Format)
     dtype = None if dtype is None else dtype_name("dtype", dtype)
     limit = shard_limit(max_shard_size)
-    checkpoint = open_checkpoint(local_folder(source))
+    checkpoint = open_checkpoint(local_folder(source), drop_mtp=drop_mtp)
     say_unused_fields(checkpoint.folder)
     target = Path(target).absolute()
     if target.resolve() == checkpoint.folder.resolve():

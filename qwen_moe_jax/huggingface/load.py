@@ -119,6 +119,8 @@ def load_model(
         hub_arguments: none is taken; those of transformers are refused with the name of ours.
     """
     refuse_hub_arguments("from_pretrained", hub_arguments, _ARGUMENTS)
+    # Next-token heads are a language model's.
+    drop_mtp = drop_mtp or not issubclass(model_class, CausalLM)
     checkpoint = open_checkpoint(local_folder(folder), drop_mtp=drop_mtp)
     if num_labels is not None:
         checkpoint = dataclasses.replace(checkpoint, config=_with_labels(checkpoint, num_labels))
