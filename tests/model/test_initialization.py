@@ -5,7 +5,9 @@ import pytest
 from flax import nnx
 
 import qwen_moe_jax as qmj
+from qwen_moe_jax.nn.parameters import parameters_with_paths
 from tests.cases import CASES
+from tests.model.hybrid_configs import hybrid_config
 from tests.subject import hub_arrays
 
 
@@ -53,3 +55,29 @@ def test_the_pad_tokens_embedding_starts_at_zero():
 def test_a_tied_model_has_no_head_of_its_own():
     assert "lm_head.weight" in fresh("qwen2-plain")
     assert "lm_head.weight" not in fresh("qwen2-tied")
+
+
+def test_linear_layers_start_as_transformers_does():
+    """Rates exp(A_log) uniform from 0.01 to 16, time steps of one, zero-centred norms of zero, gated norms of one."""
+    sizes = dict(num_key_heads=16, num_value_heads=64, key_head_dim=4)
+    model = qmj.CausalLM(hybrid_config("Lf", linear=sizes, initializer_range=0.05), rngs=nnx.Rngs(0))
+    for path, param in parameters_with_paths(model):
+        values = np.asarray(param.get_value())
+        if path.endswith("A_log"):
+            rates = np.exp(values)
+            assert rates.min() >= 0.01 - 1e-6 and rates.max() < 16 and abs(rates.mean() - 8) < 5 * 16 / np.sqrt(12 * 64)
+        elif path.endswith(("dt_bias", "norm.weight")):
+            constant = 1 if "linear_attn" in path else 0
+            np.testing.assert_array_equal(values, np.full_like(values, constant), path)
+        else:
+            assert abs(values.std() - 0.05) < 5 * 0.05 / np.sqrt(2 * values.size), path
+
+
+@pytest.mark.parametrize("float32", [False, True])
+def test_rates_and_gated_norms_are_float32_where_the_checkpoint_has_them_so(float32):
+    config = hybrid_config("Lf", linear=dict(float32_parameters=float32), dtype="bfloat16")
+    dtypes = {path: param.get_value().dtype for path, param in parameters_with_paths(qmj.CausalLM(config, rngs=None))}
+    wide = {path for path, dtype in dtypes.items() if dtype == "float32"}
+    layer = "model.layers.segments.0.0.linear_attn."
+    assert wide == ({layer + "A_log", layer + "norm.weight"} if float32 else set())
+    assert set(map(str, dtypes.values())) <= {"bfloat16", "float32"}
