@@ -47,6 +47,24 @@ HUB = dict(
     max_position_embeddings=32,
     torch_dtype="float32",
 )
+#: The text model of a multimodal folder, a linear layer and a full one.
+HYBRID = dict(
+    model_type="qwen3_5_moe_text",
+    layer_types=["linear_attention", "full_attention"],
+    linear_num_key_heads=1,
+    linear_num_value_heads=2,
+    linear_key_head_dim=2,
+    linear_value_head_dim=2,
+    linear_conv_kernel_dim=2,
+    shared_expert_intermediate_size=2,
+    rope_parameters={"rope_theta": 100.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 0, 0]},
+    mtp_num_hidden_layers=0,
+    **{
+        name: value
+        for name, value in HUB.items()
+        if name not in ("model_type", "architectures", "intermediate_size", "mlp_only_layers")
+    },
+)
 #: What stands in place of a value. Infinity is written as 1e400 at times, which JSON allows.
 DEEP = functools.reduce(lambda inner, _: [inner], range(300), 1)
 NASTY = [
@@ -87,6 +105,10 @@ def pristine(tmp_path_factory):
     model = qmj.CausalLM(qmj.ModelConfig.from_pretrained(HUB), rngs=nnx.Rngs(0))
     qmj.save_pretrained(model, folder / "single")
     qmj.save_pretrained(model, folder / "sharded", max_shard_size=3000)
+    hybrid = qmj.CausalLM(qmj.ModelConfig.from_pretrained(HYBRID), rngs=nnx.Rngs(0))
+    qmj.save_pretrained(hybrid, folder / "hybrid")
+    nested = {"model_type": "qwen3_5_moe", "text_config": HYBRID, "vision_config": {}, "tie_word_embeddings": False}
+    (folder / "hybrid" / CONFIG).write_text(json.dumps(nested))
     return folder
 
 
@@ -239,7 +261,7 @@ class Held:
             return str(error)
         rope = checkpoint.config.rope
         if rope.rope_type != "dynamic":
-            frequencies, factor = inverse_frequencies(rope, checkpoint.config.attention.head_dim)
+            frequencies, factor = inverse_frequencies(rope, checkpoint.config.rotary_dim)
             assert np.isfinite(frequencies).all() and math.isfinite(factor)
         return None if not problems else f"{folder}: " + "\n".join(problems[:40])
 
@@ -373,6 +395,31 @@ def test_a_mutated_config_is_read_or_refused(held, folder_of, changed):
     folder = folder_of("single")
     path = folder / CONFIG
     run(held, folder, path, CHANGED[changed](path.read_bytes()))
+    assert held.outcomes["sound"] > 50 and held.outcomes["refused"] > 200, held.outcomes
+
+
+def hybrid_config_with_one_field_changed(content: dict[str, Any]) -> Iterator[bytes]:
+    """Every field that hybrids alone have, given or not, in the text_config, its rope and beside it."""
+    text = content["text_config"]
+    more = ["full_attention_interval", "partial_rotary_factor", "tie_word_embeddings", "dtype"]
+    own = [
+        name for name in text if name.startswith(("linear_", "layer_types", "mtp_", "rope_", "model_type", "shared_"))
+    ]
+    for name, value in itertools.product([*own, *more], NASTY):
+        yield json.dumps({**content, "text_config": {**text, name: value}}).encode()
+    for name, value in itertools.product(text["rope_parameters"], NASTY):
+        rope = {**text["rope_parameters"], name: value}
+        yield json.dumps({**content, "text_config": {**text, "rope_parameters": rope}}).encode()
+    for name, value in itertools.product([*content, "dtype", "quantization_config", "architectures"], NASTY):
+        yield json.dumps({**content, name: value}).encode()
+    for value in NASTY:
+        yield json.dumps({**content, "text_config": {**text, "layer_types": ["linear_attention", value]}}).encode()
+
+
+def test_a_mutated_config_of_a_hybrid_is_read_or_refused(held, folder_of):
+    folder = folder_of("hybrid")
+    path = folder / CONFIG
+    run(held, folder, path, hybrid_config_with_one_field_changed(json.loads(path.read_bytes())))
     assert held.outcomes["sound"] > 50 and held.outcomes["refused"] > 200, held.outcomes
 
 
