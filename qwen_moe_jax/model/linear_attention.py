@@ -2,8 +2,8 @@
 
 Queries, keys and values pass a short causal convolution, and then a recurrence whose state does not grow with the row.
 
-Letters of this file besides the package's: N value heads, C channels of the convolution, W its taps. In the state
-[B, N, H, H], the sizes are those of a key head and of a value head.
+Letters of this file besides the package's: N value heads, C channels of the convolution, W its taps, I channels of a
+key head. In the state [B, N, H, H], the sizes are those of a key head and of a value head.
 """
 
 import functools

@@ -6,8 +6,10 @@ import pytest
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.model.causal_lm import CausalLM
+from tests.distance import relative_l2
 from tests.model.hybrid_configs import hybrid_config, hybrid_model
 from tests.sharding.test_collectives import collectives
+from tests.sharding.test_rules import CROSSWISE
 from tests.subject import on_mesh
 
 MESHES = [dict(data=2, expert=4), dict(expert=4, tensor=2), dict(fsdp=2, expert=4)]
@@ -46,6 +48,14 @@ def test_any_mesh_gives_logits_and_gradients_of_one_device(axes, one_device):
     assert float(found_loss) == pytest.approx(float(loss), rel=2e-6)
     for ours, theirs in zip(jax.tree.leaves(found_gradients), jax.tree.leaves(gradients), strict=True):
         assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs) + 1e-9
+
+
+def test_heads_that_are_stored_over_more_axes_are_gathered_and_change_no_number():
+    """Rows of projections, channels of the convolution, rates and time steps, over tensor and fsdp."""
+    model, mesh = hybrid_model(hybrid_config("L", vocab_size=100)), qmj.make_mesh(fsdp=2, expert=2, tensor=2)
+    crosswise = qmj.ExecutionConfig(sharding=CROSSWISE, dtype="float32")
+    found_BTV = on_mesh(model, mesh, crosswise)(TOKENS_BT, SEGMENTS_BT).logits
+    assert relative_l2(found_BTV, model(TOKENS_BT, SEGMENTS_BT).logits) < 2e-6
 
 
 def program(axes: dict[str, int], *, gradient: bool):
