@@ -242,7 +242,10 @@ def _missing(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> str:
     if published != name and not checkpoint.native:
         line += f", rows of {published}"
     if name == HEAD and EMBEDDING in checkpoint.tensors:
-        return f"{line}: add it, or set tie_word_embeddings to true in config.json if the head is the token table"
+        where = " (in its text_config, if it has one)" if family_of(checkpoint.config.model_type, "config").mtp else ""
+        return (
+            f"{line}: add it, or set tie_word_embeddings to true in config.json{where} if the head is the token table"
+        )
     if name.startswith(MTP):
         return f"{line}: add it, or pass drop_mtp=True to load without the next-token head"
     if name == "score.weight":

@@ -263,6 +263,19 @@ def test_transposed_experts_are_refused_by_name(references, tmp_path):
     assert "expected [8, 48, 32] (its matrices are transposed, as Qwen3-VL-MoE stores them)" in said
 
 
+def test_a_head_that_the_outer_config_alone_ties_is_missing_and_the_way_out_is_said(references, tmp_path):
+    """AutoModelForCausalLM of transformers would draw a random one."""
+    reference = references[DENSE]
+    content = reference.case.config
+    content["text_config"]["tie_word_embeddings"] = False
+    folder = write(tmp_path / "hub", reference, multimodal(tensors_of(reference)), **content)
+    said = refusal(folder)
+    assert "missing: lm_head.weight [97, 32]: add it, or set tie_word_embeddings to true in config.json (in its" in said
+    content["text_config"]["tie_word_embeddings"] = True
+    (folder / CONFIG).write_text(json.dumps(content))
+    assert qmj.from_pretrained(folder).lm_head is None
+
+
 def test_a_missing_projection_is_named_as_the_files_name_it(references, tmp_path):
     reference = references[NEXT]
     layer = "model.layers.0.linear_attn"

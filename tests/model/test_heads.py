@@ -68,7 +68,7 @@ def test_sequence_logits_without_a_pad_token_are_those_of_the_last_token(tmp_pat
     assert_near(run(model, tokens).logits, transformers_logits(reference, batch), TOLERANCE, "logits")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_next"])
 def test_token_logits_have_a_bias_and_equal_transformers(family, tmp_path):
     reference = Reference(head_case(family), tmp_path, transformers.AutoModelForTokenClassification)
     assert reference.model.score.bias.abs().min() > 1e-3, "the case must be able to show a forgotten bias"
