@@ -42,7 +42,7 @@ def of_transformers(model, tokens: list[int], first: int = 1) -> np.ndarray:
         return -torch.nn.functional.cross_entropy(logits, torch.tensor(tokens[first:]), reduction="none").numpy()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, "qwen3_next-plain"])
 def test_log_likelihoods_are_those_of_transformers(references, name):
     reference = references[name]
     model = qmj.from_pretrained(reference.folder, dtype="float32")

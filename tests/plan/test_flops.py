@@ -7,12 +7,15 @@ from flax import nnx
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.plan.chips import peak_flops
+from qwen_moe_jax.plan.compile import plan_step, target_mesh
 from qwen_moe_jax.plan.flops import (
     extend_flops_per_token,
     forward_flops_per_token,
     rule_flops_per_token,
     training_flops_per_token,
 )
+from qwen_moe_jax.plan.inference import forward_step
+from qwen_moe_jax.plan.targets import parse_target
 
 HUB_CONFIG = {
     "model_type": "qwen3_moe",
@@ -75,6 +78,25 @@ def test_the_rule_costs_82_thousand_multiply_adds_a_value_head_in_chunks_and_49_
     assert far - one == pytest.approx(10 * 4 * 16 * 256 * (1_000_000 - 10))  # the ten layers of full attention
     assert forward_flops_per_token(config, 64) < forward_flops_per_token(config, 4096)
     assert rule_flops_per_token(read(), 4096) == 0
+
+
+@pytest.mark.parametrize("value_heads", [2, 4], ids=["one_a_key_head", "two_a_key_head"])
+def test_the_compiled_rule_has_the_formula_s_flops_within_a_third(value_heads):
+    """Heads of the published sizes. All that the program multiplies besides the weights is the rule."""
+    width, inner, vocabulary, rows, length = 64, 32, 512, 2, 512
+    tables = {"model_type": "qwen3_5_text", "num_hidden_layers": 1, "layer_types": ["linear_attention"]}
+    tables |= {"hidden_size": width, "intermediate_size": inner, "linear_num_key_heads": 2}
+    config = read(**tables, linear_num_value_heads=value_heads)
+    request = parse_target("cpu:1")
+    execution = qmj.ExecutionConfig(dtype="float32")
+    mesh = target_mesh(request, {})
+    plan = plan_step(forward_step(config, "linear", mesh, execution, rows=rows, length=length), request, mesh)
+    keys, values = 2 * 128, value_heads * 128
+    weights = (
+        width * (2 * keys + 2 * values + 2 * value_heads) + values * width + 3 * width * inner + vocabulary * width
+    )
+    of_rule = plan.flops.program / (rows * length) - 2 * weights
+    assert 1 / 1.3 < of_rule / rule_flops_per_token(config, length) < 1.3
 
 
 @pytest.mark.parametrize(
