@@ -123,9 +123,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def _fixed_paths(config: TrainConfig, model: qmj.CausalLM) -> frozenset[str]:
-    """The paths of the parameters that are not trained: all but the adapters, or those that the config freezes."""
+    """The paths of the parameters that are not trained.
+
+    All but the adapters, or those that the config freezes, and the next-token head where no loss trains it.
+    """
     if config.lora is None:
-        return frozen_paths(config.optimizer.frozen, model)
+        frozen = frozen_paths(config.optimizer.frozen, model)
+        unused = [] if config.loss.mtp_coef or model.mtp is None else paths(nnx.to_pure_dict(nnx.state(model.mtp)))
+        return frozen | {f"mtp.{path}" for path in unused}
     return frozenset(path for path in paths(nnx.to_pure_dict(nnx.state(model))) if not is_adapter(path))
 
 

@@ -56,6 +56,7 @@ class StepMetrics:
         dropped: the assignments without a capacity slot.
         load_imbalance: the largest load of an expert over the mean load, in the layer where that is largest.
         router: the statistics of each layer; None for a dense model.
+        mtp_loss: the mean cross entropy of the next-token head, without its coefficient; 0 where it is not trained.
     """
 
     finite: jax.Array
@@ -71,6 +72,7 @@ class StepMetrics:
     dropped: jax.Array
     load_imbalance: jax.Array
     router: RouterStats | None
+    mtp_loss: jax.Array | float = 0.0
 
 
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, StepMetrics]]
@@ -194,6 +196,7 @@ def make_train_step(
             dropped=jnp.int32(0) if stats is None else jnp.sum(stats.dropped_per_expert),
             load_imbalance=jnp.float32(0) if stats is None else jnp.max(stats.load_imbalance),
             router=stats,
+            mtp_loss=loss.mtp,
         )
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -16,6 +16,7 @@ _NUMBERS = {
     "min_p": float,
     "repetition_penalty": float,
     "seed": int,
+    "num_speculative_tokens": int,
 }
 #: The argument is more than the field: it chooses between sampling and greedy decoding as well.
 _TEMPERATURE = "sampling temperature; 0 is greedy"

@@ -8,10 +8,13 @@ from typing import Any
 
 from qwen_moe_jax.config.checks import Checks, require, strings, token_ids
 
+#: Tokens that are proposed at a time: fewer than a chunk of decoding returns.
+MOST_SPECULATIVE_TOKENS = 15
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How text is generated and when it ends: transformers' generation_config.json, and four fields of vLLM's.
+    """How text is generated and when it ends: transformers' generation_config.json, and five fields of vLLM's.
 
     The defaults are those that transformers 5.23 generates with where nothing is set. Sequences may be given as lists,
     `logit_bias` as a mapping; they are kept as tuples, so that a config can be hashed.
@@ -46,6 +49,8 @@ class GenerationConfig:
         forced_eos_token_id: tokens of which the last new token is one, where the text reaches its largest length.
         exponential_decay_length_penalty: (start, factor): after `start` new tokens, logits of `eos_token_id` grow by
             their size times factor^n - 1, n counting from `start`.
+        num_speculative_tokens: tokens that a next-token head (mtp) proposes for every forward pass of the model, which
+            verifies them; the text is the same. 0 is plain decoding. In a batch, the largest number is used.
         seed: of the random numbers, below 2**64; None is another one every time.
         hub_fields: the other fields of generation_config.json as (name, JSON) pairs: kept for export, otherwise unused.
 
@@ -78,6 +83,7 @@ class GenerationConfig:
     forced_bos_token_id: int | None = None
     forced_eos_token_id: tuple[int, ...] = ()
     exponential_decay_length_penalty: tuple[int, float] | None = None
+    num_speculative_tokens: int = 0
     seed: int | None = None
     hub_fields: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
 
@@ -93,6 +99,9 @@ class GenerationConfig:
         if self.exponential_decay_length_penalty is not None:
             object.__setattr__(self, "exponential_decay_length_penalty", tuple(self.exponential_decay_length_penalty))
         with Checks(self) as check:
+            most = MOST_SPECULATIVE_TOKENS
+            within = 0 <= self.num_speculative_tokens <= most
+            check(within, "num_speculative_tokens", f"between 0 and {most}")
             check(all(self.bad_words_ids), "bad_words_ids", "at least one token in each")
             check.at_least(1, "max_new_tokens", "max_length")
             check.at_least(0, "min_new_tokens", "min_length", "top_k", "no_repeat_ngram_size", "forced_bos_token_id")

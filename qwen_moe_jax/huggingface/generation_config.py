@@ -141,6 +141,7 @@ READERS: dict[str, Callable[[Fields, str], Any]] = {
     "forced_bos_token_id": Fields.integer,
     "forced_eos_token_id": Fields.integers,
     "exponential_decay_length_penalty": _decay,
+    "num_speculative_tokens": Fields.integer,
     "seed": Fields.integer,
 }
 #: Fields with another name in `GenerationConfig`.

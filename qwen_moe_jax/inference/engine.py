@@ -17,9 +17,10 @@ from jax.sharding import PartitionSpec as P
 from qwen_moe_jax.config import DTypeLike, GenerationConfig
 from qwen_moe_jax.errors import RequestError
 from qwen_moe_jax.huggingface.unused_fields import say_once
-from qwen_moe_jax.inference import programs
+from qwen_moe_jax.inference import programs, speculative
 from qwen_moe_jax.inference.programs import DecodeOutput
 from qwen_moe_jax.inference.sampling import initial_state, sampling_settings
+from qwen_moe_jax.inference.speculative import Drafts
 from qwen_moe_jax.model.cache import Cache, RecurrentState, empty_cache
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.sharding.distributed import broadcast
@@ -81,9 +82,16 @@ def check_request(model: CausalLM, name: str, prompt: Sequence[int], config: Gen
 
     Raises:
         RequestError: naming the request: an empty prompt, a token id outside the vocabulary, no position for a
-            new token.
+            new token, speculative decoding by a model without a next-token head.
     """
     vocab_size, positions = model.config.vocab_size, model.config.max_position_embeddings
+    if config.num_speculative_tokens:
+        model.require_mtp(f"{name}: num_speculative_tokens={config.num_speculative_tokens}")
+        if model.config.rope.rope_type == "dynamic":
+            raise RequestError(
+                f"{name}: num_speculative_tokens={config.num_speculative_tokens} is not supported under a dynamic "
+                "rope, whose rotations of a token differ when several are read at once: expected 0."
+            )
     if len(prompt) == 0:
         raise RequestError(f"{name} is empty, expected at least one token.")
     for token in prompt:
@@ -142,6 +150,10 @@ class Session:
         max_length: the largest number of tokens of a row, prompts and answers included.
         rows: requests at once.
         cache_dtype: of keys and values, anything that `jnp.dtype` takes; None is the model's.
+
+    Attributes:
+        decoded, passes: tokens that were decoded after the first of each prompt, and the forward passes of the rows
+            that they took: as many in plain decoding, fewer in speculative decoding.
     """
 
     def __init__(self, model: CausalLM, max_length: int, *, rows: int = 1, cache_dtype: DTypeLike | None = None):
@@ -151,8 +163,11 @@ class Session:
             model.eval()
         self._model = model
         self._rows, self.max_length, self._abstract = programs.padded_cache(model, rows, max_length, cache_dtype)
+        self._cache_dtype = cache_dtype
         self._cache: Cache | None = None
+        self._drafts: Drafts | None = None  # of the next-token head, in speculative decoding
         self._cached: list[list[int]] = [[] for _ in range(self._rows)]
+        self.decoded = self.passes = 0
         self._is_linear = any(kind.mixer == "linear" for kind in model.config.layers)
         self._copies: dict[int, list[RecurrentState]] = {}  # of linear layers, by the tokens that row 0 had then
         self._per_row = NamedSharding(model.mesh, P(BATCH))
@@ -212,7 +227,11 @@ class Session:
             settings = sampling_settings([*configs, *[GenerationConfig()] * absent], model.config.vocab_size)
             sampling = initial_state(settings, rows, self.max_length)
             state = programs.DecodeState(token_B=token_B, left_B=left_B, sampling=sampling)
-            state, output = programs.first(self._read(rows, keep_copies), state, settings)
+            proposals = max((config.num_speculative_tokens for config in configs), default=0)
+            state, output = programs.first(self._read(rows, keep_copies, proposals > 0), state, settings)
+            if proposals:
+                drafts = speculative.begin(self._drafts, state.token_B, proposals=proposals)
+                state = dataclasses.replace(state, drafts=drafts)
             output = self._on_host(output)
         alive = set(range(len(prompts)))
         yield from self._chunks(output, alive, enough)
@@ -221,7 +240,9 @@ class Session:
             with self._or_clear():
                 state = dataclasses.replace(state, left_B=jnp.where(continues_B, state.left_B, 0))
                 self._cache, state, output = programs.decode(model, self._cache, state, settings)
-                output = self._on_host(output)
+                self._drafts, output = state.drafts, self._on_host(output)
+            self.decoded += int(output.count_B.sum())
+            self.passes += int(output.passes_B.sum())
             yield from self._chunks(output, alive, enough)
 
     def _on_host(self, output: DecodeOutput) -> DecodeOutput:
@@ -237,17 +258,20 @@ class Session:
             with apart_from_callers_mesh(self._model.mesh):
                 yield
         except BaseException:
-            self._cache, self._cached, self._copies = None, [[] for _ in range(self._rows)], {}
+            self._cache, self._drafts, self._copies = None, None, {}
+            self._cached = [[] for _ in range(self._rows)]
             raise
 
-    def _read(self, rows: list[list[int]], keep_copies: bool) -> jax.Array:
-        """Reads the prompts into the cache; logits [B, V] of what follows each."""
+    def _read(self, rows: list[list[int]], keep_copies: bool = False, with_drafts: bool = False) -> jax.Array:
+        """Reads the prompts into the cache, and into the next-token head's; logits [B, V] of what follows each."""
         known_B = np.array([self._known(index, row) for index, row in enumerate(rows)], np.int32)
         cache = self._cache or empty_cache(self._abstract)
         if self._is_linear and 0 < known_B[0] < len(self._cached[0]) - 1:
             cache = programs.restore_states(cache, self._copies[int(known_B[0])])
         self._cached, self._copies = [list(row) for row in rows], {}
         self._cache = dataclasses.replace(cache, lengths_B=jax.device_put(known_B, self._per_row))
+        if with_drafts:
+            self._drafts = self._drafts_after(known_B)
         logits_BV = None
         while logits_BV is None or any(known < len(row) for known, row in zip(known_B, rows, strict=True)):
             left = max(len(row) - known for known, row in zip(known_B, rows, strict=True))
@@ -260,11 +284,26 @@ class Session:
                 part = row[known : known + length]
                 tokens_BT[index, : len(part)] = part
                 count_B[index] = len(part)
-            self._cache, logits_BV = programs.prefill(self._model, self._cache, tokens_BT, count_B, logits_BV)
+            arguments = (self._model, self._cache, tokens_BT, count_B, logits_BV)
+            if with_drafts:
+                head = self._drafts.cache, speculative.last_state(self._drafts)
+                self._cache, logits_BV, self._drafts = speculative.prefill(*arguments, *head)
+            else:
+                self._cache, logits_BV = programs.prefill(*arguments)
             known_B = known_B + count_B  # not in place: JAX may still read the old one
         if keep_copies:
             self._copy_states(known_B[0])
         return logits_BV
+
+    def _drafts_after(self, known_B: np.ndarray) -> Drafts:
+        """The next-token head's state for rows of which so many tokens are in the cache.
+
+        The head reads a token with the state of the one before it, which is known of the last token of the last turn
+        alone, and it may have read proposals in place of tokens. That makes its proposals worse, and nothing else.
+        """
+        drafts = self._drafts or programs.empty_drafts(self._model, self._rows, self.max_length, self._cache_dtype)
+        lengths_B = jax.device_put(np.maximum(known_B - 1, 0), self._per_row)
+        return dataclasses.replace(drafts, cache=dataclasses.replace(drafts.cache, lengths_B=lengths_B))
 
     def _copy_states(self, tokens: np.integer) -> None:
         if tokens:  # no copy is needed of the state before the first token

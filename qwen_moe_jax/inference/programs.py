@@ -13,9 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import DTypeLike, GenerationConfig, ModelConfig
 from qwen_moe_jax.config.checks import dtype_name
+from qwen_moe_jax.inference import speculative
 from qwen_moe_jax.inference.sampling import (
     SamplingSettings,
     SamplingState,
@@ -26,7 +29,17 @@ from qwen_moe_jax.inference.sampling import (
     process_logits,
     sampling_settings,
 )
-from qwen_moe_jax.model.cache import Cache, RecurrentState, abstract_cache, recurrent_states
+from qwen_moe_jax.inference.speculative import Drafts, propose, read_with_states
+from qwen_moe_jax.model.cache import (
+    Cache,
+    RecurrentState,
+    abstract_cache,
+    abstract_mtp_cache,
+    empty_cache,
+    keep_tokens,
+    recurrent_states,
+    with_steps,
+)
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.rounding import next_power_of_two, round_up
 from qwen_moe_jax.sharding.rules import BATCH
@@ -48,11 +61,13 @@ class DecodeState:
         token_B: int32; the token that was chosen last, which the model has not read yet.
         left_B: int32; tokens the row may still generate; 0 for one that has ended.
         sampling: the state of the sampler.
+        drafts: the next-token head's, in speculative decoding; None without.
     """
 
     token_B: jax.Array
     left_B: jax.Array
     sampling: SamplingState
+    drafts: Drafts | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -65,6 +80,7 @@ class DecodeOutput:
         count_B: int32; how many they are.
         alive_B: bool; whether the row goes on.
         stopped_B: bool; whether it ended with a stop token.
+        passes_B: int32; the forward passes that these tokens took.
     """
 
     token_BC: jax.Array
@@ -72,6 +88,7 @@ class DecodeOutput:
     count_B: jax.Array
     alive_B: jax.Array
     stopped_B: jax.Array
+    passes_B: jax.Array
 
 
 @jax.jit(donate_argnames=("cache", "logits_BV"))
@@ -104,41 +121,72 @@ def restore_states(cache: Cache, states: list[RecurrentState]) -> Cache:
 def first(logits_BV: jax.Array, state: DecodeState, settings: SamplingSettings) -> tuple[DecodeState, DecodeOutput]:
     """Chooses the first tokens."""
     alive_B = state.left_B > 0
-    state, log_prob_B = _choose(logits_BV, state, settings)
+    state, log_prob_B = _choose(logits_BV, state, settings, alive_B)
     count_B = alive_B.astype(jnp.int32)
-    return state, _output(state, settings, state.token_B[:, None], log_prob_B[:, None], count_B)
+    return state, _output(state, settings, state.token_B[:, None], log_prob_B[:, None], count_B, count_B)
 
 
 @jax.jit(donate_argnames=("cache", "state"))
 def decode(
     model: CausalLM, cache: Cache, state: DecodeState, settings: SamplingSettings
 ) -> tuple[Cache, DecodeState, DecodeOutput]:
-    """Reads the last token and chooses the next, up to `DECODE_STEPS` times, as long as any row goes on."""
+    """Reads the last token and chooses the next, up to `DECODE_STEPS` times, as long as any row goes on.
+
+    In speculative decoding, a pass reads the last token and those proposed after it, and chooses as many as were right
+    and one more.
+    """
     rows = state.token_B.shape[0]
+    size = 1 if state.drafts is None else state.drafts.token_BT.shape[1]
 
     def going(carry) -> jax.Array:
-        step, _, state, *_ = carry
-        return (step < DECODE_STEPS) & jnp.any(state.left_B > 0)
+        _, state, _, _, count_B, _ = carry
+        return (jnp.max(count_B) <= DECODE_STEPS - size) & jnp.any(state.left_B > 0)
 
     def step(carry):
-        step, cache, state, token_BC, log_prob_BC, count_B = carry
-        alive_B = state.left_B > 0
-        logits_BV, cache = _next_logits(model, state.token_B[:, None], alive_B.astype(jnp.int32), cache)
-        state, log_prob_B = _choose(logits_BV, state, settings)
-        token_BC = token_BC.at[:, step].set(state.token_B)
-        log_prob_BC = log_prob_BC.at[:, step].set(log_prob_B)
-        return step + 1, cache, state, token_BC, log_prob_BC, count_B + alive_B
+        cache, state, token_BC, log_prob_BC, count_B, passes_B = carry
+        goes_B, read_B = state.left_B > 0, jnp.minimum(state.left_B, size)
+        tokens, drafts = [state.token_B], state.drafts
+        if drafts is None:
+            logits_BV, cache = _next_logits(model, state.token_B[:, None], read_B, cache)
+            logits_BTV = logits_BV[:, None]
+        else:
+            proposed, head_cache = propose(model, drafts, state.left_B, settings, state.sampling)
+            tokens, lengths_B = [*tokens, *proposed], cache.lengths_B
+            logits_BTV, hidden_BTD, cache = read_with_states(
+                model, jnp.stack(tokens, axis=1), read_B, with_steps(cache, size)
+            )
+        passes_B, chosen_B, decoded = passes_B + goes_B, jnp.zeros_like(count_B), []
+        for position in range(size):
+            state, log_prob_B = _choose(logits_BTV[:, position], state, settings, goes_B)
+            is_slot_BC = goes_B[:, None] & (jnp.arange(DECODE_STEPS) == (count_B + chosen_B)[:, None])
+            token_BC = jnp.where(is_slot_BC, state.token_B[:, None], token_BC)
+            log_prob_BC = jnp.where(is_slot_BC, log_prob_B[:, None], log_prob_BC)
+            chosen_B += goes_B
+            decoded.append(state.token_B)
+            if position + 1 < size:
+                goes_B &= (state.left_B > 0) & (state.token_B == tokens[position + 1])
+        if drafts is not None:
+            cache = keep_tokens(cache, lengths_B, chosen_B)
+            drafts = Drafts(
+                cache=head_cache,
+                token_BT=jnp.stack(decoded, axis=1),
+                hidden_BTD=hidden_BTD,
+                count_B=jnp.where(chosen_B > 0, chosen_B, drafts.count_B),
+            )
+            state = dataclasses.replace(state, drafts=drafts)
+        return cache, state, token_BC, log_prob_BC, count_B + chosen_B, passes_B
 
+    zeros_B = jnp.zeros(rows, jnp.int32)
     start = (
-        jnp.int32(0),
         cache,
         state,
         jnp.zeros((rows, DECODE_STEPS), jnp.int32),
         jnp.zeros((rows, DECODE_STEPS), jnp.float32),
-        jnp.zeros(rows, jnp.int32),
+        zeros_B,
+        zeros_B,
     )
-    _, cache, state, token_BC, log_prob_BC, count_B = jax.lax.while_loop(going, step, start)
-    return cache, state, _output(state, settings, token_BC, log_prob_BC, count_B)
+    cache, state, token_BC, log_prob_BC, count_B, passes_B = jax.lax.while_loop(going, step, start)
+    return cache, state, _output(state, settings, token_BC, log_prob_BC, count_B, passes_B)
 
 
 def _next_logits(model: CausalLM, tokens_BT: jax.Array, count_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -148,23 +196,29 @@ def _next_logits(model: CausalLM, tokens_BT: jax.Array, count_B: jax.Array, cach
     return out.logits[:, 0], out.cache
 
 
-def _choose(logits_BV: jax.Array, state: DecodeState, settings: SamplingSettings) -> tuple[DecodeState, jax.Array]:
-    """The next token of every row that goes on, and its log-probability [B]; rows that ended stay as they are."""
-    alive_B = state.left_B > 0
+def _choose(
+    logits_BV: jax.Array, state: DecodeState, settings: SamplingSettings, goes_B: jax.Array
+) -> tuple[DecodeState, jax.Array]:
+    """The next token of every row that goes on, and its log-probability [B]; other rows stay as they are."""
     token_B = choose(process_logits(logits_BV, settings, state.sampling), settings, state.sampling)
-    token_B = jnp.where(alive_B, token_B, state.token_B)
+    token_B = jnp.where(goes_B, token_B, state.token_B)
     stopped_B = jnp.any(token_B[:, None] == settings.stop_BS, axis=1)
     state = dataclasses.replace(
         state,
         token_B=token_B,
-        left_B=jnp.where(alive_B & ~stopped_B, state.left_B - 1, 0),
-        sampling=advance(state.sampling, token_B, alive_B),
+        left_B=jnp.where(goes_B, jnp.where(stopped_B, 0, state.left_B - 1), state.left_B),
+        sampling=advance(state.sampling, token_B, goes_B),
     )
     return state, log_probabilities(logits_BV, token_B)
 
 
 def _output(
-    state: DecodeState, settings: SamplingSettings, token_BC: jax.Array, log_prob_BC: jax.Array, count_B: jax.Array
+    state: DecodeState,
+    settings: SamplingSettings,
+    token_BC: jax.Array,
+    log_prob_BC: jax.Array,
+    count_B: jax.Array,
+    passes_B: jax.Array,
 ) -> DecodeOutput:
     return DecodeOutput(
         token_BC=token_BC,
@@ -172,12 +226,13 @@ def _output(
         count_B=count_B,
         alive_B=state.left_B > 0,
         stopped_B=jnp.any(state.token_B[:, None] == settings.stop_BS, axis=1),
+        passes_B=passes_B,
     )
 
 
 def compilations() -> int:
     """How many programs the engine has compiled in this process."""
-    return sum(program._cache_size() for program in (prefill, first, decode))  # type: ignore[attr-defined]
+    return sum(program._cache_size() for program in (prefill, first, decode, speculative.prefill))  # type: ignore[attr-defined]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -239,10 +294,28 @@ def padded_cache(model: CausalLM, rows: int, max_length: int, cache_dtype: DType
     """Rows and tokens of a row as they are rounded up, and the abstract cache for them."""
     num_shards = math.prod(model.mesh.shape[axis] for axis in BATCH)
     rows, max_length = round_up(next_power_of_two(rows), num_shards), _cache_length(max_length)
+    return rows, max_length, _abstract(abstract_cache, model, rows, max_length, cache_dtype)
+
+
+def empty_drafts(model: CausalLM, rows: int, max_length: int, cache_dtype: DTypeLike | None) -> Drafts:
+    """The state of the next-token head before the first token, for rows and a length that are rounded up."""
+    per_row = NamedSharding(model.mesh, P(BATCH))
+    zeros_B = np.zeros(rows, np.int32)
+    hidden_BTD = np.zeros((rows, 1, model.config.hidden_size), jnp.dtype(model.execution.dtype))
+    return Drafts(
+        cache=empty_cache(_abstract(abstract_mtp_cache, model, rows, max_length, cache_dtype)),
+        token_BT=jax.device_put(zeros_B[:, None], per_row),
+        hidden_BTD=jax.device_put(hidden_BTD, per_row),
+        count_B=jax.device_put(zeros_B, per_row),
+    )
+
+
+def _abstract(
+    make: Callable[..., Cache], model: CausalLM, rows: int, max_length: int, cache_dtype: DTypeLike | None
+) -> Cache:
     dtype = model.execution.dtype if cache_dtype is None else dtype_name("cache_dtype", cache_dtype)
     longest = prefill_length(max_length, model.config)
-    cache = abstract_cache(model.config, model.mesh, batch=rows, max_length=max_length, max_write=longest, dtype=dtype)
-    return rows, max_length, cache
+    return make(model.config, model.mesh, batch=rows, max_length=max_length, max_write=longest, dtype=dtype)
 
 
 def prefill_length(left: int, config: ModelConfig) -> int:

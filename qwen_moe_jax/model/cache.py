@@ -31,6 +31,8 @@ STORED: Any = P(None, BATCH, None, "tensor", None)
 HEADS = P(BATCH, None, "tensor", None)
 #: The state [B, N, H, H] of a linear layer, and the columns [B, W, C] of its convolution.
 STATE, COLUMNS = P(BATCH, "tensor", None, None), P(BATCH, None, "tensor")
+#: The states [B, T, N, H, H] after each of T tokens.
+STATES = P(BATCH, None, "tensor", None, None)
 
 
 @jax.tree_util.register_dataclass
@@ -74,8 +76,31 @@ class RecurrentState:
         return RecurrentState(state_LBNHH=state, conv_LBWC=columns)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecurrentSteps:
+    """A `RecurrentState`, and what it becomes with each of a few tokens: any number of them can be kept later.
+
+    Attributes:
+        before: the state before the tokens; reading them leaves it as it is.
+        states_LBTNHH: float32; the state after each token.
+        inputs_LBTC: what entered the convolution at each token, stored as `conv_LBWC`.
+    """
+
+    before: RecurrentState
+    states_LBTNHH: jax.Array
+    inputs_LBTC: jax.Array
+
+    @staticmethod
+    def specs() -> "RecurrentSteps":
+        """The `PartitionSpec` of every array."""
+        states: Any = P(None, *STATES)
+        inputs: Any = P(None, *COLUMNS)
+        return RecurrentSteps(before=RecurrentState.specs(), states_LBTNHH=states, inputs_LBTC=inputs)
+
+
 #: What the layers of one kind keep.
-Stored = KeyValues | RecurrentState
+Stored = KeyValues | RecurrentState | RecurrentSteps
 Kept = TypeVar("Kept", bound=Stored)
 
 
@@ -172,6 +197,14 @@ def recurrent_states(cache: Cache) -> list[RecurrentState]:
     return [stored for period in cache.segments for stored in period if isinstance(stored, RecurrentState)]
 
 
+def abstract_mtp_cache(
+    config: ModelConfig, mesh: Mesh, *, batch: int, max_length: int, max_write: int, dtype: jax.typing.DTypeLike
+) -> Cache:
+    """`abstract_cache` for the one layer of the next-token head."""
+    one_layer = dataclasses.replace(config, layers=(config.mtp_layer,), linear_attention=None)
+    return abstract_cache(one_layer, mesh, batch=batch, max_length=max_length, max_write=max_write, dtype=dtype)
+
+
 def empty_cache(abstract: Cache) -> Cache:
     """A cache without tokens, allocated as `abstract_cache` gives it."""
     return _zeros(abstract)()
@@ -220,10 +253,13 @@ def cached_attention(
     )
 
 
-def read_state(cache: LayerCache[RecurrentState], dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
+def read_state(
+    cache: LayerCache[RecurrentState] | LayerCache[RecurrentSteps], dtype: jax.typing.DTypeLike
+) -> tuple[jax.Array, jax.Array]:
     """A linear layer's state [B, N, H, H] and columns [B, W, C], these in `dtype`; zeros in rows without tokens."""
-    state_BNHH = jax.lax.dynamic_index_in_dim(cache.stored.state_LBNHH, cache.layer, keepdims=False)
-    columns_BWC = from_bits(jax.lax.dynamic_index_in_dim(cache.stored.conv_LBWC, cache.layer, keepdims=False))
+    stored = cache.stored.before if isinstance(cache.stored, RecurrentSteps) else cache.stored
+    state_BNHH = jax.lax.dynamic_index_in_dim(stored.state_LBNHH, cache.layer, keepdims=False)
+    columns_BWC = from_bits(jax.lax.dynamic_index_in_dim(stored.conv_LBWC, cache.layer, keepdims=False))
     empty_B = cache.lengths_B == 0
     state_BNHH = jnp.where(empty_B[:, None, None, None], 0, state_BNHH)
     return state_BNHH, jnp.where(empty_B[:, None, None], 0, columns_BWC).astype(dtype)
@@ -234,11 +270,74 @@ def update_state(
 ) -> LayerCache[RecurrentState]:
     """The cache with a linear layer's new state and columns."""
     stored = cache.stored
-    columns_BWC = columns_BWC.astype(from_bits(stored.conv_LBWC).dtype)
-    columns_BWC = as_bits(columns_BWC) if stored.conv_LBWC.dtype == jnp.uint16 else columns_BWC
     put = jax.lax.dynamic_update_index_in_dim
     stored = RecurrentState(
         state_LBNHH=put(stored.state_LBNHH, state_BNHH, cache.layer, 0),
-        conv_LBWC=put(stored.conv_LBWC, columns_BWC, cache.layer, 0),
+        conv_LBWC=put(stored.conv_LBWC, _as_stored(columns_BWC, stored.conv_LBWC), cache.layer, 0),
     )
     return dataclasses.replace(cache, stored=stored)
+
+
+def update_steps(
+    cache: LayerCache[RecurrentSteps], states_BTNHH: jax.Array, inputs_BTC: jax.Array
+) -> LayerCache[RecurrentSteps]:
+    """The cache with a linear layer's state after each token, and what entered its convolution."""
+    stored = cache.stored
+    put = jax.lax.dynamic_update_index_in_dim
+    stored = RecurrentSteps(
+        before=stored.before,
+        states_LBTNHH=put(stored.states_LBTNHH, states_BTNHH, cache.layer, 0),
+        inputs_LBTC=put(stored.inputs_LBTC, _as_stored(inputs_BTC, stored.inputs_LBTC), cache.layer, 0),
+    )
+    return dataclasses.replace(cache, stored=stored)
+
+
+def with_steps(cache: Cache, tokens: int) -> Cache:
+    """The cache for reading T tokens of which `keep_tokens` keeps some: linear layers keep the state after each."""
+
+    def steps(stored: Stored) -> Stored:
+        if not isinstance(stored, RecurrentState):
+            return stored
+        layers, rows, *state = stored.state_LBNHH.shape
+        return RecurrentSteps(
+            before=stored,
+            states_LBTNHH=jnp.zeros((layers, rows, tokens, *state), jnp.float32),
+            inputs_LBTC=jnp.zeros((layers, rows, tokens, stored.conv_LBWC.shape[-1]), stored.conv_LBWC.dtype),
+        )
+
+    return dataclasses.replace(cache, segments=tuple(tuple(map(steps, period)) for period in cache.segments))
+
+
+def keep_tokens(cache: Cache, lengths_B: jax.Array, count_B: jax.Array) -> Cache:
+    """The cache with the first tokens of those that were read into `with_steps(…)`, as if no other had been read.
+
+    Keys and values of the others stay in their slots, where nothing attends to them and later tokens replace them.
+
+    Args:
+        cache: after the tokens were read.
+        lengths_B: int32; tokens of each row before them.
+        count_B: int32; how many of them are kept; 0 leaves the row as it was.
+    """
+
+    def kept(stored: Stored) -> Stored:
+        if not isinstance(stored, RecurrentSteps):
+            return stored
+        chosen = jnp.maximum(count_B - 1, 0)[None, :, None, None, None, None]
+        state_LBNHH = jnp.take_along_axis(stored.states_LBTNHH, chosen, axis=2)[:, :, 0]
+        none = (count_B == 0)[None, :, None, None, None]
+        columns_LBWC = stored.before.conv_LBWC
+        columns_LBWC = jnp.where((lengths_B == 0)[None, :, None, None], 0, columns_LBWC)
+        both_LBSC = jnp.concatenate([columns_LBWC, stored.inputs_LBTC], axis=2)
+        slots_BW = count_B[:, None] + jnp.arange(columns_LBWC.shape[2])
+        return RecurrentState(
+            state_LBNHH=jnp.where(none, stored.before.state_LBNHH, state_LBNHH),
+            conv_LBWC=jnp.take_along_axis(both_LBSC, slots_BW[None, :, :, None], axis=2),
+        )
+
+    segments = tuple(tuple(map(kept, period)) for period in cache.segments)
+    return Cache(segments=segments, lengths_B=lengths_B + count_B)
+
+
+def _as_stored(x: jax.Array, like: jax.Array) -> jax.Array:
+    x = x.astype(from_bits(like).dtype)
+    return as_bits(x) if like.dtype == jnp.uint16 else x

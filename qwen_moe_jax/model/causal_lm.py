@@ -7,23 +7,31 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from qwen_moe_jax.config import ExecutionConfig
 from qwen_moe_jax.errors import RequestError
 from qwen_moe_jax.model.base import Model, ReadOut, router_output, token_at
+from qwen_moe_jax.model.cache import Cache
 from qwen_moe_jax.model.cross_entropy import target_log_probs
 from qwen_moe_jax.model.decoder import DecoderOutput
-from qwen_moe_jax.model.inputs import ModelInputs, checked_inputs
+from qwen_moe_jax.model.inputs import ModelInputs, TokenContext, checked_inputs
+from qwen_moe_jax.model.mtp import NextTokenHead, following
 from qwen_moe_jax.model.output import TokenLosses
+from qwen_moe_jax.model.rotary import rotary_tables
 from qwen_moe_jax.nn.embedding import TABLE, without_padding
 from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.lora import LoraAdapter
-from qwen_moe_jax.nn.matmul import weight_einsum
+from qwen_moe_jax.nn.matmul import matmul_precision, weight_einsum
 from qwen_moe_jax.nn.parameters import ParameterFactory
+from qwen_moe_jax.sharding.explicit import with_explicit_axes
 from qwen_moe_jax.sharding.rules import BATCH, partition_spec
 from qwen_moe_jax.suggest import refuse_hub_arguments
 
 
 class CausalLM(Model):
-    """Next-token logits over the vocabulary, [B, T, V]. `lm_head` is None where it is tied to the embedding."""
+    """Next-token logits over the vocabulary, [B, T, V].
+
+    `lm_head` is None where it is tied to the embedding. `mtp` is the next-token head, None where the config has none.
+    """
 
     def token_losses(
         self,
@@ -34,6 +42,7 @@ class CausalLM(Model):
         *,
         noise_key: jax.Array | None = None,
         chunk: int | None = None,
+        mtp: bool = False,
         **hub_arguments: Any,
     ) -> TokenLosses:
         """-log p(target) of every token, the same as of the logits, without ever holding the logits.
@@ -46,10 +55,11 @@ class CausalLM(Model):
             targets_BT: integers [B, T], needed; the token that should follow each one. The loss of a target outside the
                 vocabulary is NaN: mask it where it has no meaning.
             chunk: tokens of each row in a chunk; None lets a device hold 256 MiB of logits.
+            mtp: also return `mtp_losses`, those of the next-token head.
             hub_arguments: as of `__call__`.
 
         Raises:
-            RequestError: as `__call__`, of the targets too; `chunk` is less than 1.
+            RequestError: as `__call__`, of the targets too; `chunk` is less than 1; the model has no next-token head.
             ConfigError: in training mode, the config asks for dropout.
         """
         refuse_hub_arguments("token_losses", hub_arguments, ("targets_BT", "segment_ids", "positions"))
@@ -58,12 +68,80 @@ class CausalLM(Model):
         inputs = checked_inputs(tokens_BT, segment_ids, positions, targets=targets_BT)
         if chunk is not None and chunk < 1:
             raise RequestError(f"chunk={chunk} is no number of tokens: expected at least 1, or None.")
-        return self.run(inputs, LossesOf(chunk=chunk), noise_key=noise_key)
+        if mtp:
+            self.require_mtp("mtp=True")
+        return self.run(inputs, LossesOf(chunk=chunk, mtp=mtp), noise_key=noise_key)
+
+    def mtp_step(
+        self, tokens_BT: jax.Array, hidden_BTD: jax.Array, token_mask_BT: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, jax.Array, Cache]:
+        """Reads tokens into the next-token head's cache and predicts what follows the last one of each row.
+
+        Call it inside a `jax.jit`, with a batch that divides over the mesh.
+
+        Args:
+            tokens_BT: int32; new tokens of each row, from the left.
+            hidden_BTD: of the token before each of them: after the decoder's final norm, or, of a draft, this method's.
+            token_mask_BT: False for padding.
+            cache: of the head (`abstract_mtp_cache`).
+
+        Returns:
+            float32 logits [B, V], the head's state [B, D] and the cache; the first two of each row's last token.
+        """
+
+        def run(model: CausalLM, tokens_BT, hidden_BTD, token_mask_BT, cache):
+            execution, inputs = model.execution_in_use, _cached_inputs(tokens_BT, token_mask_BT, cache)
+            states_BTD, cache = model.mtp_states(inputs, inputs.tokens_BT, hidden_BTD, execution, cache)
+            last_BD = token_at(states_BTD, jnp.sum(token_mask_BT, axis=1) - 1)
+            return model.head(last_BD[:, None], inputs)[:, 0], last_BD, cache
+
+        specs = (P(BATCH, None), P(BATCH, None, None), P(BATCH, None), cache.specs())
+        with matmul_precision(self.execution.dtype):
+            return with_explicit_axes(run, self.mesh, specs)(self, tokens_BT, hidden_BTD, token_mask_BT, cache)
+
+    def mtp_states(
+        self,
+        inputs: ModelInputs,
+        next_BT: jax.Array,
+        hidden_BTD: jax.Array,
+        execution: ExecutionConfig,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """The next-token head on explicitly sharded arrays: see `NextTokenHead.__call__`.
+
+        Args:
+            inputs: segments and positions.
+            next_BT: the token after each one.
+            hidden_BTD: of each token.
+            execution: with no setting None.
+            cache: of the head.
+        """
+        config, dtype = self.config, jnp.dtype(execution.dtype)
+        rotary = rotary_tables(
+            config.rope, config.rotary_dim, config.max_position_embeddings, inputs.positions_BT, dtype
+        )
+        embedded_BTD = self.model.embed_tokens(jnp.where(inputs.segment_ids_BT != 0, next_BT, 0), dtype)
+        context = TokenContext(segment_ids_BT=inputs.segment_ids_BT, rotary=rotary)
+        return self.mtp(embedded_BTD, hidden_BTD, context, execution, cache)
+
+    def require_mtp(self, what: str) -> None:
+        """Refuses what needs a next-token head on a model without one.
+
+        Raises:
+            RequestError: beginning with `what`.
+        """
+        if self.mtp is None:
+            raise RequestError(
+                f"{what} needs a next-token head, and this model has none: its config has no mtp_num_hidden_layers, or "
+                "it was loaded without its weights (mtp.*)."
+            )
 
     def add_head(self, make: ParameterFactory) -> None:
         """See `Model`."""
         sizes = (self.config.vocab_size, self.config.hidden_size)
         self.lm_head = None if self.config.tie_word_embeddings else Linear("lm_head", TABLE, sizes, make)
+        if not hasattr(self, "mtp"):  # a head that is drawn anew leaves it as it is
+            self.mtp = NextTokenHead(self.config, make) if self.config.num_mtp_layers else None
 
     def head(self, hidden_BTD: jax.Array, inputs: ModelInputs) -> jax.Array:
         """See `Model`."""
@@ -91,20 +169,43 @@ class LossesOf(ReadOut):
     """Reads out the losses of targets, chunk by chunk; see `CausalLM.token_losses`."""
 
     chunk: int | None = None
+    mtp: bool = False
 
     def __call__(self, model: Model, out: DecoderOutput, inputs: ModelInputs) -> TokenLosses:
         """See `ReadOut`."""
         assert isinstance(model, CausalLM)
+        log_probs_BT, logsumexp_BT = self._log_probs(model, out.hidden_BTD, inputs.targets_BT)
+        mtp_losses_BT = None
+        if self.mtp:
+            next_BT, follows_BT = following(inputs.tokens_BT, inputs.segment_ids_BT)
+            targets_BT, _ = following(inputs.targets_BT, inputs.segment_ids_BT)
+            own = dataclasses.replace(inputs, segment_ids_BT=jnp.where(follows_BT, inputs.segment_ids_BT, 0))
+            states_BTD, _ = model.mtp_states(own, next_BT, out.hidden_BTD, model.execution_in_use)
+            mtp_losses_BT = -self._log_probs(model, states_BTD, targets_BT)[0]
+        return TokenLosses(
+            losses=-log_probs_BT, logsumexp=logsumexp_BT, router=router_output(out), mtp_losses=mtp_losses_BT
+        )
+
+    def _log_probs(self, model: CausalLM, hidden_BTD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         with jax.named_scope("head"):
-            log_probs_BT, logsumexp_BT = target_log_probs(
-                out.hidden_BTD,
+            return target_log_probs(
+                hidden_BTD,
                 model.table_VD,
-                inputs.targets_BT,
+                targets_BT,
                 lora=model.lora_head,
                 vocab_size=model.config.vocab_size,
                 chunk=self.chunk,
             )
-        return TokenLosses(losses=-log_probs_BT, logsumexp=logsumexp_BT, router=router_output(out))
+
+
+def _cached_inputs(tokens_BT: jax.Array, token_mask_BT: jax.Array, cache: Cache) -> ModelInputs:
+    """New tokens behind those of a cache."""
+    positions_BT = cache.lengths_B[:, None] + jnp.arange(tokens_BT.shape[1])
+    return ModelInputs(
+        tokens_BT=tokens_BT,
+        segment_ids_BT=token_mask_BT.astype(jnp.int32),
+        positions_BT=jnp.where(token_mask_BT, positions_BT, 0),
+    )
 
 
 class TokenClassifier(Model):

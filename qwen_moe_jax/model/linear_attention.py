@@ -17,7 +17,17 @@ from qwen_moe_jax.attention_kernels.causal_conv import causal_conv1d
 from qwen_moe_jax.attention_kernels.delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from qwen_moe_jax.config import LinearAttentionConfig, ModelConfig
 from qwen_moe_jax.model.attention import split_heads
-from qwen_moe_jax.model.cache import COLUMNS, HEADS, STATE, LayerCache, read_state, update_state
+from qwen_moe_jax.model.cache import (
+    COLUMNS,
+    HEADS,
+    STATE,
+    STATES,
+    LayerCache,
+    RecurrentSteps,
+    read_state,
+    update_state,
+    update_steps,
+)
 from qwen_moe_jax.model.inputs import TokenContext
 from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.mlp import ACTIVATIONS
@@ -68,10 +78,16 @@ class GatedDeltaNet(nnx.Module):
             gate_BTNH = split_heads(self.in_proj_z(hidden_BTD), self.linear.value_head_dim)
             before = None if cache is None else read_state(cache, hidden_BTD.dtype)
             mixed_BTNH, after = self._mixed(
-                qkv_BTC, self.in_proj_b(hidden_BTD), self.in_proj_a(hidden_BTD), context, before
+                qkv_BTC,
+                self.in_proj_b(hidden_BTD),
+                self.in_proj_a(hidden_BTD),
+                context,
+                before,
+                keep_steps=cache is not None and isinstance(cache.stored, RecurrentSteps),
             )
             if cache is not None and after is not None:
-                cache = update_state(cache, *after)
+                update = update_steps if isinstance(cache.stored, RecurrentSteps) else update_state
+                cache = update(cache, *after)
             normed_BTNH = self.norm(mixed_BTNH, gate_BTNH)
             batch, length, heads, head_dim = normed_BTNH.shape
             return self.out_proj(jnp.reshape(normed_BTNH, (batch, length, heads * head_dim))), cache
@@ -83,8 +99,12 @@ class GatedDeltaNet(nnx.Module):
         a_BTN: jax.Array,
         context: TokenContext,
         before: tuple[jax.Array, jax.Array] | None,
+        *,
+        keep_steps: bool,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Convolution and rule [B, T, N, H], and the state and columns after the tokens where there are some before.
+
+        With `keep_steps`, the state after each token and what entered the convolution at each instead.
 
         They are computed on each device's own rows and heads: it needs no collective.
         """
@@ -93,13 +113,14 @@ class GatedDeltaNet(nnx.Module):
         weight_C1W = gather_for_compute(self.conv1d.weight[...], *self.conv1d.axes)
         A_log_N, dt_bias_N = (gather_for_compute(param[...], "heads") for param in (self.A_log, self.dt_bias))
         one_step = before is not None and qkv_BTC.shape[1] == 1
-        local = functools.partial(_mix, linear=self.linear, act=ACTIVATIONS[self.act], one_step=one_step)
+        mix = _mix_by_steps if keep_steps else functools.partial(_mix, one_step=one_step)
+        local = functools.partial(mix, linear=self.linear, act=ACTIVATIONS[self.act])
         rows, head = P(BATCH, None, "tensor"), P("tensor")
         states = None if before is None else (STATE, COLUMNS)
         return jax.shard_map(
             local,
             in_specs=(rows, rows, rows, P(BATCH, None), P("tensor", None, None), head, head, states),
-            out_specs=(HEADS, states),
+            out_specs=(HEADS, (STATES, COLUMNS) if keep_steps else states),
             check_vma=False,
         )(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before)
 
@@ -123,6 +144,17 @@ def _mix(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before, 
     rule = recurrent_gated_delta_rule if one_step else chunk_gated_delta_rule
     mixed_BTNH, state_BNHH = rule(q_BTKH, k_BTKH, v_BTNH, log_decay_BTN, beta_BTN, ids_BT, state_BNHH)
     return mixed_BTNH, None if before is None else (state_BNHH, columns_BWC)
+
+
+def _mix_by_steps(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before, *, linear, act):
+    """`_mix` token by token; instead of the last state, the state [B, T, N, H, H] after each, and the inputs."""
+    mixed, states, rest = [], [], (weight_C1W, A_log_N, dt_bias_N)
+    for token in range(qkv_BTC.shape[1]):
+        qkv, b, a, ids = (x[:, token : token + 1] for x in (qkv_BTC, b_BTN, a_BTN, ids_BT))
+        mixed_B1NH, before = _mix(qkv, b, a, ids, *rest, before, linear=linear, act=act, one_step=True)
+        mixed.append(mixed_B1NH)
+        states.append(before[0])
+    return jnp.concatenate(mixed, axis=1), (jnp.stack(states, axis=1), qkv_BTC)
 
 
 def _by_head(qkv_BTC: jax.Array, linear: LinearAttentionConfig) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -68,16 +68,24 @@ class TokenLosses:
     Attributes:
         losses: float32 [B, T]; -log p(target), in nats. Those of padding have no meaning.
         logsumexp: float32 [B, T]; of the logits of each token.
-        router: None where no layer is sparse; its `trace` is None.
+        router: None where no layer is sparse; its `trace` is None. It has no part of the next-token head.
+        mtp_losses: float32 [B, T], where the next-token head's were asked for; -log p of the target of the token after
+            each one. Those of a token without another after it in its segment have no meaning.
     """
 
     losses: jax.Array
     logsumexp: jax.Array
     router: RouterOutput | None = None
+    mtp_losses: jax.Array | None = None
 
     def first_rows(self, batch: int) -> "TokenLosses":
         """The same without the rows of padding that filled the mesh."""
-        return dataclasses.replace(self, losses=self.losses[:batch], logsumexp=self.logsumexp[:batch])
+        return dataclasses.replace(
+            self,
+            losses=self.losses[:batch],
+            logsumexp=self.logsumexp[:batch],
+            mtp_losses=None if self.mtp_losses is None else self.mtp_losses[:batch],
+        )
 
 
 def _first_rows(router: RouterOutput | None, batch: int) -> Any:

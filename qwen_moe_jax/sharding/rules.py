@@ -27,6 +27,7 @@ COMPUTE_AXES: Mapping[str, tuple[str, ...]] = {
     "heads": ("tensor",),  # rows of q, k, v: heads times head size; what each head has one of
     "ffn": ("tensor",),
     "embed": (),  # the hidden axis of dense weights
+    "embed_pair": (),  # two of them side by side, the input of a next-token head
     "expert": ("expert",),
     "expert_embed": (),  # the hidden axis of routed experts, whose expert axis is already sharded over `expert`
     "norm": (),

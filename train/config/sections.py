@@ -70,6 +70,8 @@ class LossConfig:
         router_z_loss_coef: weight of the mean squared logsumexp of the router's logits.
         router_bias_update_rate: above 0, routers have a bias that only chooses experts, changed by this much a step
             (DeepSeek-V3's balancing without a loss); needs run.export = false.
+        mtp_coef: weight of the cross entropy of the next-token head (mtp), which predicts the token after the next; 0
+            carries the head along as it is, untrained.
     """
 
     load_balancing_type: Literal["pooled", "global_batch", "sequence"] = "pooled"
@@ -77,12 +79,13 @@ class LossConfig:
     z_loss_coef: float = 0.0
     router_z_loss_coef: float = 0.0
     router_bias_update_rate: float = 0.0
+    mtp_coef: float = 0.0
 
     def __post_init__(self) -> None:
         with Checks(self) as check:
             check.literals()
-            for field in ("router_aux_loss_coef", "z_loss_coef", "router_z_loss_coef", "router_bias_update_rate"):
-                check((getattr(self, field) or 0.0) >= 0, field, NOT_NEGATIVE)
+            for field in dataclasses.fields(self)[1:]:
+                check((getattr(self, field.name) or 0.0) >= 0, field.name, NOT_NEGATIVE)
 
 
 #: The values of data.format, and which files of a folder are read where data.pattern is left out.

@@ -28,6 +28,8 @@ class LossTerms(Protocol):
     def balance(self) -> jax.Array: ...
     @property
     def router_z(self) -> jax.Array: ...
+    @property
+    def mtp(self) -> jax.Array: ...
 
 
 @jax.tree_util.register_dataclass
@@ -37,6 +39,7 @@ class WholeBatch:
 
     Attributes:
         targets: real targets.
+        mtp_targets: those of the next-token head: of tokens whose successor has a real target.
         tokens: real tokens.
         sequences: rows that hold a real token.
         micro_batches: the number of micro-batches.
@@ -45,6 +48,7 @@ class WholeBatch:
     """
 
     targets: jax.Array
+    mtp_targets: jax.Array
     tokens: jax.Array
     sequences: jax.Array
     micro_batches: jax.Array

@@ -138,6 +138,7 @@ class Report:
             "z_loss": float(metrics.z_loss),
             "balance_loss": float(metrics.balance_loss),
             "router_z": float(metrics.router_z),
+            **({"mtp_loss": float(metrics.mtp_loss)} if metrics.mtp_loss else {}),
             "gradient_norm": float(metrics.gradient_norm),
             "learning_rate": float(self._schedule(step - 1)),
             "dropped": int(metrics.dropped) / max(int(metrics.assignments), 1),
@@ -275,6 +276,8 @@ def _status(record: dict[str, Any], seconds_left: float | None) -> str:
     speed = record["tokens_per_second"]
     loss = record["cross_entropy"]  # None where no step had a token to learn
     parts = [f"loss {loss:.3f}" if loss is not None else "loss -", f"{speed:,.0f} tokens/s" if speed else "- tokens/s"]
+    if "mtp_loss" in record:
+        parts.append(f"MTP {record['mtp_loss']:.3f}")
     if "mfu" in record:
         parts.append(f"MFU {record['mfu']:.1%}")
     parts.append(f"dropped {record['dropped']:.1%}")
