@@ -49,7 +49,9 @@ Step = Callable[[], float]
 """One step on the batch; its loss."""
 
 
-def our_step(param_dtype: str, dtype: str, dispatch: str) -> Step:
+def our_step(
+    param_dtype: str, dtype: str, dispatch: str, hub_config: dict = HUB_CONFIG, rows: int = ROWS, length: int = LENGTH
+) -> Step:
     """The step of a run on one device."""
     import jax
     import numpy as np
@@ -62,21 +64,21 @@ def our_step(param_dtype: str, dtype: str, dispatch: str) -> Step:
 
     config = build_config(
         {
-            "model": HUB_CONFIG,
-            "data": {"vocab_size": HUB_CONFIG["vocab_size"], "batch_size": ROWS, "seq_len": LENGTH},
+            "model": hub_config,
+            "data": {"vocab_size": hub_config["vocab_size"], "batch_size": rows, "seq_len": length},
             "execution": {"dtype": dtype, "param_dtype": param_dtype, "dispatch": dispatch},
             "optimizer": {"learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "max_grad_norm": CLIP},
         },
         [],
         source="benchmarks/train_step.py",
     )
-    mesh, model_config = qmj.make_mesh(), qmj.ModelConfig.from_pretrained(HUB_CONFIG)
+    mesh, model_config = qmj.make_mesh(), qmj.ModelConfig.from_pretrained(hub_config)
     program = assemble(config, model_config, mesh)
     execution = program.model.execution
     model = qmj.CausalLM(model_config, rngs=nnx.Rngs(0), mesh=mesh, execution=execution)
     state = program.begin(nnx.to_pure_dict(nnx.split(model)[1]))
-    rows = pack(as_documents([np.array(ids) for ids in token_rows()]), LENGTH)
-    batch = batch_at(rows, 0, ROWS, seed=0)
+    packed = pack(as_documents([np.array(ids) for ids in token_rows(hub_config, rows, length)]), length)
+    batch = batch_at(packed, 0, rows, seed=0)
     del model
 
     def step() -> float:
@@ -87,13 +89,15 @@ def our_step(param_dtype: str, dtype: str, dispatch: str) -> Step:
     return step
 
 
-def their_step(param_dtype: str, dtype: str, experts: str) -> Step:
+def their_step(
+    param_dtype: str, dtype: str, experts: str, hub_config: dict = HUB_CONFIG, rows: int = ROWS, length: int = LENGTH
+) -> Step:
     """A plain loop's."""
     import torch
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.Qwen3MoeConfig(**{key: value for key, value in HUB_CONFIG.items() if key != "model_type"})
+    config = transformers.AutoConfig.for_model(**hub_config)
     config.output_router_logits = True  # its loss has the balance loss then, as ours
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, param_dtype))
     model.set_experts_implementation(experts)
@@ -101,7 +105,7 @@ def their_step(param_dtype: str, dtype: str, experts: str) -> Step:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True
     )
-    tokens = torch.tensor(token_rows())
+    tokens = torch.tensor(token_rows(hub_config, rows, length))
     cast = torch.autocast("cpu", torch.bfloat16, enabled=dtype != param_dtype)
 
     def step() -> float:
@@ -116,15 +120,15 @@ def their_step(param_dtype: str, dtype: str, experts: str) -> Step:
     return step
 
 
-def token_rows() -> list[list[int]]:
+def token_rows(hub_config: dict, rows: int, length: int) -> list[list[int]]:
     """The batch, the same for all."""
     import numpy as np
 
-    return np.random.default_rng(0).integers(0, HUB_CONFIG["vocab_size"], (ROWS, LENGTH)).tolist()
+    return np.random.default_rng(0).integers(0, hub_config["vocab_size"], (rows, length)).tolist()
 
 
-def serve(connection: Connection, make: Callable[..., Step], words: tuple[str, ...]) -> None:
-    """Answers each request with the seconds of `TURN` steps and the process's peak memory in bytes."""
+def serve(connection: Connection, make: Callable[..., Step], words: tuple, turn: int) -> None:
+    """Answers each request with the seconds of `turn` steps and the process's peak memory in bytes."""
     step = make(*words)
     step()  # compiles
     connection.send("ready")
@@ -132,20 +136,20 @@ def serve(connection: Connection, make: Callable[..., Step], words: tuple[str, .
         time.sleep(PAUSE)
         step()
         seconds = []
-        for _ in range(TURN):
+        for _ in range(turn):
             began = time.perf_counter()
             step()
             seconds.append(time.perf_counter() - began)
         connection.send((seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
-def measured(engines: dict[str, tuple[Callable[..., Step], tuple[str, ...]]], rounds: int) -> dict[str, tuple]:
+def measured(engines: dict[str, tuple[Callable[..., Step], tuple]], rounds: int, turn: int = TURN) -> dict[str, tuple]:
     """Median seconds and peak bytes by engine; an engine that cannot run is left out, and said."""
     context = multiprocessing.get_context("spawn")
     running, seconds, peaks = {}, {}, {}
     for name, (make, words) in engines.items():
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, make, words), daemon=True)
+        process = context.Process(target=serve, args=(theirs, make, words, turn), daemon=True)
         process.start()
         theirs.close()
         try:

@@ -136,13 +136,18 @@ def _one_token(
     (state_BKGHP, before_B), (inputs, run_B) = before, token
     q_BKH, k_BKH, v_BKGP, g_BKG, beta_BKG = _in_float32(inputs, run_B != PADDING)
     state_BKGHP = jnp.where((run_B > before_B)[:, None, None, None, None], 0, state_BKGHP)
-    decay_BKG1 = jnp.exp(g_BKG)[..., None]
+    decay_BKG11 = jnp.exp(g_BKG)[..., None, None]
+    qk_BK1MH = jnp.stack([q_BKH, k_BKH], axis=2)[:, :, None]
+    qk_BKGMH = jnp.broadcast_to(qk_BK1MH, (*v_BKGP.shape[:3], *qk_BK1MH.shape[3:]))
     with matmul_precision(jnp.float32):
-        qk_BK2H = jnp.stack([q_BKH, k_BKH], axis=2)
-        read_BKG2P = jnp.einsum("BKMH,BKGHP->BKGMP", qk_BK2H, state_BKGHP) * decay_BKG1[..., None]
-    write_BKGP = beta_BKG[..., None] * (v_BKGP - read_BKG2P[..., 1, :])
-    out_BKGP = read_BKG2P[..., 0, :] + jnp.sum(q_BKH * k_BKH, axis=-1)[:, :, None, None] * write_BKGP
-    state_BKGHP = state_BKGHP * decay_BKG1[..., None] + k_BKH[:, :, None, :, None] * write_BKGP[..., None, :]
+        read_BKGMP = qk_BKGMH @ state_BKGHP * decay_BKG11
+        write_BKGP = beta_BKG[..., None] * (v_BKGP - read_BKGMP[..., 1, :])
+        # A product of two terms, the first of them zero: of one term alone XLA makes no product, and then computes
+        # what is written, back to the convolution, again for each number of the state.
+        both_BKGMP = jnp.stack([jnp.zeros_like(write_BKGP), write_BKGP], axis=3)
+        written_BKGHP = qk_BKGMH.mT @ both_BKGMP
+    out_BKGP = read_BKGMP[..., 0, :] + jnp.sum(q_BKH * k_BKH, axis=-1)[:, :, None, None] * write_BKGP
+    state_BKGHP = state_BKGHP * decay_BKG11 + written_BKGHP
     return (state_BKGHP, jnp.maximum(before_B, run_B)), out_BKGP
 
 

@@ -75,11 +75,21 @@ def test_any_layout_of_segments_is_its_runs_by_themselves(ids):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("rows", [slice(0, 2), slice(0, 6)], ids=["padding-behind", "padding-anywhere"])
-def test_gradients_are_those_of_the_sum(rows):
-    ids = padded()[rows]
-    x, weight, columns = arrays(batch=len(ids))
-    of_y, of_columns = arrays(batch=len(ids))[0], arrays(batch=len(ids))[2][::-1]
+def long_rows() -> np.ndarray:
+    """Of several blocks of the backward pass, with a run that begins and padding that does where a block ends."""
+    rows = [[1] * 64 + [2] * 70 + [3] * 16, [1] * 63 + [2] * 65 + [0] * 22, [0] * 2 + [1] * 130 + [0] * 9 + [1] * 9]
+    return np.array(rows, np.int32)
+
+
+@pytest.mark.parametrize(
+    "ids, taps",
+    [(padded()[:2], 4), (padded(), 4), (padded()[:, :2], 4), (padded(), 1), (long_rows()[:2], 4), (long_rows(), 5)],
+    ids=["padding-behind", "padding-anywhere", "fewer-tokens-than-taps", "one-tap", "blocks", "blocks-and-padding"],
+)
+def test_gradients_are_those_of_the_sum(ids, taps):
+    batch, length = ids.shape
+    x, weight, columns = arrays(taps, batch, length)
+    of_y, _, of_columns = (array[::-1] for array in arrays(taps, batch, length))
 
     def weighted(run, x, weight, columns):
         y, last = run(x, weight, ids, columns)
@@ -112,6 +122,10 @@ def test_padding_may_hold_anything():
     dirty = np.where((ids == 0)[..., None], np.nan, x)
     for found, clean in zip(convolve(dirty, weight, ids, columns), convolve(x, weight, ids, columns), strict=True):
         np.testing.assert_array_equal(found, clean)
+    of_x, of_weight = jax.jit(jax.grad(lambda x, weight: jnp.sum(convolve(x, weight, ids, columns)[0]), (0, 1)))(
+        dirty, weight
+    )
+    assert np.isfinite(of_x).all() and np.isfinite(of_weight).all()
 
 
 def test_bfloat16_sums_are_rounded_once():
