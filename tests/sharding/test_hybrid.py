@@ -73,6 +73,7 @@ def program(axes: dict[str, int], *, gradient: bool):
 def test_over_tensor_a_linear_layer_only_sums_hidden_states(gradient, sums):
     """Forward the results of mixer and MLP; backward what each of their 4 + 2 projections gives its input.
 
+    XLA for TPUs adds up what the projections of a mixer or an MLP give before it exchanges it: 2 and 4 sums (v5p).
     What is less than a layer's hidden states are gradients of weights that all heads share.
     """
     hidden = 8 * LENGTH * 32 * 4
