@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import jax
@@ -291,6 +292,14 @@ def test_a_file_is_routed_as_the_prompt_that_it_holds(folder, tmp_path, capsys):
     (tmp_path / "prompt.txt").write_text(PROMPT, encoding="utf-8")
     (tmp_path / "prompt.jsonl").write_text(json.dumps({"prompt": PROMPT}) + "\n")
     assert found("--file", str(tmp_path / "prompt.txt")) == found("--file", str(tmp_path / "prompt.jsonl")) == expected
+
+
+def test_a_conversation_of_a_file_is_routed_as_the_chat_template_writes_it(folder, tmp_path, capsys):
+    own = shutil.copytree(folder, tmp_path / "chat")
+    (own / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "add"}]}))
+    assert main(["route", str(own), "--file", str(tmp_path / "a.jsonl"), "--json", str(tmp_path / "routing.json")]) == 0
+    assert json.loads((tmp_path / "routing.json").read_text(encoding="utf-8"))["prompt"] == "<user>add"
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,14 @@ class LossConfig:
     def __post_init__(self) -> None:
         with Checks(self) as check:
             check.literals()
-            for field in dataclasses.fields(self)[1:]:
-                check((getattr(self, field.name) or 0.0) >= 0, field.name, NOT_NEGATIVE)
+            for field in (
+                "router_aux_loss_coef",
+                "z_loss_coef",
+                "router_z_loss_coef",
+                "router_bias_update_rate",
+                "mtp_coef",
+            ):
+                check((getattr(self, field) or 0.0) >= 0, field, NOT_NEGATIVE)
 
 
 #: The values of data.format, and which files of a folder are read where data.pattern is left out.
