@@ -1,7 +1,9 @@
 """Checkpoint folder → checkpoint folder of another format, block by block, without a model in memory."""
 
 import fnmatch
+import functools
 import shutil
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Literal
@@ -23,7 +25,7 @@ from qwen_moe_jax.huggingface.hub import local_folder
 from qwen_moe_jax.huggingface.linear_rows import in_published_order
 from qwen_moe_jax.huggingface.peft import merged, open_adapter
 from qwen_moe_jax.huggingface.save import configs_to_hub, is_stale, shard_limit, write_configs, write_shards
-from qwen_moe_jax.huggingface.tensors import hub_parameters, hub_tensors
+from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_tensors
 from qwen_moe_jax.huggingface.unused_fields import say_unused_fields
 from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.storage.folder import replaced_folder
@@ -105,17 +107,32 @@ def convert(
     with replaced_folder(target, is_stale) as new, bytes_bar(f"Writing {target.name}", written) as advance:
         write_configs(new, configs_to_hub(abstract))
         _copy_companions(checkpoint.folder, new)
-        if to == "orbax":
-            from qwen_moe_jax.storage.orbax_stream import stream_tensors
+        write = _write_orbax if to == "orbax" else functools.partial(_write_hub, limit=limit)
+        write(new, checkpoint, parameters, advance)
 
-            stacked = {parameter.path: stacked_tensor(parameter, checkpoint.tensors) for parameter in parameters}
-            stream_tensors(new / ORBAX, stacked, advance=advance)
-        else:
-            rounded = {
-                name: CastTensor(checkpoint.tensors[name], str(parameter.leaf.dtype))
-                for name, parameter, _ in hub_tensors(parameters)
-            }
-            write_shards(new, in_published_order(rounded, abstract.config), limit, advance)
+
+def _write_orbax(
+    folder: Path, checkpoint: Checkpoint, parameters: list[HubParameter], advance: Callable[[int], None]
+) -> None:
+    from qwen_moe_jax.storage.orbax_stream import stream_tensors
+
+    stacked = {parameter.path: stacked_tensor(parameter, checkpoint.tensors) for parameter in parameters}
+    stream_tensors(folder / ORBAX, stacked, advance=advance)
+
+
+def _write_hub(
+    folder: Path,
+    checkpoint: Checkpoint,
+    parameters: list[HubParameter],
+    advance: Callable[[int], None],
+    *,
+    limit: int,
+) -> None:
+    rounded = {
+        name: CastTensor(checkpoint.tensors[name], str(parameter.leaf.dtype))
+        for name, parameter, _ in hub_tensors(parameters)
+    }
+    write_shards(folder, in_published_order(rounded, checkpoint.config), limit, advance)
 
 
 def abstract_model(checkpoint: Checkpoint, dtype: DTypeLike | None = None) -> Model:

@@ -1,7 +1,7 @@
-"""How each model type of the Hub is read: one entry per family, one small function per rule.
+"""How each model type of the Hub is read: one entry per family, of defaults and rules (`family_rules`).
 
-The rules are those of transformers 5.23, observed by running it: which layers slide differs by family, and so do
-biases, head size and the defaults of absent fields.
+They are those of transformers 5.23, observed by running it: which layers slide differs by family, and so do biases,
+head size and the defaults of absent fields.
 """
 
 import dataclasses
@@ -11,10 +11,8 @@ from typing import Any
 
 from qwen_moe_jax.config import LinearAttentionConfig, MoEConfig
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.huggingface import family_rules as rules
 from qwen_moe_jax.huggingface.fields import Fields
-
-#: Ten times those of the largest models. More means a damaged config, refused before anything is allocated per expert.
-MOST_EXPERTS = 100_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,133 +59,6 @@ class Family:
     renames: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def _never(fields: Fields) -> bool:
-    return False
-
-
-def _attention_bias(fields: Fields) -> bool:
-    return fields.boolean("attention_bias", False)
-
-
-def _slides_from_max_window_layers(fields: Fields, layer: int) -> bool:
-    return _slides_if_used(fields, layer) and layer >= fields.integer("max_window_layers", 28)
-
-
-def _slides_every_other_below_max_window_layers(fields: Fields, layer: int) -> bool:
-    below = layer < fields.integer("max_window_layers", 28)
-    return fields.boolean("use_sliding_window", False) and layer % 2 == 0 and below
-
-
-def _slides_if_used(fields: Fields, layer: int) -> bool:
-    return fields.boolean("use_sliding_window", False) and not fields.is_null("sliding_window")
-
-
-def _slides_if_given(fields: Fields, layer: int) -> bool:
-    return "sliding_window" in fields
-
-
-def _slides_nowhere(fields: Fields, layer: int) -> bool:
-    return False
-
-
-def _always(fields: Fields, layer: int) -> bool:
-    return True
-
-
-def _linear_but_every_fourth(fields: Fields, layer: int) -> bool:
-    interval = fields.integer("full_attention_interval", 4)
-    if interval < 1:
-        raise fields.error("full_attention_interval", "a positive integer")
-    return (layer + 1) % interval != 0
-
-
-def _sparse_by_step(fields: Fields, layer: int, *, alias: bool = True) -> bool:
-    step = fields.integer("decoder_sparse_step", 1)
-    if step < 1:
-        raise fields.error("decoder_sparse_step", "a positive integer")
-    chosen = layer not in fields.integers("mlp_only_layers") and (layer + 1) % step == 0
-    return chosen and _expert_count(fields, alias=alias) > 0
-
-
-def _sparse_by_step_without_alias(fields: Fields, layer: int) -> bool:
-    return _sparse_by_step(fields, layer, alias=False)
-
-
-def _expert_count(fields: Fields, *, alias: bool = True) -> int:
-    """Transformers 5 stores `num_local_experts`, and it wins where both are given and differ.
-
-    A family with a key of its own for `num_experts` has that key alone, and so have those without the alias.
-    """
-    alias = alias and "num_experts" not in fields.renames
-    name = "num_local_experts" if alias and "num_local_experts" in fields else "num_experts"
-    count, layers = fields.integer(name), fields.integer("num_hidden_layers")
-    if count * layers > MOST_EXPERTS:
-        raise fields.error(name, f"at most {MOST_EXPERTS} experts in the {layers} layers together")
-    return count
-
-
-def _qwen_moe(fields: Fields, *, shared_expert: int) -> MoEConfig:
-    return MoEConfig(
-        num_experts=_expert_count(fields),
-        num_experts_per_tok=fields.integer("num_experts_per_tok"),
-        moe_intermediate_size=fields.integer("moe_intermediate_size"),
-        norm_topk_prob=fields.boolean("norm_topk_prob", False),
-        shared_expert_intermediate_size=shared_expert,
-        router_aux_loss_coef=fields.number("router_aux_loss_coef", 0.001),
-    )
-
-
-def _qwen2_moe(fields: Fields) -> MoEConfig:
-    shared = fields.integer("shared_expert_intermediate_size")
-    return _qwen_moe(fields, shared_expert=shared)
-
-
-def _qwen3_moe(fields: Fields) -> MoEConfig:
-    # Coder configs carry shared_expert_intermediate_size; transformers ignores it, and so must we.
-    return _qwen_moe(fields, shared_expert=0)
-
-
-def _hybrid_moe(fields: Fields, *, norm_topk_prob: bool) -> MoEConfig:
-    return MoEConfig(
-        num_experts=_expert_count(fields, alias=False),
-        num_experts_per_tok=fields.integer("num_experts_per_tok"),
-        moe_intermediate_size=fields.integer("moe_intermediate_size"),
-        norm_topk_prob=norm_topk_prob,
-        shared_expert_intermediate_size=fields.integer("shared_expert_intermediate_size"),
-        router_aux_loss_coef=fields.number("router_aux_loss_coef", 0.001),
-    )
-
-
-def _qwen3_next_moe(fields: Fields) -> MoEConfig:
-    return _hybrid_moe(fields, norm_topk_prob=fields.boolean("norm_topk_prob", True))
-
-
-def _qwen3_5_moe(fields: Fields) -> MoEConfig:
-    return _hybrid_moe(fields, norm_topk_prob=True)
-
-
-def _linear_attention(fields: Fields) -> LinearAttentionConfig:
-    return LinearAttentionConfig(
-        num_key_heads=fields.integer("linear_num_key_heads"),
-        num_value_heads=fields.integer("linear_num_value_heads"),
-        key_head_dim=fields.integer("linear_key_head_dim"),
-        value_head_dim=fields.integer("linear_value_head_dim"),
-        conv_kernel_dim=fields.integer("linear_conv_kernel_dim"),
-    )
-
-
-def _mixtral(fields: Fields) -> MoEConfig:
-    return MoEConfig(
-        num_experts=_expert_count(fields),
-        num_experts_per_tok=fields.integer("num_experts_per_tok"),
-        moe_intermediate_size=fields.integer("intermediate_size"),
-        norm_topk_prob=True,
-        float32_weights=True,
-        router_aux_loss_coef=fields.number("router_aux_loss_coef", 0.001),
-        router_jitter_noise=fields.number("router_jitter_noise", 0.0),
-    )
-
-
 _QWEN_DEFAULTS = {
     "vocab_size": 151_936,
     "max_position_embeddings": 32_768,
@@ -226,14 +97,14 @@ _HYBRID_DEFAULTS = {
 def _hybrid(**of_family: Any) -> Family:
     """A family of gated delta rules between layers of gated attention."""
     return Family(
-        qkv_bias=_attention_bias,
-        o_bias=_attention_bias,
+        qkv_bias=rules.attention_bias,
+        o_bias=rules.attention_bias,
         qk_norm=True,
-        sliding=_slides_nowhere,
+        sliding=rules.slides_nowhere,
         writes_layer_types=True,
         layer_types=("full_attention", "linear_attention"),
-        linear=_linear_attention,
-        linear_layer=_linear_but_every_fourth,
+        linear=rules.linear_attention,
+        linear_layer=rules.linear_but_every_fourth,
         partial_rotary_factor=0.25,
         output_gate=True,
         zero_centered_norm=True,
@@ -247,9 +118,9 @@ FAMILIES = {
         class_prefix="Qwen2",
         defaults=_DENSE_DEFAULTS,
         qkv_bias=lambda fields: True,
-        o_bias=_never,
+        o_bias=rules.never,
         qk_norm=False,
-        sliding=_slides_from_max_window_layers,
+        sliding=rules.slides_from_max_window_layers,
         writes_layer_types=True,
     ),
     "qwen2_moe": Family(
@@ -267,20 +138,20 @@ FAMILIES = {
             "shared_expert_intermediate_size": 5632,
         },
         qkv_bias=lambda fields: fields.boolean("qkv_bias", True),
-        o_bias=_never,
+        o_bias=rules.never,
         qk_norm=False,
-        sliding=_slides_every_other_below_max_window_layers,
+        sliding=rules.slides_every_other_below_max_window_layers,
         writes_layer_types=True,
-        moe=_qwen2_moe,
-        sparse=_sparse_by_step,
+        moe=rules.qwen2_moe,
+        sparse=rules.sparse_by_step,
     ),
     "qwen3": Family(
         class_prefix="Qwen3",
         defaults={**_DENSE_DEFAULTS, "head_dim": 128},
-        qkv_bias=_attention_bias,
-        o_bias=_attention_bias,
+        qkv_bias=rules.attention_bias,
+        o_bias=rules.attention_bias,
         qk_norm=True,
-        sliding=_slides_from_max_window_layers,
+        sliding=rules.slides_from_max_window_layers,
         writes_layer_types=True,
     ),
     "qwen3_moe": Family(
@@ -296,13 +167,13 @@ FAMILIES = {
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 768,
         },
-        qkv_bias=_attention_bias,
-        o_bias=_attention_bias,
+        qkv_bias=rules.attention_bias,
+        o_bias=rules.attention_bias,
         qk_norm=True,
-        sliding=_slides_if_used,
+        sliding=rules.slides_if_used,
         writes_layer_types=False,
-        moe=_qwen3_moe,
-        sparse=_sparse_by_step,
+        moe=rules.qwen3_moe,
+        sparse=rules.sparse_by_step,
     ),
     "mixtral": Family(
         class_prefix="Mixtral",
@@ -321,13 +192,13 @@ FAMILIES = {
             "bos_token_id": 1,
             "eos_token_id": (2,),
         },
-        qkv_bias=_never,
-        o_bias=_never,
+        qkv_bias=rules.never,
+        o_bias=rules.never,
         qk_norm=False,
-        sliding=_slides_if_given,
+        sliding=rules.slides_if_given,
         writes_layer_types=False,
-        moe=_mixtral,
-        sparse=_always,
+        moe=rules.mixtral,
+        sparse=rules.always,
     ),
     "qwen3_next": _hybrid(
         class_prefix="Qwen3Next",
@@ -342,8 +213,8 @@ FAMILIES = {
             "moe_intermediate_size": 512,
             "shared_expert_intermediate_size": 512,
         },
-        moe=_qwen3_next_moe,
-        sparse=_sparse_by_step_without_alias,
+        moe=rules.qwen3_next_moe,
+        sparse=rules.sparse_by_step_without_alias,
         without=frozenset({"num_local_experts"}),
     ),
     "qwen3_5_text": _hybrid(
@@ -369,8 +240,8 @@ FAMILIES = {
             "moe_intermediate_size": 512,
             "shared_expert_intermediate_size": 512,
         },
-        moe=_qwen3_5_moe,
-        sparse=_always,
+        moe=rules.qwen3_5_moe,
+        sparse=rules.always,
         without=frozenset(
             {"num_local_experts", "intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"}
         ),
