@@ -68,7 +68,12 @@ def their_engines(folder: Path, dtype: str, implementations: Sequence[str]) -> d
     }
 
 
-def measured(engines: dict[str, Engine], prompts: list[list[int]], rounds: int) -> dict[str, tuple[float, float]]:
+def measured(
+    engines: dict[str, Engine],
+    prompts: list[list[int]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, tuple[float, float]]:
     """Median seconds to the first token, and of a step after it."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
     for _ in range(rounds):
@@ -76,9 +81,9 @@ def measured(engines: dict[str, Engine], prompts: list[list[int]], rounds: int) 
             taken = []
             for count in (1, 1 + STEPS):
                 time.sleep(PAUSE)
-                began = time.perf_counter()
+                began = clock()
                 engine(prompts, count)
-                taken.append(time.perf_counter() - began)
+                taken.append(clock() - began)
             times[name].append((taken[0], (taken[1] - taken[0]) / STEPS))
     return {
         name: (statistics.median(first for first, _ in pairs), statistics.median(step for _, step in pairs))

@@ -9,8 +9,10 @@ fastest counts. The model of attention alone is the mixture of `train_step.py`, 
 - decode: as in `decode.py`, at batch 1; both must write the same tokens before anything is timed.
 - length: forward and train step of both of our models, one row of more and more tokens.
 
-Engines take turns as in `train_step.py`, each in a process of its own. Needs torch and transformers
-(`pip install -e '.[test]'` on Python 3.11).
+Engines take turns as in `train_step.py`, each in a process of its own. On a machine that is not idle the clock says
+nothing, since torch's threads wait for each other: `--processor-time` counts the seconds of one core that each uses.
+
+Needs torch and transformers (`pip install -e '.[test]'` on Python 3.11).
 """
 
 import argparse
@@ -19,6 +21,8 @@ import importlib.metadata
 import os
 import platform
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from mixture import HUB_CONFIG as ATTENTION
@@ -38,7 +42,9 @@ HYBRID = {
 PARTS = ("forward", "train", "decode", "length")
 LENGTHS = (512, 2048, 8192)
 EXPERTS = ("grouped_mm", "eager")
-PROMPT, STEPS = 128, 64
+PROMPT, STEPS, TURN = 128, 64, 2
+
+Clock = Callable[[], float]
 
 
 def our_forward(hub_config: dict, rows: int, length: int) -> Step:
@@ -72,19 +78,19 @@ def their_forward(hub_config: dict, rows: int, length: int, experts: str) -> Ste
     return step
 
 
-def forward_lines(rounds: int) -> list[str]:
+def forward_lines(rounds: int, clock: Clock) -> list[str]:
     """Forward of the hybrid beside transformers'."""
     engines: dict[str, tuple] = {"ours": (our_forward, (HYBRID, ROWS, LENGTH))}
     engines |= {f"transformers, {kind}": (their_forward, (HYBRID, ROWS, LENGTH, kind)) for kind in EXPERTS}
-    return beside_transformers("forward", measured(engines, rounds))
+    return beside_transformers("forward", measured(engines, rounds, TURN, clock))
 
 
-def train_lines(rounds: int) -> list[str]:
+def train_lines(rounds: int, clock: Clock) -> list[str]:
     """Train step of the hybrid beside transformers'."""
     precision = ("float32", "float32")
     engines: dict[str, tuple] = {"ours": (our_step, (*precision, "dropless", HYBRID))}
     engines |= {f"transformers, {kind}": (their_step, (*precision, kind, HYBRID)) for kind in EXPERTS}
-    return beside_transformers("train step", measured(engines, rounds, turn=2))
+    return beside_transformers("train step", measured(engines, rounds, TURN, clock))
 
 
 def beside_transformers(what: str, found: dict[str, tuple]) -> list[str]:
@@ -97,7 +103,7 @@ def beside_transformers(what: str, found: dict[str, tuple]) -> list[str]:
     ]
 
 
-def decode_lines(rounds: int) -> list[str]:
+def decode_lines(rounds: int, clock: Clock) -> list[str]:
     """Decoding of one text beside transformers'."""
     import decode
     import numpy as np
@@ -118,7 +124,7 @@ def decode_lines(rounds: int) -> list[str]:
         if any(texts != written["ours"] for texts in written.values()):
             raise SystemExit("transformers writes other tokens than ours; nothing was timed")
         engines["ours"](prompts, 1)  # compiles the shorter request's shapes
-        found = decode.measured(engines, prompts, rounds)
+        found = decode.measured(engines, prompts, rounds, clock)
     best = min(step for name, (_, step) in found.items() if name != "ours")
     return [
         f"| decode, batch 1 | {name} | {1 / step:.0f} | | {f'{best / step:.2f}' if name == 'ours' else ''} |"
@@ -126,7 +132,7 @@ def decode_lines(rounds: int) -> list[str]:
     ]
 
 
-def length_lines(rounds: int) -> list[str]:
+def length_lines(rounds: int, clock: Clock) -> list[str]:
     """Microseconds of a token in longer and longer rows, forward and in a train step, of both of our models."""
     report = []
     for length in LENGTHS:
@@ -135,27 +141,28 @@ def length_lines(rounds: int) -> list[str]:
         for make, words in ((our_forward, ()), (our_step, ("float32", "float32", "dropless"))):
             configs = {name: {**config, "max_position_embeddings": max(LENGTHS)} for name, config in models.items()}
             engines = {name: (make, (*words, config, 1, length)) for name, config in configs.items()}
-            found = measured(engines, rounds, turn=1)
+            found = measured(engines, rounds, 1, clock)
             cells += [f"{1e6 * found[name][0] / length:.0f}" if name in found else "–" for name in models]
         report.append(f"| {length} | {' | '.join(cells)} |")
         print(report[-1], flush=True)
     return report
 
 
-def lines(parts: list[str], rounds: int) -> list[str]:
+def lines(parts: list[str], rounds: int, clock: Clock) -> list[str]:
     """The report, line by line."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "torch", "transformers"))
     report = [
         f"- {datetime.date.today()}, {processor()}, {len(os.sched_getaffinity(0))} cores, "
         f"Python {platform.python_version()}, {versions}",
-        f"- float32, medians of {rounds} rounds; load before {os.getloadavg()[0]:.1f}",
+        f"- float32, medians of {rounds} rounds, {'processor time' if clock is time.process_time else 'time'}; "
+        f"load before {os.getloadavg()[0]:.1f}",
         "",
         "| what | engine | tokens/s | peak memory, GB | ours / best of theirs |",
         "|---|---|---|---|---|",
     ]
     for part, make in {"forward": forward_lines, "train": train_lines, "decode": decode_lines}.items():
         if part in parts:
-            report += make(rounds)
+            report += make(rounds, clock)
             print("\n".join(report), flush=True)
     if "length" in parts:
         columns = (
@@ -163,7 +170,7 @@ def lines(parts: list[str], rounds: int) -> list[str]:
             *(f"{what}, {name}" for what in ("forward", "train step") for name in ("hybrid", "attention")),
         )
         report += ["", "One row, µs a token:", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-        report += length_lines(rounds)
+        report += length_lines(rounds, clock)
     return [*report, "", f"Load after: {os.getloadavg()[0]:.1f}."]
 
 
@@ -172,10 +179,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--processor-time", action="store_true", help="of one core, for machines that are not idle")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables there")
     arguments = parser.parse_args()
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # read where an engine's process starts
-    report = lines(arguments.parts, arguments.rounds)
+    if arguments.processor_time:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # also of the processes that it starts
+    clock = time.process_time if arguments.processor_time else time.perf_counter
+    report = lines(arguments.parts, arguments.rounds, clock)
     print("\n".join(report))
     if arguments.markdown:
         arguments.markdown.write_text("# A hybrid model\n\n" + "\n".join(report) + "\n", encoding="utf-8")

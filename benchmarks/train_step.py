@@ -127,7 +127,9 @@ def token_rows(hub_config: dict, rows: int, length: int) -> list[list[int]]:
     return np.random.default_rng(0).integers(0, hub_config["vocab_size"], (rows, length)).tolist()
 
 
-def serve(connection: Connection, make: Callable[..., Step], words: tuple, turn: int) -> None:
+def serve(
+    connection: Connection, make: Callable[..., Step], words: tuple, turn: int, clock: Callable[[], float]
+) -> None:
     """Answers each request with the seconds of `turn` steps and the process's peak memory in bytes."""
     step = make(*words)
     step()  # compiles
@@ -137,19 +139,24 @@ def serve(connection: Connection, make: Callable[..., Step], words: tuple, turn:
         step()
         seconds = []
         for _ in range(turn):
-            began = time.perf_counter()
+            began = clock()
             step()
-            seconds.append(time.perf_counter() - began)
+            seconds.append(clock() - began)
         connection.send((seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
-def measured(engines: dict[str, tuple[Callable[..., Step], tuple]], rounds: int, turn: int = TURN) -> dict[str, tuple]:
+def measured(
+    engines: dict[str, tuple[Callable[..., Step], tuple]],
+    rounds: int,
+    turn: int = TURN,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, tuple]:
     """Median seconds and peak bytes by engine; an engine that cannot run is left out, and said."""
     context = multiprocessing.get_context("spawn")
     running, seconds, peaks = {}, {}, {}
     for name, (make, words) in engines.items():
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, make, words, turn), daemon=True)
+        process = context.Process(target=serve, args=(theirs, make, words, turn, clock), daemon=True)
         process.start()
         theirs.close()
         try:
