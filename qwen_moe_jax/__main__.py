@@ -2,6 +2,7 @@
 
 import sys
 
-from qwen_moe_jax.cli.main import main
+from qwen_moe_jax.cli.start import start
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(start())

@@ -28,7 +28,7 @@ from train.reporting.samples import Sampler
 from train.reporting.start import Start, introduction, start_of
 from train.reporting.tensorboard import require_tensorboard
 from train.step import TrainState, heldout_loss
-from train.stopping import Stopped, stop_requests
+from train.stopping import Stopped, leave, stop_requests
 from train.write_errors import write_errors
 
 
@@ -62,7 +62,7 @@ def _train(config: TrainConfig, folder: RunFolder) -> None:
         state, fixed = initial_state(config, program, checkpoints)
         start = start_of(config, program, mesh, state, fixed, text_tokens=feed.rows.num_tokens)
         report, profiler = _reports(config, folder, start, first_step=int(state.step))
-        with report, profiler, stop_requests() as asked:
+        with report, profiler, stop_requests(lambda: leave(folder), says=is_process_zero()) as asked:
             notes = [*corpus.forms, *corpus.notes, *feed.notes]
             notes += schedule_notes(config.optimizer, config.run.steps)
             notes += _length_notes(config.run, epochs, feed, folder)

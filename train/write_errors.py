@@ -4,32 +4,14 @@ Orbax's failures are `ValueError`s with TensorStore's text, each of them also lo
 thread that it passes through: more than a thousand lines for one full disk.
 """
 
-import errno
 import logging
-import os
-import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qwen_moe_jax.units import format_bytes
+from qwen_moe_jax.storage.write_errors import WAYS_OUT, chain, described, write_errno, write_errno_behind
 from train.errors import SaveError
-
-_WRITE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-#: Those that reading another file raises, too: they count where they name a path of the run.
-_PATH_ERRNOS = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG}
-_WAYS_OUT = {
-    errno.ENOSPC: "Free some space on that disk",
-    errno.EDQUOT: "Free some of your quota",
-    errno.EFBIG: "Raise the limit on the size of files (ulimit -f)",
-    errno.EROFS: "Make that file system writable",
-    errno.EIO: "Check that disk",
-    errno.EACCES: "Make that folder writable",
-    errno.EPERM: "Make that folder writable",
-}
-_TENSORSTORE_ERRNO = re.compile(r"os_error_code='(\d+)'")
 
 
 @contextmanager
@@ -46,11 +28,10 @@ def write_errors(folder: Path, when: str | Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        chain = [*_chain(error)]
-        for earlier in chain:
+        for earlier in chain(error):
             if isinstance(earlier, SaveError):
                 raise earlier from None  # what failed first; files that are closed afterwards fail again
-        number = next((number for one in chain if (number := _write_errno(one, folder)) is not None), None)
+        number = write_errno_behind(error, folder)
         if number is None:
             raise
         raise SaveError(_message(folder, when if isinstance(when, str) else when(), number)) from error
@@ -93,8 +74,8 @@ class _FailedWrites(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        errors = _chain(error) if error else ()
-        found = [number for one in errors if (number := _write_errno(one, self._folder)) is not None]
+        errors = chain(error) if error else ()
+        found = [number for one in errors if (number := write_errno(one, self._folder)) is not None]
         self.numbers += found
         return not found
 
@@ -110,39 +91,7 @@ def _message(folder: Path, when: str, number: int) -> str:
     steps = complete_steps(folder / "checkpoints")
     kept = f"The checkpoint of step {steps[-1]} is complete" if steps else "There is no complete checkpoint yet"
     next_start = "it goes on from there" if steps else "it begins anew"
-    free = f" ({_free(folder)} free)" if number == errno.ENOSPC else ""
-    found = f"{when}: cannot write to {folder}: {os.strerror(number)}{free}. {kept}."
-    if number not in _WAYS_OUT:
+    found = f"{when}: cannot write to {folder}: {described(number, folder)}. {kept}."
+    if number not in WAYS_OUT:
         return f"{found} Choose another folder: --run.output_dir FOLDER."
-    return f"{found} {_WAYS_OUT[number]}, then give the same command again: {next_start}."
-
-
-def _free(folder: Path) -> str:
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return format_bytes(shutil.disk_usage(existing).free)
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception, and those behind it."""
-    seen: set[int] = set()
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        one = waiting.pop(0)
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
-        yield one
-        waiting += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
-
-
-def _write_errno(error: BaseException, folder: Path) -> int | None:
-    """The errno of a failed write; None for any other exception."""
-    if isinstance(error, OSError):
-        if error.errno in _WRITE_ERRNOS:
-            return error.errno
-        if error.errno in _PATH_ERRNOS and isinstance(error.filename, str | Path):
-            run, path = folder.absolute(), Path(error.filename).absolute()
-            return error.errno if run.is_relative_to(path) or path.is_relative_to(run) else None
-        return None
-    found = _TENSORSTORE_ERRNO.search(str(error)) if isinstance(error, ValueError) else None
-    return int(found[1]) if found and int(found[1]) in _WRITE_ERRNOS | _PATH_ERRNOS else None
+    return f"{found} {WAYS_OUT[number]}, then give the same command again: {next_start}."

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qwen_moe_jax.cli.arguments import add_model_arguments, load_model
+from qwen_moe_jax.cli.interrupts import raise_interrupts
 from qwen_moe_jax.cli.sampling_arguments import add_sampling_arguments, sampling_overrides
 from qwen_moe_jax.cli.terminal import interruption, show
 from qwen_moe_jax.errors import RequestError
@@ -83,6 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
         variables={"enable_thinking": False} if arguments.no_thinking else {},
     )
     conversation.begin(arguments.system)
+    raise_interrupts()  # they end an answer, not the program
     if sys.stdin.isatty():
         _notify(f"{arguments.folder.resolve().name}. {HELP}")
     for line in _lines():

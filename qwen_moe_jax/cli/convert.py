@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from qwen_moe_jax.cli.arguments import add_dtype_argument
+from qwen_moe_jax.cli.interrupts import raise_interrupts
 from qwen_moe_jax.units import format_bytes
 
 SUMMARY = "write a checkpoint in another form: the Hub's safetensors, or an Orbax folder; memory holds a few blocks"
@@ -49,6 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from qwen_moe_jax.huggingface.convert import convert
 
+    raise_interrupts()  # a partial target is removed
     convert(
         arguments.source,
         arguments.target,

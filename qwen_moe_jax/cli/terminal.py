@@ -30,13 +30,13 @@ def interruption() -> Iterator[Callable[[], bool]]:
     """
     seen = False
 
-    def update_cache(*_: object) -> None:
+    def record(*_: object) -> None:
         nonlocal seen
         if seen:
             raise KeyboardInterrupt
         seen = True
 
-    before = signal.signal(signal.SIGINT, update_cache)
+    before = signal.signal(signal.SIGINT, record)
     try:
         yield lambda: seen
     finally:

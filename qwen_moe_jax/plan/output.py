@@ -76,11 +76,11 @@ def _write(plan: Plan, json_to: str | None, html_to: str | None) -> None:
     try:
         if html_to:
             write_plan_page(plan, Path(html_to))
-        if json_to == "-":
-            sys.stdout.write(plan.to_json())
-            return
-        print_plan(plan)
-        if json_to:
+        if json_to and json_to != "-":
             write_whole(Path(json_to), plan.to_json())
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be written ({error.strerror}).") from None
+    if json_to == "-":
+        sys.stdout.write(plan.to_json())
+    else:
+        print_plan(plan)

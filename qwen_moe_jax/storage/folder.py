@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qwen_moe_jax.errors import CheckpointError
 from qwen_moe_jax.sharding.distributed import barrier, broadcast, is_process_zero
+from qwen_moe_jax.storage.write_errors import WAYS_OUT, described, write_errno_behind
 
 
 @contextlib.contextmanager
@@ -25,7 +26,8 @@ def replaced_folder(folder: Path, stale: Callable[[str], bool]) -> Iterator[Path
             have (a tokenizer, a README) are kept.
 
     Raises:
-        CheckpointError: `folder` is a file, or a mount point, which cannot be renamed.
+        CheckpointError: `folder` is a file, or a mount point, which cannot be renamed; it cannot be written (a full
+            disk, no permission).
     """
     folder = folder.absolute()
     if folder.exists() and not folder.is_dir():
@@ -48,6 +50,15 @@ def replaced_folder(folder: Path, stale: Callable[[str], bool]) -> Iterator[Path
             else:
                 staging.rename(folder)
         barrier(f"renamed {staging}")
+    except Exception as error:
+        number = write_errno_behind(error, folder.parent)
+        if number is None:
+            raise
+        way_out = WAYS_OUT.get(number, "Choose another folder")
+        reason = described(number, folder.parent)
+        raise CheckpointError(
+            f"{folder}: cannot be written: {reason}. What was there is unchanged. {way_out}."
+        ) from error
     finally:
         if is_process_zero():
             shutil.rmtree(staging, ignore_errors=True)

@@ -1,8 +1,10 @@
 """The command line: help without JAX, refusals as one message."""
 
 import argparse
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -126,3 +128,12 @@ def test_ranges_are_read_and_written(text, numbers, back):
 def test_other_signs_than_digits_are_no_number():
     with pytest.raises(argparse.ArgumentTypeError):
         number_ranges("²")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux that is always full")
+def test_output_to_a_full_disk_ends_with_one_line():
+    command = [sys.executable, "-m", "qwen_moe_jax", "inspect", "examples/tiny_model.json"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 74
+    assert re.fullmatch(r"qwen-moe-jax inspect: error: cannot write: No space left on device.*\.\n", result.stderr)

@@ -83,7 +83,7 @@ def check_command(words, where):
 
 
 def check_train_options(words, where):
-    source = (ROOT / "train/__main__.py").read_text() + (ROOT / "qwen_moe_jax/cli/arguments.py").read_text()
+    source = (ROOT / "train/main.py").read_text() + (ROOT / "qwen_moe_jax/cli/arguments.py").read_text()
     for word in words:
         assert not word.startswith("--") or f'"{word}"' in source, f"{where}: {word}"
 

@@ -11,7 +11,7 @@ from qwen_moe_jax.plan.page import plan_page
 from qwen_moe_jax.plan.search import search_meshes
 from tests.plan import test_search
 from tests.plan.samples import plan
-from train.__main__ import main as train
+from train.main import main as train
 from train.plan import mesh_overrides
 
 

@@ -18,8 +18,8 @@ from qwen_moe_jax.plan.result import Collective, Memory
 from qwen_moe_jax.plan.table import print_plan
 from qwen_moe_jax.plan.targets import parse_target
 from tests.plan import golden
-from train.__main__ import main
 from train.config import build_config
+from train.main import main
 from train.plan import plan_training, planned_model
 
 LAYERS, WIDTH, EXPERTS, ACTIVE = (

@@ -1,5 +1,7 @@
 """Writing folders: beside and renamed, and nothing lost when something goes wrong."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,30 @@ def test_an_error_while_writing_leaves_the_old_folder(tmp_path):
     with pytest.raises(RuntimeError), replaced_folder(folder) as new:
         write(new, {"config.json": "new"})
         raise RuntimeError
+    assert (folder / "config.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (
+            errno.ENOSPC,
+            r"No space left on device \(.* free\)\. What was there is unchanged\. Free some space on that disk\.",
+        ),
+        (errno.EACCES, r"Permission denied\. What was there is unchanged\. Make that folder writable\."),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path, number, message):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    write(folder, {"config.json": "old"})
+    with (
+        pytest.raises(qmj.CheckpointError, match=f"^{folder}: cannot be written: {message}$"),
+        replaced_folder(folder) as new,
+    ):
+        write(new, {"config.json": "new"})
+        raise OSError(number, os.strerror(number), str(new / "model.safetensors"))
     assert (folder / "config.json").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 

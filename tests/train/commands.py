@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from jax._src import compiler  # which process writes the compilation cache has no public setting
 from qwen_moe_jax.cli.main import main as qwen_moe_jax
-from train.__main__ import main as train
+from train.main import main as train
 # JAX lets only process 0 write the compilation cache; here every process writes it, for its next command.
 compiler.distributed = SimpleNamespace(global_state=SimpleNamespace(process_id=0, client=None))
 for output, (program, *words) in json.loads(sys.argv[1]):

@@ -14,7 +14,6 @@ import pytest
 from qwen_moe_jax.config import SHARDING_RULES, ExecutionConfig, LoraConfig, ShardingRules
 from qwen_moe_jax.config.docs import field_docs
 from qwen_moe_jax.errors import ConfigError
-from train.__main__ import main
 from train.config import (
     SECTIONS,
     TRAINER_DEFAULTS,
@@ -27,6 +26,7 @@ from train.config import (
     to_toml,
 )
 from train.config.renamed import API_ONLY, RENAMED
+from train.main import main
 
 TABLES = {"model": {"model_type": "qwen3_moe", "hidden_size": 64, "rope_theta": 1e4, "norm_topk_prob": True}}
 
@@ -397,7 +397,7 @@ def test_help_answers_without_importing_anything_heavy():
 
 def test_the_options_of_the_other_commands_are_keys_here_and_keys_come_before_them(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr("train.__main__._plan", lambda config, arguments: seen.append(config))
+    monkeypatch.setattr("train.main._plan", lambda config, arguments: seen.append(config))
     words = ["--mesh", "expert=4", "--dispatch", "capacity", "--capacity-factor", "2", "--dtype", "bfloat16"]
     words += ["--sharding", "fsdp", "--mesh.simulated=false", "--data.batch_size=8", "--plan", "cpu:4"]
     assert main(["configs/train/tiny.toml", *words]) == 0

@@ -16,9 +16,9 @@ import qwen_moe_jax as qmj
 from qwen_moe_jax.storage.safetensors_file import open_safetensors
 from tests.train.commands import Said, after_steps, finish, said, start, steps_of
 from tests.train.killed import CONFIG
-from train.__main__ import main
 from train.checkpoint import Checkpoints
 from train.config import load_config
+from train.main import main
 from train.program import assemble
 
 STEPS = 20
