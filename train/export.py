@@ -37,7 +37,7 @@ def export(trained: qmj.CausalLM, config: TrainConfig, folder: RunFolder, corpus
             qmj.merge_lora(trained)
         if is_process_zero():
             _save_tokenizer(folder, folder.hub, corpus)
-        qmj.save_pretrained(_cast(trained, export_dtype(config, trained)), folder.hub)
+        qmj.save_pretrained(in_dtype(trained, export_dtype(config, trained)), folder.hub)
         trained = qmj.from_pretrained(folder.hub, mesh=trained.mesh if num_processes() > 1 else None)
     greedy = dataclasses.replace(trained.generation_config, do_sample=False)
     prompt, count = config.run.sample_prompt, config.run.sample_tokens
@@ -51,14 +51,20 @@ def export_dtype(config: TrainConfig, model: qmj.CausalLM) -> str:
     return config.run.export_dtype or base or model.execution.param_dtype
 
 
-def _cast(model: qmj.CausalLM, dtype: str) -> qmj.CausalLM:
-    """The model with parameters of another dtype, sharded as before."""
+def in_dtype(model: qmj.CausalLM, dtype: str) -> qmj.CausalLM:
+    """The model with parameters of another dtype, sharded as before; those that are always float32 stay so."""
     if dtype == model.execution.param_dtype:
         return model
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, model)
-    model = jax.jit(lambda model: jax.tree.map(lambda x: x.astype(dtype), model), out_shardings=shardings)(model)
-    model.execution = dataclasses.replace(model.execution, param_dtype=dtype)
-    return model
+    execution = dataclasses.replace(model.execution, param_dtype=dtype)
+    described = type(model)(
+        model.config, rngs=None, mesh=model.mesh, execution=execution, generation_config=model.generation_config
+    )
+    weights, wanted = jax.tree.leaves(model), jax.tree.leaves(described)
+    cast = jax.jit(
+        lambda weights: [weight.astype(like.dtype) for weight, like in zip(weights, wanted, strict=True)],
+        out_shardings=[weight.sharding for weight in weights],
+    )
+    return jax.tree.unflatten(jax.tree.structure(described), cast(weights))
 
 
 def _save_tokenizer(run: RunFolder, folder: Path, corpus: Corpus) -> None:
