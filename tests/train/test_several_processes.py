@@ -24,6 +24,7 @@ from train.program import assemble
 STEPS = 20
 SMALLER = {
     "num_hidden_layers = 2": "num_hidden_layers = 1",
+    'layer_types = ["linear_attention", "full_attention"]': 'layer_types = ["linear_attention"]',
     "num_experts = 4": "num_experts = 8",
     "data = 2": "data = 1",
     "expert = 2": "expert = 8",  # tokens travel between the processes
