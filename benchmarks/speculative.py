@@ -1,9 +1,7 @@
 """Speculative decoding beside plain decoding: `python benchmarks/speculative.py FOLDER`.
 
-FOLDER is a checkpoint with a trained next-token head and a tokenizer, as this makes one (its last line is the folder):
-
-    python -m train configs/train/tiny-hybrid.toml --run.output_dir runs/tiny-mtp   # with mtp_num_hidden_layers = 1
-                                                                                    # and mtp_coef = 0.3 in a copy
+FOLDER is a checkpoint with a trained next-token head and a tokenizer: the hub/ of a run with `[loss] mtp_coef`, such as
+that in `benchmarks/results/speculative-cpu.md`.
 
 Prompts are pieces of Python's standard library; each is continued greedily and sampled, by plain decoding and with 1, 2
 and 3 proposals. The texts have to be the same. The table shows medians of some rounds in turn, without compilation:
