@@ -10,9 +10,9 @@ from safetensors.numpy import load_file
 
 import qwen_moe_jax as qmj
 from tests.train.test_language_modelling import DENSE, scored
-from train.__main__ import main
 from train.config import LossConfig
 from train.data.batches import batch_at, pack
+from train.main import main
 from train.objectives.language_modelling import mtp_mask, resolve_loss, training_loss, whole_batch
 
 CONFIG = """
