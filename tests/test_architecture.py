@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 #: From the top of the house to its ground.
 PACKAGES = [
-    "train", "__main__", "cli", "plan", "inference", "huggingface", "model", "attention_kernels", "moe", "nn",
-    "storage", "sharding", "web_page", "whole_file", "text_files", "compilation_cache", "config", "text", "units",
+    "train", "__main__", "cli", "plan", "surgery", "inference", "huggingface", "model", "attention_kernels", "moe",
+    "nn", "storage", "sharding", "web_page", "whole_file", "text_files", "compilation_cache", "config", "text", "units",
     "rounding", "suggest", "errors",
 ]  # fmt: skip
 #: The two doors through which users find the Hub readers where they look for them: `ModelConfig.from_pretrained` and

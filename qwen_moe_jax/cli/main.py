@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_moe_jax import __version__
-from qwen_moe_jax.cli import chat, convert, evaluate, generate, inspect, plan, route, score
+from qwen_moe_jax.cli import chat, convert, evaluate, generate, inspect, plan, route, score, verify
 from qwen_moe_jax.cli.arguments import end_all_processes
 from qwen_moe_jax.cli.interrupts import INTERRUPTED, leaving_on_interrupt
 from qwen_moe_jax.cli.parser import Parser
@@ -17,8 +17,8 @@ from qwen_moe_jax.errors import CheckpointError, ConfigError, RequestError, Shar
 #: The exit code where the output cannot be written: EX_IOERR of sysexits.h.
 CANNOT_WRITE = 74
 
-#: A command is a module with `SUMMARY` (a line of help), `add_arguments(parser)` and `run(arguments)`. It imports JAX
-#: in `run`, so that help and refused arguments need not wait for it.
+#: A command is a module with `SUMMARY` (a line of help), `add_arguments(parser)` and `run(arguments)`, which may
+#: return an exit code. It imports JAX in `run`, so that help and refused arguments need not wait for it.
 COMMANDS = {
     "generate": generate,
     "chat": chat,
@@ -27,6 +27,7 @@ COMMANDS = {
     "eval": evaluate,
     "inspect": inspect,
     "convert": convert,
+    "verify": verify,
     "plan": plan,
 }
 
@@ -38,7 +39,7 @@ def main(words: Sequence[str] | None = None) -> int:
         words: of the command line, without the program's name; None takes this process's own.
 
     Returns:
-        The exit code: 0, 2 for a refusal (one message on stderr), 74 where the output
+        The exit code: 0, the command's own (`verify`: 1), 2 for a refusal (one message on stderr), 74 where the output
         cannot be written (a full disk), 130 for Ctrl-C, 141 for a reader that has gone.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -47,7 +48,7 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(words)
     try:
         with leaving_on_interrupt(leave=lambda: end_all_processes(INTERRUPTED, "Ctrl-C")):
-            COMMANDS[arguments.command].run(arguments)
+            code = COMMANDS[arguments.command].run(arguments)
             sys.stdout.flush()
     except (CheckpointError, ConfigError, RequestError, ShardingError) as error:
         print(f"qwen-moe-jax {arguments.command}: error: {error}", file=sys.stderr)
@@ -68,7 +69,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"qwen-moe-jax {arguments.command}: error: cannot write: {os.strerror(number)}.", file=sys.stderr)
         _drop_output()
         return CANNOT_WRITE
-    return 0
+    return code or 0
 
 
 def _drop_output() -> None:
