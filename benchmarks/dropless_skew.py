@@ -2,8 +2,9 @@
 
     python benchmarks/dropless_skew.py
 
-The routings are forced: balanced, Zipf (exponent 1.2), every token to one expert first, every token to the experts of
-one device. All run the same compiled program, so its memory is the same; further rounds take longer.
+The routings are forced (`moe.workloads`): balanced, Zipf (exponent 1.2), every token to one expert first, every token
+to the experts of one of eight devices. All run the same compiled program, so its memory is the same; further rounds
+take longer.
 """
 
 import argparse
@@ -22,12 +23,13 @@ from qwen_moe_jax.config import MoEConfig
 from qwen_moe_jax.moe.block import SparseMoeBlock
 from qwen_moe_jax.moe.dispatch import get_dispatcher
 from qwen_moe_jax.moe.router import Routing
+from qwen_moe_jax.moe.workloads import workload
 from qwen_moe_jax.nn.parameters import ParameterFactory
 from qwen_moe_jax.sharding.explicit import with_explicit_axes
 from qwen_moe_jax.sharding.rules import BATCH
 
 B, T, D, F, E, A = 8, 256, 256, 128, 32, 4
-SKEWS = ("balanced", "zipf", "one hot expert", "one hot device")
+SKEWS = ("balanced", "zipf", "hot_expert", "hot_device")
 SETTINGS = {
     "1 device": ({}, "all_gather", "dropless"),
     "expert=8, all_gather": ({"expert": 8}, "all_gather", "dropless"),
@@ -37,14 +39,7 @@ SETTINGS = {
 
 def experts_of(skew: str) -> np.ndarray:
     """The experts of every token, int32 [B, T, A], all different."""
-    rng = np.random.default_rng(0)
-    if skew == "balanced":
-        return (np.arange(B * T * A, dtype=np.int32) % E).reshape(B, T, A)
-    if skew == "one hot device":
-        return np.broadcast_to(np.arange(A, dtype=np.int32), (B, T, A)).copy()
-    weights_E = 1 / np.arange(1, E + 1) ** 1.2 if skew == "zipf" else np.array([1e6] + [1.0] * (E - 1))
-    scores_BTE = np.log(weights_E) + rng.gumbel(size=(B, T, E))
-    return np.argsort(-scores_BTE, axis=-1)[..., :A].astype(np.int32)
+    return workload(skew, (B, T), num_experts=E, chosen=A, devices=8)
 
 
 @functools.cache

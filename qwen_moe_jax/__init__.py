@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from qwen_moe_jax.model.lora import add_lora, merge_lora
     from qwen_moe_jax.moe.block import SparseMoeBlock
     from qwen_moe_jax.moe.dispatch import register_dispatcher
+    from qwen_moe_jax.moe.replay import RecordedRouting
     from qwen_moe_jax.nn.parameters import ParameterFactory
     from qwen_moe_jax.sharding.distributed import initialize_distributed
     from qwen_moe_jax.sharding.explicit import with_explicit_axes
@@ -59,6 +60,7 @@ _HOME = {
     "TokenClassifier": "model.causal_lm",
     "SparseMoeBlock": "moe.block",
     "register_dispatcher": "moe.dispatch",
+    "RecordedRouting": "moe.replay",
     "ParameterFactory": "nn.parameters",
     "with_explicit_axes": "sharding.explicit",
     "add_lora": "model.lora",

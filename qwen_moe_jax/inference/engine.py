@@ -38,6 +38,9 @@ class Chunk:
         index: of the request in its batch.
         token_ids: what is new, the stop token included.
         log_probs: of each, in nats, by the model's own distribution (before temperature and the like).
+        routing: where it is recorded, integers [L_sparse, T, A]; the experts of the tokens that were read to choose
+            these. With the first chunk, that is the prompt; later, all tokens from the last of the chunk before to the
+            last but one of this.
         finished: with the last chunk of a request: "stop" (a stop token, or `enough` was True) or "length"; else None.
     """
 
@@ -45,6 +48,7 @@ class Chunk:
     token_ids: tuple[int, ...]
     log_probs: tuple[float, ...]
     finished: Finish | None = None
+    routing: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
 
 
 def stream(
@@ -54,6 +58,7 @@ def stream(
     *,
     cache_dtype: DTypeLike | None = None,
     enough: Callable[[Chunk], bool] = lambda chunk: False,
+    return_routing: bool = False,
 ) -> Iterator[Chunk]:
     """Continues every prompt and yields tokens as they are decoded.
 
@@ -63,9 +68,10 @@ def stream(
         configs: one for each prompt; without `max_new_tokens` and `max_length`, as many as the model has positions for.
         cache_dtype: of keys and values, anything that `jnp.dtype` takes; None is the model's.
         enough: called with every chunk before it is yielded; True ends that request (its text has a stop string, say).
+        return_routing: record the experts of every token (`Chunk.routing`).
 
     Raises:
-        RequestError: a prompt that cannot be served (see `check_request`).
+        RequestError: a prompt that cannot be served (see `check_request`); the routing of a model without experts.
     """
     prompts = [token_list(f"prompt {index}", prompt) for index, prompt in enumerate(prompts)]
     requests = list(zip(prompts, configs, strict=True))
@@ -73,7 +79,9 @@ def stream(
         check_request(model, f"prompt {index}", *request)
     if requests:
         longest = max(len(prompt) + new_tokens(model, prompt, config) for prompt, config in requests)
-        session = Session(model, max_length=longest, rows=len(requests), cache_dtype=cache_dtype)
+        session = Session(
+            model, max_length=longest, rows=len(requests), cache_dtype=cache_dtype, return_routing=return_routing
+        )
         yield from session.run(prompts, configs, enough)
 
 
@@ -150,14 +158,25 @@ class Session:
         max_length: the largest number of tokens of a row, prompts and answers included.
         rows: requests at once.
         cache_dtype: of keys and values, anything that `jnp.dtype` takes; None is the model's.
+        return_routing: record the experts of every token (`Chunk.routing`), for as long as it is in the cache.
 
     Attributes:
         decoded, passes: tokens that were decoded after the first of each prompt, and the forward passes of the rows
             that they took: as many in plain decoding, fewer in speculative decoding.
     """
 
-    def __init__(self, model: CausalLM, max_length: int, *, rows: int = 1, cache_dtype: DTypeLike | None = None):
+    def __init__(
+        self,
+        model: CausalLM,
+        max_length: int,
+        *,
+        rows: int = 1,
+        cache_dtype: DTypeLike | None = None,
+        return_routing: bool = False,
+    ):
         model.require_weights()
+        if return_routing and not any(kind.mlp == "sparse" for kind in model.config.layers):
+            raise RequestError("return_routing was asked for, but the model has no sparse layer: there is no routing.")
         if not model.deterministic:
             model = nnx.merge(*nnx.split(model))  # a view of the same weights: the caller's stays in training mode
             model.eval()
@@ -167,6 +186,8 @@ class Session:
         self._cache: Cache | None = None
         self._drafts: Drafts | None = None  # of the next-token head, in speculative decoding
         self._cached: list[list[int]] = [[] for _ in range(self._rows)]
+        self._return_routing = return_routing
+        self._routing: list[list[np.ndarray]] = [[] for _ in range(self._rows)]  # of the tokens that were read
         self.decoded = self.passes = 0
         self._is_linear = any(kind.mixer == "linear" for kind in model.config.layers)
         self._copies: dict[int, list[RecurrentState]] = {}  # of linear layers, by the tokens that row 0 had then
@@ -239,14 +260,14 @@ class Session:
             continues_B = np.isin(np.arange(self._rows), sorted(alive))
             with self._or_clear():
                 state = dataclasses.replace(state, left_B=jnp.where(continues_B, state.left_B, 0))
-                self._cache, state, output = programs.decode(model, self._cache, state, settings)
+                self._cache, state, output = programs.decode(model, self._cache, state, settings, **self._recording)
                 self._drafts, output = state.drafts, self._on_host(output)
             self.decoded += int(output.count_B.sum())
             self.passes += int(output.passes_B.sum())
             yield from self._chunks(output, alive, enough)
 
-    def _on_host(self, output: DecodeOutput) -> DecodeOutput:
-        """The new tokens of all rows: those of other processes as well."""
+    def _on_host(self, output: Any) -> Any:
+        """The new tokens, or experts, of all rows: those of other processes as well."""
         return (
             multihost_utils.process_allgather(output, tiled=True) if self._spans_processes else jax.device_get(output)
         )
@@ -259,7 +280,7 @@ class Session:
                 yield
         except BaseException:
             self._cache, self._drafts, self._copies = None, None, {}
-            self._cached = [[] for _ in range(self._rows)]
+            self._cached, self._routing = [[] for _ in range(self._rows)], [[] for _ in range(self._rows)]
             raise
 
     def _read(self, rows: list[list[int]], keep_copies: bool = False, with_drafts: bool = False) -> jax.Array:
@@ -272,7 +293,8 @@ class Session:
         self._cache = dataclasses.replace(cache, lengths_B=jax.device_put(known_B, self._per_row))
         if with_drafts:
             self._drafts = self._drafts_after(known_B)
-        logits_BV = None
+        logits_BV, read = None, []
+        self._routing = [_first_tokens(parts, known) for parts, known in zip(self._routing, known_B, strict=True)]
         while logits_BV is None or any(known < len(row) for known, row in zip(known_B, rows, strict=True)):
             left = max(len(row) - known for known, row in zip(known_B, rows, strict=True))
             length = programs.prefill_length(left, self._model.config)
@@ -287,13 +309,28 @@ class Session:
             arguments = (self._model, self._cache, tokens_BT, count_B, logits_BV)
             if with_drafts:
                 head = self._drafts.cache, speculative.last_state(self._drafts)
-                self._cache, logits_BV, self._drafts = speculative.prefill(*arguments, *head)
+                self._cache, logits_BV, experts, self._drafts = speculative.prefill(
+                    *arguments, *head, **self._recording
+                )
             else:
-                self._cache, logits_BV = programs.prefill(*arguments)
+                self._cache, logits_BV, experts = programs.prefill(*arguments, **self._recording)
+            read.append((experts, count_B))
             known_B = known_B + count_B  # not in place: JAX may still read the old one
         if keep_copies:
             self._copy_states(known_B[0])
+        if self._return_routing:  # the host waits for the device only here
+            for experts, count_B in read:
+                self._record(self._on_host(experts), count_B)
         return logits_BV
+
+    @property
+    def _recording(self) -> dict[str, bool]:
+        """Arguments of the programs."""
+        return {"return_routing": True} if self._return_routing else {}
+
+    def _record(self, experts_BTLA: Any, count_B: Any) -> None:
+        for parts, experts_TLA, count in zip(self._routing, experts_BTLA, count_B, strict=True):
+            parts.append(np.swapaxes(experts_TLA[:count], 0, 1))
 
     def _drafts_after(self, known_B: np.ndarray) -> Drafts:
         """The next-token head's state for rows of which so many tokens are in the cache.
@@ -329,17 +366,31 @@ class Session:
         decoded = {index: output.token_BC[index, : output.count_B[index]].tolist() for index in sorted(alive)}
         for index, token_ids in decoded.items():  # all of them, before the first is yielded: nobody may take the others
             self._cached[index] += token_ids
+        is_first = output.experts_BCLA is None  # the first tokens are chosen after the prompt, and read later
+        if not is_first:
+            self._record(output.experts_BCLA, output.count_B)
         for index, token_ids in decoded.items():
+            routing = None
+            if self._return_routing:
+                parts = self._routing[index] if is_first else self._routing[index][-1:]
+                routing = np.concatenate(parts, axis=1)
             finished: Finish | None = None
             if not output.alive_B[index]:
                 finished = "stop" if output.stopped_B[index] else "length"
                 alive.discard(index)
             log_probs = tuple(output.log_prob_BC[index, : len(token_ids)].tolist())
-            chunk = Chunk(index=index, token_ids=tuple(token_ids), log_probs=log_probs, finished=finished)
+            chunk = Chunk(
+                index=index, token_ids=tuple(token_ids), log_probs=log_probs, finished=finished, routing=routing
+            )
             if enough(chunk) and finished is None:
                 alive.discard(index)
                 chunk = dataclasses.replace(chunk, finished="stop")
             yield chunk
+
+
+def _first_tokens(parts: list[np.ndarray], tokens: int) -> list[np.ndarray]:
+    """Recorded experts [L_sparse, T, A] of the first tokens."""
+    return [np.concatenate(parts, axis=1)[:, :tokens]] if parts else []
 
 
 def _with_common_seed(config: GenerationConfig) -> GenerationConfig:

@@ -13,6 +13,7 @@ from qwen_moe_jax.inference.detokenize import TextStream
 from qwen_moe_jax.inference.engine import Chunk, Finish, check_request, stream, token_list
 from qwen_moe_jax.inference.tokenizer import Tokenizer, encode, load_tokenizer, require_unicode
 from qwen_moe_jax.model.causal_lm import CausalLM
+from qwen_moe_jax.moe.replay import RecordedRouting
 from qwen_moe_jax.suggest import did_you_mean
 
 #: New tokens where neither the call nor generation_config.json says how many.
@@ -43,6 +44,8 @@ class Completion:
             prompt's tokens are `score`'s.
         text: without special tokens, up to a stop string; None without a tokenizer.
         finished: "stop" or "length"; None where there is an error.
+        routing: the experts of every token that was read, where they were asked for: the prompt's and the new ones'
+            but the last, so `model(tokens, replay=[routing])` and `token_losses` take it for the whole text.
         error: why the request could not be served; the others of its batch were.
     """
 
@@ -51,6 +54,7 @@ class Completion:
     text: str | None = None
     finished: Finish | None = None
     error: RequestError | None = None
+    routing: RecordedRouting | None = dataclasses.field(default=None, repr=False, compare=False)
 
 
 def generate(
@@ -79,7 +83,7 @@ def generate(
     Raises:
         RequestError: requests that cannot be served, each named; none is run then (`complete` serves the others).
     """
-    completions = _complete(model, prompts, config, tokenizer, cache_dtype, settings, strict=True)
+    completions = _complete(model, prompts, config, tokenizer, cache_dtype, settings, strict=True, return_routing=False)
     if prompts is not None and all(isinstance(prompt, str) for prompt in prompts):
         return [completion.text or "" for completion in completions]
     return [list(completion.token_ids) for completion in completions]
@@ -92,16 +96,21 @@ def complete(
     *,
     tokenizer: Tokenizer | str | PathLike[str] | None = None,
     cache_dtype: DTypeLike | None = None,
+    return_routing: bool = False,
     **settings: Any,
 ) -> list[Completion]:
     """`generate` with log-probabilities, finish reason and error of each completion.
 
-    A request that cannot be served does not stop the others.
+    A request that cannot be served does not stop the others. With `return_routing`, each has the experts of its tokens
+    (`Completion.routing`).
 
     Raises:
-        RequestError: the call as a whole is invalid (texts without a tokenizer, an unknown setting).
+        RequestError: the call as a whole is invalid (texts without a tokenizer, an unknown setting, the routing of a
+            model without experts).
     """
-    return _complete(model, prompts, config, tokenizer, cache_dtype, settings, strict=False)
+    return _complete(
+        model, prompts, config, tokenizer, cache_dtype, settings, strict=False, return_routing=return_routing
+    )
 
 
 def _complete(
@@ -113,6 +122,7 @@ def _complete(
     settings: Mapping[str, Any],
     *,
     strict: bool,
+    return_routing: bool,
 ) -> list[Completion]:
     _check_settings(settings)
     prompts = _checked_prompts(prompts)
@@ -152,12 +162,18 @@ def _complete(
         [configs[index] for index in served],
         cache_dtype=cache_dtype,
         enough=has_stop_string,
+        return_routing=return_routing,
     ):
         chunks[chunk.index].append(chunk)
 
     completions = [Completion(error=errors.get(index)) for index in range(len(ids))]
     for index, text, start, parts in zip(served, texts, started, chunks, strict=True):
         completions[index] = _joined(parts, text, start)
+        if return_routing:
+            read = len(ids[index]) + len(completions[index].token_ids) - 1
+            experts = np.concatenate([part.routing for part in parts if part.routing is not None], axis=1)[:, :read]
+            routing = RecordedRouting(experts, model.config.moe.num_experts)
+            completions[index] = dataclasses.replace(completions[index], routing=routing)
     return completions
 
 

@@ -29,7 +29,7 @@ from qwen_moe_jax.inference.sampling import (
     process_logits,
     sampling_settings,
 )
-from qwen_moe_jax.inference.speculative import Drafts, propose, read_with_states
+from qwen_moe_jax.inference.speculative import Drafts, packed_experts, propose, read_with_states
 from qwen_moe_jax.model.cache import (
     Cache,
     RecurrentState,
@@ -41,6 +41,7 @@ from qwen_moe_jax.model.cache import (
     with_steps,
 )
 from qwen_moe_jax.model.causal_lm import CausalLM
+from qwen_moe_jax.moe.replay import packed_dtype
 from qwen_moe_jax.rounding import next_power_of_two, round_up
 from qwen_moe_jax.sharding.rules import BATCH
 
@@ -81,6 +82,8 @@ class DecodeOutput:
         alive_B: bool; whether the row goes on.
         stopped_B: bool; whether it ended with a stop token.
         passes_B: int32; the forward passes that these tokens took.
+        experts_BCLA: where the routing is recorded, in `moe.replay.packed_dtype`; the experts of the token before each
+            of them, which was read to choose it; L counts the sparse layers.
     """
 
     token_BC: jax.Array
@@ -89,15 +92,26 @@ class DecodeOutput:
     alive_B: jax.Array
     stopped_B: jax.Array
     passes_B: jax.Array
+    experts_BCLA: jax.Array | None = None
 
 
-@jax.jit(donate_argnames=("cache", "logits_BV"))
+@jax.jit(donate_argnames=("cache", "logits_BV"), static_argnames="return_routing")
 def prefill(
-    model: CausalLM, cache: Cache, tokens_BT: jax.Array, count_B: jax.Array, logits_BV: jax.Array | None
-) -> tuple[Cache, jax.Array]:
-    """Reads a chunk of every prompt. Rows without tokens in it keep the logits they had."""
-    new_BV, cache = _next_logits(model, tokens_BT, count_B, cache)
-    return cache, new_BV if logits_BV is None else jnp.where(count_B[:, None] > 0, new_BV, logits_BV)
+    model: CausalLM,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    count_B: jax.Array,
+    logits_BV: jax.Array | None,
+    *,
+    return_routing: bool = False,
+) -> tuple[Cache, jax.Array, jax.Array | None]:
+    """Reads a chunk of every prompt. Rows without tokens in it keep the logits they had.
+
+    The last of the results are the tokens' experts [B, T, L_sparse, A], packed, where they are asked for.
+    """
+    new_BV, cache, experts_BTLA = _next_logits(model, tokens_BT, count_B, cache, return_routing)
+    new_BV = new_BV if logits_BV is None else jnp.where(count_B[:, None] > 0, new_BV, logits_BV)
+    return cache, new_BV, experts_BTLA
 
 
 @jax.jit
@@ -126,9 +140,9 @@ def first(logits_BV: jax.Array, state: DecodeState, settings: SamplingSettings) 
     return state, _output(state, settings, state.token_B[:, None], log_prob_B[:, None], count_B, count_B)
 
 
-@jax.jit(donate_argnames=("cache", "state"))
+@jax.jit(donate_argnames=("cache", "state"), static_argnames="return_routing")
 def decode(
-    model: CausalLM, cache: Cache, state: DecodeState, settings: SamplingSettings
+    model: CausalLM, cache: Cache, state: DecodeState, settings: SamplingSettings, *, return_routing: bool = False
 ) -> tuple[Cache, DecodeState, DecodeOutput]:
     """Reads the last token and chooses the next, up to `DECODE_STEPS` times, as long as any row goes on.
 
@@ -139,21 +153,21 @@ def decode(
     size = 1 if state.drafts is None else state.drafts.token_BT.shape[1]
 
     def going(carry) -> jax.Array:
-        _, state, _, _, count_B, _ = carry
+        _, state, _, _, count_B, _, _ = carry
         return (jnp.max(count_B) <= DECODE_STEPS - size) & jnp.any(state.left_B > 0)
 
     def step(carry):
-        cache, state, token_BC, log_prob_BC, count_B, passes_B = carry
+        cache, state, token_BC, log_prob_BC, count_B, passes_B, experts_BCLA = carry
         goes_B, read_B = state.left_B > 0, jnp.minimum(state.left_B, size)
         tokens, drafts = [state.token_B], state.drafts
         if drafts is None:
-            logits_BV, cache = _next_logits(model, state.token_B[:, None], read_B, cache)
+            logits_BV, cache, read_BTLA = _next_logits(model, state.token_B[:, None], read_B, cache, return_routing)
             logits_BTV = logits_BV[:, None]
         else:
             proposed, head_cache = propose(model, drafts, state.left_B, settings, state.sampling)
             tokens, lengths_B = [*tokens, *proposed], cache.lengths_B
-            logits_BTV, hidden_BTD, cache = read_with_states(
-                model, jnp.stack(tokens, axis=1), read_B, with_steps(cache, size)
+            logits_BTV, hidden_BTD, cache, read_BTLA = read_with_states(
+                model, jnp.stack(tokens, axis=1), read_B, with_steps(cache, size), return_routing=return_routing
             )
         passes_B, chosen_B, decoded = passes_B + goes_B, jnp.zeros_like(count_B), []
         for position in range(size):
@@ -161,6 +175,9 @@ def decode(
             is_slot_BC = goes_B[:, None] & (jnp.arange(DECODE_STEPS) == (count_B + chosen_B)[:, None])
             token_BC = jnp.where(is_slot_BC, state.token_B[:, None], token_BC)
             log_prob_BC = jnp.where(is_slot_BC, log_prob_B[:, None], log_prob_BC)
+            if read_BTLA is not None:
+                read_B1LA = read_BTLA[:, position][:, None]
+                experts_BCLA = jnp.where(is_slot_BC[..., None, None], read_B1LA, experts_BCLA)
             chosen_B += goes_B
             decoded.append(state.token_B)
             if position + 1 < size:
@@ -174,7 +191,7 @@ def decode(
                 count_B=jnp.where(chosen_B > 0, chosen_B, drafts.count_B),
             )
             state = dataclasses.replace(state, drafts=drafts)
-        return cache, state, token_BC, log_prob_BC, count_B + chosen_B, passes_B
+        return cache, state, token_BC, log_prob_BC, count_B + chosen_B, passes_B, experts_BCLA
 
     zeros_B = jnp.zeros(rows, jnp.int32)
     start = (
@@ -184,16 +201,31 @@ def decode(
         jnp.zeros((rows, DECODE_STEPS), jnp.float32),
         zeros_B,
         zeros_B,
+        _no_experts(model, rows) if return_routing else None,
     )
-    cache, state, token_BC, log_prob_BC, count_B, passes_B = jax.lax.while_loop(going, step, start)
-    return cache, state, _output(state, settings, token_BC, log_prob_BC, count_B, passes_B)
+    cache, state, token_BC, log_prob_BC, count_B, passes_B, experts_BCLA = jax.lax.while_loop(going, step, start)
+    output = _output(state, settings, token_BC, log_prob_BC, count_B, passes_B)
+    return cache, state, dataclasses.replace(output, experts_BCLA=experts_BCLA)
 
 
-def _next_logits(model: CausalLM, tokens_BT: jax.Array, count_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Reads the first `count_B` tokens of each row; logits [B, V] of its last one, and the cache with them in it."""
+def _no_experts(model: CausalLM, rows: int) -> jax.Array:
+    """Zeros in place of the experts of a chunk of decoded tokens, [B, C, L_sparse, A]."""
+    config = model.config
+    layers = sum(kind.mlp == "sparse" for kind in config.layers)
+    shape = (rows, DECODE_STEPS, layers, config.moe.num_experts_per_tok)
+    return jnp.zeros(shape, packed_dtype(config.moe.num_experts))
+
+
+def _next_logits(
+    model: CausalLM, tokens_BT: jax.Array, count_B: jax.Array, cache: Cache, return_routing: bool
+) -> tuple[jax.Array, Cache, jax.Array | None]:
+    """Reads the first `count_B` tokens of each row; logits [B, V] of its last one, and the cache with them in it.
+
+    Where they are asked for, also the tokens' experts [B, T, L_sparse, A], packed.
+    """
     token_mask_BT = jnp.arange(tokens_BT.shape[1]) < count_B[:, None]
-    out = model(tokens_BT, token_mask_BT, cache=cache, logits_at=count_B - 1)
-    return out.logits[:, 0], out.cache
+    out = model(tokens_BT, token_mask_BT, cache=cache, logits_at=count_B - 1, output_router_logits=return_routing)
+    return out.logits[:, 0], out.cache, packed_experts(out.router) if return_routing else None
 
 
 def _choose(

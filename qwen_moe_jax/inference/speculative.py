@@ -19,7 +19,8 @@ from qwen_moe_jax.model.cache import Cache
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.model.decoder import DecoderOutput
 from qwen_moe_jax.model.inputs import ModelInputs, checked_inputs
-from qwen_moe_jax.model.output import ModelOutput
+from qwen_moe_jax.model.output import ModelOutput, RouterOutput
+from qwen_moe_jax.moe.replay import packed_dtype
 
 
 @jax.tree_util.register_dataclass
@@ -50,15 +51,30 @@ class _LogitsAndStates(LogitsOf):
 
 
 def read_with_states(
-    model: CausalLM, tokens_BT: jax.Array, count_B: jax.Array, cache: Cache, logits_at_B: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array, Cache]:
-    """Reads the first `count_B` tokens of each row: logits (of tokens `logits_at_B` if given), states, cache."""
+    model: CausalLM,
+    tokens_BT: jax.Array,
+    count_B: jax.Array,
+    cache: Cache,
+    logits_at_B: jax.Array | None = None,
+    *,
+    return_routing: bool = False,
+) -> tuple[jax.Array, jax.Array, Cache, jax.Array | None]:
+    """Reads the first `count_B` tokens of each row: logits (of tokens `logits_at_B` if given), states, cache, experts.
+
+    The experts are `packed_experts`, where they are asked for.
+    """
     inputs = checked_inputs(tokens_BT, jnp.arange(tokens_BT.shape[1]) < count_B[:, None], logits_at=logits_at_B)
-    out = model.run(inputs, _LogitsAndStates(), cache=cache)
-    return out.logits, out.hidden_states[0], out.cache
+    out = model.run(inputs, _LogitsAndStates(output_router_logits=return_routing), cache=cache)
+    return out.logits, out.hidden_states[0], out.cache, packed_experts(out.router) if return_routing else None
 
 
-@jax.jit(donate_argnames=("cache", "logits_BV", "head_cache"))
+def packed_experts(router: RouterOutput) -> jax.Array:
+    """The experts of every token in every sparse layer, [B, T, L_sparse, A], in `moe.replay.packed_dtype`."""
+    trace = router.trace
+    return jnp.moveaxis(trace.experts, 0, 2).astype(packed_dtype(trace.logits.shape[-1]))
+
+
+@jax.jit(donate_argnames=("cache", "logits_BV", "head_cache"), static_argnames="return_routing")
 def prefill(
     model: CausalLM,
     cache: Cache,
@@ -67,13 +83,17 @@ def prefill(
     logits_BV: jax.Array | None,
     head_cache: Cache,
     before_B1D: jax.Array,
-) -> tuple[Cache, jax.Array, Drafts]:
+    *,
+    return_routing: bool = False,
+) -> tuple[Cache, jax.Array, jax.Array | None, Drafts]:
     """`programs.prefill` that also reads the tokens into the head's cache.
 
     `before_B1D` is the model's state of the token before them in each row (`last_state`).
     """
     is_start_B = cache.lengths_B == 0
-    new_B1V, hidden_BTD, cache = read_with_states(model, tokens_BT, count_B, cache, count_B - 1)
+    new_B1V, hidden_BTD, cache, experts_BTLA = read_with_states(
+        model, tokens_BT, count_B, cache, count_B - 1, return_routing=return_routing
+    )
     # The head reads a token with the state of the one before: the first of a text has none, and is left out.
     start_B1, start_B11 = is_start_B[:, None], is_start_B[:, None, None]
     head_tokens_BT = jnp.where(start_B1, jnp.roll(tokens_BT, -1, axis=1), tokens_BT)
@@ -88,6 +108,7 @@ def prefill(
     return (
         cache,
         jnp.where(is_read_B[:, None], new_B1V[:, 0], new_B1V[:, 0] if logits_BV is None else logits_BV),
+        experts_BTLA,
         drafts,
     )
 

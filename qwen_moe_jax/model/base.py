@@ -19,6 +19,8 @@ from qwen_moe_jax.model.decoder import Decoder, DecoderOutput
 from qwen_moe_jax.model.inputs import INPUT_SPECS, ModelInputs, checked_inputs, pad_rows
 from qwen_moe_jax.model.output import ModelOutput, RouterOutput
 from qwen_moe_jax.moe.losses import router_losses
+from qwen_moe_jax.moe.replay import Replay, Without, forced_routing
+from qwen_moe_jax.moe.router import forced_specs
 from qwen_moe_jax.nn.matmul import matmul_precision
 from qwen_moe_jax.nn.parameters import ParameterFactory, as_rngs
 from qwen_moe_jax.sharding.explicit import apart_from_callers_mesh, with_explicit_axes
@@ -113,6 +115,8 @@ class Model(nnx.Module):
         output_hidden_states: bool = False,
         logits_at: jax.typing.ArrayLike | None = None,
         noise_key: jax.Array | None = None,
+        replay: Replay | None = None,
+        without: Without = (),
         **hub_arguments: Any,
     ) -> ModelOutput:
         """Runs the model.
@@ -130,6 +134,12 @@ class Model(nnx.Module):
             logits_at: integers [B]; the head runs on this one token of each row, and `logits` is [B, 1, …].
             noise_key: a `jax.random.key`, another one for every step; needed in training mode by a config with
                 `moe.router_jitter_noise`, and unused otherwise.
+            replay: routing to use in place of the routers' own: `out.router.trace` of another call, one
+                `RecordedRouting` for each row, or integers [L_sparse, B, T, A]; negative where the router chooses, as
+                after the end of a recording that is shorter than the row. Weights are computed from the present
+                logits, so gradients reach the routers; statistics and losses count the experts used.
+            without: pairs (layer, expert), or bool [L_sparse, E]; experts that are never chosen, replayed or not: the
+                next best are. Layers are counted among the sparse ones, as in the trace.
             hub_arguments: not accepted; those of transformers are refused with the name to use instead.
 
         Returns:
@@ -138,12 +148,15 @@ class Model(nnx.Module):
 
         Raises:
             RequestError: there are no tokens; the arrays are not integers, or not all [B, T]; `positions` are given
-                with a cache, or the cache has another number of rows; there is no `noise_key` where it is needed.
+                with a cache, or the cache has another number of rows; there is no `noise_key` where it is needed;
+                `replay` has another shape, or names experts that do not exist or one twice for a token (a traced
+                array is not looked into); `without` leaves too few.
             ConfigError: in training mode, the config asks for dropout.
             TypeError: an argument of another name.
         """
         refuse_hub_arguments(type(self).__name__, hub_arguments, ("segment_ids", "positions", "cache", "logits_at"))
         inputs = checked_inputs(tokens_BT, segment_ids, positions, logits_at=logits_at)
+        inputs = self.with_forced_routing(inputs, replay, without)
         read_out = LogitsOf(output_router_logits=output_router_logits, output_hidden_states=output_hidden_states)
         return self.run(inputs, read_out, cache=cache, noise_key=noise_key)
 
@@ -163,6 +176,12 @@ class Model(nnx.Module):
             _check_cached(cache, inputs, math.prod(self.mesh.shape[axis] for axis in BATCH))
         with apart_from_callers_mesh(self.mesh):
             return _forward(self, inputs, cache, self._checked_noise_key(noise_key), read_out=read_out)
+
+    def with_forced_routing(self, inputs: ModelInputs, replay: Replay | None, without: Without) -> ModelInputs:
+        """The inputs with what is prescribed to the routers; see `__call__`."""
+        layers = sum(kind.mlp == "sparse" for kind in self.config.layers)
+        forced = forced_routing(replay, without, self.config.moe, layers, inputs.tokens_BT.shape)
+        return dataclasses.replace(inputs, forced=forced)
 
     @property
     def execution_in_use(self) -> ExecutionConfig:
@@ -282,7 +301,8 @@ def token_at(x_BTD: jax.Array, index_B: jax.Array) -> jax.Array:
 def _specs_of(inputs: ModelInputs) -> ModelInputs:
     """`INPUT_SPECS` of the arrays there are."""
     present = {field.name: getattr(inputs, field.name) is not None for field in dataclasses.fields(inputs)}
-    return dataclasses.replace(INPUT_SPECS, **{name: None for name, there in present.items() if not there})
+    specs = dataclasses.replace(INPUT_SPECS, **{name: None for name, there in present.items() if not there})
+    return dataclasses.replace(specs, forced=forced_specs(inputs.forced, stacked=True))
 
 
 def _check_cached(cache: Cache, inputs: ModelInputs, num_shards: int) -> None:

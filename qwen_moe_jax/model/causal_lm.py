@@ -17,6 +17,7 @@ from qwen_moe_jax.model.inputs import ModelInputs, TokenContext, checked_inputs
 from qwen_moe_jax.model.mtp import NextTokenHead, following
 from qwen_moe_jax.model.output import TokenLosses
 from qwen_moe_jax.model.rotary import rotary_tables
+from qwen_moe_jax.moe.replay import Replay, Without
 from qwen_moe_jax.nn.embedding import TABLE, without_padding
 from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.lora import LoraAdapter
@@ -43,6 +44,8 @@ class CausalLM(Model):
         noise_key: jax.Array | None = None,
         chunk: int | None = None,
         mtp: bool = False,
+        replay: Replay | None = None,
+        without: Without = (),
         **hub_arguments: Any,
     ) -> TokenLosses:
         """-log p(target) of every token, the same as of the logits, without ever holding the logits.
@@ -51,7 +54,8 @@ class CausalLM(Model):
         their gradient one chunk is in memory.
 
         Args:
-            tokens_BT, segment_ids, positions, noise_key: see `__call__`.
+            tokens_BT, segment_ids, positions, noise_key, replay, without: see `__call__`. The next-token head has a
+                router of its own, to which nothing is prescribed.
             targets_BT: integers [B, T], needed; the token that should follow each one. The loss of a target outside the
                 vocabulary is NaN: mask it where it has no meaning.
             chunk: tokens of each row in a chunk; None lets a device hold 256 MiB of logits.
@@ -66,6 +70,7 @@ class CausalLM(Model):
         if targets_BT is None:
             raise RequestError("there are no targets, expected the token that should follow each one, integers [B, T].")
         inputs = checked_inputs(tokens_BT, segment_ids, positions, targets=targets_BT)
+        inputs = self.with_forced_routing(inputs, replay, without)
         if chunk is not None and chunk < 1:
             raise RequestError(f"chunk={chunk} is no number of tokens: expected at least 1, or None.")
         if mtp:

@@ -26,6 +26,7 @@ from qwen_moe_jax.model.segments import Segment, plan_segments
 from qwen_moe_jax.moe.block import SparseMoeBlock
 from qwen_moe_jax.moe.dispatch.rows import EXCHANGED
 from qwen_moe_jax.moe.experts import layer_of
+from qwen_moe_jax.moe.router import ForcedRouting
 from qwen_moe_jax.moe.stats import RouterStats, RouterTrace
 from qwen_moe_jax.nn.bits import rows_at
 from qwen_moe_jax.nn.embedding import Embedding
@@ -95,7 +96,7 @@ class Decoder(nnx.Module):
         """Runs the decoder on explicitly sharded arrays, B over `BATCH`.
 
         Args:
-            inputs: tokens, segment ids and positions.
+            inputs: tokens, segment ids and positions, and what is prescribed to the routers.
             execution: how, with no setting None (`config.resolve`).
             cache: of the previous tokens, one text a row; the new ones follow them from the left, padding after them.
                 None in training and scoring, where all tokens are given.
@@ -118,6 +119,7 @@ class Decoder(nnx.Module):
             execution,
             cache=cache,
             noise_key=noise_key,
+            forced=inputs.forced,
             keep_trace=keep_trace,
             keep_inputs=keep_inputs,
         )
@@ -145,6 +147,7 @@ class LayerStack(nnx.Module):
         *,
         cache: Cache | None,
         noise_key: jax.Array | None,
+        forced: ForcedRouting | None,
         keep_trace: bool,
         keep_inputs: bool,
     ) -> DecoderOutput:
@@ -158,15 +161,15 @@ class LayerStack(nnx.Module):
             stats = out.stats if cache is None or keep_trace else None
             return stats, out.trace if keep_trace else None, entered_BTD if keep_inputs else None
 
-        def run_period(carry: tuple[jax.Array, _Stored], step: tuple[list[DecoderLayer], _Index, jax.Array | None]):
-            (hidden_BTD, stored), (layers, index, keys) = carry, step
+        def run_period(carry: tuple[jax.Array, _Stored], step: tuple[list[DecoderLayer], _Index, _PerLayer]):
+            (hidden_BTD, stored), (layers, index, (keys, forced)) = carry, step
             kept, updated = [], []
             for position, layer in enumerate(layers):
                 layer_cache = None
                 if stored is not None:
                     layer_cache = LayerCache(stored=stored[position], layer=index, lengths_B=cache.lengths_B)
                 key = None if keys is None else keys[position]
-                out = run_layer(layer, hidden_BTD, context, layer_cache, key)
+                out = run_layer(layer, hidden_BTD, context, layer_cache, key, forced[position])
                 kept.append(keep(out, hidden_BTD))
                 hidden_BTD = out.hidden_BTD
                 updated.append(None if out.cache is None else out.cache.stored)
@@ -174,11 +177,15 @@ class LayerStack(nnx.Module):
             return carry, [_join(jnp.stack, column) for column in zip(*kept, strict=True)]
 
         kept, segments = [], []
+        forced_periods = _by_segment(self.plan, forced)
         for number, (segment, layers) in enumerate(zip(self.plan, self.segments, strict=True)):
             keys = None if noise_key is None else _layer_keys(noise_key, segment)
+            per_layer = keys, forced_periods[number]
             stored = None if cache is None else cache.segments[number]
             scan = _scan_layers if cache is None else _index_layers
-            (hidden_BTD, stored), columns = scan(run_period, (hidden_BTD, stored), list(layers), keys, segment.repeats)
+            (hidden_BTD, stored), columns = scan(
+                run_period, (hidden_BTD, stored), list(layers), per_layer, segment.repeats
+            )
             segments.append(stored)
             kept.append([jax.tree.map(_in_layer_order, column) for column in columns])
         stats, trace, inputs = (_join(jnp.concatenate, column) for column in zip(*kept, strict=True))
@@ -197,24 +204,26 @@ class LayerStack(nnx.Module):
 
 _Stored = tuple[Stored, ...] | None
 _Index = jax.Array | None
+#: The keys of a period's layers, and for each layer what is prescribed to its router.
+_PerLayer = tuple[jax.Array | None, list[ForcedRouting | None]]
 
 
-def _scan_layers(run_period, carry, layers: list[DecoderLayer], keys: jax.Array | None, repeats: int):
+def _scan_layers(run_period, carry, layers: list[DecoderLayer], per_layer: _PerLayer, repeats: int):
     """Scans over the stacked weights themselves: a gradient is written layer by layer, into an array like theirs."""
-    return jax.lax.scan(lambda carry, step: run_period(carry, (step[0], None, step[1])), carry, (layers, keys))
+    return jax.lax.scan(lambda carry, step: run_period(carry, (step[0], None, step[1])), carry, (layers, per_layer))
 
 
-def _index_layers(run_period, carry, layers: list[DecoderLayer], keys: jax.Array | None, repeats: int):
+def _index_layers(run_period, carry, layers: list[DecoderLayer], per_layer: _PerLayer, repeats: int):
     """Scans over the layers' numbers, for steps of a few tokens: weights are read where they are stored, not copied.
 
     The cache is in the scan's carry, not in its stacked outputs, so it is updated in place.
     """
 
-    def body(carry, step: tuple[jax.Array, jax.Array | None]):
-        index, keys = step
-        return run_period(carry, ([layer_at(layer, index) for layer in layers], index, keys))
+    def body(carry, step: tuple[jax.Array, _PerLayer]):
+        index, per_layer = step
+        return run_period(carry, ([layer_at(layer, index) for layer in layers], index, per_layer))
 
-    return jax.lax.scan(body, carry, (jnp.arange(repeats), keys))
+    return jax.lax.scan(body, carry, (jnp.arange(repeats), per_layer))
 
 
 def layer_at(stacked: DecoderLayer, index: jax.Array) -> DecoderLayer:
@@ -231,10 +240,29 @@ def _run_layer(
     context: TokenContext,
     cache: LayerCache | None,
     noise_key: jax.Array | None,
+    forced: ForcedRouting | None,
     *,
     execution: ExecutionConfig,
 ) -> LayerOutput:
-    return layer(hidden_BTD, context, execution, cache=cache, noise_key=noise_key)
+    return layer(hidden_BTD, context, execution, cache=cache, noise_key=noise_key, forced=forced)
+
+
+def _layers(forced: ForcedRouting | None, part: slice) -> ForcedRouting | None:
+    return jax.tree.map(lambda x_L: x_L[part], forced)
+
+
+def _by_segment(plan: Sequence[Segment], forced: ForcedRouting | None) -> list[list[ForcedRouting | None]]:
+    """For each segment and layer of its period, the part [repeats, …] of arrays in layer order [L_sparse, …]."""
+    periods: list[list[ForcedRouting | None]] = []
+    start = 0
+    for segment in plan:
+        sparse = [kind.mlp == "sparse" for kind in segment.period]
+        step = sum(sparse)
+        end = start + segment.repeats * step
+        firsts = [start + sum(sparse[:position]) if is_sparse else None for position, is_sparse in enumerate(sparse)]
+        periods.append([None if first is None else _layers(forced, slice(first, end, step)) for first in firsts])
+        start = end
+    return periods
 
 
 def _layer_keys(noise_key: jax.Array, segment: Segment) -> jax.Array:

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.errors import RequestError
 from qwen_moe_jax.model.rotary import RotaryTables
+from qwen_moe_jax.moe.router import ForcedRouting
 from qwen_moe_jax.sharding.rules import BATCH
 
 
@@ -24,6 +25,7 @@ class ModelInputs:
         positions_BT: of each token in its text; None where a cache gives them.
         targets_BT: the token that should follow each one, where losses are asked for.
         logits_at_B: the one token of each row whose logits are asked for; None for all.
+        forced: what is prescribed to the routers, stacked [L_sparse, …] in layer order; None where nothing is.
     """
 
     tokens_BT: jax.Array
@@ -31,6 +33,7 @@ class ModelInputs:
     positions_BT: jax.Array | None = None
     targets_BT: jax.Array | None = None
     logits_at_B: jax.Array | None = None
+    forced: ForcedRouting | None = None
 
 
 #: How they are sharded: rows over the mesh axes that share the batch.
@@ -105,6 +108,7 @@ def pad_rows(inputs: ModelInputs, num_shards: int, *, cached: bool) -> ModelInpu
         num_shards: number of those devices.
         cached: whether positions come from a cache.
     """
+    forced, inputs = inputs.forced, dataclasses.replace(inputs, forced=None)
     inputs = jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.int32), inputs)
     if not cached:
         positions_BT = inputs.positions_BT
@@ -113,7 +117,10 @@ def pad_rows(inputs: ModelInputs, num_shards: int, *, cached: bool) -> ModelInpu
         positions_BT = jnp.where(inputs.segment_ids_BT != 0, positions_BT, 0)
         inputs = dataclasses.replace(inputs, positions_BT=positions_BT)
     missing = -inputs.tokens_BT.shape[0] % num_shards
-    return jax.tree.map(lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), inputs)
+    inputs = jax.tree.map(lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), inputs)
+    if forced is not None and forced.experts is not None and missing:
+        forced = dataclasses.replace(forced, experts=jnp.pad(forced.experts, [(0, 0), (0, missing), (0, 0), (0, 0)]))
+    return dataclasses.replace(inputs, forced=forced)
 
 
 def positions_in_segments(segment_ids_BT: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from qwen_moe_jax.model.cache import LayerCache
 from qwen_moe_jax.model.inputs import TokenContext
 from qwen_moe_jax.model.linear_attention import GatedDeltaNet
 from qwen_moe_jax.moe.block import SparseMoeBlock
+from qwen_moe_jax.moe.router import ForcedRouting
 from qwen_moe_jax.moe.stats import RouterStats, RouterTrace
 from qwen_moe_jax.nn.mlp import MLP
 from qwen_moe_jax.nn.norm import rms_norm
@@ -69,8 +70,12 @@ class DecoderLayer(nnx.Module):
         *,
         cache: LayerCache | None = None,
         noise_key: jax.Array | None = None,
+        forced: ForcedRouting | None = None,
     ) -> LayerOutput:
-        """Runs the layer on hidden states [B, T, D]; with a `noise_key`, what enters the experts is jittered."""
+        """Runs the layer on hidden states [B, T, D]; with a `noise_key`, what enters the experts is jittered.
+
+        `forced` is what is prescribed to a sparse layer's router.
+        """
         normed_BTD = self.input_layernorm(hidden_BTD)
         if self.linear_attn is not None:
             mixed_BTD, cache = self.linear_attn(normed_BTD, context, cache)
@@ -81,7 +86,7 @@ class DecoderLayer(nnx.Module):
         stats: RouterStats | None = None
         trace: RouterTrace | None = None
         if isinstance(self.mlp, SparseMoeBlock):
-            mixed_BTD, stats, trace = self.mlp(normed_BTD, context.token_mask_BT, execution, noise_key)
+            mixed_BTD, stats, trace = self.mlp(normed_BTD, context.token_mask_BT, execution, noise_key, forced)
         else:
             mixed_BTD = self.mlp(normed_BTD)
         return LayerOutput(hidden_BTD=hidden_BTD + mixed_BTD, cache=cache, stats=stats, trace=trace)

@@ -19,7 +19,7 @@ class RouterOutput:
         stats: counts, stacked [L_sparse, …] in layer order.
         losses: unscaled auxiliary losses.
         trace: logits, chosen experts, weights and drops of every token, stacked likewise, where
-            `output_router_logits` asked for it.
+            `output_router_logits` asked for it; `model(…, replay=trace)` takes it back.
     """
 
     stats: RouterStats

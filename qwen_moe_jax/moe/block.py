@@ -15,7 +15,7 @@ from qwen_moe_jax.errors import RequestError
 from qwen_moe_jax.moe import stats
 from qwen_moe_jax.moe.dispatch import checked_combined, checked_rows, get_dispatcher
 from qwen_moe_jax.moe.experts import Experts
-from qwen_moe_jax.moe.router import jitter, route
+from qwen_moe_jax.moe.router import ForcedRouting, forced_specs, jitter, route
 from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.matmul import matmul_precision
 from qwen_moe_jax.nn.mlp import MLP
@@ -64,6 +64,7 @@ class SparseMoeBlock(nnx.Module):
         token_mask_BT: jax.Array | None = None,
         execution: ExecutionConfig = ExecutionConfig(dispatch="dropless"),
         noise_key: jax.Array | None = None,
+        forced: ForcedRouting | None = None,
     ) -> tuple[jax.Array, stats.RouterStats, stats.RouterTrace]:
         """Runs the block.
 
@@ -73,6 +74,7 @@ class SparseMoeBlock(nnx.Module):
             execution: how it is run. Of ordinary arrays the dtype is that of the hidden states, and what is None is
                 chosen as in training; of explicitly sharded ones, nothing may be None (`config.resolve`).
             noise_key: of the jitter (`config.moe.router_jitter_noise`); None adds none.
+            forced: experts that are prescribed to the router, or ruled out; see `ForcedRouting`.
 
         Returns:
             The block's result [B, T, D], the layer's counts, and the router's decisions about every token.
@@ -81,7 +83,7 @@ class SparseMoeBlock(nnx.Module):
             RequestError: the hidden states are not [B, T, D], or B does not divide over the mesh.
         """
         if not has_explicit_axes(self.mesh):
-            return self._on_ordinary_arrays(hidden_BTD, token_mask_BT, execution, noise_key)
+            return self._on_ordinary_arrays(hidden_BTD, token_mask_BT, execution, noise_key, forced)
         if token_mask_BT is None:
             token_mask_BT = jnp.ones(hidden_BTD.shape[:2], bool, out_sharding=P(BATCH, None))
         if noise_key is not None:
@@ -96,6 +98,7 @@ class SparseMoeBlock(nnx.Module):
                 bias_E=None if bias is None else bias[...],
                 routing=execution.routing,
                 dtype=hidden_BTD.dtype,
+                forced=forced,
             )
         dispatcher = get_dispatcher(execution.dispatch)
         with jax.named_scope("dispatch"):
@@ -123,6 +126,7 @@ class SparseMoeBlock(nnx.Module):
         token_mask_BT: jax.Array | None,
         execution: ExecutionConfig,
         noise_key: jax.Array | None,
+        forced: ForcedRouting | None,
     ) -> tuple[jax.Array, stats.RouterStats, stats.RouterTrace]:
         shape, width = jnp.shape(hidden_BTD), self.gate.weight.shape[-1]
         num_shards = math.prod(self.mesh.shape[axis] for axis in BATCH)
@@ -139,7 +143,7 @@ class SparseMoeBlock(nnx.Module):
             training=True,
         )
         mask_BT = jnp.ones(shape[:2], bool) if token_mask_BT is None else token_mask_BT
-        return _with_explicit_axes(self, hidden_BTD, mask_BT, noise_key, execution=execution)
+        return _with_explicit_axes(self, hidden_BTD, mask_BT, noise_key, forced, execution=execution)
 
     def _router_logits(self, hidden_BTD: jax.Array, execution: ExecutionConfig) -> jax.Array:
         """[B, T, E] in the router's dtype."""
@@ -155,12 +159,13 @@ def _with_explicit_axes(
     hidden_BTD: jax.Array,
     token_mask_BT: jax.Array,
     noise_key: jax.Array | None,
+    forced: ForcedRouting | None,
     *,
     execution: ExecutionConfig,
 ) -> tuple[jax.Array, stats.RouterStats, stats.RouterTrace]:
-    def run(block: SparseMoeBlock, hidden_BTD: jax.Array, token_mask_BT: jax.Array, noise_key: jax.Array | None):
+    def run(block: SparseMoeBlock, hidden_BTD: jax.Array, token_mask_BT: jax.Array, noise_key, forced):
         with matmul_precision(hidden_BTD.dtype):
-            return block(hidden_BTD, token_mask_BT, execution, noise_key)
+            return block(hidden_BTD, token_mask_BT, execution, noise_key, forced)
 
-    specs = (P(BATCH, None, None), P(BATCH, None), P())
-    return with_explicit_axes(run, block.mesh, specs)(block, hidden_BTD, token_mask_BT, noise_key)
+    specs = (P(BATCH, None, None), P(BATCH, None), P(), forced_specs(forced))
+    return with_explicit_axes(run, block.mesh, specs)(block, hidden_BTD, token_mask_BT, noise_key, forced)

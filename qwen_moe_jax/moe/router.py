@@ -29,6 +29,21 @@ class Routing:
     token_mask_BT: jax.Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForcedRouting:
+    """What is prescribed to the router, for one sparse layer, or stacked [L, …] for all of them.
+
+    Attributes:
+        experts: integers [B, T, A]; the expert of each assignment, negative where the router chooses: the strongest of
+            those that the token has not been given. Those of padding are not read. None: the router chooses all.
+        without: bool [E]; experts that are never chosen, given or not: the next best are. None: all may be.
+    """
+
+    experts: jax.Array | None = None
+    without: jax.Array | None = None
+
+
 def route(
     logits_BTE: jax.Array,
     token_mask_BT: jax.Array,
@@ -37,6 +52,7 @@ def route(
     bias_E: jax.Array | None = None,
     routing: RoutingMode = "learned",
     dtype: jax.typing.DTypeLike | None = None,
+    forced: ForcedRouting | None = None,
 ) -> Routing:
     """Softmax over all experts in float32, then the top `num_experts_per_tok`.
 
@@ -54,13 +70,21 @@ def route(
         routing: see `ExecutionConfig`. Under "balanced", the order of a token's experts means nothing, and the bias is
             not read.
         dtype: of the weights, which is that of the hidden states they multiply; None is that of the logits.
+        forced: experts that are prescribed, or ruled out. Their weights are those of the present logits all the same.
     """
     dtype = logits_BTE.dtype if dtype is None else dtype
     choose = CHOICES[routing]
 
-    def local(logits_BTE: jax.Array, token_mask_BT: jax.Array, bias_E: jax.Array | None) -> Routing:
+    def local(
+        logits_BTE: jax.Array, token_mask_BT: jax.Array, bias_E: jax.Array | None, forced: ForcedRouting | None
+    ) -> Routing:
         probs_BTE = jax.nn.softmax(logits_BTE.astype(jnp.float32), axis=-1)
-        experts_BTA = choose(jax.lax.stop_gradient(probs_BTE), bias_E, moe.num_experts_per_tok)
+        choice_probs_BTE = jax.lax.stop_gradient(probs_BTE)
+        if forced is None:
+            experts_BTA = choose(choice_probs_BTE, bias_E, moe.num_experts_per_tok)
+        else:
+            preferred_BTE = PREFERENCES[routing](choice_probs_BTE, bias_E, moe.num_experts_per_tok)
+            experts_BTA = _with_forced(preferred_BTE, token_mask_BT, forced, moe.num_experts_per_tok)
         weights_BTA = jnp.take_along_axis(probs_BTE, experts_BTA, axis=-1)
         if moe.norm_topk_prob:
             weights_BTA = weights_BTA / jnp.sum(weights_BTA, axis=-1, keepdims=True)
@@ -77,13 +101,52 @@ def route(
     tokens: Any = P(BATCH, None)
     choices: Any = P(BATCH, None, None)
     out = Routing(experts_BTA=choices, weights_BTA=choices, probs_BTE=choices, token_mask_BT=tokens)
-    return jax.shard_map(local, in_specs=(choices, tokens, P()), out_specs=out)(logits_BTE, token_mask_BT, bias_E)
+    specs = (choices, tokens, P(), forced_specs(forced))
+    return jax.shard_map(local, in_specs=specs, out_specs=out)(logits_BTE, token_mask_BT, bias_E, forced)
+
+
+def forced_specs(forced: ForcedRouting | None, *, stacked: bool = False) -> Any:
+    """How what is prescribed is sharded: tokens as all tokens are. `stacked`: it has a leading axis of layers."""
+    if forced is None:
+        return None
+    layers = (None,) if stacked else ()
+    return ForcedRouting(
+        experts=None if forced.experts is None else _spec(*layers, BATCH, None, None),
+        without=None if forced.without is None else _spec(),
+    )
+
+
+def _spec(*axes: Any) -> Any:
+    return P(*axes)
+
+
+def _with_forced(preferred_BTE: jax.Array, token_mask_BT: jax.Array, forced: ForcedRouting, chosen: int) -> jax.Array:
+    """The experts that are given, and in the open places the most preferred of the others, [B, T, A]."""
+    if forced.without is not None:
+        preferred_BTE = jnp.where(forced.without, -jnp.inf, preferred_BTE)
+    if forced.experts is None:
+        return jax.lax.top_k(preferred_BTE, chosen)[1]
+    given_BTA = jnp.where(token_mask_BT[..., None], forced.experts.astype(jnp.int32), -1)
+    experts_E = jnp.arange(preferred_BTE.shape[-1], dtype=jnp.int32)
+    given_BTAE = given_BTA[..., None] == experts_E
+    if forced.without is not None:
+        given_BTA = jnp.where(jnp.any(given_BTAE & forced.without, axis=-1), -1, given_BTA)
+    preferred_BTE = jnp.where(jnp.any(given_BTAE, axis=-2), -jnp.inf, preferred_BTE)
+    others_BTA = jax.lax.top_k(preferred_BTE, chosen)[1]
+    open_BTA = given_BTA < 0
+    # The first open place takes the first of the others.
+    place_BTA = jnp.maximum(jnp.cumsum(open_BTA, axis=-1) - 1, 0)
+    return jnp.where(open_BTA, jnp.take_along_axis(others_BTA, place_BTA, axis=-1), given_BTA)
+
+
+def _scores(probs_BTE: jax.Array, bias_E: jax.Array | None, chosen: int) -> jax.Array:
+    """Probabilities, bias included."""
+    return probs_BTE if bias_E is None else probs_BTE + jax.lax.stop_gradient(bias_E)
 
 
 def _strongest(probs_BTE: jax.Array, bias_E: jax.Array | None, chosen: int) -> jax.Array:
     """The experts with the highest probability, bias included, [B, T, A]."""
-    scores_BTE = probs_BTE if bias_E is None else probs_BTE + jax.lax.stop_gradient(bias_E)
-    return jax.lax.top_k(scores_BTE, chosen)[1]
+    return jax.lax.top_k(_scores(probs_BTE, bias_E, chosen), chosen)[1]
 
 
 def _in_turn(probs_BTE: jax.Array, bias_E: jax.Array | None, chosen: int) -> jax.Array:
@@ -93,8 +156,17 @@ def _in_turn(probs_BTE: jax.Array, bias_E: jax.Array | None, chosen: int) -> jax
     return assignment_BTA % num_experts
 
 
+def _turn_scores(probs_BTE: jax.Array, bias_E: jax.Array | None, chosen: int) -> jax.Array:
+    """Highest for the experts that `_in_turn` chooses, falling from there on."""
+    first_BT1 = _in_turn(probs_BTE, bias_E, chosen)[..., :1]
+    num_experts = probs_BTE.shape[-1]
+    return -((jnp.arange(num_experts) - first_BT1) % num_experts).astype(jnp.float32)
+
+
 #: Each takes one device's probabilities, the bias and A, and returns experts.
 CHOICES = {"learned": _strongest, "balanced": _in_turn}
+#: Likewise, the scores whose highest are these experts, for what is prescribed in part.
+PREFERENCES = {"learned": _scores, "balanced": _turn_scores}
 
 
 def jitter(hidden_BTD: jax.Array, noise_key: jax.Array, amount: float) -> jax.Array:

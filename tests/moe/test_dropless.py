@@ -16,6 +16,7 @@ from qwen_moe_jax.moe.block import SparseMoeBlock
 from qwen_moe_jax.moe.dispatch import dense, get_dispatcher, register_dispatcher
 from qwen_moe_jax.moe.experts import MATRICES
 from qwen_moe_jax.moe.router import Routing
+from qwen_moe_jax.moe.workloads import workload
 from qwen_moe_jax.nn.lora import LoraAdapter
 from qwen_moe_jax.nn.parameters import ParameterFactory
 from qwen_moe_jax.sharding.explicit import with_explicit_axes
@@ -31,19 +32,12 @@ MESHES = {
     "data=2·expert=2·tensor=2": dict(data=2, expert=2, tensor=2),
 }
 EXCHANGES = ["all_gather", "all_to_all"]
-SKEWS = ["balanced", "zipf", "one hot expert", "one hot device"]
+SKEWS = ["balanced", "zipf", "hot_expert", "hot_device"]
 
 
 def experts_of(skew: str) -> np.ndarray:
     """The experts of every token, int32 [B, T, A], two different ones each."""
-    rng = np.random.default_rng(0)
-    if skew == "balanced":
-        return np.arange(B * T * A, dtype=np.int32).reshape(B, T, A) % E
-    if skew == "one hot device":  # under expert=4 and fewer shards: the same first device for everything
-        return np.broadcast_to(np.array([0, 1], np.int32), (B, T, A)).copy()
-    weights_E = 1 / np.arange(1, E + 1) ** 1.5 if skew == "zipf" else np.array([1e6] + [1.0] * (E - 1))
-    scores_BTE = np.log(weights_E) + rng.gumbel(size=(B, T, E))
-    return np.argsort(-scores_BTE, axis=-1)[..., :A].astype(np.int32)
+    return workload(skew, (B, T), num_experts=E, chosen=A, devices=4)
 
 
 @functools.cache
