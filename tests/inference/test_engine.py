@@ -449,7 +449,7 @@ def test_lengths_do_not_change_under_a_program_that_reads_them(model, monkeypatc
 
     def noted(model, cache, tokens_BT, count_B, logits_BV):
         given.append((cache.lengths_B, np.array(cache.lengths_B), count_B, np.array(count_B)))
-        return cache, np.zeros((len(count_B), VOCABULARY), np.float32)
+        return cache, np.zeros((len(count_B), VOCABULARY), np.float32), None
 
     monkeypatch.setattr(programs, "prefill", noted)
     for _ in range(20):
