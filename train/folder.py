@@ -15,7 +15,7 @@ from train.write_errors import write_errors
 # The settings that a resumed run must keep. Mesh, execution and intervals between reports may change; the model, its
 # text and its optimization may not. The run may become longer.
 _FIXED_SECTIONS = ("model", "data", "loss", "optimizer", "lora")
-_FIXED_RUN_KEYS = ("max_steps", "num_train_epochs", "seed", "model_name_or_path")
+_FIXED_RUN_KEYS = ("max_steps", "num_train_epochs", "seed", "model_name_or_path", "drop_mtp")
 _LENGTH_KEYS = ("max_steps", "num_train_epochs")
 _WAYS_OUT = "Add --fresh to delete that run and start anew, or choose another folder: --run.output_dir FOLDER."
 

@@ -41,7 +41,7 @@ def initial_model_config(config: TrainConfig, corpus: Corpus) -> qmj.ModelConfig
     """
     if config.run.model_name_or_path:
         folder = local_folder(config.run.model_name_or_path)
-        model_config = open_checkpoint(folder).config
+        model_config = open_checkpoint(folder, drop_mtp=config.run.drop_mtp).config
         _check_vocabulary(f"run.model_name_or_path: {folder} has vocab_size", model_config.vocab_size, corpus)
         return dataclasses.replace(model_config, eos_token_id=_with_turn_ends(model_config.eos_token_id, corpus))
     vocab_size = config.model.get("vocab_size", corpus.vocab_size) if config.data.tokenizer else config.data.vocab_size
@@ -86,7 +86,12 @@ def _initial_params(config: TrainConfig, abstract: qmj.CausalLM) -> Params:
     """The parameters of the checkpoint to start from, or random ones; adapters are always new."""
     rngs = nnx.Rngs(config.run.seed)
     if config.run.model_name_or_path:
-        model = qmj.from_pretrained(config.run.model_name_or_path, mesh=abstract.mesh, execution=abstract.execution)
+        model = qmj.from_pretrained(
+            config.run.model_name_or_path,
+            mesh=abstract.mesh,
+            execution=abstract.execution,
+            drop_mtp=config.run.drop_mtp,
+        )
     else:
         model = qmj.CausalLM(abstract.config, rngs=rngs, mesh=abstract.mesh, execution=abstract.execution)
     if config.lora is not None:

@@ -1,5 +1,6 @@
 """`python -m train CONFIG --plan TARGET`: the train step of the run, compiled for hardware that need not be present."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -97,9 +98,11 @@ def planned_model(config: TrainConfig) -> tuple[qmj.ModelConfig, str]:
         hub_config = {"eos_token_id": 0, "vocab_size": config.data.vocab_size, **config.model}
         return qmj.ModelConfig.from_pretrained(hub_config), Path(config.run.output_dir).name
     published = PUBLISHED / f"{source.split('/')[-1].lower()}.json"
-    if not Path(source).exists() and published.is_file():
-        return qmj.ModelConfig.from_pretrained(published), source
-    return qmj.ModelConfig.from_pretrained(config_file(source)), source
+    found = published if not Path(source).exists() and published.is_file() else config_file(source)
+    model_config = qmj.ModelConfig.from_pretrained(found)
+    if config.run.drop_mtp:
+        model_config = dataclasses.replace(model_config, num_mtp_layers=0)
+    return model_config, source
 
 
 def _with_any_length(config: TrainConfig) -> TrainConfig:

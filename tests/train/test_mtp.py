@@ -102,3 +102,7 @@ def test_it_is_trained_with_a_coefficient_and_carried_along_bit_equal_without(tm
     assert carried.keys() == trained.keys() and "mtp_loss" not in steps[0]
     for name, value in carried.items():
         assert (value == trained[name]).all() == name.startswith("mtp."), name
+
+    words = ["--run.model_name_or_path", source, "--data.tokenizer", source, "--loss.mtp_coef", "0"]
+    without, _ = run("dropped", *words, "--run.drop_mtp", "true")
+    assert without.keys() == {name for name in trained if not name.startswith("mtp.")}

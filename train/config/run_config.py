@@ -92,6 +92,8 @@ class TrainConfig:
             )
             found = f"both {both[0]} and {both[1]}" if source else f"neither {both[0]} nor {both[1]}"
             check(False, "model", expected, found=found, given=("run.model_name_or_path",))
+        expected = "false: a [model] table says by mtp_num_hidden_layers whether there is a next-token head"
+        check(bool(source) or not self.run.drop_mtp, "run.drop_mtp", expected)
         for number, text in enumerate(self.data.mixture):
             field = f"data.sources[{number}].format" if self.data.sources else "data.format"
             expected = "another one, or the tokenizer of the token ids: name it in data.tokenizer"

@@ -264,6 +264,7 @@ class RunConfig:
         seed: of the initial weights and of the order of the data.
         model_name_or_path: a checkpoint to start from, a folder or a name on the Hub, instead of a [model] table and
             random weights; its tokenizer is the data's, unless data.tokenizer names one.
+        drop_mtp: leave out the next-token head (mtp.*) that the checkpoint to start from may have.
         gradient_accumulation_steps: micro-batches that the rows of a step are split into, to save memory; loss and
             gradient are those of all rows together. Of the load-balancing losses, pooled becomes the mean over
             micro-batches, as in transformers; global_batch stays exact, for one more pass through the layers.
@@ -289,6 +290,7 @@ class RunConfig:
     num_train_epochs: float | None = None
     seed: int = 0
     model_name_or_path: str = ""
+    drop_mtp: bool = False
     gradient_accumulation_steps: int = 1
     nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped: int = 10
