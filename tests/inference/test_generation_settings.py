@@ -156,13 +156,13 @@ def test_a_batch_may_be_one_array(model, as_array):
 @pytest.mark.parametrize(
     "prompts, message",
     [
-        ([5, 6], "prompt 0 is 5, expected a list of token ids: pass [prompt]"),
-        (np.array([5, 6]), "prompt 0 is 5, expected a list of token ids: pass [prompt]"),
+        ([5, 6], "prompts is one list of token ids, expected one list for each prompt"),
+        (np.array([5, 6]), "prompts is one list of token ids, expected one list for each prompt"),
         ([[1], np.array([1.5])], "prompt 1 holds 1.5, expected token ids"),
         ([torch.tensor([[5, 6]])], "prompt 0 holds [5, 6], expected token ids"),
     ],
 )
-def test_other_prompts_are_refused_by_index(model, prompts, message):
+def test_other_prompts_are_refused_with_what_was_found(model, prompts, message):
     with pytest.raises(RequestError) as failure:
         qmj.generate(model, prompts)
     assert str(failure.value).startswith(message)
