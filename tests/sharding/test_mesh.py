@@ -188,7 +188,7 @@ def test_a_mesh_with_an_unknown_axis_is_refused_with_the_known_ones():
 @pytest.mark.parametrize(
     "changed, axes, message",
     [
-        (dict(num_experts=6), dict(expert=4), r"gate_proj: its 'expert' axis of size 6 .* expert=4"),
+        (dict(num_experts=6), dict(expert=4), r"num_experts=6 does not divide over the mesh axes expert=4"),
         (dict(hidden_size=36, head_dim=8), dict(expert=8), r"'embed' axis of size 36 .* fsdp=1, expert=8"),
         (dict(intermediate_size=49), dict(tensor=2), r"gate_proj.weight: its 'ffn' axis of size 49 .* tensor=2"),
         (dict(), dict(tensor=4), r"num_key_value_heads=2 does not divide over the mesh axis tensor=4"),
