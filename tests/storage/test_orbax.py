@@ -323,6 +323,7 @@ def peak():
     return int(line.split()[1]) // 1024
 
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that a shell runs in the background ignores it
 folder = Path(sys.argv[1])
 stream_tensors(folder / "first", {"w": Made((3, 3))})
 begin = peak()
