@@ -1,4 +1,4 @@
-"""A hybrid beside transformers, and beside a model of attention alone: `python benchmarks/hybrid.py`.
+"""A hybrid compared with transformers, and with a model of attention alone: `python benchmarks/hybrid.py`.
 
 The hybrid has 114.5M parameters and is a Qwen3-Next: 8 layers, each fourth of gated attention and the others of the
 gated delta rule, 28 experts and a shared one. transformers runs it by its own PyTorch code, in chunks over rows and by
@@ -79,14 +79,14 @@ def their_forward(hub_config: dict, rows: int, length: int, experts: str) -> Ste
 
 
 def forward_lines(rounds: int, clock: Clock) -> list[str]:
-    """Forward of the hybrid beside transformers'."""
+    """Forward pass of the hybrid and of transformers' model."""
     engines: dict[str, tuple] = {"ours": (our_forward, (HYBRID, ROWS, LENGTH))}
     engines |= {f"transformers, {kind}": (their_forward, (HYBRID, ROWS, LENGTH, kind)) for kind in EXPERTS}
     return beside_transformers("forward", measured(engines, rounds, TURN, clock))
 
 
 def train_lines(rounds: int, clock: Clock) -> list[str]:
-    """Train step of the hybrid beside transformers'."""
+    """Train step of the hybrid and of transformers' model."""
     precision = ("float32", "float32")
     engines: dict[str, tuple] = {"ours": (our_step, (*precision, "dropless", HYBRID))}
     engines |= {f"transformers, {kind}": (their_step, (*precision, kind, HYBRID)) for kind in EXPERTS}
@@ -104,7 +104,7 @@ def beside_transformers(what: str, found: dict[str, tuple]) -> list[str]:
 
 
 def decode_lines(rounds: int, clock: Clock) -> list[str]:
-    """Decoding of one text beside transformers'."""
+    """Decoding of one text by the hybrid and by transformers' model."""
     import decode
     import numpy as np
     from flax import nnx

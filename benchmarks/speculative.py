@@ -1,11 +1,11 @@
-"""Speculative decoding beside plain decoding: `python benchmarks/speculative.py FOLDER`.
+"""Speculative decoding compared with plain decoding: `python benchmarks/speculative.py FOLDER`.
 
 FOLDER is a checkpoint with a trained next-token head and a tokenizer: the hub/ of a run with `[loss] mtp_coef`, such as
 that in `benchmarks/results/speculative-cpu.md`.
 
 Prompts are pieces of Python's standard library; each is continued greedily and sampled, by plain decoding and with 1, 2
 and 3 proposals. The texts have to be the same. The table shows medians of some rounds in turn, without compilation:
-tokens per forward pass of a row (its first token apart), tokens per second, and the speed-up over plain decoding.
+tokens per forward pass of a row (its first token not counted), tokens per second, and the speed-up over plain decoding.
 """
 
 import argparse

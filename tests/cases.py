@@ -99,7 +99,7 @@ class Case:
     inert: Mapping[str, Any] | None = None
     """Settings that switch the odd thing off without changing a shape: the reference must give other logits then."""
     outer: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of a multimodal config.json beside its text_config, which has all others."""
+    """Settings of a multimodal config.json outside its text_config, which has all others."""
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class Case:
         return {"model_type": self.model_type, **_MULTIMODAL, "text_config": self.text_config, **self.outer}
 
 
-#: What a multimodal config.json has beside its text_config; the vision tower is as small as transformers allows.
+#: What a multimodal config.json has outside its text_config; the vision tower is as small as transformers allows.
 _MULTIMODAL = {
     "image_token_id": 90,
     "video_token_id": 91,
@@ -304,7 +304,7 @@ _ALL_HYBRIDS = [
     # rope
     _case("qwen3_next", "quarter_by_default", partial_rotary_factor=ABSENT, rope_theta=ABSENT, **_SHORT),
     _case(
-        "qwen3_5_text", "rope_beside_its_parameters", {"partial_rotary_factor": 0.5},
+        "qwen3_5_text", "rope_factor_outside_its_parameters", {"partial_rotary_factor": 0.5},
         rope_parameters={"rope_type": "default"}, rope_theta=50.0, partial_rotary_factor=0.75, **_SHORT,
     ),
     _case(

@@ -32,7 +32,7 @@ from qwen_moe_jax.attention_kernels.triangular import SMALLEST_BLOCK, solve_unit
 from qwen_moe_jax.nn.bits import as_bits, from_bits
 from qwen_moe_jax.nn.matmul import matmul_precision
 
-#: Beside the squared length of queries and keys, under the root.
+#: Added to the squared length of queries and keys, under the root.
 EPSILON = 1e-6
 
 
@@ -266,7 +266,7 @@ def _in_float32(inputs: _Inputs, real: jax.Array) -> _Inputs:
 
 
 def _by_key_head(q_BTKH, k_BTKH, v_BTNP, g_BTN, beta_BTN, state_BNHP) -> tuple[_Inputs, jax.Array]:
-    """Value heads apart by the key head that they share, and the state float32, zeros where there is none."""
+    """Value heads grouped by the key head that they share, and the state in float32, zeros where there is none."""
     batch, tokens, key_heads, key_size = k_BTKH.shape
     value_heads, value_size = v_BTNP.shape[2:]
     if state_BNHP is None:

@@ -73,7 +73,7 @@ class RopeConfig:
 class AttentionConfig:
     """Grouped-query attention.
 
-    `output_gate`: `q_proj` gives every head a gate beside its query (first the rows of the query, then those of the
+    `output_gate`: `q_proj` gives every head a query and a gate (first the rows of the query, then those of the
     gate), whose sigmoid multiplies what the head attended to before `o_proj` (Qwen3-Next). `sliding_window` is the
     number of keys that a query of a sliding layer sees, its own included. `attention_dropout` belongs to training
     alone.

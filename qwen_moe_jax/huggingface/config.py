@@ -46,7 +46,7 @@ LAYER_TYPES: dict[str, MixerKind] = {
     "linear_attention": "linear",
 }
 
-#: Keys of a multimodal config.json beside its text_config that are those of its text model, too.
+#: Keys of a multimodal config.json, outside its text_config, that are those of its text model, too.
 _SHARED = ("architectures", "dtype", "torch_dtype", "quantization_config", "transformers_version")
 
 

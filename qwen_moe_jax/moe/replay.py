@@ -82,7 +82,7 @@ class RecordedRouting:
 
         Args:
             layers, tokens: a number, a slice or a list of numbers, as NumPy indexes.
-            experts: those of each of the tokens; the router fills the places that are left. None: it chooses all.
+            experts: those of each of the tokens; the router chooses the remaining ones. None: it chooses all.
 
         Raises:
             RequestError: there are no such layers, tokens or experts, or too many experts.
@@ -145,7 +145,7 @@ Without = Sequence[tuple[int, int]] | jax.typing.ArrayLike
 
 
 def packed_dtype(num_experts: int, some_open: bool = False) -> np.dtype:
-    """The smallest integers that hold experts: unsigned, or signed where -1 stands among them."""
+    """The smallest integers that hold experts: unsigned, or signed where -1 is one of them."""
     if some_open:
         return np.dtype(np.int16 if num_experts <= 2**15 else np.int32)
     return np.dtype(np.uint8 if num_experts <= 2**8 else np.uint16 if num_experts <= 2**16 else np.int32)

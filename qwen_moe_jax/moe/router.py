@@ -121,7 +121,7 @@ def _spec(*axes: Any) -> Any:
 
 
 def _with_forced(preferred_BTE: jax.Array, token_mask_BT: jax.Array, forced: ForcedRouting, chosen: int) -> jax.Array:
-    """The experts that are given, and in the open places the most preferred of the others, [B, T, A]."""
+    """The experts that are given, and for the remaining slots the most preferred of the others, [B, T, A]."""
     if forced.without is not None:
         preferred_BTE = jnp.where(forced.without, -jnp.inf, preferred_BTE)
     if forced.experts is None:

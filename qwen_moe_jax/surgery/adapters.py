@@ -15,8 +15,8 @@ from qwen_moe_jax.surgery.tolerance import bounds
 def diagnose_merge(name: str, base: StoredTensor, merged: StoredTensor, second: StoredTensor) -> Finding | None:
     """What share of the adapter is in B's matrix; None if it is the expected one, or B is no sum of the two.
 
-    The expected share is that of a right merge, rounded to B's dtype: of an adapter that is small beside the weights'
-    rounding, little is left.
+    The expected share is that of a right merge, rounded to B's dtype: little is left of an adapter that is small
+    compared with the weights' rounding.
 
     Args:
         name: of the matrix.

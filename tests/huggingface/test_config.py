@@ -7,7 +7,7 @@ import pytest
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.huggingface.export_config import config_to_hub
-from tests.cases import ABSENT, CASES, COMMON, FAMILIES, PLAIN
+from tests.cases import ABSENT, CASES, COMMON, FAMILIES, HYBRID_CASES, PLAIN
 
 PUBLISHED = Path(__file__).parents[2] / "configs" / "models"
 
@@ -450,9 +450,9 @@ def test_refusal_names_the_file(tmp_path):
 # ---- the way back ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_config_survives_the_way_to_the_hubs_form_and_back(name):
-    config = qmj.ModelConfig.from_pretrained(CASES[name].config)
+@pytest.mark.parametrize("case", [*CASES.values(), *HYBRID_CASES.values()], ids=lambda case: case.name)
+def test_config_survives_the_way_to_the_hubs_form_and_back(case):
+    config = qmj.ModelConfig.from_pretrained(case.config)
     written = json.loads(json.dumps(config_to_hub(config)))
     assert meaning(qmj.ModelConfig.from_pretrained(written)) == meaning(config)
 

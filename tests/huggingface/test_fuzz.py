@@ -399,7 +399,7 @@ def test_a_mutated_config_is_read_or_refused(held, folder_of, changed):
 
 
 def hybrid_config_with_one_field_changed(content: dict[str, Any]) -> Iterator[bytes]:
-    """Every field that hybrids alone have, given or not, in the text_config, its rope and beside it."""
+    """Every field that hybrids alone have, given or not, in the text_config, its rope and outside of it."""
     text = content["text_config"]
     more = ["full_attention_interval", "partial_rotary_factor", "tie_word_embeddings", "dtype"]
     own = [

@@ -93,6 +93,16 @@ def bare(tensors: dict) -> dict:
     return {name.removeprefix("model."): value for name, value in tensors.items()}
 
 
+def write_every_way(hub: Path, folder: Path) -> None:
+    """Writes the model of a folder: saved as `saved` and `native`, and converted as `converted`, `streamed` and `back`."""
+    model = qmj.from_pretrained(hub)
+    qmj.save_pretrained(model, folder / "saved")
+    qmj.save_orbax(model, folder / "native")
+    convert(hub, folder / "converted")
+    convert(hub, folder / "streamed", to="orbax")
+    convert(folder / "streamed", folder / "back")
+
+
 def write(folder: Path, reference, tensors: dict, dtype: str = "float32", **config) -> Path:
     """A folder with the config of the case, nested where the case is, and these tensors in two files with an index."""
     folder.mkdir()
@@ -139,12 +149,7 @@ def test_what_files_have_in_float32_is_kept_by_every_way_out(references, name, t
     reference = references[name]
     tensors = tensors_of(reference, "bfloat16", float32=True)
     hub = write(tmp_path / "hub", reference, multimodal(fused(tensors)), "bfloat16")
-    model = qmj.from_pretrained(hub)
-    qmj.save_pretrained(model, tmp_path / "saved")
-    qmj.save_orbax(model, tmp_path / "native")
-    convert(hub, tmp_path / "converted")
-    convert(hub, tmp_path / "streamed", to="orbax")
-    convert(tmp_path / "streamed", tmp_path / "back")
+    write_every_way(hub, tmp_path)
     for folder in ("saved", "converted", "back"):
         assert_bit_equal(read_tensors(tmp_path / folder), tensors)
     for folder in ("saved", "native", "streamed", "back"):

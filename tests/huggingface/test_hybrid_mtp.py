@@ -13,7 +13,16 @@ from qwen_moe_jax.huggingface.summary import summarize
 from qwen_moe_jax.huggingface.tensors import hub_parameters
 from tests.huggingface.test_checkpoint import assert_bit_equal, read_tensors
 from tests.huggingface.test_config import PUBLISHED
-from tests.huggingface.test_hybrid_checkpoints import DENSE, NEXT, SPARSE, fused, multimodal, tensors_of, write
+from tests.huggingface.test_hybrid_checkpoints import (
+    DENSE,
+    NEXT,
+    SPARSE,
+    fused,
+    multimodal,
+    tensors_of,
+    write,
+    write_every_way,
+)
 from tests.huggingface.test_layouts import CONFIG, assert_holds
 from tests.referee import logits_of, torch, transformers
 
@@ -57,12 +66,7 @@ def test_a_next_token_head_is_kept_by_every_way_out(references, name, tmp_path):
     reference = references[name]
     tensors = with_head(reference)
     hub = write(tmp_path / "hub", reference, multimodal(fused(tensors)), "bfloat16")
-    model = qmj.from_pretrained(hub)
-    qmj.save_pretrained(model, tmp_path / "saved")
-    qmj.save_orbax(model, tmp_path / "native")
-    convert(hub, tmp_path / "converted")
-    convert(hub, tmp_path / "streamed", to="orbax")
-    convert(tmp_path / "streamed", tmp_path / "back")
+    write_every_way(hub, tmp_path)
     for folder in ("saved", "converted", "back"):
         assert_bit_equal(read_tensors(tmp_path / folder), tensors)
         assert json.loads((tmp_path / folder / CONFIG).read_text())["mtp_num_hidden_layers"] == 1

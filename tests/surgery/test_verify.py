@@ -95,7 +95,7 @@ def test_two_quantised_folders_of_one_model_are_the_same_up_to_rounding(tmp_path
     assert (comparison.verdict, comparison.findings) == ("rounding", ())
 
 
-def test_a_head_stored_beside_an_embedding_that_it_equals_is_the_same_model(tmp_path):
+def test_a_head_stored_as_well_as_an_embedding_that_it_equals_is_the_same_model(tmp_path):
     tied = {name: value for name, value in arrays_of(CASE).items() if name != "lm_head.weight"}
     first = write(tmp_path / "A", tied, {**config_of(CASE), "tie_word_embeddings": True})
     both = {**tied, "lm_head.weight": tied["model.embed_tokens.weight"]}

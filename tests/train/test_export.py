@@ -8,7 +8,7 @@ from tests.model.hybrid_configs import hybrid_config
 from tests.subject import hub_arrays
 from train.export import in_dtype
 
-#: What Qwen3.5's files have in float32 beside bfloat16.
+#: What Qwen3.5's files have in float32 among bfloat16.
 FLOAT32 = ("linear_attn.A_log", "linear_attn.norm.weight")
 
 

@@ -57,7 +57,7 @@ class ColumnsConfig:
             for fields in chosen[1:]:
                 first = " and ".join(chosen[0])
                 for field in fields:
-                    check(field not in self.given, field, f"none beside {first}: a source has records of one form")
+                    check(field not in self.given, field, f"none with {first}: a source has records of one form")
 
     @property
     def given(self) -> dict[str, str]:

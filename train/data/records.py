@@ -140,7 +140,7 @@ def _refuse_judged(form: Form, given: Mapping[str, Any], place: str) -> None:
     """Refuses answers that are marked as good or bad, of which the bad ones would be learned, too."""
     if form is _COMPLETIONS and isinstance(given.get("label"), bool):
         refuse(
-            f"{place}: label: found {given['label']} beside a prompt and a completion, which marks completions as good "
+            f"{place}: label: found {given['label']} with a prompt and a completion, which marks completions as good "
             "or bad, and all would be learned. Keep the good ones, and set [data.columns] completion = "
             '"completion" to learn all that are left.'
         )
@@ -196,7 +196,7 @@ def _conversation(values: dict[str, Any], names: dict[str, str], place: str) -> 
         own = [message["content"] for message in messages if message["role"] == "system"]
         if own and system.strip() and own[0] != system:
             refuse(
-                f"{place}: {names['system']}: found {system!r:.80} beside a system message of the conversation, "
+                f"{place}: {names['system']}: found {system!r:.80} with a system message of the conversation, "
                 "expected one of them."
             )
         if not own and system.strip():
@@ -221,7 +221,7 @@ def _completion(values: dict[str, Any], names: dict[str, str], place: str) -> Co
         return as_conversation(messages, variables, place, names["prompt"], context=range(len(before)))
     for field in ("tools", "chat_template_kwargs"):
         if values.get(field):
-            refuse(f"{place}: {names[field]}: found beside a prompt of text, expected it beside messages only.")
+            refuse(f"{place}: {names[field]}: found with a prompt of text, expected it with messages only.")
     prompt, completion = (_string(values, names, field, place) for field in ("prompt", "completion"))
     return Completion(prompt, completion) if completion.strip() else None
 
