@@ -94,7 +94,7 @@ def bare(tensors: dict) -> dict:
 
 
 def write_every_way(hub: Path, folder: Path) -> None:
-    """Writes the model of a folder: saved as `saved` and `native`, and converted as `converted`, `streamed` and `back`."""
+    """Writes a folder's model as `saved` and `native`, and converts it to `converted`, `streamed` and `back`."""
     model = qmj.from_pretrained(hub)
     qmj.save_pretrained(model, folder / "saved")
     qmj.save_orbax(model, folder / "native")
