@@ -16,7 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.inference.engine import Session
+from qwen_moe_jax.inference.session import Session
 from qwen_moe_jax.inference.tokenizer import encode, load_tokenizer
 
 FILES = ("textwrap.py", "argparse.py", "heapq.py", "shutil.py", "json/decoder.py", "csv.py", "string.py", "queue.py")

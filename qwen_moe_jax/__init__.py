@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from qwen_moe_jax.huggingface.native import save_orbax
     from qwen_moe_jax.huggingface.peft import load_adapter, save_adapter
     from qwen_moe_jax.huggingface.save import save_pretrained
-    from qwen_moe_jax.inference.engine import Session, stream
     from qwen_moe_jax.inference.generate import complete, generate
     from qwen_moe_jax.inference.score import perplexity, score
+    from qwen_moe_jax.inference.session import Session, stream
     from qwen_moe_jax.model.causal_lm import CausalLM, SequenceClassifier, TokenClassifier
     from qwen_moe_jax.model.lora import add_lora, merge_lora
     from qwen_moe_jax.moe.block import SparseMoeBlock
@@ -72,8 +72,8 @@ _HOME = {
     "load_adapter": "huggingface.peft",
     "generate": "inference.generate",
     "complete": "inference.generate",
-    "stream": "inference.engine",
-    "Session": "inference.engine",
+    "stream": "inference.session",
+    "Session": "inference.session",
     "score": "inference.score",
     "perplexity": "inference.score",
 }

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from qwen_moe_jax.inference.detokenize import TextStream
 
 if TYPE_CHECKING:
-    from qwen_moe_jax.inference.engine import Chunk, Finish
+    from qwen_moe_jax.inference.request import Chunk, Finish
 
 
 @dataclasses.dataclass

@@ -17,7 +17,8 @@ from qwen_moe_jax.errors import RequestError
 if TYPE_CHECKING:
     from qwen_moe_jax.config import GenerationConfig
     from qwen_moe_jax.inference.chat_template import ChatTemplate
-    from qwen_moe_jax.inference.engine import Chunk, Session
+    from qwen_moe_jax.inference.request import Chunk
+    from qwen_moe_jax.inference.session import Session
     from qwen_moe_jax.inference.tokenizer import Tokenizer
 
 SUMMARY = "talk with a checkpoint through its own chat template; the cache keeps the conversation"
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     from qwen_moe_jax.huggingface.generation_config import generation_folder, read_generation_config
     from qwen_moe_jax.huggingface.hub import local_folder
     from qwen_moe_jax.inference.chat_template import load_chat_template
-    from qwen_moe_jax.inference.engine import Session
+    from qwen_moe_jax.inference.session import Session
     from qwen_moe_jax.inference.tokenizer import load_tokenizer
 
     # Weights take minutes to read: all that can be refused without them is refused first.

@@ -71,7 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
     from qwen_moe_jax.huggingface.hub import local_folder
     from qwen_moe_jax.inference.chat_template import load_chat_template
     from qwen_moe_jax.inference.detokenize import TextStream
-    from qwen_moe_jax.inference.engine import Chunk, stream
+    from qwen_moe_jax.inference.request import Chunk
+    from qwen_moe_jax.inference.session import stream
     from qwen_moe_jax.inference.tokenizer import encode_prompt, load_tokenizer
     from qwen_moe_jax.sharding.distributed import is_process_zero, require_same
 

@@ -10,7 +10,8 @@ import numpy as np
 from qwen_moe_jax.config import DTypeLike, GenerationConfig
 from qwen_moe_jax.errors import RequestError
 from qwen_moe_jax.inference.detokenize import TextStream
-from qwen_moe_jax.inference.engine import Chunk, Finish, check_request, stream, token_list
+from qwen_moe_jax.inference.request import Chunk, Finish
+from qwen_moe_jax.inference.session import check_request, stream, token_list
 from qwen_moe_jax.inference.tokenizer import Tokenizer, encode, load_tokenizer, require_unicode
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.moe.replay import RecordedRouting

@@ -98,7 +98,7 @@ def install(monkeypatch, *texts: str, **settings) -> FakeEngine:
     """Replaces the engine by a fake one, and the model by "the model"."""
     engine = FakeEngine(list(texts), **settings)
     module = types.SimpleNamespace(Chunk=Chunk, stream=engine.stream, Session=engine.session, compilations=lambda: 3)
-    monkeypatch.setitem(sys.modules, "qwen_moe_jax.inference.engine", module)
+    monkeypatch.setitem(sys.modules, "qwen_moe_jax.inference.session", module)
     for command in ("generate", "chat"):
         monkeypatch.setattr(f"qwen_moe_jax.cli.{command}.load_model", lambda arguments, generation: "the model")
     return engine

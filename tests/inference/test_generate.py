@@ -22,7 +22,7 @@ NEW_TOKENS = 10
 # Where the best two tokens are closer than this, float32 rounding could choose either and the texts would part.
 SMALLEST_MARGIN = 1e-3
 
-#: What test_engine.py, where every family and its sliding windows are, does not have.
+#: What test_session.py, where every family and its sliding windows are, does not have.
 NAMES = ["qwen3_moe-plain", "qwen3_moe-mlp_only_and_sparse_step", "qwen3-yarn_max_default"]
 
 

@@ -6,11 +6,11 @@ One by one, since its own batches go wrong: right padding decays and overwrites 
 import pytest
 
 import qwen_moe_jax as qmj
-from tests.inference import test_engine
-from tests.inference.test_engine import LENGTHS, NEW_TOKENS, SMALLEST_MARGIN, greedy, make_prompts
+from tests.inference import test_session
+from tests.inference.test_session import LENGTHS, NEW_TOKENS, SMALLEST_MARGIN, greedy, make_prompts
 from tests.model.hybrids import COMMON, hybrid
 
-short_chunks = test_engine.short_chunks
+short_chunks = test_session.short_chunks
 SETTINGS = {  # three linear layers to a full one of experts; two value heads to a key head, and one
     "qwen3_next": {},
     "qwen3_5_text": {"linear_num_value_heads": 2, "linear_conv_kernel_dim": 2},

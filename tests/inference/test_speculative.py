@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.inference.engine import Session, stream
+from qwen_moe_jax.inference.session import Session, stream
 from tests.cases import CASES, HYBRID_CASES
 from tests.subject import on_mesh
 

@@ -1,4 +1,4 @@
-"""The engine: transformers' tokens on any mesh and in any batch; sessions compute only new tokens."""
+"""Sessions and batches: transformers' tokens on any mesh and in any batch; sessions compute only new tokens."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,8 +10,9 @@ from flax import nnx
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.errors import RequestError
-from qwen_moe_jax.inference import engine, programs
-from qwen_moe_jax.inference.engine import Chunk, Session
+from qwen_moe_jax.inference import programs
+from qwen_moe_jax.inference.request import Chunk
+from qwen_moe_jax.inference.session import Session, stream
 from tests.cases import CASES, FAMILIES
 from tests.distance import assert_near
 
@@ -178,7 +179,7 @@ def answers_of(chunks, count: int) -> list[Answer]:
 
 
 def run(model, prompts, configs, **options) -> list[Answer]:
-    return answers_of(engine.stream(model, prompts, configs, **options), len(prompts))
+    return answers_of(stream(model, prompts, configs, **options), len(prompts))
 
 
 def assert_same(found: Answer, expected: Answer, what: str) -> None:
@@ -310,7 +311,7 @@ def test_a_batch_of_single_tokens_needs_no_decoding(model, batch, monkeypatch):
 
 
 def test_no_requests_are_served_at_once(model):
-    assert list(engine.stream(model, [], [])) == []
+    assert list(stream(model, [], [])) == []
 
 
 # ---- sessions -------------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""Generation of tokens: prompts are prefilled into a cache and continued on the device (`inference.programs`)."""
+"""Sessions: prompts of one batch are prefilled into a cache and continued on the device (`inference.programs`)."""
 
 import contextlib
 import dataclasses
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from qwen_moe_jax.errors import RequestError
 from qwen_moe_jax.huggingface.unused_fields import say_once
 from qwen_moe_jax.inference import programs, speculative
 from qwen_moe_jax.inference.programs import DecodeOutput
+from qwen_moe_jax.inference.request import Chunk, Finish
 from qwen_moe_jax.inference.sampling import initial_state, sampling_settings
 from qwen_moe_jax.inference.speculative import Drafts
 from qwen_moe_jax.model.cache import Cache, RecurrentState, empty_cache
@@ -26,29 +27,6 @@ from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.sharding.distributed import broadcast
 from qwen_moe_jax.sharding.explicit import apart_from_callers_mesh
 from qwen_moe_jax.sharding.rules import BATCH
-
-Finish = Literal["stop", "length"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """New tokens of one request.
-
-    Attributes:
-        index: of the request in its batch.
-        token_ids: what is new, the stop token included.
-        log_probs: of each, in nats, by the model's own distribution (before temperature and the like).
-        routing: where it is recorded, integers [L_sparse, T, A]; the experts of the tokens that were read to choose
-            these. With the first chunk, that is the prompt; later, all tokens from the last of the chunk before to the
-            last but one of this.
-        finished: with the last chunk of a request: "stop" (a stop token, or `enough` was True) or "length"; else None.
-    """
-
-    index: int
-    token_ids: tuple[int, ...]
-    log_probs: tuple[float, ...]
-    finished: Finish | None = None
-    routing: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
 
 
 def stream(

@@ -1,4 +1,4 @@
-"""The engine on hybrids: recurrent states in ragged batches, chunked prompts, decoding and sessions."""
+"""Sessions and batches of hybrids: recurrent states in ragged batches, chunked prompts, decoding and sessions."""
 
 import dataclasses
 
@@ -9,14 +9,14 @@ from flax import nnx
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.inference import programs
-from qwen_moe_jax.inference.engine import Session
 from qwen_moe_jax.inference.sampling import initial_state, sampling_settings
+from qwen_moe_jax.inference.session import Session
 from qwen_moe_jax.model.cache import abstract_cache, recurrent_states
 from tests.cases import HYBRID_CASES
 from tests.distance import assert_near
-from tests.inference import test_engine
+from tests.inference import test_session
 from tests.inference.test_decode_program import made
-from tests.inference.test_engine import (
+from tests.inference.test_session import (
     GREEDY,
     TOLERANCE,
     answers_of,
@@ -28,7 +28,7 @@ from tests.inference.test_engine import (
     say,
 )
 
-short_chunks, tokens_read = test_engine.short_chunks, test_engine.tokens_read
+short_chunks, tokens_read = test_session.short_chunks, test_session.tokens_read
 MAX_LENGTH = 128
 LENGTHS = (22, 19, 7, 12, 4, 1, 9, 2)
 
