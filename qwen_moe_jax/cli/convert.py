@@ -1,13 +1,21 @@
 """`qwen-moe-jax convert`: a checkpoint in another form."""
 
 import argparse
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen_moe_jax.cli.arguments import add_dtype_argument
 from qwen_moe_jax.cli.interrupts import raise_interrupts
+from qwen_moe_jax.errors import CheckpointError
 from qwen_moe_jax.units import format_bytes
 
+if TYPE_CHECKING:
+    from qwen_moe_jax.surgery.result import Comparison
+
 SUMMARY = "write a checkpoint in another form: the Hub's safetensors, or an Orbax folder; memory holds a few blocks"
+#: Most findings in a message.
+_LISTED = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,10 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check-finite", action="store_true", help="first read all weights and refuse infinities and NaN"
     )
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compare what was written with SRC, as `verify` does, before it replaces DST (exit code 1: they differ, "
+        "and DST is unchanged); on if not given and SRC is a folder",
+    )
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     """Converts, and prints the size of the result.
+
+    Returns:
+        The exit code: 0, or 1 if what was written is not the same model as the source.
 
     Raises:
         ConfigError, CheckpointError: as `convert`; the target is untouched then.
@@ -51,15 +69,60 @@ def run(arguments: argparse.Namespace) -> None:
     from qwen_moe_jax.huggingface.convert import convert
 
     raise_interrupts()  # a partial target is removed
-    convert(
-        arguments.source,
-        arguments.target,
-        to=arguments.to,
-        dtype=arguments.dtype,
-        max_shard_size=arguments.max_shard_size,
-        check_finite=arguments.check_finite,
-        adapter=arguments.adapter,
-        drop_mtp=arguments.drop_mtp,
-    )
+    verify = Path(arguments.source).is_dir() if arguments.verify is None else arguments.verify
+    verified = _Verified(arguments)
+    try:
+        convert(
+            arguments.source,
+            arguments.target,
+            to=arguments.to,
+            dtype=arguments.dtype,
+            max_shard_size=arguments.max_shard_size,
+            check_finite=arguments.check_finite,
+            adapter=arguments.adapter,
+            drop_mtp=arguments.drop_mtp,
+            check=verified if verify else None,
+        )
+    except _DifferError as error:
+        print(f"qwen-moe-jax convert: error: {error}", file=sys.stderr)
+        return 1
     size = sum(path.stat().st_size for path in arguments.target.rglob("*") if path.is_file())
-    print(f"Wrote {arguments.target}, {format_bytes(size)}.")
+    print(f"Wrote {arguments.target}, {format_bytes(size)}{verified.words}.")
+    return 0
+
+
+class _DifferError(CheckpointError):
+    """What was written is not the same model as the source."""
+
+
+class _Verified:
+    """The check of a conversion: its comparison with the source.
+
+    Attributes:
+        words: what it has found, for the last line.
+    """
+
+    def __init__(self, arguments: argparse.Namespace):
+        self._arguments = arguments
+        self.words = ""
+
+    def __call__(self, folder: Path) -> None:
+        from qwen_moe_jax.surgery.verify import compare_checkpoints
+
+        arguments = self._arguments
+        comparison = compare_checkpoints(
+            arguments.source, folder, adapter=arguments.adapter, drop_mtp=arguments.drop_mtp
+        )
+        if not comparison.same:
+            raise _DifferError(_difference(comparison, arguments))
+        state = "equal to SRC in every bit" if comparison.verdict == "same" else "equal to SRC up to rounding"
+        self.words = f"; verified: {comparison.tensors:,} tensors {state}"
+
+
+def _difference(comparison: "Comparison", arguments: argparse.Namespace) -> str:
+    lines = dict.fromkeys(f"{finding.kind}: {finding.words}" for finding in comparison.findings)
+    listed = "\n  ".join([*lines][:_LISTED] + ["…"] * (len(lines) > _LISTED))
+    return (
+        f"{arguments.target} is unchanged: what would be written is not the same model as {arguments.source}:\n"
+        f"  {listed}\nWith --no-verify it is written all the same."
+    )

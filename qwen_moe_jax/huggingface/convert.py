@@ -60,6 +60,7 @@ def convert(
     check_finite: bool = False,
     adapter: str | PathLike[str] | None = None,
     drop_mtp: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a checkpoint in another format.
 
@@ -78,6 +79,7 @@ def convert(
             and rounded once.
         drop_mtp: leave out the next-token head (`mtp.*`) that the checkpoint may have.
         check_finite: reads all weights once before writing, and refuses infinities and NaN.
+        check: called with the complete folder, still under its temporary name; if it raises, the target is unchanged.
 
     Raises:
         ConfigError: config.json is not supported; an unknown format or dtype.
@@ -109,6 +111,8 @@ def convert(
         _copy_companions(checkpoint.folder, new)
         write = _write_orbax if to == "orbax" else functools.partial(_write_hub, limit=limit)
         write(new, checkpoint, parameters, advance)
+        if check is not None:
+            check(new)
 
 
 def _write_orbax(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_moe_jax.huggingface.checkpoint import BALANCING_BIAS, ORBAX
+from qwen_moe_jax.huggingface.readback import require_same_arrays
 from qwen_moe_jax.huggingface.save import configs_to_hub, is_stale, write_configs
 from qwen_moe_jax.huggingface.tensors import hub_parameters
 from qwen_moe_jax.model.base import Model
@@ -18,7 +19,7 @@ from qwen_moe_jax.storage.folder import replaced_folder
 from qwen_moe_jax.storage.placement import unpadded
 
 
-def save_orbax(model: Model, folder: str | PathLike[str]) -> None:
+def save_orbax(model: Model, folder: str | PathLike[str], *, verify: bool = False) -> None:
     """Writes a model as a native folder, which `from_pretrained` reads like one of the Hub's, on any mesh.
 
     Written under a temporary name and renamed when complete. Under several processes all call it, with a folder that
@@ -27,19 +28,23 @@ def save_orbax(model: Model, folder: str | PathLike[str]) -> None:
     Args:
         model: any head; its parameters keep their dtype.
         folder: to write. Weights and configs of an existing folder are replaced, its other files are kept.
+        verify: read the arrays back before they replace the folder, and compare them with the model's, bit for bit.
 
     Raises:
         ConfigError: the family cannot express the config.
-        CheckpointError: `folder` is a file or a mount point.
+        CheckpointError: `folder` is a file or a mount point; with `verify`, the arrays differ from the model.
     """
-    from qwen_moe_jax.storage.orbax import save_arrays
+    from qwen_moe_jax.storage.orbax import save_arrays, stored_tensors
 
     model.require_weights()
     configs = _configs(model)
     with replaced_folder(Path(folder), is_stale) as new:
         # Without padding, which depends on the mesh.
         parameters = hub_parameters(model)
-        save_arrays(new / ORBAX, {of.path: unpadded(of.leaf, of.shape) for of in parameters})
+        arrays = {of.path: unpadded(of.leaf, of.shape) for of in parameters}
+        save_arrays(new / ORBAX, arrays)
+        if verify:
+            require_same_arrays(Path(folder), arrays, stored_tensors(new / ORBAX))
         if is_process_zero():
             write_configs(new, configs)
 

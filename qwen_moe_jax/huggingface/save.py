@@ -16,6 +16,7 @@ from qwen_moe_jax.huggingface.export_config import config_to_hub
 from qwen_moe_jax.huggingface.files import INDEX, SINGLE, is_weights
 from qwen_moe_jax.huggingface.generation_config import generation_config_to_hub
 from qwen_moe_jax.huggingface.linear_rows import in_published_order
+from qwen_moe_jax.huggingface.readback import require_same_files
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_tensors
 from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.sharding.distributed import is_process_zero
@@ -27,7 +28,9 @@ from qwen_moe_jax.storage.tensor import StoredTensor, TensorSlice
 from qwen_moe_jax.units import parse_bytes
 
 
-def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+def save_pretrained(
+    model: Model, folder: str | PathLike[str], *, max_shard_size: int | str = "5GB", verify: bool = False
+) -> None:
     """Writes a model as a Hub checkpoint folder: config.json, generation_config.json and safetensors.
 
     The folder is written under a temporary name and renamed when complete, so that an interrupted export never looks
@@ -42,10 +45,12 @@ def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size
         folder: to write.
         max_shard_size: bytes, or for example "5GB". Larger checkpoints are several files with an index; a tensor is
             never split.
+        verify: read the files back before they replace the folder, and compare every tensor with the model's, bit for
+            bit.
 
     Raises:
         ConfigError: the family cannot express the config, or max_shard_size is not a size.
-        CheckpointError: `folder` is a file or a mount point.
+        CheckpointError: `folder` is a file or a mount point; with `verify`, the files differ from the model.
     """
     folder, limit = Path(folder), shard_limit(max_shard_size)
     model.require_weights()
@@ -57,6 +62,8 @@ def save_pretrained(model: Model, folder: str | PathLike[str], *, max_shard_size
             with bytes_bar(f"Writing {folder.name}", size) as advance:
                 write_configs(new, configs)
                 write_shards(new, published, limit, advance)
+            if verify:
+                require_same_files(new, folder, published)
 
 
 @contextlib.contextmanager

@@ -34,7 +34,11 @@ _NOT_COMPARED = {
 
 
 def compare_checkpoints(
-    first: str | PathLike[str], second: str | PathLike[str], *, adapter: str | PathLike[str] | None = None
+    first: str | PathLike[str],
+    second: str | PathLike[str],
+    *,
+    adapter: str | PathLike[str] | None = None,
+    drop_mtp: bool = False,
 ) -> Comparison:
     """Compares two checkpoints of any form that `from_pretrained` reads.
 
@@ -42,12 +46,13 @@ def compare_checkpoints(
         first: folder A, or its name on the Hub; what B is measured against.
         second: folder B.
         adapter: a folder of low-rank adapters that B is expected to have merged into A's weights.
+        drop_mtp: leave the next-token heads that they may have out of the comparison.
 
     Raises:
         ConfigError: a config.json, or the adapter's, is missing or not supported.
         CheckpointError: a folder has no weights or cannot be read; the adapter does not fit A.
     """
-    a, b = (open_checkpoint(local_folder(folder)) for folder in (first, second))
+    a, b = (open_checkpoint(local_folder(folder), drop_mtp=drop_mtp) for folder in (first, second))
     for checkpoint in (a, b):
         if not checkpoint.tensors:
             raise CheckpointError(
