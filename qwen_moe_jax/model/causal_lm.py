@@ -46,6 +46,9 @@ class CausalLM(Model):
         mtp: bool = False,
         replay: Replay | None = None,
         without: Without = (),
+        temperature: float = 1.0,
+        entropy: bool = False,
+        output_router_logits: bool = False,
         **hub_arguments: Any,
     ) -> TokenLosses:
         """-log p(target) of every token, the same as of the logits, without ever holding the logits.
@@ -60,10 +63,14 @@ class CausalLM(Model):
                 vocabulary is NaN: mask it where it has no meaning.
             chunk: tokens of each row in a chunk; None lets a device hold 256 MiB of logits.
             mtp: also return `mtp_losses`, those of the next-token head.
+            temperature: what the logits are divided by, as in sampling.
+            entropy: also return `entropy`, that of the distribution of each token.
+            output_router_logits: also return `router.trace`, as `__call__` does.
             hub_arguments: as of `__call__`.
 
         Raises:
-            RequestError: as `__call__`, of the targets too; `chunk` is less than 1; the model has no next-token head.
+            RequestError: as `__call__`, of the targets too; `chunk` is less than 1; the temperature is not above 0; the
+                model has no next-token head.
             ConfigError: in training mode, the config asks for dropout.
         """
         refuse_hub_arguments("token_losses", hub_arguments, ("targets_BT", "segment_ids", "positions"))
@@ -73,9 +80,18 @@ class CausalLM(Model):
         inputs = self.with_forced_routing(inputs, replay, without)
         if chunk is not None and chunk < 1:
             raise RequestError(f"chunk={chunk} is no number of tokens: expected at least 1, or None.")
+        if not temperature > 0:
+            raise RequestError(f"temperature={temperature} is no temperature: expected a number above 0.")
         if mtp:
             self.require_mtp("mtp=True")
-        return self.run(inputs, LossesOf(chunk=chunk, mtp=mtp), noise_key=noise_key)
+        read_out = LossesOf(
+            chunk=chunk,
+            mtp=mtp,
+            temperature=float(temperature),
+            entropy=entropy,
+            output_router_logits=output_router_logits,
+        )
+        return self.run(inputs, read_out, noise_key=noise_key)
 
     def mtp_step(
         self, tokens_BT: jax.Array, hidden_BTD: jax.Array, token_mask_BT: jax.Array, cache: Cache
@@ -175,11 +191,13 @@ class LossesOf(ReadOut):
 
     chunk: int | None = None
     mtp: bool = False
+    temperature: float = 1.0
+    entropy: bool = False
 
     def __call__(self, model: Model, out: DecoderOutput, inputs: ModelInputs) -> TokenLosses:
         """See `ReadOut`."""
         assert isinstance(model, CausalLM)
-        log_probs_BT, logsumexp_BT = self._log_probs(model, out.hidden_BTD, inputs.targets_BT)
+        log_probs_BT, logsumexp_BT, entropy_BT = self._log_probs(model, out.hidden_BTD, inputs.targets_BT)
         mtp_losses_BT = None
         if self.mtp:
             next_BT, follows_BT = following(inputs.tokens_BT, inputs.segment_ids_BT)
@@ -188,10 +206,16 @@ class LossesOf(ReadOut):
             states_BTD, _ = model.mtp_states(own, next_BT, out.hidden_BTD, model.execution_in_use)
             mtp_losses_BT = -self._log_probs(model, states_BTD, targets_BT)[0]
         return TokenLosses(
-            losses=-log_probs_BT, logsumexp=logsumexp_BT, router=router_output(out), mtp_losses=mtp_losses_BT
+            losses=-log_probs_BT,
+            logsumexp=logsumexp_BT,
+            router=router_output(out),
+            mtp_losses=mtp_losses_BT,
+            entropy=entropy_BT,
         )
 
-    def _log_probs(self, model: CausalLM, hidden_BTD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _log_probs(
+        self, model: CausalLM, hidden_BTD: jax.Array, targets_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         with jax.named_scope("head"):
             return target_log_probs(
                 hidden_BTD,
@@ -200,6 +224,8 @@ class LossesOf(ReadOut):
                 lora=model.lora_head,
                 vocab_size=model.config.vocab_size,
                 chunk=self.chunk,
+                temperature=self.temperature,
+                entropy=self.entropy,
             )
 
 

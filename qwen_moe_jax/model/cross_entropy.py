@@ -36,8 +36,10 @@ def target_log_probs(
     vocab_size: int,
     chunk: int | None,
     lora: LoraAdapter | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each target under `softmax(hidden @ table.T)`, on arrays with explicit axes.
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Log-probability of each target under `softmax(hidden @ table.T / temperature)`, on arrays with explicit axes.
 
     Products are in the dtype of `hidden_BTD` with float32 results, as those of the head. The gradient of the table is
     accumulated over the chunks in float32, and rounded to that dtype once.
@@ -49,9 +51,12 @@ def target_log_probs(
         vocab_size: of the model.
         chunk: tokens of each row whose logits are held at a time; None chooses by `MAX_LOGITS`.
         lora: low-rank adapter of the head.
+        temperature: what the logits are divided by.
+        entropy: also return that of each token's distribution.
 
     Returns:
-        log p(target) and the logsumexp of the logits, float32 [B, T] each.
+        log p(target), the logsumexp of the divided logits, and the entropy in nats, without a gradient, or None;
+        float32 [B, T] each.
     """
     # Each of the X devices of `tensor` computes with its shard of the vocabulary.
     per_shard_XBT = P("tensor", BATCH, None)
@@ -69,18 +74,25 @@ def target_log_probs(
         table_rows=table_VD.shape[0],
         stored=list(zip(table_specs, axes, strict=True)),
         chunk=chunk,
+        temperature=temperature,
+        entropy=entropy,
     )
-    target_XBT, logsumexp_XBT = jax.shard_map(
+    parts_XBT = jax.shard_map(
         device_log_probs,
         in_specs=([P(BATCH, None, None)] * len(hidden), table_specs, P(BATCH, None)),
-        out_specs=(per_shard_XBT, per_shard_XBT),
+        out_specs=(per_shard_XBT,) * (3 if entropy else 2),
         check_vma=False,
     )(hidden, tables, targets_BT)
     # X numbers per token, gathered on every device.
-    target_XBT, logsumexp_XBT = (jax.sharding.reshard(x, P(None, BATCH, None)) for x in (target_XBT, logsumexp_XBT))
+    target_XBT, logsumexp_XBT, *means_XBT = (jax.sharding.reshard(x, P(None, BATCH, None)) for x in parts_XBT)
     logsumexp_BT = jax.nn.logsumexp(logsumexp_XBT, axis=0)
+    entropy_BT = None
+    if entropy:
+        shares_XBT = jax.lax.stop_gradient(jnp.exp(logsumexp_XBT - logsumexp_BT))
+        entropy_BT = jax.lax.stop_gradient(logsumexp_BT) - jnp.sum(shares_XBT * means_XBT[0], axis=0)
     is_known_BT = (targets_BT >= 0) & (targets_BT < vocab_size)
-    return jnp.where(is_known_BT, jnp.sum(target_XBT, axis=0) - logsumexp_BT, jnp.nan), logsumexp_BT
+    log_probs_BT = jnp.where(is_known_BT, jnp.sum(target_XBT, axis=0) - logsumexp_BT, jnp.nan)
+    return log_probs_BT, logsumexp_BT, entropy_BT
 
 
 def _device_log_probs(
@@ -92,10 +104,13 @@ def _device_log_probs(
     table_rows: int,
     stored: list[tuple[P, tuple[str, ...]]],
     chunk: int | None,
-) -> tuple[jax.Array, jax.Array]:
+    temperature: float,
+    entropy: bool,
+) -> tuple[jax.Array, ...]:
     """One shard: logits of the targets in it (0 of the others), and logsumexp over it; [1, B, T] each.
 
-    The logits are the sum of `hidden @ table.T` over the pairs; `stored` has the spec and the axes of each table.
+    With `entropy`, also the mean of the logits under the shard's own softmax, without a gradient. The logits are the
+    sum of `hidden @ table.T` over the pairs; `stored` has the spec and the axes of each table.
     """
     batch, length, _ = hidden[0].shape
     dtype = hidden[0].dtype
@@ -125,21 +140,26 @@ def _device_log_probs(
                 for x_BCD, table_VD in zip(hidden, gathered, strict=True)
             )
             logits_BCV = checkpoint_name(logits_BCV, LOGITS)
+            if temperature != 1:
+                logits_BCV = logits_BCV / temperature
             if table_rows > vocab_size:
                 logits_BCV = jnp.where(vocabulary_V < vocab_size, logits_BCV, _MASKED)
             is_target_BCV = targets_BC[..., None] == vocabulary_V
             target_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), axis=-1)
-            return target_BC, jax.nn.logsumexp(logits_BCV, axis=-1)
+            logsumexp_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+            if not entropy:
+                return target_BC, logsumexp_BC
+            still_BCV = jax.lax.stop_gradient(logits_BCV)
+            probs_BCV = jax.nn.softmax(still_BCV, axis=-1)
+            return target_BC, logsumexp_BC, jnp.sum(jnp.where(probs_BCV > 0, probs_BCV * still_BCV, 0), axis=-1)
 
         def body(_: None, part: tuple[list[jax.Array], jax.Array]):
             return None, one_chunk(gathered, *part)
 
         return jax.lax.scan(body, None, (hidden_chunks, targets_NBC))[1]
 
-    target_NBC, logsumexp_NBC = all_chunks(
-        tables, [_split(x_BTD, chunks) for x_BTD in hidden], _split(targets_BT, chunks)
-    )
-    return _joined(target_NBC, length)[None], _joined(logsumexp_NBC, length)[None]
+    parts_NBC = all_chunks(tables, [_split(x_BTD, chunks) for x_BTD in hidden], _split(targets_BT, chunks))
+    return tuple(_joined(x_NBC, length)[None] for x_NBC in parts_NBC)
 
 
 def _split(x_BT: jax.Array, chunks: int) -> jax.Array:

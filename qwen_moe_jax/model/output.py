@@ -68,15 +68,18 @@ class TokenLosses:
     Attributes:
         losses: float32 [B, T]; -log p(target), in nats. Those of padding have no meaning.
         logsumexp: float32 [B, T]; of the logits of each token.
-        router: None where no layer is sparse; its `trace` is None. It has no part of the next-token head.
+        router: None where no layer is sparse; its `trace` is there where `output_router_logits` asked for it. It has no
+            part of the next-token head.
         mtp_losses: float32 [B, T], where the next-token head's were asked for; -log p of the target of the token after
             each one. Those of a token without another after it in its segment have no meaning.
+        entropy: float32 [B, T], where it was asked for; of the distribution of each token, in nats, without a gradient.
     """
 
     losses: jax.Array
     logsumexp: jax.Array
     router: RouterOutput | None = None
     mtp_losses: jax.Array | None = None
+    entropy: jax.Array | None = None
 
     def first_rows(self, batch: int) -> "TokenLosses":
         """The same without the rows of padding that filled the mesh."""
@@ -84,7 +87,9 @@ class TokenLosses:
             self,
             losses=self.losses[:batch],
             logsumexp=self.logsumexp[:batch],
+            router=_first_rows(self.router, batch),
             mtp_losses=None if self.mtp_losses is None else self.mtp_losses[:batch],
+            entropy=None if self.entropy is None else self.entropy[:batch],
         )
 
 

@@ -140,6 +140,20 @@ def test_packed_documents_have_the_losses_they_have_alone():
     assert_near(packed, np.concatenate([alone[0, :4], alone[1]]), 1e-6, "losses")
 
 
+@pytest.mark.parametrize("mesh", [{}, {"data": 2, "tensor": 2}], ids=["one device", "a sharded vocabulary"])
+def test_temperature_and_entropy_are_those_of_the_whole_logits(mesh):
+    tokens, targets, segment_ids = batch()
+    model = build(mesh, vocab_size=61)  # it does not divide: there are rows of padding
+    tokens, targets, real = tokens % 61, targets % 61, segment_ids != 0
+    out = model.token_losses(tokens, targets, segment_ids, chunk=4, temperature=0.7, entropy=True)
+    logits = model(tokens, segment_ids).logits / 0.7
+    log_probs = np.asarray(jax.nn.log_softmax(logits, axis=-1))
+    picked = np.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+    assert_near(np.asarray(out.losses)[real], -picked[real], 1e-5, "losses")
+    entropy = -np.sum(np.exp(log_probs) * log_probs, axis=-1)
+    assert_near(np.asarray(out.entropy)[real], entropy[real], 1e-5, "entropy")
+
+
 def test_a_target_outside_the_vocabulary_is_seen():
     tokens, targets, segment_ids = batch()
     targets[0, 0], targets[0, 1] = 64, -100
@@ -153,3 +167,5 @@ def test_requests_that_cannot_be_served_are_refused():
         build().token_losses(tokens, targets[:, 1:])
     with pytest.raises(qmj.RequestError, match="chunk=0"):
         build().token_losses(tokens, targets, chunk=0)
+    with pytest.raises(qmj.RequestError, match="temperature=0"):
+        build().token_losses(tokens, targets, temperature=0)
