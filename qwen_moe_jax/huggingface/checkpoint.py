@@ -16,7 +16,7 @@ from qwen_moe_jax.huggingface.fields import read_json
 from qwen_moe_jax.huggingface.files import HARMLESS, VISION, Files, open_files
 from qwen_moe_jax.huggingface.layouts import EMBEDDING, HEAD, in_hub_form, tied
 from qwen_moe_jax.huggingface.linear_rows import published_name
-from qwen_moe_jax.huggingface.quantisation import dequantized, fp8_block
+from qwen_moe_jax.huggingface.quantised.method import opener_of
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_tensors
 from qwen_moe_jax.huggingface.unused_fields import say_once
 from qwen_moe_jax.model.base import Model
@@ -100,8 +100,8 @@ def open_checkpoint(folder: Path, *, drop_mtp: bool = False) -> Checkpoint:
             f"{folder}: all tensor names begin with {wrappers!r}, which a wrapper of the model left; it is removed."
         )
     config = dataclasses.replace(config, dtype=config.dtype or _stored_dtype(files.tensors))
-    block = fp8_block(hub, str(path))
-    tensors, wrong = (files.tensors, []) if block is None else dequantized(files.tensors, block)
+    dequantise = opener_of(hub, str(path))
+    tensors, wrong = (files.tensors, []) if dequantise is None else dequantise(files.tensors)
     tensors, twice = in_hub_form(tensors, config)
     if vision := sum(1 for name in tensors if VISION.search(name)):
         say_once(f"{folder}: the text model alone is loaded: {vision} tensors of its vision tower are skipped.")

@@ -21,7 +21,7 @@ from qwen_moe_jax.huggingface.known_fields import (
     CONFIG_READ,
     CONFIG_WITHOUT_EFFECT,
 )
-from qwen_moe_jax.huggingface.quantisation import fp8_block
+from qwen_moe_jax.huggingface.quantised.method import opener_of
 from qwen_moe_jax.suggest import similar
 
 #: More means a damaged config, which is refused before anything is allocated per layer.
@@ -124,7 +124,7 @@ def config_from_hub(hub: Mapping[str, Any], where: str = "config") -> ModelConfi
     """Translates the content of a config.json. `where` names it in messages."""
     hub = text_part(hub, where)
     family = family_of(hub.get("model_type"), where)
-    fp8_block(hub, where)  # refuses what cannot be dequantised
+    opener_of(hub, where)  # refuses what cannot be dequantised
     # The model's weights are not quantised, also where the files' are.
     hub = {name: value for name, value in hub.items() if name != "quantization_config"}
     fields = Fields(hub, where, family.defaults, family.renames)

@@ -1,6 +1,7 @@
 """A table of a checkpoint's parameters, from headers or from a config.json; no weights are read."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping
 from os import PathLike
@@ -17,11 +18,11 @@ from qwen_moe_jax.huggingface.config import read_config
 from qwen_moe_jax.huggingface.fields import read_json
 from qwen_moe_jax.huggingface.hub import local_folder
 from qwen_moe_jax.huggingface.linear_rows import in_published_order, published_name
-from qwen_moe_jax.huggingface.quantisation import DequantizedTensor
+from qwen_moe_jax.huggingface.quantised.dequantise import Dequantised
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, natural_order
 from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.storage.progress import bytes_bar
-from qwen_moe_jax.storage.tensor import PickedRows, StoredTensor, nbytes
+from qwen_moe_jax.storage.tensor import PickedRows, StoredTensor, TensorSlice, nbytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,8 +187,8 @@ def _row(parameter: HubParameter, tensors: Mapping[str, StoredTensor] | None) ->
         dtypes = {str(parameter.leaf.dtype)}
         size = nbytes(parameter.leaf.shape, str(parameter.leaf.dtype))
     else:
-        stored = [(tensors[name].shape, _stored_dtype(tensors[name])) for name in names if name in tensors]
-        dtypes, size = {dtype for _, dtype in stored}, sum(nbytes(*tensor) for tensor in stored)
+        stored = [(tensors[name].shape, *_stored(tensors[name])) for name in names if name in tensors]
+        dtypes, size = {dtype for _, dtype, _ in stored}, sum(math.prod(shape) * bits // 8 for shape, _, bits in stored)
     return Row(
         names=_pattern(parameter.names),
         shape=parameter.tensor_shape,
@@ -198,11 +199,15 @@ def _row(parameter: HubParameter, tensors: Mapping[str, StoredTensor] | None) ->
     )
 
 
-def _stored_dtype(tensor: StoredTensor) -> str:
-    """The dtype in the file: float8 of a dequantised tensor, or of one whose rows are picked."""
+def _stored(tensor: StoredTensor) -> tuple[str, int]:
+    """The dtype in the file, and its bits: those of the codes of a quantised tensor, or of the part that is sliced."""
     if isinstance(tensor, PickedRows):
-        return _stored_dtype(tensor.runs[0][0])
-    return tensor.weight.dtype if isinstance(tensor, DequantizedTensor) else tensor.dtype
+        return _stored(tensor.runs[0][0])
+    if isinstance(tensor, TensorSlice):
+        return _stored(tensor.tensor)
+    if isinstance(tensor, Dequantised):
+        return tensor.stored_dtype, tensor.stored_bits
+    return tensor.dtype, 8 * np.dtype(tensor.dtype).itemsize
 
 
 def _pattern(names: np.ndarray) -> str:

@@ -5,7 +5,7 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 
-from qwen_moe_jax.huggingface.quantisation import DequantizedTensor
+from qwen_moe_jax.huggingface.quantised.dequantise import Dequantised
 from qwen_moe_jax.storage.tensor import CastTensor, PickedRows, StoredTensor, TensorSlice
 
 
@@ -43,36 +43,29 @@ def bounds(first: StoredTensor, second: StoredTensor, *, computed: bool = False)
     elif dtypes == ("float32", "float32"):
         unit = float(np.finfo(np.float32).eps)
         found.append(Bound(2 * unit, 0.0, f"{2 * unit:.1e} of each value (float32)"))
-    quantised = [part for tensor in (first, second) for part in _float8_parts(tensor)]
+    quantised = [part for tensor in (first, second) for part in _quantised_parts(tensor)]
     if quantised:
-        # Half a step of float8, and half of its smallest number times the largest scale.
-        relative = max(float(ml_dtypes.finfo(part.weight.dtype).eps) / 2 for part in quantised)
-        steps = [
-            float(ml_dtypes.finfo(part.weight.dtype).smallest_subnormal) / 2 * float(np.abs(_scales(part)).max())
-            for part in quantised
-        ]
-        both = 2 if all(_float8_parts(tensor) for tensor in (first, second)) else 1
-        relative, absolute = both * relative * 1.02, both * max(steps) * 1.02
-        found.append(Bound(relative, absolute, f"{relative:.1e} of each value and {absolute:.1e} (float8 blocks)"))
+        # Half a step of the codes, and half of float8's smallest number times the largest scale.
+        steps = [part.rounding() for part in quantised]
+        both = 2 if all(_quantised_parts(tensor) for tensor in (first, second)) else 1
+        relative, absolute = (both * max(column) * 1.02 for column in zip(*steps, strict=True))
+        share = f"{relative:.1e} of each value and " if relative else ""
+        found.append(Bound(relative, absolute, f"{share}{absolute:.1e} (half a step of quantised values)"))
     return tuple(found)
 
 
 def stored_dtype(tensor: StoredTensor) -> str:
-    """The dtype in the file: of an FP8 matrix "float8_e4m3fn", though it is read as float32."""
-    parts = _float8_parts(tensor)
-    return parts[0].weight.dtype if parts else tensor.dtype
+    """What the file has: of an FP8 matrix "float8_e4m3fn", though it is read as float32."""
+    parts = _quantised_parts(tensor)
+    return parts[0].stored_dtype if parts else tensor.dtype
 
 
-def _float8_parts(tensor: StoredTensor) -> list[DequantizedTensor]:
-    if isinstance(tensor, DequantizedTensor):
+def _quantised_parts(tensor: StoredTensor) -> list[Dequantised]:
+    if isinstance(tensor, Dequantised):
         return [tensor]
     if isinstance(tensor, TensorSlice | CastTensor):
-        return _float8_parts(tensor.tensor)
+        return _quantised_parts(tensor.tensor)
     if isinstance(tensor, PickedRows):
         distinct = {id(part): part for part, _, _ in tensor.runs}
-        return [found for part in distinct.values() for found in _float8_parts(part)]
+        return [found for part in distinct.values() for found in _quantised_parts(part)]
     return []
-
-
-def _scales(part: DequantizedTensor) -> np.ndarray:
-    return part.scale.read().astype(np.float32)

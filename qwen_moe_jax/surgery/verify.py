@@ -169,7 +169,9 @@ def _rounded(sides: Sides, names: list[str], adapted: Mapping[str, StoredTensor]
         limits = bounds(first, second, computed=name in adapted)
         kept = next((bound.words for bound, keeps in zip(limits, difference.within, strict=True) if keeps), "")
         # Scales differ from matrix to matrix: the words of the bound have them, and would make a group of each.
-        words = "0" if difference.changed == 0 else kept if "float8" not in kept else "half a step of float8"
+        words = (
+            "0" if difference.changed == 0 else kept if "quantised" not in kept else "half a step of quantised values"
+        )
         dtypes = f"{stored_dtype(first)} → {stored_dtype(second)}"
         groups.setdefault((dtypes, words), []).append((name, difference))
     found = []

@@ -228,13 +228,16 @@ KINDS = {
         in_config(model_type="llama"), "model_type='llama'",
         "expected one of qwen2, qwen2_moe, qwen3, qwen3_moe, mixtral",
     ),
-    "gptq": config_kind(
-        in_config(quantization_config={"quant_method": "gptq", "bits": 4}),
-        "quant_method='gptq'", "expected unquantised weights or block-scaled fp8", "without -GPTQ",
+    "gptq of three bits": config_kind(
+        in_config(quantization_config={"quant_method": "gptq", "bits": 3}),
+        "quant_method='gptq'", "expected 2, 4 or 8", "Take the unquantised checkpoint",
     ),
-    "awq": config_kind(in_config(quantization_config={"quant_method": "awq"}), "quant_method='awq'", "expected"),
+    "hqq": config_kind(
+        in_config(quantization_config={"quant_method": "hqq"}),
+        "quant_method='hqq'", "expected unquantised weights, or one of fp8, fbgemm_fp8, gptq, awq",
+    ),
     "bitsandbytes": config_kind(
-        in_config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        in_config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": False}),
         "quant_method='bitsandbytes'", "expected",
     ),
     "fp8 without blocks": config_kind(
