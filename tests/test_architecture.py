@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 #: From the top of the house to its ground.
 PACKAGES = [
-    "train", "__main__", "cli", "plan", "surgery", "inference", "huggingface", "model", "attention_kernels", "moe",
-    "nn", "storage", "sharding", "web_page", "whole_file", "text_files", "compilation_cache", "config", "text", "units",
-    "rounding", "suggest", "errors",
+    "train", "__main__", "cli", "server", "plan", "surgery", "inference", "huggingface", "model", "attention_kernels",
+    "moe", "nn", "storage", "sharding", "web_page", "whole_file", "text_files", "compilation_cache", "config", "text",
+    "units", "rounding", "suggest", "errors",
 ]  # fmt: skip
 #: The two doors through which users find the Hub readers where they look for them: `ModelConfig.from_pretrained` and
 #: `CausalLM.from_pretrained`. Both import when called.
@@ -67,13 +67,13 @@ def test_configs_and_the_modules_below_need_nothing_but_python():
             assert roots <= allowed, f"{name} imports {roots}"
 
 
-def test_the_validator_library_is_imported_in_one_file():
+def test_the_validator_library_is_imported_where_settings_and_requests_are_checked():
     found = {
         path.relative_to(ROOT).as_posix()
         for path in SOURCES
         if any(module.split(".")[0] == "pydantic" for module in imported_modules(path))
     }
-    assert found == {"train/config/validate.py"}
+    assert found == {"train/config/validate.py", "qwen_moe_jax/server/protocol.py"}
 
 
 def test_only_huggingface_knows_model_names():

@@ -10,9 +10,9 @@ import numpy as np
 import tokenizers
 
 from qwen_moe_jax.cli.arguments import format_ranges
-from qwen_moe_jax.cli.token_text import readable_tokens
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import RequestError
+from qwen_moe_jax.inference.token_text import readable_tokens
 from qwen_moe_jax.inference.tokenizer import encode_prompt
 from qwen_moe_jax.model.causal_lm import CausalLM
 

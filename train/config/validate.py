@@ -1,6 +1,6 @@
 """Tables of TOML → the config classes. pydantic checks names and types; the classes check their own values.
 
-This is the one module that imports pydantic.
+This is the one module of `train` that imports pydantic.
 """
 
 import json

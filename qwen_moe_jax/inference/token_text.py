@@ -1,4 +1,4 @@
-"""Tokens in readable form: each by itself, invisible characters replaced."""
+"""Tokens as texts, each by itself; in readable form, invisible characters are replaced."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ _FALLBACK_BYTE = re.compile("<0x([0-9A-F]{2})>")  # how SentencePiece vocabulari
 
 def readable_tokens(tokenizer: tokenizers.Tokenizer, ids: Sequence[int]) -> tuple[str, ...]:
     """Each token by itself, printable: `␣the`, `↵⇥`, `<|im_start|>`, `‹\\xe4\\xbd›` for a part of a character."""
-    texts = {token: readable(_text(tokenizer, token)) for token in set(ids)}
+    texts = {token: readable(token_text(tokenizer, token)) for token in set(ids)}
     return tuple(texts[token] for token in ids)
 
 
@@ -25,7 +25,7 @@ def readable(text: str) -> str:
     return "".join(_SIGNS.get(c) or (c if c.isprintable() else f"‹U+{ord(c):04X}›") for c in text)
 
 
-def _text(tokenizer: tokenizers.Tokenizer, token: int) -> str:
+def token_text(tokenizer: tokenizers.Tokenizer, token: int) -> str:
     """The text that a token adds; bytes of incomplete characters as lone surrogates."""
     # Some decoders drop the space at the start of a text: what the token adds shows behind another one, itself.
     alone, twice = (tokenizer.decode([token] * times, skip_special_tokens=False) for times in (1, 2))

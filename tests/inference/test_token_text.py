@@ -4,7 +4,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from qwen_moe_jax.cli.token_text import readable, readable_tokens
+from qwen_moe_jax.inference.token_text import readable, readable_tokens
 
 
 def byte_level(*texts: str) -> tokenizers.Tokenizer:

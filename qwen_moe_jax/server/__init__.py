@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server: requests in, the engine's tokens out. It needs the extra `serve`."""

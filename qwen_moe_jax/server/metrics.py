@@ -1,0 +1,99 @@
+"""The numbers of /metrics, in Prometheus' format."""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from qwen_moe_jax.inference.request import Chunk
+from qwen_moe_jax.server.runner import Ticket
+
+#: Upper bounds in seconds.
+_FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class Metrics:
+    """The metrics of one server.
+
+    Args:
+        load: the engine's load, or None while there is no engine.
+    """
+
+    content_type = "text/plain; version=0.0.4; charset=utf-8"
+
+    def __init__(self, load: Callable[[], Any]):
+        self._registry = CollectorRegistry()
+        self._load = load
+        made: Any = {"namespace": "qwen_moe_jax", "registry": self._registry}
+        self._requests = Counter("http_requests", "Answers, by path and status.", ["path", "status"], **made)
+        self._ended = Counter("sequences", "Sequences that have ended, by finish reason.", ["finish"], **made)
+        self._prompt = Counter("prompt_tokens", "Tokens of prompts.", **made)
+        self._generated = Counter("generated_tokens", "Tokens that were generated.", **made)
+        self._first = Histogram(
+            "time_to_first_token_seconds", "From submission to the first token.", buckets=_FIRST_TOKEN, **made
+        )
+        self._between = Histogram(
+            "inter_token_latency_seconds", "Between tokens of a sequence.", buckets=_BETWEEN_TOKENS, **made
+        )
+        self._whole = Histogram("sequence_seconds", "From submission to the last token.", buckets=_WHOLE, **made)
+        self._gauges = {
+            name: Gauge(name, text, **made)
+            for name, text in {
+                "waiting": "Sequences that wait for a slot.",
+                "active_slots": "Slots in use.",
+                "free_slots": "Slots that are free.",
+                "cached_tokens": "Tokens in the cache.",
+                "prefix_hit_tokens": "Tokens of prompts that were in the cache already.",
+                "decoded_tokens": "Tokens decoded by the engine since its start.",
+                "steps": "Steps of the engine since its start.",
+                "tokens_per_second": "Tokens decoded per second since the last reading of this page.",
+            }.items()
+        }
+        self._experts = Gauge("expert_tokens", "Tokens that an expert was given.", ["expert"], **made)
+        self._dropped = Gauge("dropped_tokens", "Tokens that experts dropped.", **made)
+        self._seen = (time.monotonic(), 0)
+        self._seconds, self._count = 0.0, 0  # of sequences that have ended
+
+    def answered(self, path: str, status: int) -> None:
+        """Counts an answer."""
+        self._requests.labels(path, str(status)).inc()
+
+    def observe(self, chunks: Iterable[tuple[Ticket, Chunk]]) -> None:
+        """Counts the tokens of a step; keeps in the tickets when the last one came."""
+        now = time.monotonic()
+        for ticket, chunk in chunks:
+            count = len(chunk.token_ids)
+            if count:
+                self._generated.inc(count)
+                if ticket.tokens == 0:
+                    self._prompt.inc(len(ticket.request.token_ids))
+                    self._first.observe(now - ticket.submitted)
+                else:
+                    for _ in range(count):
+                        self._between.observe((now - ticket.last) / count)
+                ticket.tokens, ticket.last = ticket.tokens + count, now
+            if chunk.finished is not None:
+                self._ended.labels(chunk.finished).inc()
+                self._whole.observe(now - ticket.submitted)
+                self._seconds, self._count = self._seconds + now - ticket.submitted, self._count + 1
+
+    def mean_seconds(self) -> float:
+        """The mean time from submission to the last token of the sequences that have ended; 1 before the first."""
+        return self._seconds / self._count if self._count else 1.0
+
+    def text(self) -> bytes:
+        """The page."""
+        load = self._load()
+        if load is not None:
+            for name, gauge in self._gauges.items():
+                if hasattr(load, name):
+                    gauge.set(getattr(load, name))
+            now, decoded = time.monotonic(), getattr(load, "decoded_tokens", 0)
+            seconds = now - self._seen[0]
+            if seconds > 0:
+                self._gauges["tokens_per_second"].set((decoded - self._seen[1]) / seconds)
+            self._seen = (now, decoded)
+        return generate_latest(self._registry)
