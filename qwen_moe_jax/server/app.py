@@ -38,7 +38,12 @@ def make_app(service: Service) -> Starlette:
         Route("/health", bound(_health), methods=["GET"]),
         Route("/metrics", bound(_metrics), methods=["GET"]),
     ]
-    gate = Middleware(Gate, life=service.life, keys=service.keys, observe=service.metrics.answered)
+    known = {route.path for route in routes}
+
+    def observe(path: str, status: int) -> None:
+        service.metrics.answered(path if path in known else "other", status)
+
+    gate = Middleware(Gate, life=service.life, keys=service.keys, observe=observe)
     handlers: Any = {ApiError: _refused, HTTPException: _unrouted, ClientDisconnect: _gone, Exception: _broken}
     return Starlette(routes=routes, middleware=[gate], exception_handlers=handlers)
 

@@ -74,6 +74,9 @@ def _tools(body: ChatRequest, form: ChatForm) -> Tools:
 
 
 async def _prompt(body: ChatRequest, form: ChatForm, tools: Tools) -> ChatPrompt:
+    for name in ("messages", "tools", "add_generation_prompt"):
+        if name in (body.chat_template_kwargs or {}):
+            raise invalid(f"chat_template_kwargs has {name}, which is a field of its own.", "chat_template_kwargs")
     try:
         return await asyncio.to_thread(
             form.prompt,
@@ -82,7 +85,7 @@ async def _prompt(body: ChatRequest, form: ChatForm, tools: Tools) -> ChatPrompt
             body.chat_template_kwargs or {},
             add_generation_prompt=body.add_generation_prompt is not False,
         )
-    except (RequestError, TypeError) as error:
+    except RequestError as error:
         raise invalid(str(error), "messages") from None
 
 

@@ -127,9 +127,9 @@ class Grammars:
         rest = f"ANY {close} SPACE?" if close.startswith("<") else "thought_text SPACE?"
         text = "" if close.startswith("<") else f"thought_text[suffix={close}]: /(?s:.*)/\n"
         before = {
-            "none": "SPACE?",
+            "none": "",
             "open": "thought",
-            "possible": f"({self._tag('<think>')} thought)? SPACE?",
+            "possible": f"({self._tag('<think>')} thought)?",
         }[thought]
         used = "" if thought == "none" else f"thought: {rest}\n{text}"
         return f"start: {before} {body}\n{used}{_LEXEMES}{rules}"

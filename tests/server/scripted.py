@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -56,6 +57,7 @@ class ScriptedEngine:
         cancelled: numbers of those that were cancelled.
         delay: seconds that a step takes.
         before_step: called with the texts of the prompts in the slots; what it raises ends the engine.
+        fails: whether a prompt's logits become NaN at the third token.
     """
 
     def __init__(self, answer: Callable[[str], str] = lambda prompt: prompt, *, slots: int = 4, max_length: int = 512):
@@ -64,6 +66,7 @@ class ScriptedEngine:
         self.max_length = max_length
         self.delay = 0.0
         self.before_step: Callable[[list[str]], None] = lambda prompts: None
+        self.fails: Callable[[str], bool] = lambda prompt: False
         self.seen: list[Request] = []
         self.cancelled: list[int] = []
         self.steps = self._decoded = 0
@@ -111,6 +114,9 @@ class ScriptedEngine:
         request, config = row.request, row.request.config
         if request.deadline is not None and time.monotonic() > request.deadline:
             return Chunk(request=number, token_ids=(), log_probs=(), finished="deadline")
+        if row.written == 2 and self.fails(TOKENIZER.decode(list(request.token_ids))):
+            error = RequestError("the logits are NaN.")
+            return Chunk(request=number, token_ids=(), log_probs=(), finished="error", error=error)
         wanted = row.script[row.written] if row.written < len(row.script) else STOP
         try:
             token = wanted if request.mask is None else self._allowed(request.mask, wanted)
@@ -184,12 +190,14 @@ def make_service(
 class Running:
     """A server in a thread: its URL, and its exit code once it has ended."""
 
-    def __init__(self, service: Service, engine, **settings):
+    def __init__(self, service: Service, engine, *, send_buffer: int | None = None, **settings):
         self.service = service
         self.engine = engine
         self.code: int | None = None
         self.error: BaseException | None = None
         self._listening = bind("127.0.0.1", 0)
+        if send_buffer is not None:  # of its connections, so that a slow reader is soon noticed
+            self._listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         self.url = address_of(self._listening)
         self._settings = settings
         self._ready = threading.Event()
@@ -232,3 +240,11 @@ def running(service: Service, engine, **settings):
     finally:
         server.signal()
         server.join()
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Waits until something holds."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it has not come true"
+        time.sleep(0.005)
