@@ -84,7 +84,7 @@ def our_step(
     def step() -> float:
         nonlocal state
         state, metrics = program.train_step(state, program.fixed, batch)
-        return float(jax.block_until_ready((state, metrics))[1].cross_entropy)
+        return float(jax.block_until_ready((state, metrics))[1].terms["cross_entropy"])
 
     return step
 

@@ -12,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.experimental import v1 as ocp
 
 from qwen_moe_jax.errors import CheckpointError
-from qwen_moe_jax.model.causal_lm import CausalLM
+from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.nn.parameters import parameters_with_paths
 from qwen_moe_jax.sharding.distributed import num_processes
 from qwen_moe_jax.sharding.rules import PADDED_AXES
@@ -33,13 +33,17 @@ class Checkpoints:
 
     Args:
         folder: `checkpoints` in the run's folder.
-        keep: how many checkpoints remain.
+        keep: how many checkpoints remain, besides the last one that was saved as the best.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics["best_at_step"], n=1, keep_checkpoints_without_metrics=False
+        )
         self._checkpointer = ocp.training.Checkpointer(
             folder.absolute(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(n=keep),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(n=keep), best]),
             cleanup_tmp_directories=True,
         )
         self._run = folder.parent
@@ -70,11 +74,16 @@ class Checkpoints:
         """The newest step whose checkpoint is complete on disk; None where there is none."""
         return None if self._checkpointer.latest is None else self._checkpointer.latest.step
 
-    def save(self, step: int, state: TrainState) -> None:
+    def save(self, step: int, state: TrainState, *, best: bool = False) -> None:
         """Copies the state to host memory and writes it in the background while training goes on.
 
         Because of the copy, the next step may reuse (donate) the state's device memory at once. At most one checkpoint
         is written at a time: a second `save` waits for the first.
+
+        Args:
+            step: the number of finished steps.
+            state: to save.
+            best: whether it is the best so far; it is kept until another one is.
 
         Raises:
             SaveError: this checkpoint, or the one before it, cannot be written.
@@ -82,7 +91,8 @@ class Checkpoints:
         self.wait()
         on_host = jax.block_until_ready({name: _copied_to_host(array) for name, array in _named_arrays(state).items()})
         with write_errors(self._run, _saving(step)):
-            self._writing = step, self._checkpointer.save_async(step, on_host, overwrite=True)
+            metrics = {"best_at_step": step} if best else None
+            self._writing = step, self._checkpointer.save_async(step, on_host, overwrite=True, metrics=metrics)
 
     def check(self) -> None:
         """Looks, without waiting, whether the last saved checkpoint failed.
@@ -120,8 +130,8 @@ class Checkpoints:
                     self._writing = step, writing
                     return
 
-    def restore_latest(self, like: TrainState, model: CausalLM) -> TrainState:
-        """The newest state, sharded as `like` is; the mesh may differ from the one that saved.
+    def restore(self, like: TrainState, model: Model, step: int | None = None) -> TrainState:
+        """The state of a step, None is the newest, sharded as `like` is; the mesh may differ from the one that saved.
 
         Arrays are stored as they are sharded, so that saving moves nothing between devices: a vocabulary that does
         not divide over the mesh is stored with its rows of padding. They are zero; for another mesh they are removed
@@ -130,16 +140,17 @@ class Checkpoints:
         Args:
             like: arrays or `jax.ShapeDtypeStruct`s with shardings.
             model: whose parameters the state holds; it may be abstract.
+            step: whose checkpoint is complete on disk.
 
         Raises:
             CheckpointError: an array has another shape, beyond padding.
         """
         named = _named_arrays(like)
-        _check_shapes(self._checkpointer.metadata().metadata, named, model)
+        _check_shapes(self._checkpointer.metadata(step).metadata, named, model)
         context = ocp.Context()
         context.array.loading.enable_padding_and_truncation = True
         with context:
-            arrays = self._checkpointer.load(abstract_state=jax.tree.map(_abstract, named))
+            arrays = self._checkpointer.load(step, abstract_state=jax.tree.map(_abstract, named))
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in named])
 
 
@@ -147,7 +158,7 @@ def _saving(step: int) -> str:
     return f"the checkpoint of step {step}"
 
 
-def _check_shapes(stored: Mapping[str, Any], named: Mapping[str, jax.Array], model: CausalLM) -> None:
+def _check_shapes(stored: Mapping[str, Any], named: Mapping[str, jax.Array], model: Model) -> None:
     """Refuses arrays that differ in more than padding, which Orbax would truncate or pad as well."""
     params = dict(parameters_with_paths(model))
     for name, array in named.items():

@@ -9,6 +9,7 @@ import jax
 import qwen_moe_jax as qmj
 from qwen_moe_jax.huggingface.generation_config import generation_config_to_hub
 from qwen_moe_jax.huggingface.save import write_configs
+from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.sharding.distributed import is_process_zero, num_processes
 from train.config import TrainConfig
 from train.data.corpus import Corpus
@@ -17,8 +18,8 @@ from train.folder import RunFolder
 from train.initial import export_generation_config
 
 
-def export(trained: qmj.CausalLM, config: TrainConfig, folder: RunFolder, corpus: Corpus) -> str:
-    """Writes what the config asks for, and returns the continuation of `run.sample_prompt`.
+def export(trained: Model, config: TrainConfig, folder: RunFolder, corpus: Corpus) -> str | None:
+    """Writes what the config asks for, and returns the continuation of `run.sample_prompt`; a classifier has none.
 
     The sample is of the exported model, loaded again, where one is exported; it is always greedy.
 
@@ -38,20 +39,22 @@ def export(trained: qmj.CausalLM, config: TrainConfig, folder: RunFolder, corpus
         if is_process_zero():
             _save_tokenizer(folder, folder.hub, corpus)
         qmj.save_pretrained(in_dtype(trained, export_dtype(config, trained)), folder.hub)
-        trained = qmj.from_pretrained(folder.hub, mesh=trained.mesh if num_processes() > 1 else None)
+        trained = type(trained).from_pretrained(folder.hub, mesh=trained.mesh if num_processes() > 1 else None)
+    if not isinstance(trained, qmj.CausalLM):
+        return None
     greedy = dataclasses.replace(trained.generation_config, do_sample=False)
     prompt, count = config.run.sample_prompt, config.run.sample_tokens
     [sample] = qmj.generate(trained, [prompt], greedy, max_new_tokens=count, tokenizer=corpus.tokenizer)
     return str(sample)
 
 
-def export_dtype(config: TrainConfig, model: qmj.CausalLM) -> str:
+def export_dtype(config: TrainConfig, model: Model) -> str:
     """The dtype of the weights in hub/: `run.export_dtype`, else the dtype of the run's base, else the model's."""
     base = model.config.dtype if config.run.model_name_or_path else None
     return config.run.export_dtype or base or model.execution.param_dtype
 
 
-def in_dtype(model: qmj.CausalLM, dtype: str) -> qmj.CausalLM:
+def in_dtype(model: Model, dtype: str) -> Model:
     """The model with parameters of another dtype, sharded as before; those that are always float32 stay so."""
     if dtype == model.execution.param_dtype:
         return model

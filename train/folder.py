@@ -8,14 +8,17 @@ from typing import Any
 
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.whole_file import write_whole
-from train.config import TrainConfig, differences, load_config, to_toml
+from train.config import OBJECTIVE_TABLES, TrainConfig, differences, load_config, to_toml
 from train.lock import LOCK_NAME, RunLock, lock_folder
 from train.write_errors import write_errors
 
 # The settings that a resumed run must keep. Mesh, execution and intervals between reports may change; the model, its
 # text and its optimization may not. The run may become longer.
-_FIXED_SECTIONS = ("model", "data", "loss", "optimizer", "lora")
-_FIXED_RUN_KEYS = ("max_steps", "num_train_epochs", "seed", "model_name_or_path", "drop_mtp")
+_FIXED_SECTIONS = ("model", "data", "loss", "optimizer", "lora", *OBJECTIVE_TABLES)
+_FIXED_RUN_KEYS = (
+    "max_steps", "num_train_epochs", "seed", "model_name_or_path", "drop_mtp", "metric_for_best_model",
+    "greater_is_better", "early_stopping_patience",
+)  # fmt: skip
 _LENGTH_KEYS = ("max_steps", "num_train_epochs")
 _WAYS_OUT = "Add --fresh to delete that run and start anew, or choose another folder: --run.output_dir FOLDER."
 
@@ -91,11 +94,15 @@ class RunFolder:
         hub = f", Hub folder in {self.hub}{dtype}" if self.hub.exists() else ""
         hub += f", adapters in {self.adapter}" if self.adapter.exists() else ""
         speed = f" at {result['tokens_per_second']:,.0f} tokens/s" if result["tokens_per_second"] else ""
-        return (
-            f"Held-out loss {result['heldout_loss']:.3f} after {result['steps']} steps{speed}.\n"
-            f"Metrics in {self.metrics}, checkpoints in {self.checkpoints}{hub}.\n\n"
-            f"The model goes on from {result['prompt']!r}:\n{result['prompt']}{result['sample']}"
+        others = "".join(f", {name} {value:.3f}" for name, value in result.get("heldout", {}).items() if name != "loss")
+        best = f", the best of {result['best_metric']}" if result.get("best_metric") else ""
+        said = (
+            f"Held-out loss {result['heldout_loss']:.3f}{others} after {result['steps']} steps{best}{speed}.\n"
+            f"Metrics in {self.metrics}, checkpoints in {self.checkpoints}{hub}."
         )
+        if result.get("sample") is None:  # of a classifier
+            return said
+        return f"{said}\n\nThe model goes on from {result['prompt']!r}:\n{result['prompt']}{result['sample']}"
 
 
 def open_run_folder(config: TrainConfig, *, fresh: bool) -> RunFolder:

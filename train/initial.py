@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 
@@ -11,10 +12,13 @@ from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.checkpoint import open_checkpoint
 from qwen_moe_jax.huggingface.generation_config import read_generation_config
 from qwen_moe_jax.huggingface.hub import local_folder
+from qwen_moe_jax.huggingface.load import load_model
+from qwen_moe_jax.model.base import Model
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.data.corpus import Corpus
 from train.folder import HUB_FOLDER
+from train.objectives.chosen import objective_of
 from train.parameters import Params, select
 from train.program import Program
 from train.step import TrainState
@@ -34,14 +38,19 @@ def check_checkpoint_exists(source: str) -> None:
 
 
 def initial_model_config(config: TrainConfig, corpus: Corpus) -> qmj.ModelConfig:
-    """That of the checkpoint to start from, or of the config's [model] table.
+    """That of the checkpoint to start from, or of the config's [model] table, with what the objective changes in it.
 
     Raises:
         ConfigError: its vocabulary is smaller than the tokenizer's, or it is no config of a known family.
     """
+    return objective_of(config).model_config(_model_config(config, corpus), corpus)
+
+
+def _model_config(config: TrainConfig, corpus: Corpus) -> qmj.ModelConfig:
     if config.run.model_name_or_path:
         folder = local_folder(config.run.model_name_or_path)
-        model_config = open_checkpoint(folder, drop_mtp=config.run.drop_mtp).config
+        drop_mtp = config.run.drop_mtp or not _is_language_model(config)
+        model_config = open_checkpoint(folder, drop_mtp=drop_mtp).config
         _check_vocabulary(f"run.model_name_or_path: {folder} has vocab_size", model_config.vocab_size, corpus)
         return dataclasses.replace(model_config, eos_token_id=_with_turn_ends(model_config.eos_token_id, corpus))
     vocab_size = config.model.get("vocab_size", corpus.vocab_size) if config.data.tokenizer else config.data.vocab_size
@@ -74,7 +83,7 @@ def initial_state(config: TrainConfig, program: Program, checkpoints: Checkpoint
     or drawn as at the run's first start.
     """
     if checkpoints.latest_step is not None:
-        state = checkpoints.restore_latest(like=program.state, model=program.model)
+        state = checkpoints.restore(like=program.state, model=program.model)
         fixed = select(_initial_params(config, program.model), like=program.fixed) if program.fixed else {}
         return state, fixed
     params = _initial_params(config, program.model)
@@ -82,21 +91,33 @@ def initial_state(config: TrainConfig, program: Program, checkpoints: Checkpoint
     return program.begin(params), select(params, like=program.fixed)
 
 
-def _initial_params(config: TrainConfig, abstract: qmj.CausalLM) -> Params:
-    """The parameters of the checkpoint to start from, or random ones; adapters are always new."""
-    rngs = nnx.Rngs(config.run.seed)
+def _initial_params(config: TrainConfig, abstract: Model) -> Params:
+    """The parameters of the checkpoint to start from, or random ones; adapters are always new.
+
+    So is a classifier's head, where the checkpoint has none of this kind.
+    """
+    rngs, head = nnx.Rngs(config.run.seed), type(abstract)
     if config.run.model_name_or_path:
-        model = qmj.from_pretrained(
+        new_head: dict[str, Any] = {}
+        if not _is_language_model(config):
+            new_head = {"rngs": rngs, "num_labels": abstract.config.num_labels}
+        model = load_model(
+            head,
             config.run.model_name_or_path,
             mesh=abstract.mesh,
             execution=abstract.execution,
             drop_mtp=config.run.drop_mtp,
+            **new_head,
         )
     else:
-        model = qmj.CausalLM(abstract.config, rngs=rngs, mesh=abstract.mesh, execution=abstract.execution)
+        model = head(abstract.config, rngs=rngs, mesh=abstract.mesh, execution=abstract.execution)
     if config.lora is not None:
         qmj.add_lora(model, config.lora, rngs=rngs)
     return nnx.to_pure_dict(nnx.state(model))
+
+
+def _is_language_model(config: TrainConfig) -> bool:
+    return issubclass(objective_of(config).description.model_class, qmj.CausalLM)
 
 
 def _check_vocabulary(found: str, vocab_size: int, corpus: Corpus) -> None:

@@ -2,6 +2,7 @@
 loop → checkpoint and export."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +11,17 @@ from jax.sharding import Mesh
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.sharding.distributed import barrier, is_process_zero
+from train.best import Best, best_so_far
 from train.checkpoint import Checkpoints
 from train.config import RunConfig, TrainConfig
-from train.data.corpus import Corpus, load_corpus
-from train.data.feed import BatchFeed, make_feed
+from train.data.corpus import Corpus
+from train.data.feed import Feed, Setting
 from train.export import export, export_dtype
 from train.folder import RunFolder
 from train.initial import check_checkpoint_exists, initial_model_config, initial_state
 from train.nonfinite import NonFiniteGuard
+from train.objectives.chosen import objective_of
+from train.objectives.contract import Objective
 from train.optimizer import make_schedule, schedule_notes
 from train.parameters import Params, merge
 from train.processes import Asked, with_shared_stop
@@ -27,7 +31,7 @@ from train.reporting.progress import NoReport, Report
 from train.reporting.samples import Sampler
 from train.reporting.start import Start, introduction, start_of
 from train.reporting.tensorboard import require_tensorboard
-from train.step import TrainState, heldout_loss
+from train.step import TrainState, heldout_metrics
 from train.stopping import Stopped, leave, stop_requests
 from train.write_errors import write_errors
 
@@ -53,20 +57,34 @@ def _train(config: TrainConfig, folder: RunFolder) -> None:
     check_checkpoint_exists(config.run.model_name_or_path)
     sizes: dict[str, Any] = config.mesh.sizes
     mesh = qmj.make_mesh(**sizes)
-    corpus = _shared_corpus(folder, config)
-    feed = make_feed(config.data, corpus, mesh, batch_sharding(mesh), config.run.seed)
-    epochs, config = config.run.num_train_epochs, config.with_steps_of(feed.rows.num_rows)
+    objective = objective_of(config)
+    corpus = _shared_corpus(objective, folder, config)
+    feed = objective.feed(config, corpus, mesh, batch_sharding(mesh))
+    epochs, config = config.run.num_train_epochs, config.with_steps_of(feed.num_rows)
     program = assemble(config, initial_model_config(config, corpus), mesh)  # shapes and shardings, no weights yet
 
     with Checkpoints(folder.checkpoints, config.run.save_total_limit) as checkpoints:
         state, fixed = initial_state(config, program, checkpoints)
-        start = start_of(config, program, mesh, state, fixed, text_tokens=feed.rows.num_tokens)
-        report, profiler = _reports(config, folder, start, first_step=int(state.step))
+        first_step = int(state.step)
+        start = start_of(config, program, mesh, state, fixed, text_tokens=feed.num_tokens)
+        best = best_so_far(config.run, folder.metrics, first_step)
+        report, profiler = _reports(config, folder, start, first_step=first_step)
         with report, profiler, stop_requests(lambda: leave(folder), says=is_process_zero()) as asked:
             notes = [*corpus.forms, *corpus.notes, *feed.notes]
             notes += schedule_notes(config.optimizer, config.run.steps)
-            notes += _length_notes(config.run, epochs, feed, folder)
-            report.say("\n".join([introduction(start, config.run.steps), *notes]))
+            notes += _length_notes(config.run, epochs, feed, config.data.batch_size, folder)
+            all_epochs = config.run.steps * config.data.batch_size / feed.num_rows
+            report.say("\n".join([introduction(start, all_epochs), *notes]))
+            setting = Setting(
+                config=config,
+                folder=folder,
+                mesh=mesh,
+                program=program,
+                corpus=corpus,
+                report=report,
+                first_step=first_step,
+            )
+            feed = feed.prepare(setting, merge(state.params, fixed))
             loop = Loop(
                 config=config.run,
                 folder=folder,
@@ -75,12 +93,16 @@ def _train(config: TrainConfig, folder: RunFolder) -> None:
                 feed=feed,
                 fixed=fixed,
                 checkpoints=checkpoints,
+                best=best,
                 report=report,
                 profiler=profiler,
-                sampler=Sampler(config.run, program.eval_graph, corpus.tokenizer),
+                sampler=_sampler(config, program, corpus),
                 guard=NonFiniteGuard(config.run, batch_of=lambda step: "on " + feed.describe(step - 1), say=report.say),
             )
-            state, loss = loop.run(state, asked)
+            state, heldout = loop.run(state, asked)
+            last_step = int(state.step)
+            if best is not None and best.step not in (None, last_step):
+                state, heldout = loop.restore_best()
 
     trained = nnx.merge(program.eval_graph, merge(state.params, fixed))
     with write_errors(folder.path, "the export"):
@@ -88,8 +110,11 @@ def _train(config: TrainConfig, folder: RunFolder) -> None:
         if is_process_zero():
             folder.finish(
                 {
-                    "steps": config.run.steps,
-                    "heldout_loss": loss,
+                    "steps": int(state.step),
+                    "last_step": last_step,
+                    "heldout_loss": heldout["loss"],
+                    "heldout": dict(heldout),
+                    "best_metric": config.run.metric_for_best_model or None,
                     "tokens_per_second": report.tokens_per_second,
                     "seconds_of_last_start": time.perf_counter() - began,
                     "prompt": config.run.sample_prompt,
@@ -111,48 +136,70 @@ class Loop:
         feed: the batches.
         fixed: the parameters that are not trained.
         checkpoints, report, profiler, sampler, guard: called after the steps that concern them.
+        best: of the evaluations, where the config names a metric.
     """
 
     config: RunConfig
     folder: RunFolder
     mesh: Mesh
     program: Program
-    feed: BatchFeed
+    feed: Feed
     fixed: Params
     checkpoints: Checkpoints
+    best: Best | None
     report: Report | NoReport
     profiler: Profiler
-    sampler: Sampler
+    sampler: Sampler | None
     guard: NonFiniteGuard
 
-    def run(self, state: TrainState, asked: Asked) -> tuple[TrainState, float]:
-        """Makes all steps that are left, and returns the last state and the last held-out loss.
+    def run(self, state: TrainState, asked: Asked) -> tuple[TrainState, Mapping[str, float]]:
+        """Makes all steps that are left, and returns the last state and the last held-out metrics.
+
+        With a metric for the best checkpoint, the last step is evaluated before it is saved; it may come early.
 
         Raises:
             Stopped: `asked` has a signal; the step under way is finished and saved.
             NonFiniteError: see `NonFiniteGuard`.
             SaveError: a checkpoint, or what the run reports, cannot be written.
         """
-        done, last_step = int(state.step), self.config.steps
+        done, heldout = int(state.step), None
         train_step, asked_to_stop = with_shared_stop(self.program.train_step, asked, self.mesh)
         with write_errors(self.folder.path, lambda: f"step {done}"):
             self._begin(done, state)
-            while done < last_step:
+            while not self._is_over(done):
                 done += 1
                 self.profiler.before(done)
                 with self.report.fetching():
-                    batch = self.feed.training(done - 1)
+                    batch = self.feed.training(done - 1, merge(state.params, self.fixed))
                 state, metrics = train_step(state, self.fixed, batch)
                 self.report.step(done, metrics)
                 self.guard.step(done, metrics)
-                self._between_steps(done, state)
+                heldout = self._between_steps(done, state)
                 stop = asked_to_stop()
                 self.checkpoints.check()
-                if done % self.config.save_steps == 0 or done == last_step or stop:
-                    self._save(done, state)
-                if stop and done < last_step:
+                is_best = self.best is not None and self.best.step == done
+                over = self._is_over(done)
+                if done % self.config.save_steps == 0 or is_best or over or stop:
+                    self._save(done, state, is_best)
+                if stop and not over:
                     raise Stopped(done, stop)
-            return state, self._evaluate(last_step, state)
+            if done < self.config.steps:
+                name, patience = self.config.metric_for_best_model, self.config.early_stopping_patience
+                self.report.say(f"step {done}  the run ends early: {patience} evaluations without a better {name}")
+            return state, heldout or self._evaluate(done, state)
+
+    def restore_best(self) -> tuple[TrainState, Mapping[str, float]]:
+        """The state of the best evaluation, and its metrics.
+
+        Raises:
+            SaveError: a checkpoint cannot be written.
+        """
+        self.checkpoints.wait()
+        state = self.checkpoints.restore(self.program.state, self.program.model, self.best.step)
+        return state, self.best.metrics
+
+    def _is_over(self, done: int) -> bool:
+        return done >= self.config.steps or self.best is not None and self.best.stops
 
     def _begin(self, first_step: int, state: TrainState) -> None:
         """Says where a resumed run goes on; evaluates and samples a new one."""
@@ -163,43 +210,59 @@ class Loop:
             self._evaluate(0, state)
             self._sample(0, state)
 
-    def _between_steps(self, done: int, state: TrainState) -> None:
+    def _between_steps(self, done: int, state: TrainState) -> Mapping[str, float] | None:
+        """What comes after a step; the held-out metrics, where the step is evaluated."""
         if self.profiler.ends_with(done):
             with self.report.aside("profile"):
                 self.profiler.stop()
-        if done % self.config.eval_steps == 0 and done < self.config.steps:
-            self._evaluate(done, state)
+        is_last, heldout = done == self.config.steps, None
+        if self.best is not None if is_last else done % self.config.eval_steps == 0:
+            heldout = self._evaluate(done, state)
         self._sample(done, state)
+        return heldout
 
-    def _evaluate(self, done: int, state: TrainState) -> float:
+    def _evaluate(self, done: int, state: TrainState) -> Mapping[str, float]:
+        program = self.program
         with self.report.aside("evaluation"):
-            loss = heldout_loss(self.program.eval_step, merge(state.params, self.fixed), self.feed.heldout)
-        self.report.heldout(done, loss)
-        return loss
+            params = merge(state.params, self.fixed)
+            heldout = heldout_metrics(program.eval_step, params, self.feed.heldout, program.objective)
+        self.report.heldout(done, heldout)
+        if self.best is not None:
+            self.best.add(done, heldout)
+        return heldout
 
     def _sample(self, done: int, state: TrainState) -> None:
-        self.sampler.sample(done, merge(state.params, self.fixed), self.report)
+        if self.sampler is not None:
+            self.sampler.sample(done, merge(state.params, self.fixed), self.report)
 
-    def _save(self, done: int, state: TrainState) -> None:
+    def _save(self, done: int, state: TrainState, is_best: bool) -> None:
         with self.report.aside("checkpoint"):
             self.guard.settle()
-            self.checkpoints.save(done, state)
+            self.feed.saved(done)
+            self.checkpoints.save(done, state, best=is_best)
         self.guard.saved(done)
 
 
-def _shared_corpus(folder: RunFolder, config: TrainConfig) -> Corpus:
+def _shared_corpus(objective: Objective, folder: RunFolder, config: TrainConfig) -> Corpus:
     """Process 0 makes the corpus in the run folder, which all processes see; the others open it."""
     if is_process_zero():
-        load_corpus(folder.corpus, config.data)
+        objective.load_corpus(folder.corpus, config)
     barrier("the corpus is made")
-    return load_corpus(folder.corpus, config.data)
+    return objective.load_corpus(folder.corpus, config)
 
 
-def _length_notes(run: RunConfig, epochs: float | None, feed: BatchFeed, folder: RunFolder) -> list[str]:
+def _sampler(config: TrainConfig, program: Program, corpus: Corpus) -> Sampler | None:
+    """What continues `run.sample_prompt`; None for a classifier."""
+    if not isinstance(program.model, qmj.CausalLM):
+        return None
+    return Sampler(config.run, program.eval_graph, corpus.tokenizer)
+
+
+def _length_notes(run: RunConfig, epochs: float | None, feed: Feed, batch_size: int, folder: RunFolder) -> list[str]:
     """What the start says about the number of steps, where it follows from epochs or was raised."""
     notes = []
     if epochs is not None:
-        rows = f"{feed.rows.num_rows:,} rows of text, {feed.batch_size} a step"
+        rows = f"{feed.num_rows:,} rows of text, {batch_size} a step"
         notes.append(f"run.num_train_epochs {epochs:g}: {run.steps:,} steps ({rows})")
     if folder.lengthened:
         notes.append(

@@ -9,7 +9,7 @@ import optax
 
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.tensors import hub_parameters
-from qwen_moe_jax.model.causal_lm import CausalLM
+from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.suggest import similar
 from train.config import OptimizerConfig
 
@@ -64,7 +64,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     )
 
 
-def frozen_paths(patterns: Collection[str], model: CausalLM) -> frozenset[str]:
+def frozen_paths(patterns: Collection[str], model: Model) -> frozenset[str]:
     """The paths of the parameters whose names in the family's files match one of these regular expressions.
 
     Args:

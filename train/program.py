@@ -6,18 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.model.lora import is_adapter
 from qwen_moe_jax.nn.parameters import parameters_with_paths
 from train.config import TrainConfig
-from train.data.batches import Batch
-from train.objectives import language_modelling
+from train.objectives.chosen import objective_of
 from train.objectives.contract import Objective
 from train.optimizer import frozen_paths, make_optimizer
 from train.parameters import Params, partition, paths, select
@@ -32,30 +31,29 @@ from train.step import (
     state_shardings,
 )
 
-#: The objective of a run.
-OBJECTIVE: Objective = language_modelling
-
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
     """The two jitted steps, and their abstract arguments: `jax.ShapeDtypeStruct`s with shardings.
 
     Attributes:
+        objective: what is minimised.
         model: abstract, in training mode.
         eval_graph: the graphdef of the same model in eval mode, where no token is dropped.
         state: the train state; its parameters are the trained ones.
         fixed: the parameters that are not trained (`train.parameters`); no checkpoint of the run holds them.
         batch: the batch of a step.
         train_step: (state, fixed, batch) → (state, metrics).
-        eval_step: (all parameters, batch) → the summed loss.
+        eval_step: (all parameters, batch) → sums for the objective's held-out metrics.
         optimizer: the optimizer of `train_step`.
     """
 
-    model: qmj.CausalLM
+    objective: Objective
+    model: Model
     eval_graph: nnx.GraphDef
     state: TrainState
     fixed: Params
-    batch: Batch
+    batch: Any
     train_step: TrainStep
     eval_step: EvalStep
     optimizer: optax.GradientTransformation
@@ -84,7 +82,9 @@ def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> 
         ConfigError: a setting needs a part that the model does not have, or no parameter is left to train.
         ShardingError: sizes do not divide over the mesh.
     """
-    model = qmj.CausalLM(model_config, rngs=None, mesh=mesh, execution=_execution(config.execution))
+    objective = objective_of(config)
+    head = objective.description.model_class
+    model = head(model_config, rngs=None, mesh=mesh, execution=_execution(config.execution))
     if config.lora is not None:
         qmj.add_lora(model, config.lora, rngs=None)
     eval_graph = nnx.graphdef(model)
@@ -98,48 +98,46 @@ def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> 
     optimizer = make_optimizer(config.optimizer, config.run.steps)
     shardings = state_shardings(trained, optimizer, mesh)
     return Program(
+        objective=objective,
         model=model,
         eval_graph=eval_graph,
         state=abstract_state(trained, optimizer, shardings),
         fixed=fixed,
-        batch=_abstract_batch(config.data.batch_size, config.data.seq_len, batch_sharding(mesh)),
+        batch=_sharded(objective.abstract_batch(config, model_config), batch_sharding(mesh)),
         train_step=make_train_step(
             train_graph,
             optimizer,
-            OBJECTIVE.resolve_loss(config.loss, model_config),
+            objective.resolve_loss(config.loss, model_config),
             shardings,
             config.run.seed,
             config.run.gradient_accumulation_steps,
-            OBJECTIVE,
+            objective,
         ),
-        eval_step=make_eval_step(eval_graph, OBJECTIVE),
+        eval_step=make_eval_step(eval_graph, objective),
         optimizer=optimizer,
     )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch's arrays [B,T]: rows over all axes that share the batch."""
+    """The sharding of a batch's arrays [B, …]: rows over all axes that share the batch."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
 
 
-def _fixed_paths(config: TrainConfig, model: qmj.CausalLM) -> frozenset[str]:
+def _fixed_paths(config: TrainConfig, model: Model) -> frozenset[str]:
     """The paths of the parameters that are not trained.
 
     All but the adapters, or those that the config freezes, and the next-token head where no loss trains it.
     """
     if config.lora is None:
         frozen = frozen_paths(config.optimizer.frozen, model)
-        unused = [] if config.loss.mtp_coef or model.mtp is None else paths(nnx.to_pure_dict(nnx.state(model.mtp)))
+        mtp = getattr(model, "mtp", None)  # classifiers have none
+        unused = [] if config.loss.mtp_coef or mtp is None else paths(nnx.to_pure_dict(nnx.state(mtp)))
         return frozen | {f"mtp.{path}" for path in unused}
     return frozenset(path for path in paths(nnx.to_pure_dict(nnx.state(model))) if not is_adapter(path))
 
 
-def _abstract_batch(rows: int, seq_len: int, sharding: NamedSharding) -> Batch:
-    def array(dtype: type) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, seq_len), dtype, sharding=sharding)
-
-    fields: dict[str, Any] = {field.name: array(jnp.int32) for field in dataclasses.fields(Batch)}
-    return Batch(**{**fields, "target_mask_BT": array(jnp.bool_)})
+def _sharded(batch: Any, sharding: NamedSharding) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
 
 
 def _execution(execution: qmj.ExecutionConfig) -> qmj.ExecutionConfig:

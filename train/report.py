@@ -51,7 +51,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportPage:
-    """What `report.html.j2` shows. Dense models have no router curves and no load map."""
+    """What `report.html.j2` shows. Dense models have no router curves and no load map, language modelling no terms."""
 
     name: str
     state: str
@@ -59,6 +59,7 @@ class ReportPage:
     results: dict[str, str]
     settings: dict[str, str]
     curves: tuple[PageFigure, ...]
+    term_curves: tuple[PageFigure, ...]
     router_curves: tuple[PageFigure, ...]
     load_map: PageFigure | None
     samples: tuple[Sample, ...]
@@ -72,7 +73,7 @@ def write_report(folder: RunFolder) -> Path:
         ModuleNotFoundError: matplotlib is not installed.
     """
     metrics = read_metrics(folder.metrics)
-    if folder.finished and "sample" in (result := folder.result()):  # that of the exported model
+    if folder.finished and (result := folder.result()).get("sample") is not None:  # that of the exported model
         metrics.samples.append({"step": result["steps"], "prompt": result["prompt"], "sample": result["sample"]})
     page = report_page(
         metrics, name=folder.path.resolve().name, config=folder.config.read_text(encoding="utf-8"), state=_state(folder)
@@ -91,7 +92,7 @@ def report_page(metrics: Metrics, *, name: str, config: str, state: str) -> str:
         config: the text of its config.toml.
         state: whether it is over.
     """
-    from train.reporting.figures import curves, load_map, router_curves
+    from train.reporting.figures import curves, load_map, router_curves, term_curves
 
     routers = tuple(map(_figure, router_curves(metrics)))
     page = ReportPage(
@@ -101,6 +102,7 @@ def report_page(metrics: Metrics, *, name: str, config: str, state: str) -> str:
         results=_results(metrics),
         settings=_settings(Start(**metrics.starts[-1]["start"])),
         curves=tuple(map(_figure, curves(metrics))),
+        term_curves=tuple(map(_figure, term_curves(metrics))),
         router_curves=routers,
         load_map=_figure(load_map(metrics)) if routers else None,
         samples=_samples(metrics.samples),
@@ -133,9 +135,11 @@ def _results(metrics: Metrics) -> dict[str, str]:
     """The run's latest numbers; speed is the median of the last steps."""
     last = metrics.steps[-1]
     results = {"step": f"{last['step']:,}", "tokens": f"{sum(record['tokens'] for record in metrics.steps):,}"}
-    results["training loss"] = f"{_mean(record['cross_entropy'] for record in metrics.steps[-20:]):.3f}"
+    results["training loss"] = f"{_mean(record[metrics.loss_term] for record in metrics.steps[-20:]):.3f}"
     if metrics.heldout:
-        results["held-out loss"] = f"{metrics.heldout[-1]['heldout_loss']:.3f}"
+        for key, value in metrics.heldout[-1].items():
+            if key != "step":
+                results[f"held-out {key.removeprefix('heldout_')}"] = f"{value:.3f}"
     timed = metrics.timed_steps[-50:]
     if timed:
         for key, title in (("tokens_per_second", "tokens/s"), ("tokens_per_second_per_device", "per device")):
@@ -168,6 +172,7 @@ def _settings(start: Start) -> dict[str, str]:
     mesh = format_mesh(start.mesh)
     execution = ", ".join(f"{key} {value}" for key, value in start.execution.items() if value is not None)
     settings = {
+        "objective": start.objective,
         "started": start.time,
         "parameters": start.parameters_in_words,
         "devices": f"{start.devices} × {start.device_kind}",

@@ -1,6 +1,7 @@
 """The two jitted functions of training: the train step, and the eval step of the held-out loss."""
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qwen_moe_jax.model.balancing import update_balancing_biases
 from qwen_moe_jax.moe.stats import RouterStats, sum_stats
 from train.config import LossConfig
-from train.data.batches import Batch
 from train.objectives import language_modelling
-from train.objectives.contract import HeldoutSum, LossTerms, Objective, WholeBatch
+from train.objectives.contract import LossTerms, Objective, WholeBatch
 from train.parameters import Params, merge, select
 
 
@@ -44,11 +44,10 @@ class StepMetrics:
 
     Attributes:
         finite: whether loss and gradient norm are finite; if not, the step changed nothing but the step number.
-        loss: what is minimised: the cross entropy plus the other losses times their coefficients.
-        cross_entropy: the mean over the targets, in nats.
-        z_loss: the mean squared logsumexp of the logits, without its coefficient.
-        balance_loss: the load-balancing loss, without its coefficient.
-        router_z: the z-loss of the router's logits, without its coefficient.
+        loss: what is minimised: the terms times their coefficients.
+        terms: those of the objective by name, without coefficients; of language modelling, `cross_entropy` (the mean
+            over the targets, in nats), `z_loss` (the mean squared logsumexp of the logits), `balance_loss`, `router_z`
+            (the z-loss of the router's logits) and, where it is trained, `mtp_loss` (the next-token head's).
         gradient_norm: over all trained parameters, before clipping.
         tokens: real tokens, without padding.
         learned_tokens: the targets of the loss; a step without any changes nothing but the step number.
@@ -56,15 +55,11 @@ class StepMetrics:
         dropped: the assignments without a capacity slot.
         load_imbalance: the largest load of an expert over the mean load, in the layer where that is largest.
         router: the statistics of each layer; None for a dense model.
-        mtp_loss: the mean cross entropy of the next-token head, without its coefficient; 0 where it is not trained.
     """
 
     finite: jax.Array
     loss: jax.Array
-    cross_entropy: jax.Array
-    z_loss: jax.Array
-    balance_loss: jax.Array
-    router_z: jax.Array
+    terms: dict[str, jax.Array]
     gradient_norm: jax.Array
     tokens: jax.Array
     learned_tokens: jax.Array
@@ -72,11 +67,10 @@ class StepMetrics:
     dropped: jax.Array
     load_imbalance: jax.Array
     router: RouterStats | None
-    mtp_loss: jax.Array | float = 0.0
 
 
-TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, StepMetrics]]
-EvalStep = Callable[[Params, Batch], HeldoutSum]
+TrainStep = Callable[[TrainState, Params, Any], tuple[TrainState, StepMetrics]]
+EvalStep = Callable[[Params, Any], Any]
 
 
 def state_shardings(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -103,7 +97,7 @@ def state_shardings(params: Params, optimizer: optax.GradientTransformation, mes
 
 
 def abstract_state(params: Params, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
-    """The abstract state, for `Checkpoints.restore_latest` and for compilation; nothing is allocated.
+    """The abstract state, for `Checkpoints.restore` and for compilation; nothing is allocated.
 
     Args:
         params: the trained parameters, as `jax.ShapeDtypeStruct`s with shardings.
@@ -144,17 +138,17 @@ def make_train_step(
     """
 
     def loss_and_stats(
-        trained: Params, fixed: Params, batch: Batch, whole: WholeBatch, noise_key: jax.Array
+        trained: Params, fixed: Params, batch: Any, whole: WholeBatch, noise_key: jax.Array
     ) -> tuple[jax.Array, tuple[LossTerms, RouterStats | None]]:
         out = forward(merge(trained, fixed), batch, noise_key)
         loss = objective.training_loss(out, batch, whole, loss_config)
         return loss.total, (loss, None if out.router is None else out.router.stats)
 
-    def forward(params: Params, batch: Batch, noise_key: jax.Array) -> Any:
+    def forward(params: Params, batch: Any, noise_key: jax.Array) -> Any:
         return objective.forward(nnx.merge(graphdef, params), batch, noise_key)
 
     def accumulated(
-        trained: Params, fixed: Params, batch: Batch, whole: WholeBatch, noise_key: jax.Array
+        trained: Params, fixed: Params, batch: Any, whole: WholeBatch, noise_key: jax.Array
     ) -> tuple[Params, tuple[LossTerms, RouterStats | None]]:
         """Gradients, losses and router statistics of the whole batch, summed over its micro-batches."""
         parts = (_micro_batches(batch, accumulation_steps), jax.random.split(noise_key, accumulation_steps))
@@ -164,7 +158,7 @@ def make_train_step(
             counts = jax.lax.map(lambda part: forward(merge(trained, fixed), *part).router.stats, parts)
             whole = dataclasses.replace(whole, router=_summed(counts))
 
-        def add(total: Params, part: tuple[Batch, jax.Array]) -> tuple[Params, tuple[LossTerms, RouterStats | None]]:
+        def add(total: Params, part: tuple[Any, jax.Array]) -> tuple[Params, tuple[LossTerms, RouterStats | None]]:
             micro_batch, key = part
             gradients, seen = jax.grad(loss_and_stats, has_aux=True)(trained, fixed, micro_batch, whole, key)
             return jax.tree.map(lambda total, new: total + new.astype(jnp.float32), total, gradients), seen
@@ -177,7 +171,7 @@ def make_train_step(
 
     gradients_of = jax.grad(loss_and_stats, has_aux=True) if accumulation_steps == 1 else accumulated
 
-    def train_step(state: TrainState, fixed: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def train_step(state: TrainState, fixed: Params, batch: Any) -> tuple[TrainState, StepMetrics]:
         noise_key = jax.random.fold_in(jax.random.key(seed), state.step)
         whole = objective.whole_batch(batch, accumulation_steps)
         gradients, (loss, stats) = gradients_of(state.params, fixed, batch, whole, noise_key)
@@ -185,10 +179,7 @@ def make_train_step(
         metrics = StepMetrics(
             finite=jnp.isfinite(loss.total) & jnp.isfinite(gradient_norm),
             loss=loss.total,
-            cross_entropy=loss.cross_entropy,
-            z_loss=loss.z,
-            balance_loss=loss.balance,
-            router_z=loss.router_z,
+            terms=loss.terms,
             gradient_norm=gradient_norm,
             tokens=whole.tokens,
             learned_tokens=whole.targets,
@@ -196,7 +187,6 @@ def make_train_step(
             dropped=jnp.int32(0) if stats is None else jnp.sum(stats.dropped_per_expert),
             load_imbalance=jnp.float32(0) if stats is None else jnp.max(stats.load_imbalance),
             router=stats,
-            mtp_loss=loss.mtp,
         )
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -213,9 +203,9 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, shardings.step))
 
 
-def _micro_batches(batch: Batch, count: int) -> Batch:
-    """[B,T] to [count, B / count, T]. A micro-batch has every `count`-th row, so that no row changes its device."""
-    return jax.tree.map(lambda x_BT: jnp.swapaxes(x_BT.reshape(-1, count, x_BT.shape[1]), 0, 1), batch)
+def _micro_batches(batch: Any, count: int) -> Any:
+    """[B, …] to [count, B / count, …]. A micro-batch has every `count`-th row, so that no row changes its device."""
+    return jax.tree.map(lambda x_B: jnp.swapaxes(x_B.reshape(-1, count, *x_B.shape[1:]), 0, 1), batch)
 
 
 def _summed(stats: RouterStats | None) -> RouterStats | None:
@@ -226,16 +216,18 @@ def _summed(stats: RouterStats | None) -> RouterStats | None:
 
 
 def make_eval_step(graphdef: nnx.GraphDef, objective: Objective = language_modelling) -> EvalStep:
-    """The jitted `(params, batch) → HeldoutSum`; `graphdef` is of the model in eval mode, which drops no token."""
+    """The jitted `(params, batch) → sums`; `graphdef` is of the model in eval mode, which drops no token."""
 
     @jax.jit
-    def eval_step(params: Params, batch: Batch) -> HeldoutSum:
+    def eval_step(params: Params, batch: Any) -> Any:
         return objective.heldout_sum(objective.forward(nnx.merge(graphdef, params), batch), batch)
 
     return eval_step
 
 
-def heldout_loss(eval_step: EvalStep, params: Params, batches: list[Batch]) -> float:
-    """The mean cross entropy per target, in nats, over all batches."""
+def heldout_metrics(
+    eval_step: EvalStep, params: Params, batches: list[Any], objective: Objective = language_modelling
+) -> dict[str, float]:
+    """The objective's metrics over all batches by name; `loss` is one of them."""
     sums = [jax.device_get(eval_step(params, batch)) for batch in batches]
-    return float(sum(part.loss for part in sums) / sum(part.targets for part in sums))
+    return objective.heldout_metrics(functools.reduce(lambda one, other: jax.tree.map(operator.add, one, other), sums))

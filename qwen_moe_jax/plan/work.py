@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 from qwen_moe_jax.config import SHARDING_RULES, ShardingRules
 from qwen_moe_jax.errors import ShardingError
-from qwen_moe_jax.model.causal_lm import CausalLM
+from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.plan.result import Purpose, Work
 from qwen_moe_jax.sharding.rules import BATCH
 
 
 def work_of(
-    model: CausalLM,
+    model: Model,
     purpose: Purpose,
     *,
     rows: int,

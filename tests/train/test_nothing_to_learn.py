@@ -69,7 +69,7 @@ def test_rows_without_a_learned_token_are_left_out_and_their_share_is_said(chats
     [note] = feed.notes
     assert note.startswith("left out ") and "chats.jsonl" in note and "which have no token to learn" in note
     for step in range(6):
-        assert np.asarray(feed.training(step).target_mask_BT).any(axis=1).all()
+        assert np.asarray(feed.training(step, {}).target_mask_BT).any(axis=1).all()
     [heldout] = feed.heldout
     assert np.asarray(heldout.target_mask_BT).any(axis=1).all()
 

@@ -78,7 +78,7 @@ def test_a_checkpoint_of_one_mesh_is_restored_on_meshes_with_other_padding(state
             216: abstract(config, qmj.make_mesh(tensor=2, fsdp=3), BOTH),
         }
         for rows, (model, like) in cases.items():
-            restored = checkpoints.restore_latest(like=like, model=model)
+            restored = checkpoints.restore(like=like, model=model)
             assert restored.params["lm_head"]["weight"].shape == (rows, 16)
             for found, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(like), strict=True):
                 assert found.sharding == expected.sharding
@@ -87,4 +87,4 @@ def test_a_checkpoint_of_one_mesh_is_restored_on_meshes_with_other_padding(state
 
         model, like = abstract(build(VOCABULARY + 20).config, qmj.make_mesh())
         with pytest.raises(qmj.CheckpointError, match=r"lm_head.weight of shape \[212, 16\], .* is \[231, 16\]"):
-            checkpoints.restore_latest(like=like, model=model)
+            checkpoints.restore(like=like, model=model)

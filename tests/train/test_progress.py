@@ -29,8 +29,8 @@ def step_metrics() -> StepMetrics:
     blank = dict.fromkeys([field.name for field in dataclasses.fields(RouterStats)], np.zeros(LAYERS, np.float32))
     stats = {**blank, "tokens_per_expert": loads_LE, "rounds": np.ones(2, np.int32)}
     stats |= {"dropped_per_expert": zeros_LE + np.array([[0], [1]], np.int32), "entropy": np.array([1.3, 0.1])}
-    numbers = {"loss": 3.5, "cross_entropy": 3.25, "balance_loss": 1.0, "router_z": 2.0, "gradient_norm": 1.0}
-    numbers |= {"finite": True, "z_loss": 30.0}
+    terms = {"cross_entropy": 3.25, "balance_loss": 1.0, "router_z": 2.0, "z_loss": 30.0}
+    numbers = {"loss": 3.5, "terms": terms, "gradient_norm": 1.0, "finite": True}
     counts = {"tokens": 20, "learned_tokens": 16, "assignments": 80, "dropped": 4, "load_imbalance": 4.0}
     return StepMetrics(**numbers, **counts, router=RouterStats(**stats))
 

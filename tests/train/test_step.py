@@ -13,7 +13,7 @@ from tests.model.test_balancing import biases
 from train.config import LossConfig, OptimizerConfig
 from train.data.batches import batch_at, pack
 from train.optimizer import make_optimizer
-from train.step import heldout_loss, initial_state, make_eval_step, make_train_step, state_shardings
+from train.step import heldout_metrics, initial_state, make_eval_step, make_train_step, state_shardings
 
 HUB_CONFIG = {
     "model_type": "qwen3_moe",
@@ -51,12 +51,12 @@ def setting():
     documents = np.split(np.random.default_rng(0).integers(1, 64, 120), [33, 60])
     batch = batch_at(pack(documents, 16), step=0, batch_size=8, seed=0)
     eval_step = make_eval_step(eval_graph)
-    loss_before = heldout_loss(eval_step, params, [batch])
+    loss_before = heldout_metrics(eval_step, params, [batch])["loss"]
     train_step = make_train_step(graph, optimizer, LossConfig(router_aux_loss_coef=0.01), shardings, seed=0)
     old = state
     state, metrics = train_step(state, {}, batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old)), "the old state's memory should have been reused"
-    loss_after = heldout_loss(eval_step, state.params, [batch])
+    loss_after = heldout_metrics(eval_step, state.params, [batch])["loss"]
     beyond = dataclasses.replace(batch, tokens_BT=batch.tokens_BT + 64)  # tokens that the vocabulary does not have
     broken = train_step(jax.tree.map(jax.numpy.copy, state), {}, beyond)
     return before, state, metrics, batch, (loss_before, loss_after), broken
@@ -93,9 +93,9 @@ def test_metrics_count_real_tokens_and_dropped_assignments(setting):
     assert metrics.tokens == real == 120
     assert metrics.assignments == real * 2 * 2  # two experts a token in each of two layers
     assert 0 < metrics.dropped < metrics.assignments  # half the capacity that an even load needs
-    assert np.isfinite(metrics.gradient_norm) and metrics.balance_loss > 1
+    assert np.isfinite(metrics.gradient_norm) and metrics.terms["balance_loss"] > 1
     assert 1 < metrics.load_imbalance <= 2  # of four experts, two of which every token takes
-    assert 0 < metrics.router_z < 20  # log(4)² = 1.9 is a router that knows nothing
+    assert 0 < metrics.terms["router_z"] < 20  # log(4)² = 1.9 is a router that knows nothing
 
 
 def test_a_step_whose_loss_is_not_finite_changes_nothing_but_the_count_of_steps(setting):

@@ -8,7 +8,7 @@ a file, `validate` checks it (by pydantic, which is imported only there), `toml`
 from train.config.columns import ColumnsConfig
 from train.config.help import describe_keys, key_options
 from train.config.load import build_config, load_config, split_overrides
-from train.config.run_config import SECTIONS, TRAINER_DEFAULTS, TrainConfig
+from train.config.run_config import OBJECTIVE_TABLES, SECTIONS, TRAINER_DEFAULTS, TrainConfig
 from train.config.sections import (
     FORMATS,
     DataConfig,
@@ -23,6 +23,7 @@ from train.config.toml import differences, to_toml
 
 __all__ = [
     "FORMATS",
+    "OBJECTIVE_TABLES",
     "SECTIONS",
     "TRAINER_DEFAULTS",
     "ColumnsConfig",

@@ -7,7 +7,7 @@ from typing import Any
 from qwen_moe_jax.config.docs import field_docs
 from train.config.kinds import hints, type_name
 from train.config.renamed import API_ONLY
-from train.config.run_config import SECTIONS, TRAINER_DEFAULTS
+from train.config.run_config import OBJECTIVE_TABLES, SECTIONS, TRAINER_DEFAULTS
 from train.config.toml import toml_value
 
 #: How a named table of sharding rules is chosen, which is no field of `ShardingRules`.
@@ -39,6 +39,8 @@ def describe_keys() -> str:
         lines += ["", f"[{section}]"]
         if section == "lora":
             lines.append("  A [lora] table, or one of these, trains low-rank adapters instead of the weights.")
+        if section in OBJECTIVE_TABLES:
+            lines.append("  This table, or one of these, makes it the objective of the run.")
         if section == "sharding":
             lines += _entry("--sharding.rules", "text", "expert+fsdp", RULES_HELP)
         for field in dataclasses.fields(cls):

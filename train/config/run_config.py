@@ -26,6 +26,9 @@ SECTIONS: dict[str, type] = {
     "run": RunConfig,
 }
 
+#: The sections that choose an objective, of which a file has one at most; without one it is language modelling.
+OBJECTIVE_TABLES: tuple[str, ...] = ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -63,6 +66,12 @@ class TrainConfig:
             self._check_batch(check)
             self._check_schedule(check)
             self._check_trained(check)
+            self._check_objective(check)
+
+    @property
+    def objective(self) -> str:
+        """The section that chooses the objective; "" for language modelling."""
+        return next((table for table in OBJECTIVE_TABLES if getattr(self, table) is not None), "")
 
     def with_steps_of(self, rows: int) -> "TrainConfig":
         """The same run with `run.max_steps`, computed from `run.num_train_epochs` where that is given.
@@ -143,3 +152,9 @@ class TrainConfig:
         expected = "0 with run.model_name_or_path: the routers of a Hub checkpoint have no bias. Leave one of them out"
         given = ("run.model_name_or_path",)
         check(not (biased and self.run.model_name_or_path), "loss.router_bias_update_rate", expected, given=given)
+
+    def _check_objective(self, check: Checks) -> None:
+        given = [table for table in OBJECTIVE_TABLES if getattr(self, table) is not None]
+        for table in given[1:]:
+            expected = f"one objective, and there is a [{given[0]}] table. Leave one of the two out"
+            check(False, table, expected, found=f"a [{table}] table", given=(given[0],))

@@ -165,6 +165,8 @@ class DataConfig(TextConfig):
         batch_size: rows of a step on all devices together, B; a multiple of data x fsdp x expert.
         heldout_fraction: share of each source's documents that is held out of training, for evaluation.
         heldout_rows: rows of held-out documents, evenly spread, that the held-out loss is computed on.
+        eval_path: a file or folder whose documents are held out, instead of a share of the training documents; it is
+            read as path is (of a mixture, as its first source).
     """
 
     sources: tuple[SourceConfig, ...] = ()
@@ -176,11 +178,16 @@ class DataConfig(TextConfig):
     batch_size: int = 16
     heldout_fraction: float = 0.05
     heldout_rows: int = 64
+    eval_path: str = ""
 
     def __post_init__(self) -> None:
         with Checks(self) as check:
             self._check_text(check)
             check.at_least(1, "batch_size", "heldout_rows")
+            default = DataConfig.heldout_fraction
+            expected = "none with data.eval_path, which says what is held out. Leave one of the two out"
+            both = self.eval_path and self.heldout_fraction != default
+            check(not both, "heldout_fraction", expected, given=("eval_path",))
             check(self.megabytes > 0, "megabytes", ABOVE_ZERO)
             check(0 < self.heldout_fraction < 1, "heldout_fraction", "a number between 0 and 1, exclusive")
             check(self.seq_len >= 2, "seq_len", "at least 2, a token and the one after it")
@@ -197,6 +204,11 @@ class DataConfig(TextConfig):
         if self.sources:
             return self.sources
         return (SourceConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(TextConfig)}),)
+
+    @property
+    def validation(self) -> SourceConfig | None:
+        """The source of `eval_path`; None where a share of the training documents is held out."""
+        return dataclasses.replace(self.mixture[0], path=self.eval_path) if self.eval_path else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +285,10 @@ class RunConfig:
         max_skipped: with nonfinite skip, the run stops after more skipped steps than this since its start.
         logging_steps: steps between two progress lines, and between two records of the load of every expert.
         eval_steps: steps between two evaluations of the held-out loss.
+        metric_for_best_model: a held-out metric, as loss: the checkpoint in which it is best is kept, and exported in
+            the end; left out, the last is exported.
+        greater_is_better: of that metric; left out, false for one whose name ends with loss, else true.
+        early_stopping_patience: end the run after so many evaluations in which that metric was not the best so far.
         save_steps: steps between two checkpoints; the last step always has one.
         save_total_limit: the newest checkpoints that are kept.
         sample_prompt: text that the model continues at intervals and in the end.
@@ -296,6 +312,9 @@ class RunConfig:
     max_skipped: int = 10
     logging_steps: int = 10
     eval_steps: int = 100
+    metric_for_best_model: str = ""
+    greater_is_better: bool | None = None
+    early_stopping_patience: int | None = None
     save_steps: int = 200
     save_total_limit: int = 2
     sample_prompt: str = "def"
@@ -321,6 +340,12 @@ class RunConfig:
                 check(self.max_steps is None, "max_steps", expected, given=("num_train_epochs",))
             for field in ("max_skipped", "sample_steps"):
                 check((getattr(self, field) or 0) >= 0, field, NOT_NEGATIVE)
+            for field in ("greater_is_better", "early_stopping_patience"):
+                expected = "it to be left out without run.metric_for_best_model"
+                given = ("metric_for_best_model",)
+                check(bool(self.metric_for_best_model) or getattr(self, field) is None, field, expected, given=given)
+            patience = self.early_stopping_patience
+            check(patience is None or patience >= 1, "early_stopping_patience", "at least 1")
             check(self.sample_prompt != "", "sample_prompt", "at least one character to continue")
             expected = "first:end with 1 <= first < end, as 10:13 for steps 10, 11 and 12"
             check(_steps(self.profile) is not None, "profile", expected)

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from train.config.renamed import API_ONLY
-from train.config.run_config import SECTIONS, TrainConfig
+from train.config.run_config import OBJECTIVE_TABLES, SECTIONS, TrainConfig
 
 
 def to_toml(config: TrainConfig) -> str:
@@ -15,7 +15,7 @@ def to_toml(config: TrainConfig) -> str:
     parts = []
     for section in ["model", *SECTIONS]:
         table = as_table(config, section)
-        if table or section == "lora" and config.lora is not None:
+        if table or section in (*OBJECTIVE_TABLES, "lora") and getattr(config, section) is not None:
             parts.append("\n".join([f"[{section}]", *(f"{key} = {toml_value(value)}" for key, value in table.items())]))
     return "\n\n".join(parts) + "\n"
 

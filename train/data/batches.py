@@ -6,8 +6,9 @@ uninterrupted run would have read.
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import grain
 import jax
@@ -94,9 +95,20 @@ class Batch:
 class Reference:
     """A row, `rows[number]`, in an epoch (from 0)."""
 
-    rows: "Rows"
+    rows: "Source"
     number: int
     epoch: int
+
+
+class Source(Protocol):
+    """What a batch is put together from: numbered rows, each a dataclass of arrays of the same shapes."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def num_tokens(self) -> int: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int) -> Any: ...
 
 
 class Rows:
@@ -190,12 +202,13 @@ class Rows:
         np.add.at(changes, rows[holds], 1)
         np.add.at(changes, last_rows[holds] + 1, -1)
 
-    def references(self, seed: int | str) -> grain.MapDataset:
-        """An endless sequence of `Reference`s: every row once an epoch, each epoch in another order."""
-        # Grain shuffles epoch e by seed + e: without the hash, runs with neighbouring seeds would share epochs.
-        hashed = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
-        numbers = grain.MapDataset.range(len(self)).shuffle(seed=hashed)
-        return numbers.map_with_index(lambda index, number: Reference(self, number, epoch=index // len(self)))
+
+def references(rows: Source, seed: int | str) -> grain.MapDataset:
+    """An endless sequence of `Reference`s: every row once an epoch, each epoch in another order."""
+    # Grain shuffles epoch e by seed + e: without the hash, runs with neighbouring seeds would share epochs.
+    hashed = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
+    numbers = grain.MapDataset.range(len(rows)).shuffle(seed=hashed)
+    return numbers.map_with_index(lambda index, number: Reference(rows, number, epoch=index // len(rows)))
 
 
 @dataclass(frozen=True)
@@ -205,7 +218,7 @@ class Mixture:
     Each source has its own epochs: none of its rows is repeated before all were read once.
     """
 
-    sources: Sequence[Rows]
+    sources: Sequence[Source]
     weights: Sequence[float]
 
     @property
@@ -221,7 +234,7 @@ class Mixture:
     def references(self, seed: int) -> grain.MapDataset:
         """An endless sequence of `Reference`s to rows of the sources; the shares are exact to a hundredth."""
         # Sources of equal length need different orders, or their n-th rows would always be neighbours.
-        several = [rows.references(f"{seed}, source {number}") for number, rows in enumerate(self.sources)]
+        several = [references(rows, f"{seed}, source {number}") for number, rows in enumerate(self.sources)]
         return grain.MapDataset.mix(several, weights=list(self.weights))
 
 
@@ -235,17 +248,44 @@ def pack(documents: Sequence[np.ndarray], seq_len: int, name: str = "documents")
     return Rows(documents if isinstance(documents, Documents) else as_documents(documents), seq_len, name)
 
 
-def batch_at(rows: Rows | Mixture, step: int, batch_size: int, seed: int, part: Sequence[int] | None = None) -> Batch:
+def batch_of(rows: Sequence[Row]) -> Batch:
+    """The batch of these packed rows."""
+    tokens_BT, segment_ids_BT, positions_BT, learned_BT = (
+        np.stack(fields) for fields in zip(*(vars(row).values() for row in rows), strict=True)
+    )
+    targets_BT = np.zeros_like(tokens_BT)
+    targets_BT[:, :-1] = tokens_BT[:, 1:]
+    target_mask_BT = np.zeros(tokens_BT.shape, bool)
+    same_segment = (segment_ids_BT[:, :-1] == segment_ids_BT[:, 1:]) & (segment_ids_BT[:, :-1] > 0)
+    target_mask_BT[:, :-1] = same_segment & learned_BT[:, 1:]
+    return Batch(tokens_BT, segment_ids_BT, positions_BT, targets_BT, target_mask_BT)
+
+
+def blank_batch(batch_size: int, seq_len: int) -> Batch:
+    """A batch of padding."""
+    zeros = np.zeros(seq_len, np.int32)
+    return batch_of([Row(zeros, zeros, zeros, np.zeros(seq_len, bool))] * batch_size)
+
+
+def batch_at(
+    rows: Source | Mixture,
+    step: int,
+    batch_size: int,
+    seed: int,
+    part: Sequence[int] | None = None,
+    collate: Callable[[Sequence[Any]], Any] = batch_of,
+) -> Any:
     """The batch of training step `step` (from 0), or the rows of it whose numbers are in `part`.
 
-    Every epoch reads all rows once, in an order of its own; a batch may span the end of an epoch.
+    Every epoch reads all rows once, in an order of its own; a batch may span the end of an epoch. `collate` makes a
+    batch of rows.
     """
     chosen = _references(rows, step, batch_size, seed)
     numbers = range(batch_size) if part is None else part
-    return _batch([chosen[number].rows[chosen[number].number] for number in numbers])
+    return collate([chosen[number].rows[chosen[number].number] for number in numbers])
 
 
-def describe_batch(rows: Rows | Mixture, step: int, batch_size: int, seed: int) -> str:
+def describe_batch(rows: Source | Mixture, step: int, batch_size: int, seed: int) -> str:
     """The rows of `batch_at`, for messages: `epoch 0 of books: rows 17, 4; epoch 2 of chats.jsonl: rows 5, 0`."""
     numbers: dict[str, list[str]] = {}
     for reference in _references(rows, step, batch_size, seed):
@@ -263,8 +303,12 @@ def rows_of_devices(devices: Collection[jax.Device], sharding: jax.sharding.Shar
 
 
 def heldout_batches(
-    rows: Rows | Mixture, num_rows: int, batch_size: int, part: Sequence[int] | None = None
-) -> list[Batch]:
+    rows: Source | Mixture,
+    num_rows: int,
+    batch_size: int,
+    part: Sequence[int] | None = None,
+    collate: Callable[[Sequence[Any]], Any] = batch_of,
+) -> list[Any]:
     """`num_rows` held-out rows, evenly spread over each source and, in a mixture, by weight.
 
     `part` are the rows of each batch that are returned.
@@ -276,24 +320,12 @@ def heldout_batches(
     for source, weight in zip(sources, weights, strict=True):
         share = max(1, round(num_rows * weight / sum(weights)))
         chosen += [source[int(number)] for number in np.linspace(0, len(source) - 1, min(share, len(source)))]
-    empty = Row(*(np.zeros_like(field) for field in vars(chosen[0]).values()))
+    empty = type(chosen[0])(**{name: np.zeros_like(field) for name, field in vars(chosen[0]).items()})
     chosen += [empty] * (-len(chosen) % batch_size)
     numbers = range(batch_size) if part is None else part
-    return [_batch([chosen[start + number] for number in numbers]) for start in range(0, len(chosen), batch_size)]
+    return [collate([chosen[start + number] for number in numbers]) for start in range(0, len(chosen), batch_size)]
 
 
-def _references(rows: Rows | Mixture, step: int, batch_size: int, seed: int) -> list[Reference]:
-    order = rows.references(seed)
+def _references(rows: Source | Mixture, step: int, batch_size: int, seed: int) -> list[Reference]:
+    order = rows.references(seed) if isinstance(rows, Mixture) else references(rows, seed)
     return [order[index] for index in range(step * batch_size, (step + 1) * batch_size)]
-
-
-def _batch(rows: Sequence[Row]) -> Batch:
-    tokens_BT, segment_ids_BT, positions_BT, learned_BT = (
-        np.stack(fields) for fields in zip(*(vars(row).values() for row in rows), strict=True)
-    )
-    targets_BT = np.zeros_like(tokens_BT)
-    targets_BT[:, :-1] = tokens_BT[:, 1:]
-    target_mask_BT = np.zeros(tokens_BT.shape, bool)
-    same_segment = (segment_ids_BT[:, :-1] == segment_ids_BT[:, 1:]) & (segment_ids_BT[:, :-1] > 0)
-    target_mask_BT[:, :-1] = same_segment & learned_BT[:, 1:]
-    return Batch(tokens_BT, segment_ids_BT, positions_BT, targets_BT, target_mask_BT)

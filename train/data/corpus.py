@@ -34,12 +34,15 @@ from train.data.sources import Record, describe_source, read_records, texts_of
 from train.data.tokenizer import END_OF_TEXT, MESSAGE_END, copy_tokenizer, save_tokenizer, train_tokenizer
 from train.data.turn_ends import TurnEnds
 
+#: The folder of the documents of `data.eval_path` within a corpus.
+VALIDATION = "validation"
+
 _BATCH_OF_TEXTS = 256  # texts that are tokenized in parallel, on all cores
 
 
 @dataclass(frozen=True)
 class Part:
-    """The documents of one source."""
+    """The documents of one source, or of the file that is held out (`data.eval_path`)."""
 
     name: str
     training: Documents
@@ -55,6 +58,7 @@ class Corpus:
         end_id: the token that ends a document.
         turn_end_ids: the tokens with which the chat template ends an assistant's turn; none without conversations.
         parts: the documents of each source.
+        validation: those of `data.eval_path`, all of which are held out; None without it.
         forms: lines for the start of the run on what the records of each source were recognised as.
         notes: lines for the start of the run, such as one on every source that was not read to its end.
     """
@@ -65,6 +69,16 @@ class Corpus:
     parts: list[Part]
     forms: list[str]
     notes: list[str]
+    validation: Part | None = None
+
+    @property
+    def heldout_parts(self) -> list[Part]:
+        """The parts whose held-out documents the held-out metrics are of."""
+        return self.parts if self.validation is None else [self.validation]
+
+    def heldout_weights(self, weights: list[float]) -> list[float]:
+        """The weight of each of the `heldout_parts`, from those of the sources."""
+        return weights if self.validation is None else [1.0]
 
     @property
     def vocab_size(self) -> int:
@@ -100,7 +114,9 @@ def load_corpus(folder: Path, config: DataConfig) -> Corpus:
         os.replace(partial, folder)
     try:
         described = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
-        parts = [_open_part(folder / str(number), name) for number, name in enumerate(described["sources"])]
+        parts = [open_part(folder / str(number), name) for number, name in enumerate(described["sources"])]
+        name = described.get("validation")  # absent without data.eval_path, and in corpora of earlier versions
+        validation = None if name is None else open_part(folder / VALIDATION, name)
         end_id, turn_end_ids, notes = (described[key] for key in ("end_id", "turn_end_ids", "notes"))
     except (FileNotFoundError, KeyError, json.JSONDecodeError) as error:
         raise ConfigError(
@@ -108,7 +124,7 @@ def load_corpus(folder: Path, config: DataConfig) -> Corpus:
             "changed. Add --fresh to start the run anew."
         ) from None
     forms = described.get("forms", [])  # absent where an earlier version made the corpus
-    return Corpus(load_tokenizer(folder / "tokenizer"), end_id, turn_end_ids, parts, forms, notes)
+    return Corpus(load_tokenizer(folder / "tokenizer"), end_id, turn_end_ids, parts, forms, notes, validation)
 
 
 def _what_is_missing(error: FileNotFoundError | KeyError | json.JSONDecodeError) -> str:
@@ -141,20 +157,28 @@ def _make_corpus(folder: Path, config: DataConfig) -> None:
     notes: list[str] = []
     forms: list[str] = []
     turn_ends = TurnEnds(tokenizer)
-    for number, source in enumerate(config.mixture):
+    for place, source in _sources(config).items():
         name, read = describe_source(source), list[str]()
         recognised = Recognised(source.columns)
         records = read_records(source, config.megabytes, end_id, read.append, recognised)
         documents = _encode(records, tokenizer, end_id, folder / "tokenizer", turn_ends)
         lengths = LengthRule(config.too_long, config.seq_len)
-        _write_part(folder / str(number), lengths.apply(documents))
+        _write_part(folder / place, lengths.apply(documents))
         forms += recognised.notes(name)
         notes += [f"read {how_much} of {name} (data.megabytes)" for how_much in read] + lengths.notes(name)
-        _hold_out(folder / str(number), source, config)
+        _hold_out(folder / place, source, config, all_of_it=place == VALIDATION)
     sources = [describe_source(source) for source in config.mixture]
     notes += turn_ends.notes()
     described = {"end_id": end_id, "turn_end_ids": turn_ends.ids(), "sources": sources, "forms": forms, "notes": notes}
+    if config.eval_path:
+        described["validation"] = config.eval_path
     (folder / "corpus.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def _sources(config: DataConfig) -> dict[str, SourceConfig]:
+    """What is read, by the name of its folder in the corpus."""
+    sources = {str(number): source for number, source in enumerate(config.mixture)}
+    return sources if config.validation is None else {**sources, VALIDATION: config.validation}
 
 
 def _texts(config: DataConfig) -> Iterator[str]:
@@ -245,14 +269,18 @@ def _write_part(folder: Path, documents: Iterable[tuple[Record, Turns]]) -> None
     )
 
 
-def _hold_out(folder: Path, source: SourceConfig, config: DataConfig) -> None:
+def _hold_out(folder: Path, source: SourceConfig, config: DataConfig, *, all_of_it: bool) -> None:
     """Chooses the held-out documents; all documents of one record are on the same side."""
     arrays = dict(np.load(folder / "documents.npz"))
     names, name_of = np.unique(arrays.pop("digests"), return_inverse=True)
-    count = max(1, round(len(names) * config.heldout_fraction))
+    count = len(names) if all_of_it else max(1, round(len(names) * config.heldout_fraction))
+    if config.eval_path and not all_of_it:
+        count = 0
     heldout = name_of < count
     training_tokens = int(arrays["lengths"][~heldout].sum())
-    if not len(names) or training_tokens < config.seq_len:
+    if all_of_it and not len(names):
+        raise ConfigError(f"data.eval_path: found no document in {config.eval_path}, expected some to evaluate on.")
+    if not all_of_it and (not len(names) or training_tokens < config.seq_len):
         remedy = "Read more text."
         if config.too_long == "drop":
             remedy = 'Read more text, raise data.seq_len, or set data.too_long to "truncate" or "split".'
@@ -264,7 +292,7 @@ def _hold_out(folder: Path, source: SourceConfig, config: DataConfig) -> None:
     np.savez(folder / "documents.npz", heldout=heldout, **arrays)
 
 
-def _open_part(folder: Path, name: str) -> Part:
+def open_part(folder: Path, name: str) -> Part:
     arrays = np.load(folder / "documents.npz")
     lengths, heldout = arrays["lengths"], arrays["heldout"]
     documents = Documents(

@@ -1,21 +1,26 @@
 """Language modelling: next-token cross entropy, its z-loss, and the router losses of sparse models."""
 
-import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.model.mtp import following
 from qwen_moe_jax.model.output import TokenLosses
-from qwen_moe_jax.moe.losses import global_batch_loss, load_balancing_loss, router_z_loss, sequence_loss
-from qwen_moe_jax.moe.stats import RouterStats
-from train.config import LossConfig
-from train.data.batches import Batch
-from train.objectives.contract import HeldoutSum, WholeBatch
+from train.config import LossConfig, TrainConfig
+from train.data.batches import Batch, blank_batch
+from train.data.corpus import Corpus
+from train.data.corpus import load_corpus as load_text_corpus
+from train.data.feed import BatchFeed, make_feed
+from train.objectives.contract import Description, HeldoutSum, WholeBatch, abstract
+from train.objectives.router import resolve_router_losses, router_losses
+
+description = Description(name="language modelling", table="", model_class=CausalLM, loss="cross_entropy")
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +34,7 @@ class Loss:
         z: the mean of logsumexp(logits)² over the targets.
         balance: the load-balancing loss of kind `loss.load_balancing_type`; 0 for a dense model.
         router_z: the z-loss of the router's logits; 0 for a dense model.
-        mtp: the mean cross entropy of the next-token head over its targets; 0 where it is not trained.
+        mtp: the mean cross entropy of the next-token head over its targets; None where it is not trained.
     """
 
     total: jax.Array
@@ -37,7 +42,34 @@ class Loss:
     z: jax.Array
     balance: jax.Array
     router_z: jax.Array
-    mtp: jax.Array
+    mtp: jax.Array | None
+
+    @property
+    def terms(self) -> dict[str, jax.Array]:
+        """The terms by their names in the metrics."""
+        trained = {} if self.mtp is None else {"mtp_loss": self.mtp}
+        router = {"balance_loss": self.balance, "router_z": self.router_z}
+        return {"cross_entropy": self.cross_entropy, "z_loss": self.z, **router, **trained}
+
+
+def load_corpus(folder: Path, config: TrainConfig) -> Corpus:
+    """The documents of the run in `folder`, made there at its first start."""
+    return load_text_corpus(folder, config.data)
+
+
+def feed(config: TrainConfig, corpus: Corpus, mesh: Mesh, sharding: NamedSharding) -> BatchFeed:
+    """The batches of packed rows."""
+    return make_feed(config.data, corpus, mesh, sharding, config.run.seed)
+
+
+def abstract_batch(config: TrainConfig, model: ModelConfig) -> Batch:
+    """The shapes of a batch."""
+    return abstract(blank_batch(config.data.batch_size, config.data.seq_len))
+
+
+def model_config(model: ModelConfig, corpus: Corpus) -> ModelConfig:
+    """The model's config, which the objective does not change."""
+    return model
 
 
 def whole_batch(batch: Batch, micro_batches: int) -> WholeBatch:
@@ -63,17 +95,7 @@ def resolve_loss(config: LossConfig, model: ModelConfig) -> LossConfig:
             f"loss.mtp_coef: found {config.mtp_coef}, and the model has no next-token head (mtp_num_hidden_layers in "
             "its config, mtp.* in its files). Leave it out."
         )
-    if model.num_sparse_layers:
-        model_coef = model.moe.router_aux_loss_coef
-        return dataclasses.replace(
-            config,
-            router_aux_loss_coef=model_coef if config.router_aux_loss_coef is None else config.router_aux_loss_coef,
-        )
-    for key in ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate"):
-        found = getattr(config, key)
-        if found:
-            raise ConfigError(f"loss.{key}: found {found}, and the model has no router. Leave it out.")
-    return dataclasses.replace(config, router_aux_loss_coef=0.0)
+    return resolve_router_losses(config, model)
 
 
 def sum_over_targets(x_BT: jax.Array, batch: Batch) -> jax.Array:
@@ -107,12 +129,16 @@ def heldout_sum(out: TokenLosses, batch: Batch) -> HeldoutSum:
     return HeldoutSum(loss=sum_over_targets(out.losses, batch), targets=jnp.sum(batch.target_mask_BT, dtype=jnp.int32))
 
 
+def heldout_metrics(sums: HeldoutSum) -> dict[str, float]:
+    """The mean cross entropy per target, in nats."""
+    return {"loss": float(sums.loss / sums.targets)}
+
+
 def training_loss(out: TokenLosses, batch: Batch, whole: WholeBatch, config: LossConfig) -> Loss:
     """The mean cross entropy over real targets, plus the other losses times their coefficients.
 
     All means are over the whole batch, independent of the number of devices and micro-batches; a batch of padding has
-    loss 0. The exception is the pooled load-balancing loss, a product of means: it is averaged over the micro-batches,
-    as in transformers with gradient accumulation.
+    loss 0. The pooled load-balancing loss is an exception: see `router_losses`.
 
     Args:
         out: the output of `forward` on the micro-batch.
@@ -123,31 +149,12 @@ def training_loss(out: TokenLosses, batch: Batch, whole: WholeBatch, config: Los
     targets = jnp.maximum(whole.targets, 1)
     cross_entropy = sum_over_targets(out.losses, batch) / targets
     z = sum_over_targets(out.logsumexp**2, batch) / targets
-    balance = router_z = jnp.float32(0)
-    if out.router is not None:
-        balance = _balance_loss(out.router.stats, whole, config.load_balancing_type)
-        router_z = router_z_loss(_of_whole(out.router.stats, whole))
-    total = (
-        cross_entropy
-        + config.z_loss_coef * z
-        + config.router_aux_loss_coef * balance
-        + config.router_z_loss_coef * router_z
-    )
-    mtp = jnp.float32(0)
+    router = router_losses(out.router, whole, config)
+    total = cross_entropy + config.z_loss_coef * z + router.total
+    mtp = None
     if config.mtp_coef:
         mtp = jnp.sum(out.mtp_losses, where=mtp_mask(batch)) / jnp.maximum(whole.mtp_targets, 1)
         total += config.mtp_coef * mtp
-    return Loss(total=total, cross_entropy=cross_entropy, z=z, balance=balance, router_z=router_z, mtp=mtp)
-
-
-def _balance_loss(stats: RouterStats, whole: WholeBatch, kind: str) -> jax.Array:
-    if kind == "sequence":
-        return sequence_loss(_of_whole(stats, whole))
-    if kind == "global_batch":
-        return global_batch_loss(stats, whole.router) / (whole.micro_batches if whole.router is None else 1)
-    return load_balancing_loss(stats) / whole.micro_batches
-
-
-def _of_whole(stats: RouterStats, whole: WholeBatch) -> RouterStats:
-    """A micro-batch's sums with the counts of the whole batch: means that add up over the micro-batches."""
-    return dataclasses.replace(stats, tokens=whole.tokens, sequences=whole.sequences)
+    return Loss(
+        total=total, cross_entropy=cross_entropy, z=z, balance=router.balance, router_z=router.router_z, mtp=mtp
+    )

@@ -65,6 +65,11 @@ def curves(metrics: Metrics) -> list[Drawing]:
     return [_loss(metrics), _speed(metrics), _gradient(metrics), _learning_rate(metrics), _time(metrics)]
 
 
+def term_curves(metrics: Metrics) -> list[Drawing]:
+    """A curve of each term of the objective besides the loss, and of each held-out metric."""
+    return [_term(metrics, name) for name in metrics.terms]
+
+
 def router_curves(metrics: Metrics) -> list[Drawing]:
     """Curves of the routers; none for a dense model."""
     if not metrics.layers:
@@ -124,12 +129,28 @@ def to_svg(drawing: Drawing) -> str:
 
 def _loss(metrics: Metrics) -> Drawing:
     def draw(axes: Axes) -> None:
-        _plot_smoothed(axes, *_series(metrics.steps, "cross_entropy"), label="training, ")
+        _plot_smoothed(axes, *_series(metrics.steps, metrics.loss_term), label="training, ")
         heldout = _series(metrics.heldout, "heldout_loss")
         axes.plot(*heldout, color=_ORANGE, marker="o", markersize=4, label="held out")
         _legend(axes)
 
-    return _drawing(metrics, "Loss", "cross entropy, nats per token", draw)
+    caption = metrics.captions.get(metrics.loss_term, "cross entropy, nats per token")
+    return _drawing(metrics, "Loss", caption, draw)
+
+
+def _term(metrics: Metrics, name: str) -> Drawing:
+    """A term of the objective over the steps, with the held-out metric of that name, or that metric alone."""
+
+    def draw(axes: Axes) -> None:
+        steps = [record for record in metrics.steps if name in record]
+        if steps:
+            _plot_smoothed(axes, *_series(steps, name), label="training, ")
+        heldout = [record for record in metrics.heldout if f"heldout_{name}" in record]
+        if heldout:
+            axes.plot(*_series(heldout, f"heldout_{name}"), color=_ORANGE, marker="o", markersize=4, label="held out")
+        _legend(axes)
+
+    return _drawing(metrics, name, metrics.captions.get(name, ""), draw)
 
 
 def _speed(metrics: Metrics) -> Drawing:

@@ -11,6 +11,13 @@ from qwen_moe_jax.errors import ConfigError
 ASIDES = ("evaluation", "sample", "checkpoint", "profile")
 
 
+#: Keys of every record of a step, and of language modelling's.
+_OF_EVERY_STEP = frozenset(
+    "step finite loss z_loss balance_loss router_z mtp_loss gradient_norm learning_rate dropped load_imbalance tokens "
+    "learned_tokens step_seconds data_seconds tokens_per_second tokens_per_second_per_device mfu".split()
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
     """The records of a run by kind, each kind in order of steps; several `starts` where a run was resumed."""
@@ -21,6 +28,23 @@ class Metrics:
     heldout: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     asides: list[dict[str, Any]]
+
+    @property
+    def loss_term(self) -> str:
+        """The key of the loss in the records of steps."""
+        return self.starts[-1]["start"].get("loss_term", "cross_entropy")
+
+    @property
+    def captions(self) -> dict[str, str]:
+        """Captions of the objective's terms."""
+        return self.starts[-1]["start"].get("captions", {})
+
+    @property
+    def terms(self) -> list[str]:
+        """Names of the objective's own numbers: in the records of steps, or held out, or both."""
+        names = [key for record in self.steps[:1] + self.steps[-1:] for key in record if key not in _OF_EVERY_STEP]
+        held = [key.removeprefix("heldout_") for record in self.heldout[-1:] for key in record if key != "step"]
+        return [name for name in dict.fromkeys([*names, *held]) if name not in (self.loss_term, "loss")]
 
     @property
     def timed_steps(self) -> list[dict[str, Any]]:

@@ -5,10 +5,11 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 import jax
 import optax
@@ -35,8 +36,8 @@ class Report:
     Every line of metrics.jsonl has a `step`, and one of: the numbers of that step (`loss` among them; its
     `step_seconds`; its `data_seconds`, in which the host got the batch, mostly while the devices computed the step
     before); `layers`, now and then, the load [L, E], entropy [L], drops [L] and rounds [L] of that step;
-    `heldout_loss`; `sample`, the model's continuation of the `prompt` next to it; `evaluation_seconds`,
-    `sample_seconds`, `checkpoint_seconds` or `profile_seconds`, which are in no step's; or `start`, the numbers of the
+    `heldout_loss` and the other held-out metrics; `sample`, the model's continuation of the `prompt` next to it;
+    `evaluation_seconds`, `sample_seconds` and so on (`ASIDES`), which are in no step's; or `start`, the numbers of the
     run's start (`train/reporting/start.py`).
     """
 
@@ -47,15 +48,18 @@ class Report:
         self._events = Events(folder.tensorboard, first_step=first_step) if config.tensorboard else None
         self._file = _reopen(folder.metrics, first_step)
         last_step, logging_steps = config.steps, config.logging_steps
-        self._display = _BarDisplay(last_step) if sys.stdout.isatty() else _LineDisplay(logging_steps, last_step)
+        status = _Status(start.loss_term, start.shown)
+        self._display = (
+            _BarDisplay(last_step, status) if sys.stdout.isatty() else _LineDisplay(logging_steps, last_step, status)
+        )
         self._schedule = schedule
         self._start = start
         self._last_step = last_step
         self._layers_every = layers_every(logging_steps, last_step)
         self._step = first_step
-        self._pending: tuple[int, StepMetrics, float] | None = None
+        self._pending: tuple[int, StepMetrics, dict[str, float]] | None = None
+        self._added: dict[str, float] = {}  # to the record of the step that is dispatched next
         self._clock = time.perf_counter()  # the start of the step that is reported next
-        self._data_seconds = 0.0  # of the last batch
         self._timed_steps = -1  # the first step compiles and is not counted
         self._timed_seconds = 0.0
         self._timed_tokens = 0
@@ -87,17 +91,21 @@ class Report:
         """A context for reading the next batch, while the devices compute the previous step."""
         start = time.perf_counter()
         yield
-        self._data_seconds = time.perf_counter() - start
+        self._added["data_seconds"] = time.perf_counter() - start
+
+    def add(self, numbers: Mapping[str, float]) -> None:
+        """Adds numbers of the host to the record of the step that is dispatched next."""
+        self._added.update(numbers)
 
     def step(self, step: int, metrics: StepMetrics) -> None:
         """Takes the metrics of a dispatched step, and shows those of the step before it."""
         self._flush()
-        self._pending = (step, metrics, self._data_seconds)
-        self._step = step
+        self._pending = (step, metrics, self._added)
+        self._step, self._added = step, {}
 
     @contextmanager
-    def aside(self, what: Literal["evaluation", "sample", "checkpoint", "profile"]) -> Iterator[None]:
-        """A context for work between two steps; its time is not part of either."""
+    def aside(self, what: str) -> Iterator[None]:
+        """A context for work between two steps, one of `ASIDES`; its time is not part of either."""
         self._flush()
         start = time.perf_counter()
         yield
@@ -106,10 +114,11 @@ class Report:
             self._aside_seconds += self._clock - start
         self._write({"step": self._step, f"{what}_seconds": self._clock - start})
 
-    def heldout(self, step: int, loss: float) -> None:
-        """Reports a held-out loss, in nats per target."""
-        self._write({"step": step, "heldout_loss": loss})
-        self.say(f"step {step}  held-out loss {loss:.3f}")
+    def heldout(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Reports the held-out metrics; `loss` is one of them."""
+        self._write({"step": step, **{f"heldout_{name}": value for name, value in metrics.items()}})
+        others = "".join(f", {name} {value:.3f}" for name, value in metrics.items() if name != "loss")
+        self.say(f"step {step}  held-out loss {metrics['loss']:.3f}{others}")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Reports the model's continuation of `prompt`."""
@@ -120,7 +129,7 @@ class Report:
     def _flush(self) -> None:
         if self._pending is None:
             return
-        step, on_device, data_seconds = self._pending
+        step, on_device, added = self._pending
         self._pending = None
         metrics: StepMetrics = jax.device_get(dataclasses.replace(on_device, router=None))  # blocks until it has ended
         now = time.perf_counter()
@@ -134,11 +143,7 @@ class Report:
             "step": step,
             "finite": bool(metrics.finite),
             "loss": float(metrics.loss),
-            "cross_entropy": float(metrics.cross_entropy),
-            "z_loss": float(metrics.z_loss),
-            "balance_loss": float(metrics.balance_loss),
-            "router_z": float(metrics.router_z),
-            **({"mtp_loss": float(metrics.mtp_loss)} if metrics.mtp_loss else {}),
+            **{name: float(value) for name, value in metrics.terms.items()},
             "gradient_norm": float(metrics.gradient_norm),
             "learning_rate": float(self._schedule(step - 1)),
             "dropped": int(metrics.dropped) / max(int(metrics.assignments), 1),
@@ -146,7 +151,7 @@ class Report:
             "tokens": int(metrics.tokens),
             "learned_tokens": int(metrics.learned_tokens),
             "step_seconds": seconds,
-            "data_seconds": data_seconds,
+            **added,
             **self._speed(int(metrics.tokens) / seconds),
         }
         self._write(record)
@@ -193,13 +198,16 @@ class NoReport:
     def fetching(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def add(self, numbers: Mapping[str, float]) -> None:
+        pass
+
     def step(self, step: int, metrics: StepMetrics) -> None:
         pass
 
     def aside(self, what: str) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def heldout(self, step: int, loss: float) -> None:
+    def heldout(self, step: int, metrics: Mapping[str, float]) -> None:
         pass
 
     def sample(self, step: int, prompt: str, text: str) -> None:
@@ -223,9 +231,10 @@ def _layers(stats: RouterStats) -> dict[str, list]:
 class _LineDisplay:
     """Progress as whole lines, for pipes, files and CI."""
 
-    def __init__(self, logging_steps: int, last_step: int) -> None:
+    def __init__(self, logging_steps: int, last_step: int, status: "_Status") -> None:
         self._logging_steps = logging_steps
         self._last_step = last_step
+        self._status = status
         self._losses: list[float] = []
 
     def line(self, text: str) -> None:
@@ -233,12 +242,12 @@ class _LineDisplay:
 
     def step(self, step: int, record: dict[str, Any], seconds_left: float | None) -> None:
         if record["learned_tokens"]:
-            self._losses.append(record["cross_entropy"])
+            self._losses.append(record[self._status.loss_term])
         if step % self._logging_steps == 0 or step == self._last_step:
             mean = sum(self._losses) / len(self._losses) if self._losses else None  # one step's loss is noisy
             self._losses.clear()
             done = f"step {step}/{self._last_step} {step / self._last_step:4.0%}"
-            self.line(f"{done}  {_status({**record, 'cross_entropy': mean}, seconds_left)}")
+            self.line(f"{done}  {self._status.text(mean, record, seconds_left)}")
 
     def close(self) -> None:
         pass
@@ -247,44 +256,52 @@ class _LineDisplay:
 class _BarDisplay:
     """A progress bar, for terminals."""
 
-    def __init__(self, last_step: int) -> None:
+    def __init__(self, last_step: int, status: "_Status") -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
 
         columns = (BarColumn(24), TaskProgressColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
         self._progress = Progress(*columns)
         self._task = self._progress.add_task("", total=last_step, status="compiling the first step")
         self._mean_loss: float | None = None
+        self._status = status
         self._progress.start()
 
     def line(self, text: str) -> None:
         self._progress.console.print(text, markup=False, highlight=False)
 
     def step(self, step: int, record: dict[str, Any], seconds_left: float | None) -> None:
-        mean, loss = self._mean_loss, record["cross_entropy"]
+        mean, loss = self._mean_loss, record[self._status.loss_term]
         if record["learned_tokens"]:
             mean = loss if mean is None else 0.9 * mean + 0.1 * loss
         self._mean_loss = mean
-        self._progress.update(
-            self._task, completed=step, status=_status({**record, "cross_entropy": mean}, seconds_left)
-        )
+        self._progress.update(self._task, completed=step, status=self._status.text(mean, record, seconds_left))
 
     def close(self) -> None:
         self._progress.stop()
 
 
-def _status(record: dict[str, Any], seconds_left: float | None) -> str:
-    speed = record["tokens_per_second"]
-    loss = record["cross_entropy"]  # None where no step had a token to learn
-    parts = [f"loss {loss:.3f}" if loss is not None else "loss -", f"{speed:,.0f} tokens/s" if speed else "- tokens/s"]
-    if "mtp_loss" in record:
-        parts.append(f"MTP {record['mtp_loss']:.3f}")
-    if "mfu" in record:
-        parts.append(f"MFU {record['mfu']:.1%}")
-    parts.append(f"dropped {record['dropped']:.1%}")
-    if record["load_imbalance"]:  # 0 is a dense model
-        parts += [f"max load {record['load_imbalance']:.1f}x", f"z-loss {record['router_z']:.1f}"]
-    parts.append(f"ETA {'-' if seconds_left is None else format_clock(seconds_left)}")
-    return "  ".join(parts)
+@dataclass(frozen=True)
+class _Status:
+    """The state of a run in one line: of its numbers, the loss and the further terms that the objective shows."""
+
+    loss_term: str
+    shown: Sequence[str]
+
+    def text(self, loss: float | None, record: dict[str, Any], seconds_left: float | None) -> str:
+        speed = record["tokens_per_second"]
+        # None where no step had a token to learn
+        parts = [f"loss {loss:.3f}" if loss is not None else "loss -"]
+        parts += [f"{name} {record[name]:.3f}" for name in self.shown if name in record]
+        parts.append(f"{speed:,.0f} tokens/s" if speed else "- tokens/s")
+        if "mtp_loss" in record:
+            parts.append(f"MTP {record['mtp_loss']:.3f}")
+        if "mfu" in record:
+            parts.append(f"MFU {record['mfu']:.1%}")
+        parts.append(f"dropped {record['dropped']:.1%}")
+        if record["load_imbalance"]:  # 0 is a dense model
+            parts += [f"max load {record['load_imbalance']:.1f}x", f"z-loss {record['router_z']:.1f}"]
+        parts.append(f"ETA {'-' if seconds_left is None else format_clock(seconds_left)}")
+        return "  ".join(parts)
 
 
 def _reopen(metrics_file: Path, first_step: int) -> TextIO:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -43,6 +43,10 @@ class Start:
         flops_per_token: model FLOPs, forward and backward.
         peak_flops: of one device in a second, in bfloat16; None where it is not known.
         versions: of Python and the libraries.
+        objective: its name.
+        loss_term: the term that lines and curves show as the loss.
+        shown: further terms in progress lines.
+        captions: of terms, for the page.
     """
 
     time: str
@@ -61,6 +65,10 @@ class Start:
     flops_per_token: float
     peak_flops: float | None
     versions: dict[str, str]
+    objective: str = "language modelling"
+    loss_term: str = "cross_entropy"
+    shown: list[str] = field(default_factory=list)
+    captions: dict[str, str] = field(default_factory=dict)
 
     @property
     def parameters_in_words(self) -> str:
@@ -78,7 +86,7 @@ def start_of(
     config: TrainConfig, program: Program, mesh: Mesh, state: TrainState, fixed: Params, text_tokens: int
 ) -> Start:
     """The start of a run whose state is on its devices."""
-    model = program.model
+    model, description = program.model, program.objective.description
     device_kind = jax.devices()[0].device_kind
     trained_bytes = bytes_per_device(state.params)
     execution = model.execution_in_use
@@ -95,7 +103,7 @@ def start_of(
         moment_bytes=bytes_per_device(state.optimizer),
         gradient_bytes=trained_bytes,  # shapes, dtypes and shardings are those of the trained parameters
         text_tokens=text_tokens,
-        tokens_per_step=config.data.batch_size * config.data.seq_len,
+        tokens_per_step=config.data.batch_size * description.sequences * config.data.seq_len,
         flops_per_token=training_flops_per_token(model.config, config.data.seq_len, program.trained_share),
         peak_flops=peak_flops(device_kind),
         versions={
@@ -103,17 +111,21 @@ def start_of(
             **{name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
             "python": platform.python_version(),
         },
+        objective=description.name,
+        loss_term=description.loss,
+        shown=[*description.shown],
+        captions=dict(description.captions),
     )
 
 
-def introduction(start: Start, steps: int) -> str:
-    """The start in three lines, for the terminal."""
+def introduction(start: Start, epochs: float) -> str:
+    """The start in three lines, for the terminal; `epochs` are those of all steps."""
     mesh = format_mesh(start.mesh)
     bytes_needed = start.weight_bytes + start.moment_bytes + start.gradient_bytes
     split = {"weights": start.weight_bytes, "moments": start.moment_bytes, "gradients": start.gradient_bytes}
-    epochs = steps * start.tokens_per_step / start.text_tokens
+    objective = "" if start.objective == "language modelling" else f"{start.objective}; "
     return (
-        f"parameters: {start.parameters_in_words}; "
+        f"{objective}parameters: {start.parameters_in_words}; "
         f"{start.devices} {start.device_kind} device(s): {mesh}; dispatch {start.execution['dispatch']}\n"
         f"{format_bytes(bytes_needed)} per device without activations: "
         f"{', '.join(f'{name} {format_bytes(size)}' for name, size in split.items())}\n"

@@ -1,0 +1,10 @@
+"""The objective of a run, by the section that its config has."""
+
+from train.config import TrainConfig
+from train.objectives import language_modelling
+from train.objectives.contract import Objective
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    """The objective that the config's table chooses; language modelling without one."""
+    return language_modelling
