@@ -8,7 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_moe_jax import __version__
-from qwen_moe_jax.cli import chat, convert, evaluate, generate, inspect, plan, route, score, verify
+from qwen_moe_jax.cli import (
+    chat,
+    convert,
+    evaluate,
+    generate,
+    grow,
+    inspect,
+    plan,
+    route,
+    score,
+    split,
+    upcycle,
+    verify,
+)
 from qwen_moe_jax.cli.arguments import end_all_processes
 from qwen_moe_jax.cli.interrupts import INTERRUPTED, leaving_on_interrupt
 from qwen_moe_jax.cli.parser import Parser
@@ -28,6 +41,9 @@ COMMANDS = {
     "inspect": inspect,
     "convert": convert,
     "verify": verify,
+    "upcycle": upcycle,
+    "grow": grow,
+    "split": split,
     "plan": plan,
 }
 

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,19 +76,27 @@ class Checkpoint:
     native: bool
 
 
-def open_checkpoint(folder: Path, *, drop_mtp: bool = False) -> Checkpoint:
+def open_checkpoint(
+    folder: Path,
+    *,
+    drop_mtp: bool = False,
+    content: Mapping[str, Any] | None = None,
+    adapt: Callable[[dict[str, StoredTensor]], dict[str, StoredTensor]] | None = None,
+) -> Checkpoint:
     """Opens a Hub folder or a native one.
 
     Args:
         folder: the folder.
         drop_mtp: leave out the next-token head, where the files have one.
+        content: of config.json, in place of what the file says.
+        adapt: applied to the tensors of a Hub folder, under the names of its files.
 
     Raises:
         ConfigError: config.json is missing or not supported.
         CheckpointError: the folder has no weights.
     """
     path = folder / "config.json"
-    hub = text_part(read_json(path), str(path))
+    hub = text_part(read_json(path) if content is None else content, str(path))
     config = config_from_hub(hub, str(path))
     head = head_of(hub)
     if (folder / ORBAX).is_dir():
@@ -102,6 +111,7 @@ def open_checkpoint(folder: Path, *, drop_mtp: bool = False) -> Checkpoint:
     config = dataclasses.replace(config, dtype=config.dtype or _stored_dtype(files.tensors))
     dequantise = opener_of(hub, str(path))
     tensors, wrong = (files.tensors, []) if dequantise is None else dequantise(files.tensors)
+    tensors = tensors if adapt is None else adapt(tensors)
     tensors, twice = in_hub_form(tensors, config)
     if vision := sum(1 for name in tensors if VISION.search(name)):
         say_once(f"{folder}: the text model alone is loaded: {vision} tensors of its vision tower are skipped.")

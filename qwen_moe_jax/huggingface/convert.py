@@ -88,23 +88,49 @@ def convert(
     """
     require_choice("to", to, Format)
     dtype = None if dtype is None else dtype_name("dtype", dtype)
-    limit = shard_limit(max_shard_size)
+    shard_limit(max_shard_size)
     checkpoint = open_checkpoint(local_folder(source), drop_mtp=drop_mtp)
     say_unused_fields(checkpoint.folder)
-    target = Path(target).absolute()
-    if target.resolve() == checkpoint.folder.resolve():
-        raise CheckpointError(f"{target} is the checkpoint itself: give another folder to write to.")
-    abstract = abstract_model(checkpoint, dtype)
-    parameters = hub_parameters(abstract)
-    require_no_problems(checkpoint.folder, problems_of(checkpoint, parameters))
+    require_other_folder(checkpoint.folder, target)
+    require_no_problems(checkpoint.folder, problems_of(checkpoint, hub_parameters(abstract_model(checkpoint, dtype))))
     if adapter is not None:
         checkpoint = merged(checkpoint, open_adapter(adapter, checkpoint.config))
-        abstract = abstract_model(checkpoint, dtype)
-        parameters = hub_parameters(abstract)
     stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     if check_finite:
         with bytes_bar(f"Checking {checkpoint.folder.name}", stored) as advance:
             require_no_problems(checkpoint.folder, non_finite(checkpoint.tensors, advance))
+    write_checkpoint(checkpoint, target, to=to, dtype=dtype, max_shard_size=max_shard_size, check=check)
+
+
+def require_other_folder(source: Path, target: str | PathLike[str]) -> None:
+    """Checks that a target is not the source.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    if Path(target).resolve() == source.resolve():
+        raise CheckpointError(f"{target} is the checkpoint itself: give another folder to write to.")
+
+
+def write_checkpoint(
+    checkpoint: Checkpoint,
+    target: str | PathLike[str],
+    *,
+    to: Format = "hub",
+    dtype: DTypeLike | None = None,
+    max_shard_size: int | str = "5GB",
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes an opened checkpoint, whose config and tensors may have been changed, block by block; see `convert`.
+
+    Raises:
+        ConfigError: the family cannot express the config.
+        CheckpointError: tensors do not fit the config; the target cannot be written.
+    """
+    target, limit = Path(target).absolute(), shard_limit(max_shard_size)
+    abstract = abstract_model(checkpoint, dtype)
+    parameters = hub_parameters(abstract)
+    require_no_problems(checkpoint.folder, problems_of(checkpoint, parameters))
     written = sum(parameter.leaf.size * parameter.leaf.dtype.itemsize for parameter in parameters)
     with replaced_folder(target, is_stale) as new, bytes_bar(f"Writing {target.name}", written) as advance:
         write_configs(new, configs_to_hub(abstract))
