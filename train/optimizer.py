@@ -8,6 +8,7 @@ import jax
 import optax
 
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.huggingface.linear_rows import published_name
 from qwen_moe_jax.huggingface.tensors import hub_parameters
 from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.suggest import similar
@@ -65,7 +66,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def frozen_paths(patterns: Collection[str], model: Model) -> frozenset[str]:
-    """The paths of the parameters whose names in the family's files match one of these regular expressions.
+    """The paths of the parameters whose names match one of these regular expressions.
+
+    A name is that of the family's files. Where those have rows of several of the model's matrices in one, as
+    Qwen3-Next's in_proj_qkvz, the model's own names, in_proj_qkv and in_proj_z, match as well.
 
     Args:
         patterns: each is searched for in names as "model.layers.3.mlp.gate.weight".
@@ -76,7 +80,11 @@ def frozen_paths(patterns: Collection[str], model: Model) -> frozenset[str]:
             several.
     """
     parameters = hub_parameters(model)
-    known = sorted({name for parameter in parameters for name in parameter.names.flat})
+    names_of = {
+        parameter.path: [(name, published_name(name, model.config)) for name in parameter.names.flat]
+        for parameter in parameters
+    }
+    known = sorted({name for names in names_of.values() for both in names for name in both})
     frozen = set()
     for pattern in patterns:
         try:
@@ -85,12 +93,12 @@ def frozen_paths(patterns: Collection[str], model: Model) -> frozenset[str]:
             raise ConfigError(f"optimizer.frozen: {pattern!r} is no regular expression: {error}.") from None
         found = False
         for parameter in parameters:
-            hits = [bool(matches(name)) for name in parameter.names.flat]
+            names = names_of[parameter.path]
+            hits = [any(map(matches, both)) for both in names]
             if any(hits) and not all(hits):
-                names = [*parameter.names.flat]
                 raise ConfigError(
-                    f"optimizer.frozen: {pattern!r} matches {names[hits.index(True)]} and not "
-                    f"{names[hits.index(False)]}. Layers of a kind are one array here, and so are their experts: "
+                    f"optimizer.frozen: {pattern!r} matches {names[hits.index(True)][0]} and not "
+                    f"{names[hits.index(False)][0]}. Layers of a kind are one array here, and so are their experts: "
                     "freeze all of them or none."
                 )
             if any(hits):

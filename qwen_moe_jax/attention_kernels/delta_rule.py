@@ -107,14 +107,17 @@ def recurrent_gated_delta_rule(
     beta_BTN: jax.Array,
     segment_ids_BT: jax.Array,
     initial_state_BNHP: jax.Array | None,
+    new_B: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The gated delta rule token by token: for one to a handful of them, as in decoding.
 
-    Arguments and results are those of `chunk_gated_delta_rule`.
+    Arguments and results are those of `chunk_gated_delta_rule`, and one more: in a row of `new_B`, a bool, the first
+    real token starts from zeros, whatever the initial state holds. To write those zeros would be a pass over states.
     """
     inputs, state_BKGHP = _by_key_head(q_BTKH, k_BTKH, v_BTNP, g_BTN, beta_BTN, initial_state_BNHP)
     run_BT = runs_of(segment_ids_BT)
-    start = state_BKGHP, jnp.zeros(run_BT.shape[0], jnp.int32)
+    run_B = jnp.zeros(run_BT.shape[0], jnp.int32)
+    start = state_BKGHP, run_B if new_B is None else jnp.where(new_B, PADDING, run_B)
     if run_BT.shape[1] == 1:
         (state_BKGHP, _), out_BKGP = _one_token(start, jax.tree.map(lambda x: x[:, 0], (inputs, run_BT)))
         out_BTKGP = out_BKGP[:, None]
@@ -131,23 +134,26 @@ def _one_token(
     """The state [B, K, G, H, P] and its run [B] after a token of each row, and the tokens' results [B, K, G, P].
 
     State and run are those before where the token is padding. Old results for key and query are read in one pass over
-    the state, and the query's is corrected by what the token writes.
+    the state, and the query's is corrected by what the token writes. Of a token that starts a run, what was read is
+    replaced, not the state before it is read: that would be one more pass.
     """
     (state_BKGHP, before_B), (inputs, run_B) = before, token
-    q_BKH, k_BKH, v_BKGP, g_BKG, beta_BKG = _in_float32(inputs, run_B != PADDING)
-    state_BKGHP = jnp.where((run_B > before_B)[:, None, None, None, None], 0, state_BKGHP)
+    real_B = run_B != PADDING
+    q_BKH, k_BKH, v_BKGP, g_BKG, beta_BKG = _in_float32(inputs, real_B)
+    goes_on_B1111 = (real_B & (run_B == before_B))[:, None, None, None, None]
+    starts_B1111 = (run_B > before_B)[:, None, None, None, None]
     decay_BKG11 = jnp.exp(g_BKG)[..., None, None]
     qk_BK1MH = jnp.stack([q_BKH, k_BKH], axis=2)[:, :, None]
     qk_BKGMH = jnp.broadcast_to(qk_BK1MH, (*v_BKGP.shape[:3], *qk_BK1MH.shape[3:]))
     with matmul_precision(jnp.float32):
-        read_BKGMP = qk_BKGMH @ state_BKGHP * decay_BKG11
+        read_BKGMP = jnp.where(goes_on_B1111, qk_BKGMH @ state_BKGHP * decay_BKG11, 0)
         write_BKGP = beta_BKG[..., None] * (v_BKGP - read_BKGMP[..., 1, :])
         # A product of two terms, the first of them zero: of one term alone XLA makes no product, and then computes
         # what is written, back to the convolution, again for each number of the state.
         both_BKGMP = jnp.stack([jnp.zeros_like(write_BKGP), write_BKGP], axis=3)
         written_BKGHP = qk_BKGMH.mT @ both_BKGMP
     out_BKGP = read_BKGMP[..., 0, :] + jnp.sum(q_BKH * k_BKH, axis=-1)[:, :, None, None] * write_BKGP
-    state_BKGHP = state_BKGHP * decay_BKG11 + written_BKGHP
+    state_BKGHP = jnp.where(starts_B1111, 0, state_BKGHP * decay_BKG11) + written_BKGHP
     return (state_BKGHP, jnp.maximum(before_B, run_B)), out_BKGP
 
 
@@ -160,7 +166,10 @@ def _rule(inputs: _Inputs, run_BT: jax.Array, state_BKHGP: jax.Array, length: in
 
 def _forward(inputs: _Inputs, run_BT: jax.Array, state_BKHGP: jax.Array, length: int):
     out_BTKGP, state_BKHGP, states_nBKHGP = _over_chunks(inputs, run_BT, state_BKHGP, length, keep_states=True)
-    return (checkpoint_name(out_BTKGP, ATTENDED), state_BKHGP), (inputs, run_BT, states_nBKHGP)
+    # Where results of attention are saved, the states before the chunks are, too: without them all chunks are computed
+    # again, one after the other, before the backward pass computes each again.
+    kept = checkpoint_name(states_nBKHGP, ATTENDED)
+    return (checkpoint_name(out_BTKGP, ATTENDED), state_BKHGP), (inputs, run_BT, kept)
 
 
 def _backward(length: int, saved, gradients):

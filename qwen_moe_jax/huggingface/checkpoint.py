@@ -257,7 +257,8 @@ def _missing(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> str:
             f"{line}: add it, or set tie_word_embeddings to true in config.json{where} if the head is the token table"
         )
     if name.startswith(MTP):
-        return f"{line}: add it, or pass drop_mtp=True to load without the next-token head"
+        ways = "drop_mtp=True in Python, convert --drop-mtp, --run.drop_mtp true in training"
+        return f"{line}: add it, or load without the next-token head ({ways})"
     if name == "score.weight":
         return f"{line}: pass rngs=nnx.Rngs(0) to initialise a head that is to be trained"
     return line

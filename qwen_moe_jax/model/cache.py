@@ -256,13 +256,15 @@ def cached_attention(
 def read_state(
     cache: LayerCache[RecurrentState] | LayerCache[RecurrentSteps], dtype: jax.typing.DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
-    """A linear layer's state [B, N, H, H] and columns [B, W, C], these in `dtype`; zeros in rows without tokens."""
+    """A linear layer's state [B, N, H, H] and columns [B, W, C], these in `dtype`.
+
+    In rows without tokens, columns are zeros, and the state is whatever is stored: to replace it here would be a pass
+    over the states of all rows for every token.
+    """
     stored = cache.stored.before if isinstance(cache.stored, RecurrentSteps) else cache.stored
     state_BNHH = jax.lax.dynamic_index_in_dim(stored.state_LBNHH, cache.layer, keepdims=False)
     columns_BWC = from_bits(jax.lax.dynamic_index_in_dim(stored.conv_LBWC, cache.layer, keepdims=False))
-    empty_B = cache.lengths_B == 0
-    state_BNHH = jnp.where(empty_B[:, None, None, None], 0, state_BNHH)
-    return state_BNHH, jnp.where(empty_B[:, None, None], 0, columns_BWC).astype(dtype)
+    return state_BNHH, jnp.where(cache.lengths_B[:, None, None] == 0, 0, columns_BWC).astype(dtype)
 
 
 def update_state(

@@ -7,6 +7,7 @@ key head. In the state [B, N, H, H], the sizes are those of a key head and of a 
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ class GatedDeltaNet(nnx.Module):
         with jax.named_scope("linear_attention"):
             qkv_BTC = self.in_proj_qkv(hidden_BTD)
             gate_BTNH = split_heads(self.in_proj_z(hidden_BTD), self.linear.value_head_dim)
-            before = None if cache is None else read_state(cache, hidden_BTD.dtype)
+            before = None if cache is None else (*read_state(cache, hidden_BTD.dtype), cache.lengths_B == 0)
             mixed_BTNH, after = self._mixed(
                 qkv_BTC,
                 self.in_proj_b(hidden_BTD),
@@ -98,12 +99,13 @@ class GatedDeltaNet(nnx.Module):
         b_BTN: jax.Array,
         a_BTN: jax.Array,
         context: TokenContext,
-        before: tuple[jax.Array, jax.Array] | None,
+        before: tuple[jax.Array, jax.Array, jax.Array] | None,
         *,
         keep_steps: bool,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Convolution and rule [B, T, N, H], and the state and columns after the tokens where there are some before.
 
+        Before the tokens, besides state and columns, it is known which rows are new: their state counts as zeros.
         With `keep_steps`, the state after each token and what entered the convolution at each instead.
 
         They are computed on each device's own rows and heads: it needs no collective.
@@ -116,11 +118,12 @@ class GatedDeltaNet(nnx.Module):
         mix = _mix_by_steps if keep_steps else functools.partial(_mix, one_step=one_step)
         local = functools.partial(mix, linear=self.linear, act=ACTIVATIONS[self.act])
         rows, head = P(BATCH, None, "tensor"), P("tensor")
-        states = None if before is None else (STATE, COLUMNS)
+        given = None if before is None else (STATE, COLUMNS, P(BATCH))
+        returned = None if before is None else (STATES if keep_steps else STATE, COLUMNS)
         return jax.shard_map(
             local,
-            in_specs=(rows, rows, rows, P(BATCH, None), P("tensor", None, None), head, head, states),
-            out_specs=(HEADS, (STATES, COLUMNS) if keep_steps else states),
+            in_specs=(rows, rows, rows, P(BATCH, None), P("tensor", None, None), head, head, given),
+            out_specs=(HEADS, returned),
             check_vma=False,
         )(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before)
 
@@ -135,13 +138,17 @@ class DepthwiseConv(nnx.Module):
 
 def _mix(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before, *, linear, act, one_step):
     """`GatedDeltaNet._mixed` on one device's arrays."""
-    state_BNHH, columns_BWC = (None, None) if before is None else before
+    state_BNHH, columns_BWC, new_B = (None, None, None) if before is None else before
     qkv_BTC, columns_BWC = causal_conv1d(qkv_BTC, weight_C1W[:, 0].astype(qkv_BTC.dtype), ids_BT, columns_BWC)
     q_BTKH, k_BTKH, v_BTNH = _by_head(act(qkv_BTC), linear)
     beta_BTN = jax.nn.sigmoid(b_BTN)
     time_BTN = jax.nn.softplus(a_BTN.astype(jnp.float32) + dt_bias_N.astype(jnp.float32))
     log_decay_BTN = -jnp.exp(A_log_N.astype(jnp.float32)) * time_BTN
-    rule = recurrent_gated_delta_rule if one_step else chunk_gated_delta_rule
+    rule: Callable[..., tuple[jax.Array, jax.Array]] = chunk_gated_delta_rule
+    if one_step:
+        rule = functools.partial(recurrent_gated_delta_rule, new_B=new_B)
+    elif before is not None:
+        state_BNHH = jnp.where(new_B[:, None, None, None], 0, state_BNHH)
     mixed_BTNH, state_BNHH = rule(q_BTKH, k_BTKH, v_BTNH, log_decay_BTN, beta_BTN, ids_BT, state_BNHH)
     return mixed_BTNH, None if before is None else (state_BNHH, columns_BWC)
 
@@ -151,9 +158,10 @@ def _mix_by_steps(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N,
     mixed, states, rest = [], [], (weight_C1W, A_log_N, dt_bias_N)
     for token in range(qkv_BTC.shape[1]):
         qkv, b, a, ids = (x[:, token : token + 1] for x in (qkv_BTC, b_BTN, a_BTN, ids_BT))
-        mixed_B1NH, before = _mix(qkv, b, a, ids, *rest, before, linear=linear, act=act, one_step=True)
+        mixed_B1NH, after = _mix(qkv, b, a, ids, *rest, before, linear=linear, act=act, one_step=True)
+        before = (*after, before[2] & (ids[:, 0] == 0))
         mixed.append(mixed_B1NH)
-        states.append(before[0])
+        states.append(after[0])
     return jnp.concatenate(mixed, axis=1), (jnp.stack(states, axis=1), qkv_BTC)
 
 

@@ -174,6 +174,20 @@ def test_a_row_continued_from_its_state_is_the_whole_row(rule):
     assert_near(state, whole_state, 1e-6, "final state")
 
 
+def test_a_new_row_starts_from_zeros_whatever_its_state_holds():
+    """A row of text, one whose first token is padding, and one that is not new."""
+    arguments = case(3, batch=3)
+    arguments.ids[1, 0] = 0
+    new = np.array([True, True, False])
+    stale, zeros = (np.where(new[:, None, None, None], x, arguments.state) for x in (np.nan, np.float32(0)))
+    right = RULES["tokens"](*arguments._replace(state=zeros))
+    for found, expected in zip(RULES["tokens"](*arguments._replace(state=stale), new), right, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    first, state = RULES["tokens"](*(x[:, :1] for x in arguments[:6]), stale, new)  # one token, no scan
+    assert_near(first, right[0][:, :1], 1e-6, "results")
+    assert np.isnan(state[1]).all() and np.isfinite(state[0]).all()
+
+
 def test_no_tokens_are_no_results_and_the_same_state():
     arguments = case(0, batch=2)
     for rule in RULES.values():

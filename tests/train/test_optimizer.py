@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import qwen_moe_jax as qmj
+from tests.model.hybrid_configs import hybrid_config
 from train.config import OptimizerConfig
 from train.optimizer import decays, frozen_paths, make_optimizer, make_schedule, schedule_notes
 
@@ -118,6 +119,12 @@ def test_patterns_are_searched_for_in_the_names_of_the_familys_files():
         "lm_head.weight",
     }
     assert frozen_paths([], MODEL) == frozenset()
+
+
+def test_a_pattern_finds_the_matrix_of_the_files_that_holds_rows_of_several():
+    model = qmj.CausalLM(hybrid_config("lf"), rngs=None)
+    found = {path.split(".")[-2] for path in frozen_paths(["in_proj_qkvz", r"in_proj_a\."], model)}
+    assert found == {"in_proj_qkv", "in_proj_z", "in_proj_a"}
 
 
 @pytest.mark.parametrize(
