@@ -36,6 +36,16 @@ from qwen_moe_jax.nn.matmul import matmul_precision
 EPSILON = 1e-6
 
 
+def chunk_size_for(platform: str) -> int:
+    """Tokens of a chunk on devices of this platform (`jax.Device.platform`).
+
+    64, as in transformers, is the least work. A TPU multiplies 128 x 128 numbers at a time: with chunks of 128 the
+    compiler for v5p estimates 24 ms forward and backward where it estimates 41 for chunks of 64 (4096 tokens, 16 key
+    and 32 value heads of 128), at 1.4 times the FLOPs.
+    """
+    return 128 if platform == "tpu" else 64
+
+
 class _Inputs(NamedTuple):
     """What the rule reads of tokens."""
 

@@ -15,7 +15,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.attention_kernels.causal_conv import causal_conv1d
-from qwen_moe_jax.attention_kernels.delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from qwen_moe_jax.attention_kernels.delta_rule import (
+    chunk_gated_delta_rule,
+    chunk_size_for,
+    recurrent_gated_delta_rule,
+)
 from qwen_moe_jax.config import LinearAttentionConfig, ModelConfig
 from qwen_moe_jax.model.attention import split_heads
 from qwen_moe_jax.model.cache import (
@@ -63,6 +67,7 @@ class GatedDeltaNet(nnx.Module):
         self.norm = GatedRMSNorm(f"{name}.norm", linear.value_head_dim, config.rms_norm_eps, own)
         self.out_proj = Linear(f"{name}.out_proj", ("embed", "heads"), (width, linear.value_dim), make)
         self.linear, self.act = linear, config.hidden_act
+        self.chunk_size = chunk_size_for(make.mesh.devices.flat[0].platform)
 
     def __call__(
         self, hidden_BTD: jax.Array, context: TokenContext, cache: LayerCache | None = None
@@ -116,7 +121,7 @@ class GatedDeltaNet(nnx.Module):
         A_log_N, dt_bias_N = (gather_for_compute(param[...], "heads") for param in (self.A_log, self.dt_bias))
         one_step = before is not None and qkv_BTC.shape[1] == 1
         mix = _mix_by_steps if keep_steps else functools.partial(_mix, one_step=one_step)
-        local = functools.partial(mix, linear=self.linear, act=ACTIVATIONS[self.act])
+        local = functools.partial(mix, linear=self.linear, act=ACTIVATIONS[self.act], chunk_size=self.chunk_size)
         rows, head = P(BATCH, None, "tensor"), P("tensor")
         given = None if before is None else (STATE, COLUMNS, P(BATCH))
         returned = None if before is None else (STATES if keep_steps else STATE, COLUMNS)
@@ -136,7 +141,7 @@ class DepthwiseConv(nnx.Module):
         self.weight = make.normal(f"{name}.weight", (channels, 1, taps), self.axes)
 
 
-def _mix(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before, *, linear, act, one_step):
+def _mix(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before, *, linear, act, chunk_size, one_step):
     """`GatedDeltaNet._mixed` on one device's arrays."""
     state_BNHH, columns_BWC, new_B = (None, None, None) if before is None else before
     qkv_BTC, columns_BWC = causal_conv1d(qkv_BTC, weight_C1W[:, 0].astype(qkv_BTC.dtype), ids_BT, columns_BWC)
@@ -144,7 +149,8 @@ def _mix(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before, 
     beta_BTN = jax.nn.sigmoid(b_BTN)
     time_BTN = jax.nn.softplus(a_BTN.astype(jnp.float32) + dt_bias_N.astype(jnp.float32))
     log_decay_BTN = -jnp.exp(A_log_N.astype(jnp.float32)) * time_BTN
-    rule: Callable[..., tuple[jax.Array, jax.Array]] = chunk_gated_delta_rule
+    rule: Callable[..., tuple[jax.Array, jax.Array]]
+    rule = functools.partial(chunk_gated_delta_rule, chunk_size=chunk_size)
     if one_step:
         rule = functools.partial(recurrent_gated_delta_rule, new_B=new_B)
     elif before is not None:
@@ -153,12 +159,13 @@ def _mix(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before, 
     return mixed_BTNH, None if before is None else (state_BNHH, columns_BWC)
 
 
-def _mix_by_steps(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before, *, linear, act):
+def _mix_by_steps(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before, *, linear, act, chunk_size):
     """`_mix` token by token; instead of the last state, the state [B, T, N, H, H] after each, and the inputs."""
     mixed, states, rest = [], [], (weight_C1W, A_log_N, dt_bias_N)
+    settings = {"linear": linear, "act": act, "chunk_size": chunk_size}
     for token in range(qkv_BTC.shape[1]):
         qkv, b, a, ids = (x[:, token : token + 1] for x in (qkv_BTC, b_BTN, a_BTN, ids_BT))
-        mixed_B1NH, after = _mix(qkv, b, a, ids, *rest, before, linear=linear, act=act, one_step=True)
+        mixed_B1NH, after = _mix(qkv, b, a, ids, *rest, before, one_step=True, **settings)
         before = (*after, before[2] & (ids[:, 0] == 0))
         mixed.append(mixed_B1NH)
         states.append(after[0])

@@ -8,7 +8,7 @@ from typing import cast, get_args
 
 import numpy as np
 
-from qwen_moe_jax.plan.hlo import Array, Instruction, Module, Run
+from qwen_moe_jax.plan.hlo import Array, Instruction, Module, Run, parameter_number
 from qwen_moe_jax.plan.result import Collective, CollectiveKind
 
 _KINDS = frozenset(get_args(CollectiveKind))
@@ -35,7 +35,7 @@ def collectives_of(module: Module, mesh: Mapping[str, int], platform: str) -> tu
     """
     found: dict[Collective, int | None] = {}
     for run in module.runs:
-        if (one := _collective(module, run, mesh, platform)) is None:
+        if run.times == 0 or (one := _collective(module, run, mesh, platform)) is None:
             continue
         counted = dataclasses.replace(one, count=0)
         before = found.get(counted, 0)
@@ -181,9 +181,5 @@ def _narrows(module: Module, computation: dict[str, Instruction], user: Instruct
         return False
     inside = module.computations.get((user.attribute("calls") or "").lstrip("%"), {})
     positions = [position for position, operand in enumerate(user.operands) if operand == name]
-    taken = [one for one in inside.values() if one.opcode == "parameter" and _parameter_number(one) in positions]
+    taken = [one for one in inside.values() if one.opcode == "parameter" and parameter_number(one) in positions]
     return bool(taken) and all(_becomes_bfloat16(module, inside, one.name, depth + 1) for one in taken)
-
-
-def _parameter_number(parameter: Instruction) -> int:
-    return int(parameter.attributes.partition(")")[0])

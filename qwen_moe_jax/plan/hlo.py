@@ -1,7 +1,7 @@
 """Parser of a compiled program's text: its instructions, how often each runs, and the FLOPs of its matrix products.
 
 XLA's own cost analysis counts the body of a loop once and says nothing of GPUs; here a loop's body counts as often as
-it runs. Shapes in the text are those of one device.
+it runs, and the rounds in which `dropless` serves rows beyond its buffers as never, as with a balanced load. Shapes in the text are those of one device.
 """
 
 import dataclasses
@@ -10,8 +10,11 @@ import re
 from collections.abc import Iterator
 
 from qwen_moe_jax.attention_kernels.splash import PRODUCT_FLOPS
+from qwen_moe_jax.moe.dispatch.overflow import SCOPE
 
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+#: A TPU's layout, which has tiles, of an array in memory on the chip: any space but 0, its HBM, and 5, the host's.
+_ON_CHIP = re.compile(r":.*T\(.*S\([^05]\)")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _BYTES = {"pred": 1, "c64": 8, "c128": 16}
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -19,9 +22,12 @@ _NAME = re.compile(r"%([\w.\-]+)")
 #: Instructions that only name arrays that are there already.
 _FREE = frozenset(
     "parameter constant get-tuple-element tuple bitcast while call conditional after-all partition-id opt-barrier "
-    "copy-done copy-start all-gather-done all-reduce-done collective-permute-done async-done async-update "
+    "copy-done all-gather-done all-reduce-done collective-permute-done async-done async-update "
     "call-done".split()
 )
+
+#: Instructions of which only as much is read of their first operand as they make.
+_SLICES = ("dynamic-slice", "slice", "gather")
 
 #: Instructions that update a part of an array in place, and which of their operands is that part.
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
@@ -39,10 +45,12 @@ class Array:
     Attributes:
         dtype: XLA's name of it: "bf16", "f32", "s32".
         shape: of one device's shard.
+        on_chip: whether it is in a TPU core's own memory, so that no bandwidth is needed to read or write it.
     """
 
     dtype: str
     shape: tuple[int, ...]
+    on_chip: bool = False
 
     @property
     def bytes(self) -> int:
@@ -54,6 +62,11 @@ class Array:
             bits = re.search(r"\d+", self.dtype)
             size = max(int(bits[0]) // 8, 1) if bits else 1
         return size * math.prod(self.shape)
+
+    @property
+    def traffic(self) -> int:
+        """Bytes between memory and the chip when it is read or written."""
+        return 0 if self.on_chip else self.bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +151,9 @@ class Module:
             yield Run(instruction, computation, times, layers, fused)
             if instruction.opcode == "while":
                 trips = self.trips(instruction, computation)
-                if trips is None and not looped:
+                if trips is None and f"{SCOPE}/" in instruction.source:
+                    trips = 0  # the rows of a balanced load are served without these rounds
+                elif trips is None and not looped:
                     trips = self._open_loop_times
                 body = _bare(instruction.attribute("body"))
                 inside = layers
@@ -227,7 +242,7 @@ class Module:
         """Bytes that a device's instructions read and write in a step, a fusion as one instruction.
 
         An operand that is only sliced counts as its slices, and a result that is written into one that exists as what
-        is written. Of the stack of all layers, a kernel in the loop over them reads one layer's part; what it reads
+        is written. What a TPU keeps on the chip counts where it is copied from memory or back, and not else. Of the stack of all layers, a kernel in the loop over them reads one layer's part; what it reads
         several times counts once. A loop of unknown trip count counts once.
         """
         total = 0.0
@@ -238,34 +253,74 @@ class Module:
         return total
 
     def _moved(self, run: Run) -> int:
-        instruction = run.instruction
-        if instruction.opcode in ("dynamic-slice", "slice", "gather"):
-            return 2 * sum(array.bytes for array in instruction.results)
+        instruction, computation = run.instruction, run.computation
+        written = sum(array.traffic for array in instruction.results)
+        if instruction.opcode in _SLICES:
+            return written + self._sliced(instruction, computation)
+        if instruction.opcode == "copy-start":  # its results: the copy, the operand, and a semaphore
+            return sum(array.traffic for array in instruction.results[:2])
         if instruction.opcode in _UPDATES:
-            update = run.computation.get(instruction.operands[_UPDATES[instruction.opcode]])
-            return 2 * sum(array.bytes for array in update.results) if update else 0
-        if instruction.opcode != "fusion":
-            stacked = instruction.opcode == "custom-call" and run.layers
-            size = sum(array.bytes for array in instruction.results)
-            for name in instruction.operands:
-                for array in run.computation[name].results if name in run.computation else ():
-                    whole = stacked and array.shape and array.shape[0] % run.layers == 0 and _is_carried(run, name)
-                    size += array.bytes // run.layers if whole else array.bytes
-            return size
-        fused = self.computations.get(_bare(instruction.attribute("calls")), {})
-        users: dict[str, list[Instruction]] = {}
-        for one in fused.values():
-            for name in one.operands:
-                users.setdefault(name, []).append(one)
+            update = computation.get(instruction.operands[_UPDATES[instruction.opcode]])
+            return 2 * sum(array.traffic for array in update.results) if update else 0
+        if instruction.opcode == "fusion":
+            return self._moved_by_fusion(instruction)
+        stacked = instruction.opcode == "custom-call" and run.layers
+        for name in instruction.operands:
+            for array in computation[name].results if name in computation else ():
+                whole = stacked and array.shape and array.shape[0] % run.layers == 0 and _is_carried(run, name)
+                written += array.traffic // run.layers if whole else array.traffic
+        return written
+
+    def _moved_by_fusion(self, fusion: Instruction) -> int:
+        fused = self.computations.get(_bare(fusion.attribute("calls")), {})
+        users = _users(fused)
         moved = 0
         for one in fused.values():
-            if one.opcode == "parameter":
-                touched = _touched(one.name, users)
-                moved += sum(array.bytes for array in one.results) if touched is None else touched
+            if one.opcode == "parameter" and any(array.traffic for array in one.results):
+                touched = self._touched(one.name, users)
+                moved += sum(array.traffic for array in one.results) if touched is None else touched
             if one.root:
-                written = [fused[name] for name in one.operands] if one.opcode == "tuple" else [one]
-                moved += sum(_written_bytes(each, fused) for each in written)
+                parts = [fused[name] for name in one.operands] if one.opcode == "tuple" else [one]
+                if len(parts) == len(fusion.results):
+                    kept = zip(parts, fusion.results, strict=True)
+                    moved += sum(_written_bytes(part, fused) for part, result in kept if result.traffic)
+                else:
+                    moved += sum(_written_bytes(part, fused) for part in parts)
         return moved
+
+    def _touched(self, name: str, users: dict[str, list[Instruction]]) -> int | None:
+        """Bytes of an array that are read inside a fusion, and in those within it; None for all of it."""
+        total = 0
+        for taker in users.get(name, []):
+            part: int | None = None
+            if taker.opcode in ("bitcast", "reshape") and not taker.root:
+                part = self._touched(taker.name, users)
+            elif taker.opcode == "fusion":
+                part = self._touched_within(taker, name)
+            elif taker.opcode in _SLICES and name not in taker.operands[1:]:
+                part = sum(array.bytes for array in taker.results)
+            elif taker.opcode in _UPDATES and name not in taker.operands[1:]:
+                part = 0  # written in place: the rest is not read
+            if part is None:
+                return None
+            total += part
+        return total
+
+    def _touched_within(self, fusion: Instruction, operand: str) -> int | None:
+        """`_touched` of an operand of a fusion, inside it."""
+        fused = self.computations.get(_bare(fusion.attribute("calls")), {})
+        positions = {position for position, name in enumerate(fusion.operands) if name == operand}
+        taken = [one for one in fused.values() if one.opcode == "parameter" and parameter_number(one) in positions]
+        users = _users(fused)
+        parts = [self._touched(one.name, users) for one in taken]
+        return sum(part or 0 for part in parts) if taken and None not in parts else None
+
+    def _sliced(self, instruction: Instruction, computation: dict[str, Instruction]) -> int:
+        """Bytes that a slice reads of its operand."""
+        source = computation.get(instruction.operands[0])
+        if source is not None and source.results and source.results[0].on_chip:
+            return 0
+        return sum(array.bytes for array in instruction.results)
 
 
 def _whole_lines(text: str) -> Iterator[str]:
@@ -293,7 +348,10 @@ def _read(line: str) -> Instruction | None:
     if not re.fullmatch(r"[\w\-]+", opcode):
         return None
     inside = rest[start + 1 : stop]
-    results = tuple(Array(dtype, _numbers(dims)) for dtype, dims in _ARRAY.findall(kind))
+    results = tuple(
+        Array(dtype, _numbers(dims), _ON_CHIP.search(layout) is not None)
+        for dtype, dims, layout in _ARRAY.findall(kind)
+    )
     # A constant's or a parameter's parentheses hold a value; it is kept with the attributes.
     attributes = f"{inside}), {rest[stop + 1 :]}" if opcode in ("constant", "parameter") else rest[stop + 1 :]
     return Instruction(name, opcode, results, tuple(_NAME.findall(inside)), attributes, root)
@@ -320,22 +378,18 @@ def _numbers(text: str | None) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text or ""))
 
 
-def _touched(name: str, users: dict[str, list[Instruction]]) -> int | None:
-    """Bytes of an array that are read inside a fusion; None for all of it."""
-    total = 0
-    for taker in users.get(name, []):
-        if taker.opcode in ("bitcast", "reshape") and not taker.root:
-            part = _touched(taker.name, users)
-        elif taker.opcode in ("dynamic-slice", "slice", "gather") and name not in taker.operands[1:]:
-            part = sum(array.bytes for array in taker.results)
-        elif taker.opcode in _UPDATES and name not in taker.operands[1:]:
-            part = 0  # written in place: the rest is not read
-        else:
-            part = None
-        if part is None:
-            return None
-        total += part
-    return total
+def _users(computation: dict[str, Instruction]) -> dict[str, list[Instruction]]:
+    """The instructions that take each array."""
+    users: dict[str, list[Instruction]] = {}
+    for one in computation.values():
+        for name in one.operands:
+            users.setdefault(name, []).append(one)
+    return users
+
+
+def parameter_number(parameter: Instruction) -> int:
+    """Which operand of its computation a parameter is."""
+    return int(parameter.attributes.partition(")")[0])
 
 
 def _is_carried(run: Run, name: str) -> bool:

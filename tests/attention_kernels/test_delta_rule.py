@@ -10,7 +10,11 @@ import pytest
 from hypothesis import given, settings
 from jax.sharding import PartitionSpec as P
 
-from qwen_moe_jax.attention_kernels.delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from qwen_moe_jax.attention_kernels.delta_rule import (
+    chunk_gated_delta_rule,
+    chunk_size_for,
+    recurrent_gated_delta_rule,
+)
 from qwen_moe_jax.sharding.mesh import make_mesh
 from tests.attention_kernels.rows_with_runs import layouts, separate_runs
 from tests.distance import assert_near
@@ -186,6 +190,11 @@ def test_a_new_row_starts_from_zeros_whatever_its_state_holds():
     first, state = RULES["tokens"](*(x[:, :1] for x in arguments[:6]), stale, new)  # one token, no scan
     assert_near(first, right[0][:, :1], 1e-6, "results")
     assert np.isnan(state[1]).all() and np.isfinite(state[0]).all()
+
+
+def test_chunks_of_a_tpu_give_the_same_results():
+    arguments = packed()
+    assert_right(RULES["chunks"](*arguments, chunk_size=chunk_size_for("tpu")), arguments)
 
 
 def test_no_tokens_are_no_results_and_the_same_state():

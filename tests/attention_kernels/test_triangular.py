@@ -8,7 +8,7 @@ from qwen_moe_jax.attention_kernels.triangular import solve_unit_lower
 from tests.distance import assert_near
 
 
-@pytest.mark.parametrize("size", [8, 64])
+@pytest.mark.parametrize("size", [8, 64, 128])
 def test_solution_and_gradients_are_exact(size):
     """Entries near one, whose inverse a power series in float32 would lose to cancellation."""
     numbers = np.random.default_rng(0)

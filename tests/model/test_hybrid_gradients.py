@@ -55,6 +55,20 @@ def test_gradients_do_not_depend_on_what_is_recomputed(remat, kept):
     assert_same(gradients_of(model), kept, 1e-5)
 
 
+def test_with_remat_dots_the_chunks_are_not_run_through_again():
+    """Loops over chunks in the program of a linear layer: with everything recomputed there is one more."""
+
+    def loops(remat: str) -> int:
+        model = qmj.CausalLM(hybrid_config("L"), rngs=None, execution=qmj.ExecutionConfig(remat=remat))
+
+        def loss(model):
+            return model(TOKENS_BT).logits.sum()
+
+        return jax.jit(jax.grad(loss)).lower(model).as_text().count("stablehlo.while")
+
+    assert loops("full") - loops("dots") == 1
+
+
 def test_padding_passes_no_gradient_on_whatever_its_tokens_are():
     """Of the losses of real tokens, bit for bit."""
     model = hybrid_model(hybrid_config("LF"))

@@ -14,6 +14,9 @@ import jax.numpy as jnp
 
 from qwen_moe_jax.moe.dispatch.rows import Assignments
 
+#: Name of the loops' scope, by which a plan knows them in a compiled program.
+SCOPE = "overflow_rounds"
+
 Serve = Callable[[jax.Array, Assignments, Any], jax.Array]
 
 
@@ -58,7 +61,8 @@ def _rounds(serve, integers, x_TD, weights_TA, arrays):
         return turn + 1, sum_TD + served_TD.astype(sum_TD.dtype)
 
     start = jnp.int32(1), jnp.zeros(x_TD.shape, jnp.result_type(x_TD, weights_TA))
-    return arrays, jax.lax.while_loop(lambda state: state[0] < rounds, add, start)[1]
+    with jax.named_scope(SCOPE):
+        return arrays, jax.lax.while_loop(lambda state: state[0] < rounds, add, start)[1]
 
 
 def _rounds_forward(serve, integers, x_TD, weights_TA, arrays):
@@ -78,7 +82,8 @@ def _rounds_backward(serve, saved, gradients):
     # Tokens' gradients are small: float32 costs nothing. Those of weights are kept in their own dtype.
     tokens = (jnp.zeros(x.shape, jnp.float32) for x in (x_TD, weights_TA))
     start = jnp.int32(1), (*tokens, of_arrays)
-    of_x_TD, of_weights_TA, of_arrays = jax.lax.while_loop(lambda state: state[0] < rounds, add, start)[1]
+    with jax.named_scope(SCOPE):
+        of_x_TD, of_weights_TA, of_arrays = jax.lax.while_loop(lambda state: state[0] < rounds, add, start)[1]
     return None, of_x_TD.astype(x_TD.dtype), of_weights_TA.astype(weights_TA.dtype), of_arrays
 
 

@@ -75,8 +75,18 @@ def outer(left_RO: jax.Array, right_RI: jax.Array, sizes_E: jax.Array, *, interp
 
 
 def select_layer(weights: jax.Array, sizes_E: jax.Array, layer: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """A layer of stacked weights [L, E, O, I], as weights and sizes for `ragged`."""
-    return jax.lax.dynamic_index_in_dim(weights, layer, keepdims=False), sizes_E
+    """A layer of stacked weights [L, E, O, I], as weights and sizes for `ragged`.
+
+    Few rows, as in decoding, are multiplied with the experts of all layers in one row, of which those of other layers
+    have no rows: a copy of the layer's experts would write and read all of them again. Tiles of many rows are sized by
+    the number of experts, which must then be the layer's.
+    """
+    layers, experts = weights.shape[:2]
+    if _row_tile(rows, experts) > LANES:
+        return jax.lax.dynamic_index_in_dim(weights, layer, keepdims=False), sizes_E
+    sizes_N = jnp.zeros(layers * experts, sizes_E.dtype)
+    sizes_N = jax.lax.dynamic_update_slice_in_dim(sizes_N, sizes_E, layer * experts, axis=0)
+    return weights.reshape(layers * experts, *weights.shape[2:]), sizes_N
 
 
 def _row_tile(rows: int, experts: int) -> int:
