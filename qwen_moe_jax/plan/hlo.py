@@ -1,7 +1,8 @@
 """Parser of a compiled program's text: its instructions, how often each runs, and the FLOPs of its matrix products.
 
 XLA's own cost analysis counts the body of a loop once and says nothing of GPUs; here a loop's body counts as often as
-it runs, and the rounds in which `dropless` serves rows beyond its buffers as never, as with a balanced load. Shapes in the text are those of one device.
+it runs. Rounds in which `dropless` serves rows beyond its buffers count as none, as with a balanced load. Shapes in the
+text are those of one device.
 """
 
 import dataclasses
@@ -242,8 +243,9 @@ class Module:
         """Bytes that a device's instructions read and write in a step, a fusion as one instruction.
 
         An operand that is only sliced counts as its slices, and a result that is written into one that exists as what
-        is written. What a TPU keeps on the chip counts where it is copied from memory or back, and not else. Of the stack of all layers, a kernel in the loop over them reads one layer's part; what it reads
-        several times counts once. A loop of unknown trip count counts once.
+        is written. What a TPU keeps on the chip counts where it is copied from memory or back, and not else. Of the
+        stack of all layers, a kernel in the loop over them reads one layer's part; what it reads several times counts
+        once. A loop of unknown trip count counts once.
         """
         total = 0.0
         for run in self.runs:

@@ -80,6 +80,15 @@ class TestAgainstALoop:
             assert_close(of_weights_EOI[expert], left.T @ right, dtype)  # zeros for an expert without rows
 
 
+def test_on_tpus_few_rows_meet_the_experts_of_all_layers_without_a_copy():
+    weights, sizes = np.arange(3 * 4 * 2 * 5).reshape(3, 4, 2, 5), np.array([1, 0, 7, 2], np.int32)
+    for rows in (40, 8192):  # of many rows, the tiles are sized by the number of a layer's experts
+        chosen, counts = backend("tpu").select_layer(jnp.asarray(weights), jnp.asarray(sizes), jnp.int32(1), rows)
+        assert len(chosen) == len(counts) == (12 if rows == 40 else 4)
+        np.testing.assert_array_equal(np.asarray(chosen)[counts > 0], weights[1][sizes > 0])
+        np.testing.assert_array_equal(np.asarray(counts)[counts > 0], sizes[sizes > 0])
+
+
 def test_a_program_writes_only_its_experts_rows():
     """A GPU runs programs in any order; here the last writes last, and would cover up for one that wrote too much."""
     _, _, weights_EOI, sizes_E = draw("padding", "float32")

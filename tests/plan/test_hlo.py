@@ -2,6 +2,7 @@
 
 import pytest
 
+from qwen_moe_jax.moe.dispatch.overflow import SCOPE
 from qwen_moe_jax.plan.hlo import Module
 
 PROGRAM = """HloModule step, is_scheduled=true
@@ -32,3 +33,62 @@ def test_a_kernel_that_nobody_knows_is_not_guessed():
 def test_an_instruction_on_several_lines_is_one():
     call, out = list(Module(PROGRAM).computations["main"].values())[1:]
     assert (call.opcode, call.source[-11:], out.root) == ("custom-call", "pallas_call", True)
+
+
+LAYERS = """HloModule step
+
+%slice (stack: f32[10,64,8], index: s32[]) -> f32[64,8] {
+  %stack = f32[10,64,8]{2,1,0:T(8,128)} parameter(0)
+  %index = s32[]{:T(128)S(6)} parameter(1)
+  %zero = s32[] constant(0)
+  %one = f32[1,64,8]{2,1,0} dynamic-slice(%stack, %index, %zero, %zero), dynamic_slice_sizes={1,64,8}
+  ROOT %layer = f32[64,8]{1,0} bitcast(%one)
+}
+
+%product (weights: f32[10,64,8], which: s32[], x: f32[4,8]) -> f32[4,64] {
+  %weights = f32[10,64,8]{2,1,0:T(8,128)} parameter(0)
+  %which = s32[]{:T(128)S(6)} parameter(1)
+  %x = f32[4,8]{1,0:T(8,128)S(1)} parameter(2)
+  %matrix = f32[64,8]{1,0} fusion(%weights, %which), kind=kLoop, calls=%slice
+  ROOT %y = f32[4,64]{1,0} dot(%x, %matrix), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+%again (state: (s32[], f32[4,64])) -> pred[] {
+  %state = (s32[], f32[4,64]) parameter(0)
+  %turn = s32[] get-tuple-element(%state), index=0
+  %rounds = s32[] constant(3)
+  ROOT %more = pred[] compare(%rounds, %turn), direction=GT
+}
+
+%round (carry: (s32[], f32[4,64])) -> (s32[], f32[4,64]) {
+  %carry = (s32[], f32[4,64]) parameter(0)
+  %number = s32[] get-tuple-element(%carry), index=0
+  %sum = f32[4,64] get-tuple-element(%carry), index=1
+  %square = f32[4,4] dot(%sum, %sum), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  ROOT %next = (s32[], f32[4,64]) tuple(%number, %sum)
+}
+
+ENTRY %main (w: f32[10,64,8], i: s32[], h: f32[4,8]) -> f32[4,64] {
+  %w = f32[10,64,8]{2,1,0:T(8,128)} parameter(0)
+  %i = s32[]{:T(128)S(6)} parameter(1)
+  %h = f32[4,8]{1,0:T(8,128)} parameter(2)
+  %start = (f32[4,8]{1,0:T(8,128)S(1)}, f32[4,8]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%h)
+  %near = f32[4,8]{1,0:T(8,128)S(1)} copy-done(%start)
+  %out = f32[4,64]{1,0:T(8,128)} fusion(%w, %i, %near), kind=kOutput, calls=%product
+  %first = (s32[], f32[4,64]) tuple(%i, %out)
+  %loop = (s32[], f32[4,64]) while(%first), condition=%again, body=%round, metadata={op_name="experts/SCOPE/while"}
+  ROOT %result = f32[4,64]{1,0:T(8,128)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_traffic_is_a_layer_of_a_stack_and_not_what_stays_on_the_chip():
+    """A copy to the chip, then a product of that with one of ten matrices, sliced in a fusion within the fusion."""
+    module = Module(LAYERS.replace("SCOPE", SCOPE))
+    assert module.memory_bytes() == 4 * (4 * 8 + 64 * 8 + 4 * 64)
+
+
+def test_rounds_beyond_the_first_are_not_counted():
+    product = 2 * 4 * 64 * 8
+    assert Module(LAYERS.replace("SCOPE", SCOPE)).matmul_flops() == product
+    assert Module(LAYERS.replace("SCOPE", "somewhere")).matmul_flops() is None
