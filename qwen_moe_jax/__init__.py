@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from qwen_moe_jax.huggingface.native import save_orbax
     from qwen_moe_jax.huggingface.peft import load_adapter, save_adapter
     from qwen_moe_jax.huggingface.save import save_pretrained
+    from qwen_moe_jax.inference.engine import Engine
     from qwen_moe_jax.inference.generate import complete, generate
+    from qwen_moe_jax.inference.request import Request
     from qwen_moe_jax.inference.score import perplexity, score
     from qwen_moe_jax.inference.session import Session, stream
     from qwen_moe_jax.model.causal_lm import CausalLM, SequenceClassifier, TokenClassifier
@@ -72,6 +74,8 @@ _HOME = {
     "load_adapter": "huggingface.peft",
     "generate": "inference.generate",
     "complete": "inference.generate",
+    "Engine": "inference.engine",
+    "Request": "inference.request",
     "stream": "inference.session",
     "Session": "inference.session",
     "score": "inference.score",

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_moe_jax.config import GenerationConfig
-from qwen_moe_jax.inference.tables import add_rows, field_array, token_mask, token_table
+from qwen_moe_jax.inference.tables import TableSizes, add_rows, field_array, token_mask, token_table
 
 #: A row without a forced first token.
 NOT_FORCED = -1
@@ -61,24 +61,27 @@ def is_constrained(config: GenerationConfig) -> bool:
     return bool(ends or masked or config.forced_eos_token_id or config.forced_bos_token_id is not None)
 
 
-def constraints_of(configs: Sequence[GenerationConfig], vocab_size: int) -> Constraints | None:
-    """The constraints of a batch; None where no row has any."""
-    if not any(map(is_constrained, configs)):
+def constraints_of(
+    configs: Sequence[GenerationConfig], vocab_size: int, sizes: TableSizes | None = None
+) -> Constraints | None:
+    """The constraints of a batch; None where no row has any and no `sizes` are given, which fix their structure."""
+    if sizes is None and not any(map(is_constrained, configs)):
         return None
+    forced, suppressed = (None, None) if sizes is None else (sizes.forced, sizes.suppressed)
     decays = [config.exponential_decay_length_penalty or (0, 1.0) for config in configs]
     first = [NOT_FORCED if config.forced_bos_token_id is None else config.forced_bos_token_id for config in configs]
-    bans_ngrams = any(config.no_repeat_ngram_size for config in configs)
+    bans_ngrams = sizes is not None or any(config.no_repeat_ngram_size for config in configs)
     return Constraints(
         ngram_size_B=field_array(configs, "no_repeat_ngram_size", np.int32) if bans_ngrams else None,
         min_length_B=field_array(configs, "min_length", np.int32),
         forced_first_B=jnp.asarray(np.array(first, np.int32)),
-        forced_last_BM=token_table([config.forced_eos_token_id for config in configs], vocab_size),
+        forced_last_BM=token_table([config.forced_eos_token_id for config in configs], vocab_size, forced),
         max_new_tokens_B=jnp.asarray(np.array([config.max_new_tokens or 0 for config in configs], np.int32)),
         max_length_B=jnp.asarray(np.array([config.max_length or 0 for config in configs], np.int32)),
         decay_start_B=jnp.asarray(np.array([start for start, _ in decays], np.int32)),
         decay_rate_B=jnp.asarray(np.array([math.log(factor) for _, factor in decays], np.float32)),
-        suppressed_BM=token_table([config.suppress_tokens for config in configs], vocab_size),
-        suppressed_first_BM=token_table([config.begin_suppress_tokens for config in configs], vocab_size),
+        suppressed_BM=token_table([config.suppress_tokens for config in configs], vocab_size, suppressed),
+        suppressed_first_BM=token_table([config.begin_suppress_tokens for config in configs], vocab_size, suppressed),
     )
 
 

@@ -81,6 +81,7 @@ class Chunk:
         log_probs: of each, in nats, by the model's own distribution (before temperature and the like).
         top_logprobs: where asked for, the most probable tokens at each.
         prompt_logprobs: where asked for, with the first chunk of a request.
+        cached_tokens: with the first chunk of a request, tokens of its prompt that were in the cache already.
         routing: where it is recorded, integers [L_sparse, T, A]; the experts of the tokens that were read to choose
             these. With the first chunk, that is the prompt; later, all tokens from the last of the chunk before to the
             last but one of this.
@@ -95,6 +96,7 @@ class Chunk:
     log_probs: tuple[float, ...]
     top_logprobs: tuple[TopTokens, ...] = ()
     prompt_logprobs: PromptLogProbs | None = None
+    cached_tokens: int = 0
     finished: Finish | None = None
     error: RequestError | None = None
     routing: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)

@@ -20,7 +20,7 @@ from qwen_moe_jax.huggingface.unused_fields import say_once
 from qwen_moe_jax.inference import programs, speculative
 from qwen_moe_jax.inference.programs import DecodeOutput
 from qwen_moe_jax.inference.request import Chunk, Finish
-from qwen_moe_jax.inference.sampling import initial_state, sampling_settings
+from qwen_moe_jax.inference.settings import initial_state, sampling_settings
 from qwen_moe_jax.inference.speculative import Drafts
 from qwen_moe_jax.model.cache import Cache, RecurrentState, empty_cache
 from qwen_moe_jax.model.causal_lm import CausalLM

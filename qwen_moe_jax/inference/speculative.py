@@ -13,7 +13,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from qwen_moe_jax.inference.sampling import SamplingSettings, SamplingState, advance, choose, process_logits
+from qwen_moe_jax.inference.sampling import advance, choose, process_logits
+from qwen_moe_jax.inference.settings import SamplingSettings, SamplingState
 from qwen_moe_jax.model.base import LogitsOf, Model
 from qwen_moe_jax.model.cache import Cache
 from qwen_moe_jax.model.causal_lm import CausalLM

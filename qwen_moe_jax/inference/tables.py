@@ -1,5 +1,6 @@
 """Settings of a batch as arrays: one row per request, lists padded to few lengths so that few programs are compiled."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -7,6 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_moe_jax.config import GenerationConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableSizes:
+    """Fixed lengths of the lists of every row's settings: the same compiled programs serve whatever fits into them.
+
+    Attributes:
+        biases: sequences of `logit_bias` and `bad_words_ids` together.
+        prefix: tokens of such a sequence before its last.
+        stops, forced, suppressed: tokens of `eos_token_id`, of `forced_eos_token_id`, and of `suppress_tokens` and
+            `begin_suppress_tokens` each.
+    """
+
+    biases: int = 512
+    prefix: int = 7
+    stops: int = 16
+    forced: int = 4
+    suppressed: int = 128
 
 
 def field_array(configs: Sequence[GenerationConfig], field: str, dtype: type) -> jax.Array:
@@ -22,9 +41,10 @@ def bucket(count: int) -> int:
     return size
 
 
-def token_table(rows: Sequence[Sequence[int]], vocab_size: int) -> jax.Array:
-    """Lists of token ids as int32 [B, M]; V, which is no token, in unused slots."""
-    table_BM = np.full((len(rows), bucket(max(map(len, rows), default=0))), vocab_size, np.int32)
+def token_table(rows: Sequence[Sequence[int]], vocab_size: int, size: int | None = None) -> jax.Array:
+    """Lists of token ids as int32 [B, M]; V, which is no token, in unused slots. `size` is M; None fits the longest."""
+    size = bucket(max(map(len, rows), default=0)) if size is None else size
+    table_BM = np.full((len(rows), size), vocab_size, np.int32)
     for slots, row in zip(table_BM, rows, strict=True):
         slots[: len(row)] = row
     return jnp.asarray(table_BM)

@@ -43,6 +43,11 @@ COMPUTE_AXES: Mapping[str, tuple[str, ...]] = {
 PADDED_AXES = ("vocab",)
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """The number of devices that share the batch: its rows are a multiple of it."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
 def stored(rules: ShardingRules) -> Mapping[str, tuple[str, ...]]:
     """The mesh axes that each logical axis of a stored parameter is sharded over."""
     return {**COMPUTE_AXES, **dataclasses.asdict(rules)}

@@ -8,7 +8,7 @@ import pytest
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.inference import programs
-from qwen_moe_jax.inference.sampling import initial_state, sampling_settings
+from qwen_moe_jax.inference.settings import initial_state, sampling_settings
 from qwen_moe_jax.model.cache import abstract_cache
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.moe.kernels import cpu

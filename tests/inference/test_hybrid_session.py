@@ -9,8 +9,8 @@ from flax import nnx
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.inference import programs
-from qwen_moe_jax.inference.sampling import initial_state, sampling_settings
 from qwen_moe_jax.inference.session import Session
+from qwen_moe_jax.inference.settings import initial_state, sampling_settings
 from qwen_moe_jax.model.cache import abstract_cache, recurrent_states
 from tests.cases import HYBRID_CASES
 from tests.distance import assert_near

@@ -14,14 +14,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.inference.sampling import (
-    advance,
-    choose,
-    initial_state,
-    log_probabilities,
-    process_logits,
-    sampling_settings,
-)
+from qwen_moe_jax.inference.sampling import advance, choose, log_probabilities, process_logits
+from qwen_moe_jax.inference.settings import initial_state, sampling_settings
 
 V = 32
 Config = qmj.GenerationConfig

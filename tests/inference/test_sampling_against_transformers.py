@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from qwen_moe_jax.huggingface.generation_config import generation_config_from_hub
-from qwen_moe_jax.inference.sampling import advance, initial_state, process_logits, sampling_settings
+from qwen_moe_jax.inference.sampling import advance, process_logits
+from qwen_moe_jax.inference.settings import initial_state, sampling_settings
 from tests.cases import VOCABULARY
 from tests.referee import torch, transformers
 

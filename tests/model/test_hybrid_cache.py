@@ -7,7 +7,7 @@ import pytest
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.inference import programs
-from qwen_moe_jax.inference.sampling import initial_state, sampling_settings
+from qwen_moe_jax.inference.settings import initial_state, sampling_settings
 from qwen_moe_jax.model.cache import Cache, RecurrentState, abstract_cache, empty_cache
 from qwen_moe_jax.model.causal_lm import CausalLM
 from tests.distance import assert_near, relative_l2

@@ -1,0 +1,343 @@
+"""The engine: requests of many callers join and leave one running batch, and none changes another's answer.
+
+A request has a slot, one row of the cache, from its admission to its end. A step reads a chunk of the prompts of those
+who joined, and decodes a few tokens of all others. Everything that runs on the device is one of a fixed set of compiled
+programs (`inference.programs`, `inference.slot_programs`), which `Engine.compile` compiles before the first request.
+"""
+
+import dataclasses
+import itertools
+import math
+import secrets
+import time
+from collections.abc import Callable, Collection
+
+import jax
+import numpy as np
+from flax import nnx
+
+from qwen_moe_jax.config import DTypeLike, GenerationConfig
+from qwen_moe_jax.errors import RequestError
+from qwen_moe_jax.inference import programs
+from qwen_moe_jax.inference.masks import accept, as_request_error, checked_mask, top_tokens
+from qwen_moe_jax.inference.programs import DecodeOutput
+from qwen_moe_jax.inference.request import MOST_TOP_LOGPROBS, Chunk, Finish, Request, TopTokens
+from qwen_moe_jax.inference.scheduler import ChunkPlan, Running, Scheduler, chunk_shapes
+from qwen_moe_jax.inference.session import check_request, new_tokens, token_list
+from qwen_moe_jax.inference.settings import needs_full, require_fitting, require_known_tokens
+from qwen_moe_jax.inference.slot_arrays import SlotArrays
+from qwen_moe_jax.inference.slot_programs import PromptOutput
+from qwen_moe_jax.inference.tables import TableSizes
+from qwen_moe_jax.model.causal_lm import CausalLM
+from qwen_moe_jax.rounding import round_up
+from qwen_moe_jax.sharding.explicit import apart_from_callers_mesh
+from qwen_moe_jax.sharding.rules import batch_shards
+
+#: Tokens that are decoded between two looks at the queue.
+DECODE_STEPS = 8
+#: Tokens of prompts that are read between two decoding steps, by each of the devices that share the batch.
+PREFILL_CHUNK = 512
+#: Tokens of a chunk of which log-probabilities are computed: the logits of all of them are in memory.
+LOG_PROB_CHUNK = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineLoad:
+    """What an engine is doing, and has done since it was made.
+
+    Attributes:
+        waiting, active_slots, free_slots: requests without a slot and with one, and slots without a request.
+        cached_tokens: tokens of the requests with a slot that are in the cache.
+        read_tokens, decoded_tokens: tokens of prompts that were read, and tokens that were decoded.
+        steps: calls of `step` that did something.
+    """
+
+    waiting: int
+    active_slots: int
+    free_slots: int
+    cached_tokens: int
+    read_tokens: int
+    decoded_tokens: int
+    steps: int
+
+
+class Engine:
+    """A fixed number of slots in one cache, and a queue before them. Not for several threads at once.
+
+    Args:
+        model: run in eval mode.
+        slots: requests that are served at once; rounded up to a multiple of the devices that share the batch.
+        max_length: the largest number of tokens of a request, prompt and answer.
+        cache_dtype: of keys and values, anything that `jnp.dtype` takes; None is the model's.
+        decode_steps: tokens of each request that are decoded between two looks at the queue, at most.
+        prefill_chunk: tokens of prompts that are read between two decoding steps, at most.
+        sizes: of the tables of stop tokens, biases and the like; a request that needs more is refused.
+
+    Raises:
+        RequestError: the model has no weights.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        slots: int,
+        max_length: int,
+        cache_dtype: DTypeLike | None = None,
+        decode_steps: int = DECODE_STEPS,
+        prefill_chunk: int = PREFILL_CHUNK,
+        sizes: TableSizes = TableSizes(),
+    ):
+        model.require_weights()
+        if not model.deterministic:
+            model = nnx.merge(*nnx.split(model))  # a view of the same weights: the caller's stays in training mode
+            model.eval()
+        self._model, self._sizes, self._decode_steps = model, sizes, decode_steps
+        shards = batch_shards(model.mesh)
+        self.slots, self.max_length = round_up(slots, shards), max_length
+        chunk = min(prefill_chunk, programs.prefill_length(max_length, model.config))
+        shapes = chunk_shapes(programs.PREFILL_BUCKETS[1:], chunk, self.slots // shards)
+        self._scheduler = Scheduler(self.slots, shards, shapes, (1, min(chunk, LOG_PROB_CHUNK)))
+        self._arrays = SlotArrays(
+            model,
+            slots=self.slots,
+            max_length=max_length,
+            chunk=chunk,
+            decode_steps=decode_steps,
+            cache_dtype=cache_dtype,
+            sizes=sizes,
+        )
+        self._numbers = itertools.count()
+        self._requests: dict[int, Running] = {}
+        self._cancelled: set[int] = set()
+        self._new: set[int] = set()  # slots whose first token is due
+        self._read_tokens = self._decoded_tokens = self._steps = 0
+
+    def compile(self, report: Callable[[str, int, int], None] = lambda name, done, total: None) -> None:
+        """Compiles every program, with nothing to do: no request waits for a compilation after that.
+
+        Args:
+            report: called with the name of the next program, how many are done and how many there are.
+        """
+        with apart_from_callers_mesh(self._model.mesh):
+            self._arrays.start()
+            calls = self._arrays.compilers(self._scheduler.empty_plans())
+            for done, (name, call) in enumerate(calls.items()):
+                report(name, done, len(calls))
+                call()
+            report("", len(calls), len(calls))
+
+    # ---- requests ---------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> int:
+        """Puts a request into the queue; the number by which its chunks are known.
+
+        Without `max_new_tokens` and `max_length`, and at most, a text goes on to the engine's `max_length`.
+
+        Raises:
+            RequestError: it can never be served: see `session.check_request`; it fills the cache; lists of its settings
+                are longer than the tables.
+        """
+        tokens = token_list("the prompt", request.token_ids)
+        config = self._checked_config(tokens, request)
+        number = next(self._numbers)
+        request = dataclasses.replace(request, token_ids=tuple(tokens))
+        running = Running(number=number, request=request, config=config, tokens=tokens)
+        self._requests[number] = running
+        self._scheduler.waiting.append(running)
+        return number
+
+    def _checked_config(self, tokens: list[int], request: Request) -> GenerationConfig:
+        """The config of a request that can be served, with a seed and the number of new tokens."""
+        model, config = self._model, request.config
+        check_request(model, "the prompt", tokens, dataclasses.replace(config, num_speculative_tokens=0))
+        left = self.max_length - len(tokens)
+        if left < 1:
+            raise RequestError(
+                f"the prompt has {len(tokens)} tokens, and a request has {self.max_length} in total: none is left for "
+                "a new token. Shorten it, or start the engine with a larger max_length."
+            )
+        budget = min(new_tokens(model, tokens, config), left)
+        if programs.has_growing_base(model.config, len(tokens) + budget):
+            raise RequestError(
+                f"prompt and answer may have {len(tokens) + budget} tokens, more than the model's "
+                f"{model.config.max_position_embeddings} positions: its dynamic rope then rotates anew what was read. "
+                "Expected fewer; a Session serves it."
+            )
+        for name, count in (("top_logprobs", request.top_logprobs), ("prompt_logprobs", request.prompt_logprobs or 0)):
+            if not 0 <= count <= MOST_TOP_LOGPROBS:
+                raise RequestError(f"{name}={count}: expected between 0 and {MOST_TOP_LOGPROBS}.")
+        if request.adapter is not None:
+            raise RequestError(f"adapter={request.adapter!r}: this engine has no adapter of that name.")
+        require_known_tokens("the request", config, model.config.vocab_size)
+        require_fitting("the request", config, self._sizes)
+        seed = secrets.randbits(64) if config.seed is None else config.seed
+        return dataclasses.replace(config, max_new_tokens=budget, seed=seed)
+
+    def cancel(self, request: int) -> None:
+        """Ends a request without another chunk; its slot is free at the next step. Nothing for one that has ended."""
+        if request in self._requests:
+            self._cancelled.add(request)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is no request."""
+        return not self._requests
+
+    @property
+    def load(self) -> EngineLoad:
+        """What it is doing."""
+        running = self._scheduler.running.values()
+        return EngineLoad(
+            waiting=len(self._scheduler.waiting),
+            active_slots=len(running),
+            free_slots=self.slots - len(running),
+            cached_tokens=sum(one.read for one in running),
+            read_tokens=self._read_tokens,
+            decoded_tokens=self._decoded_tokens,
+            steps=self._steps,
+        )
+
+    # ---- one step ---------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Chunk]:
+        """Admits requests, reads a chunk of their prompts, and decodes a few tokens of those who are ready.
+
+        An exception (Ctrl-C, say) puts the requests with a slot back into the queue: what they have is kept, and read
+        again.
+
+        Returns:
+            What is new, by request; [] where there is none.
+        """
+        chunks = self._ended_from_outside()
+        if self.idle:
+            return chunks
+        self._steps += 1
+        try:
+            with apart_from_callers_mesh(self._model.mesh):
+                self._arrays.start()
+                if self._scheduler.admit():
+                    self._arrays.configure(self._scheduler.running)
+                self._read()
+                return chunks + self._decode()
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _ended_from_outside(self) -> list[Chunk]:
+        """Takes out what was cancelled or is past its deadline; the latter's last chunks."""
+        for number in self._cancelled & self._requests.keys():
+            self._end(self._requests[number])
+        self._cancelled.clear()
+        late = [one for one in self._requests.values() if one.is_late(time.monotonic())]
+        return [self._end_without_tokens(running, "deadline") for running in late]
+
+    def _end(self, running: Running) -> None:
+        """Takes a request off its slot, whose row does not go on, or out of the queue."""
+        if running.slot is not None:
+            self._new.discard(running.slot)
+            if running.decodes and running.left and self._arrays.started:
+                self._arrays.update({running.slot: None})
+        self._scheduler.release(running)
+        del self._requests[running.number]
+
+    def _end_without_tokens(self, running: Running, finished: Finish, error: RequestError | None = None) -> Chunk:
+        self._end(running)
+        return Chunk(request=running.number, token_ids=(), log_probs=(), finished=finished, error=error)
+
+    def _give_up(self) -> None:
+        """After an exception: the arrays are gone, and every request with a slot waits for one again."""
+        self._arrays.drop()
+        self._new.clear()
+        for running in sorted(self._scheduler.running.values(), key=lambda one: -one.number):
+            self._scheduler.requeue(running)
+
+    def _read(self) -> None:
+        """Reads the next chunk of prompts, and lets those decode whose prompt is read."""
+        plan = self._scheduler.next_chunk()
+        if plan is not None:
+            output = self._arrays.read(plan)
+            for running, size in plan.parts:
+                running.read += size
+                self._read_tokens += size
+            if output is not None:
+                _add_log_probs(plan, output)
+        ready = [one for one in self._scheduler.running.values() if not one.decodes and one.unread == 0]
+        for running in ready:
+            running.decodes = True
+            self._new.add(running.slot)
+            if needs_full(running.config):
+                self._arrays.set_text(running.slot, running.tokens, running.prompt)
+        if ready:
+            self._arrays.update({running.slot: running for running in ready})
+
+    def _decode(self) -> list[Chunk]:
+        rows = {slot: one for slot, one in self._scheduler.running.items() if one.decodes}
+        masks, chunks = {}, []
+        for running in [one for one in rows.values() if one.request.mask is not None]:
+            try:
+                masks[running.slot] = checked_mask(running.request.mask.allowed(), self._arrays.mask_words)
+            except Exception as error:
+                del rows[running.slot]
+                chunks.append(self._end_without_tokens(running, "error", as_request_error("its mask", error)))
+        if not rows:
+            return chunks
+        top = any(one.request.top_logprobs for one in rows.values())
+        is_full = any(needs_full(one.config) for one in rows.values())
+        output = self._arrays.decode(self._limits(masks), masks, top=top, is_full=is_full)
+        self._new.clear()
+        return chunks + [self._chunk(running, output, slot) for slot, running in rows.items()]
+
+    def _limits(self, masks: Collection[int]) -> np.ndarray:
+        """Tokens of each slot in the next call, int32 [B].
+
+        One where a grammar must see every token; and one for all while a first token is due or a prompt is being read.
+        """
+        soon = bool(self._new) or any(not one.decodes for one in self._scheduler.running.values())
+        limit_B = np.full(self.slots, 1 if soon else self._decode_steps, np.int32)
+        limit_B[list(masks)] = 1
+        return limit_B
+
+    def _chunk(self, running: Running, output: DecodeOutput, slot: int) -> Chunk:
+        """What is new of one request; one that has ended leaves its slot."""
+        count, request, is_first = int(output.count_B[slot]), running.request, running.generated == 0
+        log_probs = output.log_prob_BC[slot, :count].tolist()
+        error = None
+        if any(map(math.isnan, log_probs)):
+            count = next(at for at, log_prob in enumerate(log_probs) if math.isnan(log_prob))
+            error = RequestError("found logits that are not finite, expected numbers: NaN or infinity in the model.")
+        tokens = output.token_BC[slot, :count].tolist()
+        running.tokens += tokens
+        running.read += count
+        self._decoded_tokens += count
+        finished: Finish | None = None
+        if not output.alive_B[slot]:
+            finished = "stop" if output.stopped_B[slot] else "length"
+        if request.mask is not None and error is None:
+            error = accept(request.mask, tokens[:-1] if finished == "stop" else tokens)
+        if error is not None:
+            self._arrays.clear([slot])
+            finished = "error"
+        top: list[TopTokens] = []
+        if request.top_logprobs:
+            top = top_tokens(output.top_BCK[slot, :count], output.top_log_prob_BCK[slot, :count], request.top_logprobs)
+        if finished is not None:
+            self._end(running)
+        return Chunk(
+            request=running.number,
+            token_ids=tuple(tokens),
+            log_probs=tuple(log_probs[:count]),
+            top_logprobs=tuple(top),
+            prompt_logprobs=running.prompt_log_probs() if is_first else None,
+            finished=finished,
+            error=error,
+        )
+
+
+def _add_log_probs(plan: ChunkPlan, output: PromptOutput) -> None:
+    """Gives the one request of a chunk the log-probabilities of its tokens."""
+    [(running, size)] = plan.parts
+    place = int(np.flatnonzero(plan.count_R)[0])
+    found = jax.tree.map(lambda x: x[place, :size], jax.device_get(output))
+    running.log_probs += found.log_prob_RT.tolist()
+    running.top += top_tokens(found.top_RTK, found.top_log_prob_RTK, running.request.prompt_logprobs)

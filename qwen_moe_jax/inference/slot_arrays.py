@@ -1,0 +1,188 @@
+"""The arrays of an engine's slots on the devices: cache, decode state, settings; and the calls of their programs."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qwen_moe_jax.config import DTypeLike, GenerationConfig
+from qwen_moe_jax.inference import programs
+from qwen_moe_jax.inference.programs import DecodeOutput, DecodeState, StepLimits
+from qwen_moe_jax.inference.scheduler import ChunkPlan, Running
+from qwen_moe_jax.inference.settings import SamplingSettings, fixed_settings, initial_state
+from qwen_moe_jax.inference.slot_programs import PromptOutput, SlotUpdate, Texts, slot_programs
+from qwen_moe_jax.inference.tables import TableSizes
+from qwen_moe_jax.model.cache import Cache, empty_cache
+from qwen_moe_jax.model.causal_lm import CausalLM
+from qwen_moe_jax.rounding import ceil_div
+from qwen_moe_jax.sharding.rules import BATCH, batch_shards
+
+
+class SlotArrays:
+    """The arrays of an engine's slots, allocated by `start`.
+
+    Args:
+        model: in eval mode.
+        slots: a multiple of the devices that share the batch.
+        max_length: the largest number of tokens of a request.
+        chunk: tokens that are read at once at most.
+        decode_steps: tokens that `decode` decodes at most.
+        cache_dtype: of keys and values; None is the model's.
+        sizes: of the tables of settings.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        slots: int,
+        max_length: int,
+        chunk: int,
+        decode_steps: int,
+        cache_dtype: DTypeLike | None,
+        sizes: TableSizes,
+    ):
+        self._model, self._slots, self._max_length = model, slots, max_length
+        self._decode_steps, self._sizes = decode_steps, sizes
+        self._shards = batch_shards(model.mesh)
+        self._abstract = programs.abstract_slots(model, slots, max_length, chunk, cache_dtype)
+        self._programs = slot_programs(self._abstract)
+        self._per_row = NamedSharding(model.mesh, P(BATCH))
+        self._settings: dict[bool, SamplingSettings] = {}  # by whether they are the full ones
+        self._configs: list[GenerationConfig] = [GenerationConfig(seed=0)] * slots
+        self._cache: Cache | None = None
+        self.mask_words = ceil_div(model.config.vocab_size, 32)
+        self._all_allowed = self._put(np.full((slots, self.mask_words), 0xFFFF_FFFF, np.uint32))
+
+    @property
+    def started(self) -> bool:
+        """Whether they are allocated."""
+        return self._cache is not None
+
+    def start(self) -> None:
+        """Allocates them, where they are not: no slot has a request."""
+        if self.started:
+            return
+        cache, empty = empty_cache(self._abstract), [()] * self._slots
+        plain, full = (initial_state(self._settings_of(is_full), empty, self._max_length) for is_full in (False, True))
+        self._texts = self._put(Texts.of(full))
+        zeros_B: Any = np.zeros(self._slots, np.int32)
+        self._state = self._put(DecodeState(token_B=zeros_B, left_B=zeros_B, sampling=plain))
+        self._cache = cache
+
+    def drop(self) -> None:
+        """Frees them: after an exception, they may have been donated to a program that did not return."""
+        self._cache = None
+
+    def configure(self, running: Mapping[int, Running]) -> None:
+        """Takes the settings of the requests, by slot."""
+        none = GenerationConfig(seed=0)
+        self._configs = [running[slot].config if slot in running else none for slot in range(self._slots)]
+        self._settings.clear()
+
+    def read(self, plan: ChunkPlan) -> PromptOutput | None:
+        """Reads a chunk of prompts; their log-probabilities, where they are asked for."""
+        arrays = [plan.tokens_RT, plan.count_R, plan.rows_R, plan.lengths_R]
+        if plan.with_targets:
+            arrays.append(plan.targets_RT)
+        self._cache, output = self._programs.read_chunk(self._model, self._cache, *map(self._put, arrays))
+        return output
+
+    def update(self, slots: Mapping[int, Running | None]) -> None:
+        """Sets slots to requests that are ready to decode; None for a slot that has none any more."""
+        numbers: dict[str, Any] = {
+            field.name: np.zeros(self._slots, np.int32) for field in dataclasses.fields(SlotUpdate)
+        }
+        changed_B = np.zeros(self._slots, bool)
+        for slot, running in slots.items():
+            changed_B[slot] = True
+            if running is not None:
+                numbers["lengths_B"][slot], numbers["token_B"][slot] = running.read, running.tokens[-1]
+                numbers["left_B"][slot], numbers["prompt_length_B"][slot] = running.left, running.prompt
+                numbers["generated_B"][slot] = running.generated
+        update = self._put(SlotUpdate(**{**numbers, "changed_B": changed_B}))
+        self._state, lengths_B = self._programs.update_slots(self._state, self._cache.lengths_B, update)
+        self._cache = dataclasses.replace(self._cache, lengths_B=lengths_B)
+
+    def set_text(self, slot: int, tokens: list[int], prompt: int) -> None:
+        """Sets what penalties and constraints look at: prompt and output, the first `prompt` of them the prompt."""
+        text_L = np.zeros(self._max_length, np.int32)
+        text_L[: len(tokens)] = tokens
+        self._texts = self._programs.set_text(
+            self._texts, np.int32(slot), text_L, np.int32(len(tokens)), np.int32(prompt)
+        )
+
+    def clear(self, slots: list[int]) -> None:
+        """Fills the cache of slots with zeros, at most one on each shard."""
+        rows = self._slots // self._shards
+        rows_R = np.full(self._shards, rows, np.int32)
+        for slot in slots:
+            rows_R[slot // rows] = slot % rows
+        self._cache = self._programs.clear_rows(self._cache, self._put(rows_R))
+
+    def decode(self, limit_B: np.ndarray, masks: Mapping[int, np.ndarray], *, top: bool, is_full: bool) -> DecodeOutput:
+        """Decodes a few tokens of every slot that has any left.
+
+        Args:
+            limit_B: int32; tokens of each slot at most.
+            masks: packed masks, by slot.
+            top: whether the most probable tokens are asked for.
+            is_full: with the full settings (`settings.needs_full`).
+
+        Returns:
+            Arrays of the host.
+        """
+        state, plain = self._state, self._state.sampling
+        if is_full:
+            state = dataclasses.replace(state, sampling=self._texts.added_to(plain))
+        arguments = (self._model, self._cache, state, self._settings_of(is_full), self._limits(limit_B, masks, top))
+        self._cache, state, output = self._programs.decode(*arguments, steps=self._decode_steps)
+        if is_full:
+            self._texts = Texts.of(state.sampling)
+            nothing = {field.name: getattr(plain, field.name) for field in dataclasses.fields(Texts)}
+            state = dataclasses.replace(state, sampling=dataclasses.replace(state.sampling, **nothing))
+        self._state = state
+        return jax.device_get(output if top else dataclasses.replace(output, top_BCK=None, top_log_prob_BCK=None))
+
+    def compilers(self, plans: Mapping[str, ChunkPlan]) -> dict[str, Callable[[], Any]]:
+        """A call of every program with nothing to do, by name; `plans` are empty, one for each shape."""
+        nobody, decode = np.zeros(self._slots, np.int32), functools.partial(self.decode, masks={}, top=False)
+        return {
+            **{name: functools.partial(self.read, plan) for name, plan in plans.items()},
+            "the state of slots": lambda: self.update({}),
+            "the text of a slot": lambda: self.set_text(self._slots, [], 0),
+            "cleared slots": lambda: self.clear([]),
+            "decoding": lambda: decode(nobody, is_full=False),
+            "decoding with penalties and constraints": lambda: decode(nobody, is_full=True),
+        }
+
+    def _limits(self, limit_B: np.ndarray, masks: Mapping[int, np.ndarray], top: bool) -> StepLimits:
+        allowed_BW: Any = self._all_allowed
+        if masks:
+            packed_BW = np.full(allowed_BW.shape, 0xFFFF_FFFF, np.uint32)
+            for slot, mask_W in masks.items():
+                packed_BW[slot] = mask_W
+            allowed_BW = self._put(packed_BW)
+        flags: dict[str, Any] = {"limit_B": limit_B, "masked": np.bool_(masks), "top": np.bool_(top)}
+        return StepLimits(allowed_BW=allowed_BW, **flags)
+
+    def _settings_of(self, is_full: bool) -> SamplingSettings:
+        """The settings of the requests in their slots, the full ones or the plain."""
+        if is_full not in self._settings:
+            made = fixed_settings(self._configs, self._model.config.vocab_size, self._sizes, is_full=is_full)
+            drawing = made.drawing
+            made = self._put(dataclasses.replace(made, drawing=dataclasses.replace(drawing, key_B=None)))
+            # Keys are given to devices as numbers: typed keys are not arrays of the host.
+            halves_B2 = np.array([(one.seed >> 32, one.seed & 0xFFFF_FFFF) for one in self._configs], np.uint32)
+            key_B = jax.random.wrap_key_data(self._put(halves_B2), impl="threefry2x32")
+            self._settings[is_full] = dataclasses.replace(made, drawing=dataclasses.replace(made.drawing, key_B=key_B))
+        return self._settings[is_full]
+
+    def _put(self, tree: Any) -> Any:
+        """Arrays of the host, one part a row, on the devices: always with the same sharding."""
+        return jax.tree.map(lambda x: jax.device_put(np.asarray(x), self._per_row), tree)

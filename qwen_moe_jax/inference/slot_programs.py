@@ -1,0 +1,199 @@
+"""The compiled programs of an engine's slots: `programs.decode_tokens`, reading prompts, setting and clearing slots."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qwen_moe_jax.inference import programs
+from qwen_moe_jax.inference.programs import DecodeState, top_log_probs
+from qwen_moe_jax.inference.sampling import log_probabilities
+from qwen_moe_jax.inference.settings import SamplingState
+from qwen_moe_jax.model.base import Model, ReadOut
+from qwen_moe_jax.model.cache import Cache
+from qwen_moe_jax.model.cache_rows import put_rows, take_rows
+from qwen_moe_jax.model.causal_lm import CausalLM
+from qwen_moe_jax.model.decoder import DecoderOutput
+from qwen_moe_jax.model.inputs import ModelInputs, checked_inputs
+from qwen_moe_jax.model.output import ModelOutput
+from qwen_moe_jax.sharding.rules import BATCH
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _CacheOnly(ReadOut):
+    """Reads nothing out: the head is not run."""
+
+    def __call__(self, model: Model, out: DecoderOutput, inputs: ModelInputs) -> ModelOutput:
+        """See `ReadOut`."""
+        return ModelOutput(logits=None, cache=out.cache)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptOutput:
+    """Log-probabilities of a chunk of a prompt.
+
+    Attributes:
+        log_prob_RT: float32; of the token after each one.
+        top_RTK, top_log_prob_RTK: int32 and float32; the most probable tokens there.
+    """
+
+    log_prob_RT: jax.Array
+    top_RTK: jax.Array
+    top_log_prob_RTK: jax.Array
+
+
+def read_chunk(
+    model: CausalLM,
+    cache: Cache,
+    tokens_RT: jax.Array,
+    count_R: jax.Array,
+    rows_R: jax.Array,
+    lengths_R: jax.Array,
+    targets_RT: jax.Array | None = None,
+) -> tuple[Cache, PromptOutput | None]:
+    """Reads a chunk of the prompts in a few rows of the cache.
+
+    Args:
+        model: in eval mode.
+        cache: of all slots; it is donated.
+        tokens_RT, count_R: int32; the chunks, and the tokens in each.
+        rows_R, lengths_R: int32; which rows (`model.cache_rows`), and the tokens that they have already.
+        targets_RT: int32; the token after each one, where log-probabilities are asked for.
+    """
+    part = take_rows(cache, rows_R, lengths_R, model.mesh)
+    mask_RT = jnp.arange(tokens_RT.shape[1]) < count_R[:, None]
+    if targets_RT is None:
+        out = model.run(checked_inputs(tokens_RT, mask_RT), _CacheOnly(), cache=part)
+        return put_rows(cache, out.cache, rows_R, model.mesh), None
+    out = model(tokens_RT, mask_RT, cache=part)
+    top_RTK, top_log_prob_RTK = top_log_probs(out.logits)
+    output = PromptOutput(
+        log_prob_RT=log_probabilities(out.logits, targets_RT), top_RTK=top_RTK, top_log_prob_RTK=top_log_prob_RTK
+    )
+    return put_rows(cache, out.cache, rows_R, model.mesh), output
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlotUpdate:
+    """New states of some slots.
+
+    Attributes:
+        changed_B: bool; of which.
+        lengths_B, token_B, left_B, prompt_length_B, generated_B: int32; see `Cache`, `DecodeState`, `SamplingState`.
+    """
+
+    changed_B: jax.Array
+    lengths_B: jax.Array
+    token_B: jax.Array
+    left_B: jax.Array
+    prompt_length_B: jax.Array
+    generated_B: jax.Array
+
+
+def update_slots(state: DecodeState, lengths_B: jax.Array, update: SlotUpdate) -> tuple[DecodeState, jax.Array]:
+    """Sets the slots that begin, go on after a pause, or end; those that do not change are kept."""
+
+    def new(field: str, old_B: jax.Array) -> jax.Array:
+        return jnp.where(update.changed_B, getattr(update, field), old_B)
+
+    sampling = dataclasses.replace(
+        state.sampling,
+        prompt_length_B=new("prompt_length_B", state.sampling.prompt_length_B),
+        generated_B=new("generated_B", state.sampling.generated_B),
+    )
+    state = dataclasses.replace(
+        state, token_B=new("token_B", state.token_B), left_B=new("left_B", state.left_B), sampling=sampling
+    )
+    return state, new("lengths_B", lengths_B)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Texts:
+    """What penalties, biases and constraints look at: the part of a `SamplingState` that most requests do not need."""
+
+    recent_BW: jax.Array
+    prompted_BV: jax.Array
+    counts_BV: jax.Array
+    history_BL: jax.Array
+
+    @staticmethod
+    def of(state: SamplingState) -> "Texts":
+        """That part of a state."""
+        return Texts(**{field.name: getattr(state, field.name) for field in dataclasses.fields(Texts)})
+
+    def added_to(self, state: SamplingState) -> SamplingState:
+        """A state with it."""
+        return dataclasses.replace(state, **{name: getattr(self, name) for name in vars(self)})
+
+
+def set_text(texts: Texts, slot: jax.Array, text_L: jax.Array, length: jax.Array, prompt: jax.Array) -> Texts:
+    """The texts with another one in a slot.
+
+    Args:
+        texts: of all slots; donated.
+        slot: int32 [].
+        text_L: int32; prompt and output, from the left.
+        length, prompt: int32 []; tokens of the text, and of the prompt.
+    """
+    rows, vocab_size = texts.counts_BV.shape
+    window = texts.recent_BW.shape[1]
+    index_L, is_row_B1 = jnp.arange(text_L.shape[0]), (jnp.arange(rows) == slot)[:, None]
+
+    def counted(is_part_L: jax.Array) -> jax.Array:
+        return jnp.zeros(vocab_size, jnp.int32).at[jnp.where(is_part_L, text_L, vocab_size)].add(1, mode="drop")
+
+    last_W = length - window + jnp.arange(window)
+    recent_W = jnp.where(last_W < 0, -1, text_L[jnp.maximum(last_W, 0)])
+    return Texts(
+        recent_BW=jnp.where(is_row_B1, recent_W, texts.recent_BW),
+        prompted_BV=jnp.where(is_row_B1, counted(index_L < prompt) > 0, texts.prompted_BV),
+        counts_BV=jnp.where(is_row_B1, counted((index_L >= prompt) & (index_L < length)), texts.counts_BV),
+        history_BL=jnp.where(is_row_B1, text_L, texts.history_BL),
+    )
+
+
+def clear_rows(cache: Cache, rows_R: jax.Array, *, mesh: Mesh) -> Cache:
+    """The cache with zeros in these rows: a NaN would reach the next text, times zero."""
+    part = take_rows(cache, rows_R, jnp.zeros_like(rows_R), mesh)
+    return put_rows(cache, jax.tree.map(jnp.zeros_like, part), rows_R, mesh)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlotPrograms:
+    """The programs of the engines with one kind of cache, compiled; see the functions of the same names.
+
+    Results have the shardings of the next call's arguments: with those that the compiler would choose, a program would
+    be compiled again.
+    """
+
+    decode: Callable
+    read_chunk: Callable
+    update_slots: Callable
+    set_text: Callable
+    clear_rows: Callable
+
+
+@functools.cache
+def slot_programs(abstract: Cache) -> SlotPrograms:
+    """The programs for a cache like this abstract one."""
+    sharding = abstract.lengths_B.sharding
+    assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
+    mesh = sharding.mesh
+    cache = jax.tree.map(lambda x: x.sharding, abstract)
+    row, everywhere = NamedSharding(mesh, P(BATCH)), NamedSharding(mesh, P())
+    found = SlotPrograms(
+        decode=jax.jit(programs.decode_tokens, **programs.DECODE_ARGUMENTS, out_shardings=(cache, row, everywhere)),
+        read_chunk=jax.jit(read_chunk, donate_argnames="cache", out_shardings=(cache, everywhere)),
+        update_slots=jax.jit(update_slots, donate_argnames=("state", "lengths_B"), out_shardings=row),
+        set_text=jax.jit(set_text, donate_argnames="texts", out_shardings=row),
+        clear_rows=jax.jit(functools.partial(clear_rows, mesh=mesh), donate_argnames="cache", out_shardings=cache),
+    )
+    programs.compiled += [getattr(found, field.name) for field in dataclasses.fields(found)]
+    return found

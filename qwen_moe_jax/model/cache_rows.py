@@ -1,0 +1,64 @@
+"""Rows of a cache: some of them taken out, put back, copied to another cache, cleared.
+
+A chunk of one prompt is read with the rows that it needs, not with all. Rows are numbered within the devices that hold
+them: row r of shard x is row `x * (B / X) + r` of the cache, and an array of X · R numbers has R of each shard.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from qwen_moe_jax.model.cache import Cache, Stored
+from qwen_moe_jax.sharding.rules import BATCH
+
+
+def take_rows(cache: Cache, rows_R: jax.Array, lengths_R: jax.Array, mesh: Mesh) -> Cache:
+    """These rows as a cache of their own.
+
+    Args:
+        cache: of all rows.
+        rows_R: int32 [X · R]; a number that is no row takes any, for a place that is not used.
+        lengths_R: int32; the tokens that each has.
+        mesh: of the cache.
+    """
+
+    def take(x: jax.Array, row_R: jax.Array) -> jax.Array:
+        return jnp.take(x, row_R, axis=1, mode="clip")
+
+    taken = [tuple(_by_shard(take, stored, rows_R, mesh) for stored in period) for period in cache.segments]
+    return dataclasses.replace(cache, segments=tuple(taken), lengths_B=lengths_R)
+
+
+def put_rows(cache: Cache, part: Cache, rows_R: jax.Array, mesh: Mesh) -> Cache:
+    """The cache with these rows of `part`, and their lengths; numbers that are no row are left out."""
+
+    def put(x: jax.Array, row_R: jax.Array, new: jax.Array) -> jax.Array:
+        return x.at[:, row_R].set(new, mode="drop")
+
+    segments = [
+        tuple(_by_shard(put, stored, rows_R, mesh, new) for stored, new in zip(period, others, strict=True))
+        for period, others in zip(cache.segments, part.segments, strict=True)
+    ]
+
+    def lengths(lengths_B: jax.Array, row_R: jax.Array, new_R: jax.Array) -> jax.Array:
+        return lengths_B.at[row_R].set(new_R, mode="drop")
+
+    rows = P(BATCH)
+    lengths_B = jax.shard_map(lengths, mesh=mesh, in_specs=(rows, rows, rows), out_specs=rows, check_vma=False)(
+        cache.lengths_B, rows_R, part.lengths_B
+    )
+    return dataclasses.replace(cache, segments=tuple(segments), lengths_B=lengths_B)
+
+
+def _by_shard(function, stored: Stored, rows_R: jax.Array, mesh: Mesh, *others: Stored) -> Stored:
+    """`function` of every array, on each device's own rows."""
+    spec = stored.specs()
+
+    def local(stored: Stored, row_R: jax.Array, *others: Stored) -> Stored:
+        return jax.tree.map(lambda x, *rest: function(x, row_R, *rest), stored, *others)
+
+    specs = (spec, P(BATCH), *(spec for _ in others))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(stored, rows_R, *others)
