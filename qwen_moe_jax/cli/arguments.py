@@ -23,14 +23,27 @@ if TYPE_CHECKING:
     from qwen_moe_jax.model.causal_lm import CausalLM
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """FOLDER, and the arguments of `load_model`."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, several_adapters: bool = False) -> None:
+    """FOLDER, and the arguments of `load_model`; `several_adapters` have names, and the model has none of them."""
     parser.add_argument(
         "folder", type=_folder, metavar="FOLDER", help="a checkpoint with its tokenizer.json, or its name on the Hub"
     )
-    parser.add_argument(
-        "--adapter", metavar="FOLDER", help="LoRA adapters in PEFT's layout, to run with the checkpoint's weights"
-    )
+    if several_adapters:
+        text = "a LoRA adapter in PEFT's layout, which requests choose by this name; may be repeated"
+        parser.add_argument(
+            "--adapter",
+            action="append",
+            type=_named_folder,
+            dest="adapters",
+            default=[],
+            metavar="NAME=FOLDER",
+            help=text,
+        )
+        parser.set_defaults(adapter=None)
+    else:
+        parser.add_argument(
+            "--adapter", metavar="FOLDER", help="LoRA adapters in PEFT's layout, to run with the checkpoint's weights"
+        )
     group = parser.add_argument_group("how the model is run")
     add_mesh_argument(group)
     add_sharding_argument(group)
@@ -196,6 +209,14 @@ def format_ranges(numbers: tuple[int, ...]) -> str:
         else:
             runs.append([number])
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+def _named_folder(text: str) -> tuple[str, str]:
+    """`name=folder` as a pair."""
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected NAME=FOLDER")
+    return name, folder
 
 
 def _dtype(text: str) -> str:

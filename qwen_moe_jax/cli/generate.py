@@ -46,6 +46,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "finish_reason (stop, length); number, prompt and error where it cannot be served",
     )
     add_sampling_arguments(parser)
+    group = parser.add_argument_group("batch files", "One request a line in, one answer a line out, in the order done.")
+    group.add_argument(
+        "--input",
+        type=Path,
+        metavar="FILE",
+        help='requests: {"prompt": …} or {"messages": […]}, with an "id" and with settings of its own, if any',
+    )
+    group.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="answers, by id: the same command goes on after an interruption, and answers what is missing",
+    )
+    group.add_argument("--slots", type=int, metavar="N", help="requests at once; what fits, if not given")
     add_host_arguments(parser)
 
 
@@ -58,6 +72,9 @@ def run(arguments: argparse.Namespace) -> None:
         ConfigError, CheckpointError, ShardingError: as `sampling_overrides`, `from_pretrained`, `make_mesh` and
             `initialize_distributed`.
     """
+    if arguments.input is not None or arguments.output is not None:
+        _run_batch(arguments)
+        return
     if join_processes(arguments):
         if not arguments.prompts:
             raise RequestError("several processes do not share one standard input: give --prompt or --file.")
@@ -123,6 +140,20 @@ def run(arguments: argparse.Namespace) -> None:
     output.show()
     if refusals:
         raise RequestError(f"{len(refusals)} of {len(prompts)} prompts could not be served: see above.")
+
+
+def _run_batch(arguments: argparse.Namespace) -> None:
+    """The batch of --input and --output; raises RequestError for what does not go with them."""
+    if arguments.input is None or arguments.output is None:
+        raise RequestError("a batch needs both: --input FILE of requests, and --output FILE for their answers.")
+    if arguments.prompts or arguments.json:
+        raise RequestError("--prompt, --file and --json do not go with --input: its records are the prompts.")
+    if arguments.slots is not None and arguments.slots < 1:
+        raise RequestError(f"--slots {arguments.slots}, expected at least 1.")
+
+    from qwen_moe_jax.cli.batch import run_batch
+
+    run_batch(arguments, DEFAULT_LENGTH)
 
 
 class _Texts:

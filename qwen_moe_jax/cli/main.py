@@ -18,6 +18,7 @@ from qwen_moe_jax.cli import (
     plan,
     route,
     score,
+    serve,
     split,
     upcycle,
     verify,
@@ -35,6 +36,7 @@ CANNOT_WRITE = 74
 COMMANDS = {
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "route": route,
     "score": score,
     "eval": evaluate,

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from qwen_moe_jax.inference.request import Chunk
 from qwen_moe_jax.server.runner import Ticket
@@ -26,6 +26,7 @@ class Metrics:
 
     def __init__(self, load: Callable[[], Any]):
         self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)  # memory and processor time
         self._load = load
         made: Any = {"namespace": "qwen_moe_jax", "registry": self._registry}
         self._requests = Counter("http_requests", "Answers, by path and status.", ["path", "status"], **made)
@@ -54,8 +55,19 @@ class Metrics:
         }
         self._experts = Gauge("expert_tokens", "Tokens that an expert was given.", ["expert"], **made)
         self._dropped = Gauge("dropped_tokens", "Tokens that experts dropped.", **made)
+        self._compilations = Counter("compilations", "Programs that XLA has compiled, or read from its cache.", **made)
         self._seen = (time.monotonic(), 0)
         self._seconds, self._count = 0.0, 0  # of sequences that have ended
+
+    def count_compilations(self) -> None:
+        """Counts the programs that are compiled from now on, in all threads. Imports JAX."""
+        import jax
+
+        def listen(event: str, seconds: float, **_: Any) -> None:
+            if event == "/jax/core/compile/backend_compile_duration":
+                self._compilations.inc()
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
 
     def answered(self, path: str, status: int) -> None:
         """Counts an answer."""

@@ -60,17 +60,30 @@ class ScriptedEngine:
         fails: whether a prompt's logits become NaN at the third token.
     """
 
-    def __init__(self, answer: Callable[[str], str] = lambda prompt: prompt, *, slots: int = 4, max_length: int = 512):
+    def __init__(
+        self,
+        answer: Callable[[str], str] = lambda prompt: prompt,
+        *,
+        slots: int = 4,
+        max_length: int = 512,
+        tokenizer=TOKENIZER,
+    ):
+        self._tokenizer = tokenizer
+        self._stop = tokenizer.token_to_id(END)
         self.answer = answer
         self.slots = slots
         self.max_length = max_length
         self.delay = 0.0
         self.before_step: Callable[[list[str]], None] = lambda prompts: None
         self.fails: Callable[[str], bool] = lambda prompt: False
+        self._numbers = itertools.count()
+        self.forget()
+
+    def forget(self) -> None:
+        """As after a new start."""
         self.seen: list[Request] = []
         self.cancelled: list[int] = []
         self.steps = self._decoded = 0
-        self._numbers = itertools.count()
         self._waiting: dict[int, _Row] = {}
         self._active: dict[int, _Row] = {}
 
@@ -87,8 +100,8 @@ class ScriptedEngine:
             raise RequestError(f"the prompt has {len(request.token_ids)} tokens, the engine takes {self.max_length}.")
         number = next(self._numbers)
         self.seen.append(request)
-        text = TOKENIZER.decode(list(request.token_ids), skip_special_tokens=False)
-        self._waiting[number] = _Row(request, TOKENIZER.encode(self.answer(text)).ids)
+        text = self._tokenizer.decode(list(request.token_ids), skip_special_tokens=False)
+        self._waiting[number] = _Row(request, self._tokenizer.encode(self.answer(text)).ids)
         return number
 
     def cancel(self, number: int) -> None:
@@ -101,7 +114,7 @@ class ScriptedEngine:
         while self._waiting and len(self._active) < self.slots:
             number = next(iter(self._waiting))
             self._active[number] = self._waiting.pop(number)
-        self.before_step([TOKENIZER.decode(list(row.request.token_ids)) for row in self._active.values()])
+        self.before_step([self._tokenizer.decode(list(row.request.token_ids)) for row in self._active.values()])
         if self._active:
             time.sleep(self.delay)
         chunks = [self._chunk(number, row) for number, row in self._active.items()]
@@ -114,10 +127,10 @@ class ScriptedEngine:
         request, config = row.request, row.request.config
         if request.deadline is not None and time.monotonic() > request.deadline:
             return Chunk(request=number, token_ids=(), log_probs=(), finished="deadline")
-        if row.written == 2 and self.fails(TOKENIZER.decode(list(request.token_ids))):
+        if row.written == 2 and self.fails(self._tokenizer.decode(list(request.token_ids))):
             error = RequestError("the logits are NaN.")
             return Chunk(request=number, token_ids=(), log_probs=(), finished="error", error=error)
-        wanted = row.script[row.written] if row.written < len(row.script) else STOP
+        wanted = row.script[row.written] if row.written < len(row.script) else self._stop
         try:
             token = wanted if request.mask is None else self._allowed(request.mask, wanted)
         except RequestError as error:
@@ -145,7 +158,7 @@ class ScriptedEngine:
         """The token the script wants, if the grammar allows it; else the stop token, or the first that is allowed."""
         words = mask.allowed()
         tokens = [token for token in range(VOCABULARY) if words[token // 32] >> (token % 32) & 1]
-        for token in (wanted, STOP):
+        for token in (wanted, self._stop):
             if token in tokens:
                 return token
         return tokens[0]
