@@ -63,7 +63,7 @@ class Metrics:
         """Counts the programs that are compiled from now on, in all threads. Imports JAX."""
         import jax
 
-        def listen(event: str, seconds: float, **_: Any) -> None:
+        def listen(event: str, duration_secs: float, **_: Any) -> None:
             if event == "/jax/core/compile/backend_compile_duration":
                 self._compilations.inc()
 

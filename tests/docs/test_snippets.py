@@ -10,6 +10,7 @@ import pytest
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.cli.main import _parser as command_line
+from qwen_moe_jax.server.protocol import ChatRequest, CompletionRequest, parse
 from tests.docs.snippets import PAGES, ROOT, blocks, commands
 from tests.inference.checkpoints import make_checkpoint
 from train.config import describe_keys, load_config, split_overrides
@@ -76,6 +77,9 @@ def check_command(words, where):
             assert file.with_suffix(".py").exists() or (file / "__main__.py").exists(), where
         case ["python", script, *_]:
             assert (ROOT / script).exists(), where
+        case ["curl", url, "-H", "Content-Type: application/json", "-d", body]:
+            bodies = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
+            parse(bodies[url.removeprefix("http://127.0.0.1:8000")], body.encode())
         case ["pip", "install", *_] | ["pre-commit", *_] | ["git", *_]:
             pass
         case _:
