@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from qwen_moe_jax.moe.kernels.grouped_matmul import grouped_matmul
+from qwen_moe_jax.moe.kernels import cpu
+from qwen_moe_jax.moe.kernels.grouped_matmul import buffer_rows, grouped_matmul
 from qwen_moe_jax.nn.matmul import matmul_precision
 
 BACKENDS = ("tpu", "nvidia")
@@ -151,3 +152,26 @@ def test_float32_means_float32_in_the_backward_pass_too(dtype, precise):
     program = str(traced(rows, weights))
     assert program.count("dot_general[") == 3
     assert program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == (3 if precise else 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_of_several_lengths_multiply_each_row_once(monkeypatch, dtype):
+    """On CPUs: experts without rows, with one, with as many as a block has, and with more than the longest has."""
+    monkeypatch.setattr(cpu, "SEVERAL_LENGTHS", 0)
+    sizes = [0, 37, 130, 1, 64, 0, 24]
+    rows = buffer_rows(sum(sizes))
+    assert len(cpu.block_lengths(rows, len(sizes), 1)) > 4
+    rng, sizes_E = np.random.default_rng(0), np.array(sizes, np.int32)
+    inputs_RI, gradient_RO = (jnp.asarray(rng.normal(size=(rows, width)), dtype) for width in (8, 16))
+    stacked_LEOI = jnp.asarray(rng.normal(size=(2, len(sizes), 16, 8)), dtype)
+    wide_RO = grouped_matmul(inputs_RI, stacked_LEOI, sizes_E, "blocks", layer=jnp.int32(1))
+    back_RI = cpu.ragged(gradient_RO, stacked_LEOI[1], sizes_E, transposed=False)
+    of_weights_EOI = cpu.outer(gradient_RO, inputs_RI, sizes_E)
+    for expert, own in experts_rows(sizes):
+        x, g, matrix_OI = (
+            np.asarray(x, np.float64) for x in (inputs_RI[own], gradient_RO[own], stacked_LEOI[1, expert])
+        )
+        assert_close(of_weights_EOI[expert], g.T @ x, dtype)
+        if len(x):
+            assert_close(wide_RO[own], x @ matrix_OI.T, dtype)
+            assert_close(back_RI[own], g @ matrix_OI, dtype)

@@ -7,11 +7,12 @@ import importlib.util
 import jax
 
 from qwen_moe_jax.config import GroupedMatmul
+from qwen_moe_jax.moe.kernels import cpu
 from qwen_moe_jax.moe.kernels.cpu import tile_rows
 from qwen_moe_jax.nn.matmul import matmul_precision
 from qwen_moe_jax.rounding import round_up
 
-#: A backend is a module with `ragged`, `outer` and `select_layer`, as `kernels/cpu.py` describes them.
+#: A backend is a module with `ragged` and `outer`, as `kernels/cpu.py` describes them, and `select_layer`.
 BACKENDS: dict[GroupedMatmul, str] = {
     "blocks": "qwen_moe_jax.moe.kernels.cpu",
     "megablox": "qwen_moe_jax.moe.kernels.tpu",
@@ -42,11 +43,15 @@ def grouped_matmul(
             dtype of the rows.
         sizes_E: int32, rows of each expert. Rows past their sum are the buffer's unused end.
         backend: one of `BACKENDS`.
-        layer: int32 []; which of the stacked layers. None where they are not stacked.
+        layer: int32 []; which of the stacked layers, where nothing is differentiated. None where they are not stacked.
 
     Returns:
         [R, O] in the dtype of the rows. Rows past the sum of the sizes mean nothing, and have no part in a gradient.
     """
+    if layer is not None and backend == "blocks":  # without a copy of the layer; nothing is differentiated here
+        weights, first = cpu.select_layer(weights, layer)
+        with matmul_precision(rows_RI.dtype):
+            return cpu.ragged(rows_RI, weights, sizes_E, transposed=True, first=first)
     if layer is not None:
         weights, sizes_E = _module(backend).select_layer(weights, sizes_E, layer, len(rows_RI))
     return _grouped_matmul(rows_RI, weights, sizes_E, backend)
