@@ -1,7 +1,7 @@
-"""AdamW: gradient clipping, warm-up and decay, weight decay on matrices only; and which parameters are frozen."""
+"""The optimizer: gradient clipping, warm-up and decay, weight decay on matrices only; and which parameters are frozen."""
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from qwen_moe_jax.huggingface.tensors import hub_parameters
 from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.suggest import similar
 from train.config import OptimizerConfig
+from train.per_matrix import adafactor, muon
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -42,17 +43,20 @@ def schedule_notes(config: OptimizerConfig, steps: int) -> list[str]:
     ]
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, stack_axes: Mapping[str, int] | None = None
+) -> optax.GradientTransformation:
     """The optax chain for the trained parameters.
 
     Args:
         config: its settings.
         steps: of the whole run, for the schedule.
+        stack_axes: `stack_axes` of the model; AdamW does without.
     """
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(
-            make_schedule(config, steps),
+    schedule = make_schedule(config, steps)
+    if config.type == "adamw":
+        main = optax.adamw(
+            schedule,
             b1=config.beta1,
             b2=config.beta2,
             # The second moment stays in the parameters' dtype: in bfloat16 it could not decay, since a change by the
@@ -60,9 +64,18 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             mu_dtype=config.mu_dtype,
             weight_decay=config.weight_decay,
             mask=decays,
-        ),
-        optax.masked(optax.set_to_zero(), moves_by_itself),
+        )
+    else:
+        of_type = {"muon": muon, "adafactor": adafactor}[config.type]
+        main = of_type(config, schedule, _has_decay, stack_axes or {})
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm), main, optax.masked(optax.set_to_zero(), moves_by_itself)
     )
+
+
+def stack_axes(model: Model) -> dict[str, int]:
+    """By path, how many leading axes of each parameter layers and experts are stacked along: 0, 1 or 2."""
+    return {parameter.path: parameter.names.ndim for parameter in hub_parameters(model)}
 
 
 def frozen_paths(patterns: Collection[str], model: Model) -> frozenset[str]:
@@ -119,10 +132,11 @@ def decays(params: Any) -> Any:
     not by rank: layers of one kind are stacked, so that a norm's scale is [L,D] and looks like a matrix.
     """
 
-    def is_matrix(names: list[str]) -> bool:
-        return not any("norm" in name or name.endswith("bias") or name == "A_log" for name in names)
+    return _by_name(_has_decay, params)
 
-    return _by_name(is_matrix, params)
+
+def _has_decay(path: str) -> bool:
+    return not any("norm" in name or name.endswith("bias") or name == "A_log" for name in path.split("."))
 
 
 def moves_by_itself(params: Any) -> Any:
@@ -130,13 +144,13 @@ def moves_by_itself(params: Any) -> Any:
 
     Those are updated by a rule in the train step (`train/step.py`), not by the optimizer.
     """
-    return _by_name(lambda names: names[-1] == "e_score_correction_bias", params)
+    return _by_name(lambda path: path.split(".")[-1] == "e_score_correction_bias", params)
 
 
-def _by_name(function: Callable[[list[str]], Any], params: Any) -> Any:
-    """`function` of the parts of each array's path, as a tree shaped as `params`."""
+def _by_name(function: Callable[[str], Any], params: Any) -> Any:
+    """`function` of each array's path, as a tree shaped as `params`."""
 
     def of_leaf(path: tuple[Any, ...], _: Any) -> Any:
-        return function(jax.tree_util.keystr(path, simple=True, separator=".").split("."))
+        return function(jax.tree_util.keystr(path, simple=True, separator="."))
 
     return jax.tree_util.tree_map_with_path(of_leaf, params)

@@ -18,7 +18,7 @@ from qwen_moe_jax.nn.parameters import parameters_with_paths
 from train.config import TrainConfig
 from train.objectives.chosen import objective_of
 from train.objectives.contract import Objective
-from train.optimizer import frozen_paths, make_optimizer
+from train.optimizer import frozen_paths, make_optimizer, stack_axes
 from train.parameters import Params, partition, paths, select
 from train.step import (
     EvalStep,
@@ -95,7 +95,7 @@ def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> 
     trained, fixed = partition(shapes, _fixed_paths(config, model))
     if not trained:
         raise ConfigError(f"optimizer.frozen: {[*config.optimizer.frozen]} leaves no parameter to train.")
-    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    optimizer = make_optimizer(config.optimizer, config.run.steps, stack_axes(model))
     shardings = state_shardings(trained, optimizer, mesh)
     return Program(
         objective=objective,

@@ -19,6 +19,7 @@ from train.config import LossConfig
 from train.objectives import language_modelling
 from train.objectives.contract import LossTerms, Objective, WholeBatch
 from train.parameters import Params, merge, select
+from train.per_matrix import PerMatrixState
 
 
 @jax.tree_util.register_dataclass
@@ -83,17 +84,24 @@ def state_shardings(params: Params, optimizer: optax.GradientTransformation, mes
     """
     replicated: Any = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda array: array.sharding, params)
-    return TrainState(
-        step=replicated,
-        params=shardings,
-        optimizer=optax.tree_utils.tree_map_params(
+    moments = jax.eval_shape(optimizer.init, params)
+
+    def is_own(state: Any) -> bool:
+        return isinstance(state, PerMatrixState)
+
+    if any(map(is_own, jax.tree.leaves(moments, is_leaf=is_own))):
+        moments = jax.tree.map(
+            lambda state: state.shardings(params) if is_own(state) else replicated, moments, is_leaf=is_own
+        )
+    else:
+        moments = optax.tree_utils.tree_map_params(
             optimizer,
             lambda _, sharding: sharding,
-            jax.eval_shape(optimizer.init, params),
+            moments,
             shardings,
             transform_non_params=lambda _: replicated,
-        ),
-    )
+        )
+    return TrainState(step=replicated, params=shardings, optimizer=moments)
 
 
 def abstract_state(params: Params, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:

@@ -213,22 +213,25 @@ class DataConfig(TextConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up and a decay.
+    """The optimizer, with a linear warm-up of its rate and a decay.
 
     Attributes:
+        type: adamw; muon, which makes the updates of matrices orthogonal and leaves the rest to AdamW; or adafactor, which
+            keeps sums over rows and columns for a second moment, and no first.
         learning_rate: the highest rate, after the warm-up.
         final_learning_rate: the rate at the last step.
         warmup_steps: steps from zero to the highest rate; in a run of no more steps than that, a tenth of its steps.
         schedule: how the rate decays after the warm-up: cosine, linear, or wsd (stays constant, then linear).
         decay_steps: with schedule wsd, the number of last steps in which the rate decays.
         weight_decay: of matrices; norms, biases and the decay rates of linear layers (A_log) have none.
-        beta1: decay rate of the first moment.
-        beta2: decay rate of the second moment.
+        beta1: decay rate of the first moment, with muon of the momentum; adafactor has none.
+        beta2: decay rate of the second moment; adafactor's follows the step, 1 - step^-0.8.
         max_grad_norm: gradients with a larger norm, over all parameters, are scaled down to it.
         mu_dtype: of the first moment, float32 or bfloat16; left out, that of the parameters.
         frozen: regular expressions; parameters with matching names on the Hub are not trained and have no moments.
     """
 
+    type: Literal["adamw", "muon", "adafactor"] = "adamw"
     learning_rate: float = 3e-3
     final_learning_rate: float = 3e-4
     warmup_steps: int = 40
@@ -260,6 +263,9 @@ class OptimizerConfig:
             else:
                 expected = f"none with schedule {self.schedule}: it belongs to wsd"
                 check(self.decay_steps is None, "decay_steps", expected, given=("schedule",))
+            if self.type == "adafactor":
+                expected = "none with type adafactor, which has no first moment"
+                check(self.mu_dtype is None, "mu_dtype", expected, given=("type",))
             check.dtypes("mu_dtype")
             check(self.mu_dtype != "float16", "mu_dtype", "float32 or bfloat16")
 
