@@ -1,4 +1,4 @@
-"""The optimizer: gradient clipping, warm-up and decay, weight decay on matrices only; and which parameters are frozen."""
+"""The optimizer: clipping, warm-up and decay, weight decay on matrices only; and which parameters are frozen."""
 
 import re
 from collections.abc import Callable, Collection, Mapping

@@ -91,7 +91,8 @@ def _per_matrix(
     """Runs `transform_of(path, axes of one matrix)` for every matrix of every parameter."""
 
     def for_each(params: Params, function: Callable[[optax.GradientTransformation, int, Any], Any], *others: Any):
-        leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        treedef: Any = jax.tree.structure(params)
         columns = [treedef.flatten_up_to(other) for other in others]
         done = []
         for (path, param), *rest in zip(leaves, *columns, strict=True):
@@ -130,10 +131,9 @@ def _per_matrix(
 def _like(x: Any, param: Any) -> NamedSharding:
     """The sharding of an array whose axes are some of a parameter's, in their order, and others, which are whole."""
     spec = (*param.sharding.spec, *(None,) * (param.ndim - len(param.sharding.spec)))
-    axes, chosen = iter(zip(param.shape, spec, strict=True)), []
+    rest, chosen = list(zip(param.shape, spec, strict=True)), []
     for size in x.shape:
-        rest = list(axes)
         found = next((number for number, (length, _) in enumerate(rest) if length == size), None)
         chosen.append(None if found is None else rest[found][1])
-        axes = iter(rest if found is None else rest[found + 1 :])
+        rest = rest if found is None else rest[found + 1 :]
     return NamedSharding(param.sharding.mesh, PartitionSpec(*chosen))

@@ -216,8 +216,8 @@ class OptimizerConfig:
     """The optimizer, with a linear warm-up of its rate and a decay.
 
     Attributes:
-        type: adamw; muon, which makes the updates of matrices orthogonal and leaves the rest to AdamW; or adafactor, which
-            keeps sums over rows and columns for a second moment, and no first.
+        type: adamw; muon, which makes the updates of matrices orthogonal and leaves the rest to AdamW; or adafactor,
+            which keeps sums over rows and columns for a second moment, and no first.
         learning_rate: the highest rate, after the warm-up.
         final_learning_rate: the rate at the last step.
         warmup_steps: steps from zero to the highest rate; in a run of no more steps than that, a tenth of its steps.
