@@ -101,8 +101,15 @@ def test_adapters_are_float32_and_change_no_bit_before_they_are_trained(dtype):
 
 @pytest.mark.parametrize(
     ("method", "mesh"),
-    # On one device `dense` stands for all: what they are without adapters is held elsewhere.
-    [(method, mesh) for method in METHODS for mesh in MESHES if mesh != "one device" or method == "dense"],
+    # On one device `dense` stands for all, and `capacity` on `expert` for its other meshes: what dispatchers are without
+    # adapters is held elsewhere.
+    [
+        ("dense", "one device"),
+        ("dense", "expert=4"),
+        ("capacity", "expert=4"),
+        ("dropless", "expert=4"),
+        ("dropless", "fsdp=2·tensor=2"),
+    ],
 )
 def test_loss_and_gradients_are_those_of_the_merged_weights_under_every_dispatch_and_mesh(method, mesh, reference):
     execution = qmj.ExecutionConfig(dtype="float32", **METHODS[method], remat="dots")

@@ -23,7 +23,7 @@ def model(request) -> qmj.CausalLM:
     return qmj.CausalLM(CONFIG, rngs=nnx.Rngs(0), mesh=qmj.make_mesh(**request.param))
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 3])
 def test_every_output_has_the_rows_that_were_given(model, plain, batch):
     """Together and by row: a batch of one has a sharding that can be spelt in two ways on a single device."""
     tokens_BT = TOKENS_BT[:batch]
