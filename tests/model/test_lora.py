@@ -101,8 +101,8 @@ def test_adapters_are_float32_and_change_no_bit_before_they_are_trained(dtype):
 
 @pytest.mark.parametrize(
     ("method", "mesh"),
-    # On one device `dense` stands for all, and `capacity` on `expert` for its other meshes: what dispatchers are without
-    # adapters is held elsewhere.
+    # Each dispatcher over experts that are sharded, one of them over other axes, too: the rest of the grid is tested
+    # without adapters.
     [
         ("dense", "one device"),
         ("dense", "expert=4"),
