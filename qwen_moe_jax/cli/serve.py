@@ -102,16 +102,18 @@ def run(arguments: argparse.Namespace) -> int:
     import asyncio
 
     from qwen_moe_jax.server.keys import read_keys
-    from qwen_moe_jax.server.serve import bind, serve
+    from qwen_moe_jax.server.serve import address_of, bind, serve
 
     keys = read_keys(arguments.api_key_file)
     # Weights take minutes to read: all that can be refused without them is refused first.
     service = prepare(arguments, keys)
     listening = bind(arguments.host, arguments.port)
-    start = _Start(arguments, service, listening)
-    return asyncio.run(
-        serve(service, start.load, listening, drain_seconds=arguments.drain_seconds, on_ready=start.ready)
-    )
+    start = Start(arguments, service)
+
+    def ready() -> None:
+        start.say(address_of(listening))
+
+    return asyncio.run(serve(service, start.load, listening, drain_seconds=arguments.drain_seconds, on_ready=ready))
 
 
 def prepare(arguments: argparse.Namespace, keys: Any) -> "Service":
@@ -161,15 +163,20 @@ def prepare(arguments: argparse.Namespace, keys: Any) -> "Service":
     )
 
 
-class _Start:
-    """Loads and compiles, in the engine's thread, and says what has come of it."""
+class Start:
+    """Loads and compiles, in the engine's thread, and says what has come of it.
 
-    def __init__(self, arguments: argparse.Namespace, service: "Service", listening: Any):
+    Attributes:
+        folder: of the checkpoint.
+        rows: the table of the start, by name.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, service: "Service"):
+        self.folder = arguments.folder
+        self.rows: dict[str, str] = {}
         self._arguments = arguments
         self._service = service
-        self._listening = listening
         self._began = time.perf_counter()
-        self._rows: dict[str, str] = {}
 
     def load(self) -> Any:
         """The engine, every program compiled."""
@@ -199,29 +206,27 @@ class _Start:
                 service.embedder = Embedder(model, plan.max_length, arguments.embeddings)
                 service.embedder.compile(report)
         seconds = time.perf_counter() - self._began
-        self._rows["ready"] = f"after {seconds:.1f} s, {compilations()} programs compiled or read from the cache"
+        self.rows["ready"] = f"after {seconds:.1f} s, {compilations()} programs compiled or read from the cache"
         return engine
 
     def _describe(self, model: "CausalLM", plan: "SlotPlan") -> None:
         mesh = ", ".join(f"{axis}={size}" for axis, size in model.mesh.shape.items() if size > 1) or "one device"
-        self._rows["model"] = (
+        self.rows["model"] = (
             f"{self._service.name}: {format_count(model.config.num_parameters())} parameters, "
             f"{model.execution.dtype}, {mesh}"
         )
-        self._rows["slots"] = f"{plan}; {self._service.limits.max_waiting} more may wait"
+        self.rows["slots"] = f"{plan}; {self._service.limits.max_waiting} more may wait"
         if self._service.adapters:
-            self._rows["adapters"] = ", ".join(self._service.adapters)
+            self.rows["adapters"] = ", ".join(self._service.adapters)
         keys = len(self._service.keys)
-        self._rows["keys"] = f"{keys}" if keys else "none: whoever reaches the address may use the model"
-        self._rows["embeddings"] = self._arguments.embeddings
+        self.rows["keys"] = f"{keys}" if keys else "none: whoever reaches the address may use the model"
+        self.rows["embeddings"] = self._arguments.embeddings
 
-    def ready(self) -> None:
+    def say(self, address: str) -> None:
         """Prints the table."""
-        from qwen_moe_jax.server.serve import address_of
-
-        self._rows["address"] = f"{address_of(self._listening)}/v1"
-        width = max(map(len, self._rows))
-        for name, text in self._rows.items():
+        self.rows["address"] = f"{address}/v1"
+        width = max(map(len, self.rows))
+        for name, text in self.rows.items():
             print(f"{name:{width}}  {text}", file=sys.stderr, flush=True)
 
 

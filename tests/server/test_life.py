@@ -1,7 +1,10 @@
 """Loading, draining, failing, full queues, clients that vanish or do not read: each leaves the server in order."""
 
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -203,3 +206,20 @@ def test_metrics(tmp_path, engine):
     assert found[f"{name}time_to_first_token_seconds_count"] == "1.0"
     assert found[f"{name}inter_token_latency_seconds_count"] == "9.0"
     assert found[f"{name}free_slots"] == "4.0" and found[f"{name}waiting"] == "0.0"
+
+
+@pytest.mark.parametrize("count, code", [(1, 0), (2, 128 + signal.SIGTERM)])
+def test_a_signal_drains_and_a_second_one_ends_the_process(tmp_path, count, code):
+    command = [sys.executable, "-m", "tests.server.scripted_process", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    url = process.stdout.readline().strip()
+    with process, httpx.stream("POST", f"{url}/v1/completions", json={"prompt": "x", "stream": True}) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        eventually(lambda: httpx.get(f"{url}/health").json()["status"] == "draining")
+        if count == 2:
+            process.send_signal(signal.SIGTERM)
+        else:
+            assert list(lines)[-2] == "data: [DONE]"
+        assert process.wait(20) == code
