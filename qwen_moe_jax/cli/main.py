@@ -15,7 +15,9 @@ from qwen_moe_jax.cli import (
     generate,
     grow,
     inspect,
+    merge,
     plan,
+    prune,
     route,
     score,
     serve,
@@ -46,6 +48,8 @@ COMMANDS = {
     "upcycle": upcycle,
     "grow": grow,
     "split": split,
+    "prune": prune,
+    "merge": merge,
     "plan": plan,
 }
 

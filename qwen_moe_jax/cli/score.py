@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
         RequestError: a file, window or stride that cannot be; nothing has been loaded then.
         ConfigError, CheckpointError, ShardingError: as `from_pretrained` and `make_mesh`.
     """
-    content = _read(arguments.file)
+    content = read_file(arguments.file)
 
     from qwen_moe_jax.config import ModelConfig
     from qwen_moe_jax.huggingface.hub import local_folder
@@ -78,7 +78,12 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"  {name.replace('_', ' '):<16}{number:.4f}")
 
 
-def _read(path: Path) -> str:
+def read_file(path: Path) -> str:
+    """A text file.
+
+    Raises:
+        RequestError: it cannot be read, or is not UTF-8.
+    """
     if (problem := lfs_problem(path)) is not None:
         raise RequestError(f"{path}: {problem}.")
     try:

@@ -1,6 +1,6 @@
-"""The feed-forward part of a layer on a few tokens, in float32 by NumPy, one expert in memory at a time."""
+"""The feed-forward part of a layer in float32 by NumPy, one expert in memory at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -9,28 +9,42 @@ from qwen_moe_jax.huggingface.sparse_families import FeedForward
 from qwen_moe_jax.nn.mlp import ACTIVATIONS
 from qwen_moe_jax.storage.tensor import StoredTensor
 
+#: (number of an expert, tokens that chose it, their weights, its output of each of them [·, D]) → nothing.
+Observer = Callable[[int, np.ndarray, np.ndarray, np.ndarray], None]
+
 
 def dense(hidden_TD: np.ndarray, names: FeedForward, tensors: Mapping[str, StoredTensor]) -> np.ndarray:
     """Of a dense layer, [T, D]."""
     return _swiglu(hidden_TD, [names.dense(matrix) for matrix in ("gate", "up", "down")], names, tensors)
 
 
-def sparse(hidden_TD: np.ndarray, names: FeedForward, tensors: Mapping[str, StoredTensor]) -> np.ndarray:
-    """Of a sparse layer, [T, D]."""
+def sparse(
+    hidden_TD: np.ndarray,
+    names: FeedForward,
+    tensors: Mapping[str, StoredTensor],
+    observe: Observer = lambda expert, rows, weights, outputs: None,
+) -> np.ndarray:
+    """Of a sparse layer, [T, D]; `observe` is called for each expert that was chosen."""
     moe = names.config.moe
-    logits_TE = hidden_TD @ _read(names.router, tensors).T
-    weights_TE = routed_weights(logits_TE, moe)
+    weights_TE = routed_weights(router_logits(hidden_TD, names, tensors), moe)
     total = np.zeros_like(hidden_TD)
     for expert in range(moe.num_experts):
         rows = np.flatnonzero(weights_TE[:, expert])
         if len(rows):
             each = [names.expert(expert, matrix) for matrix in ("gate", "up", "down")]
-            total[rows] += weights_TE[rows, expert, None] * _swiglu(hidden_TD[rows], each, names, tensors)
+            outputs = _swiglu(hidden_TD[rows], each, names, tensors)
+            observe(expert, rows, weights_TE[rows, expert], outputs)
+            total[rows] += weights_TE[rows, expert, None] * outputs
     if moe.shared_expert_intermediate_size:
-        gate_T1 = 1 / (1 + np.exp(-(hidden_TD @ _read(names.shared_gate, tensors).T)))
+        gate_T1 = _sigmoid(hidden_TD @ _read(names.shared_gate, tensors).T)
         each = [names.shared(matrix) for matrix in ("gate", "up", "down")]
         total += gate_T1 * _swiglu(hidden_TD, each, names, tensors)
     return total
+
+
+def router_logits(hidden_TD: np.ndarray, names: FeedForward, tensors: Mapping[str, StoredTensor]) -> np.ndarray:
+    """[T, E]."""
+    return hidden_TD @ _read(names.router, tensors).T
 
 
 def routed_weights(logits_TE: np.ndarray, moe: MoEConfig) -> np.ndarray:
@@ -49,9 +63,16 @@ def _swiglu(
     hidden_TD: np.ndarray, matrices: list[str], names: FeedForward, tensors: Mapping[str, StoredTensor]
 ) -> np.ndarray:
     gate, up, down = matrices
-    activation = ACTIVATIONS[names.config.hidden_act]
-    inner = np.asarray(activation(hidden_TD @ _read(gate, tensors).T)) * (hidden_TD @ _read(up, tensors).T)
-    return inner @ _read(down, tensors).T
+    gate_TF = hidden_TD @ _read(gate, tensors).T
+    if names.config.hidden_act == "silu":  # by NumPy: JAX would compile for each number of tokens
+        gate_TF *= _sigmoid(gate_TF)
+    else:
+        gate_TF = np.asarray(ACTIVATIONS[names.config.hidden_act](gate_TF))
+    return (gate_TF * (hidden_TD @ _read(up, tensors).T)) @ _read(down, tensors).T
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.float32(0.5) * (1 + np.tanh(np.float32(0.5) * x))
 
 
 def _read(name: str, tensors: Mapping[str, StoredTensor]) -> np.ndarray:
