@@ -84,14 +84,14 @@ def initial_state(config: TrainConfig, program: Program, checkpoints: Checkpoint
     """
     if checkpoints.latest_step is not None:
         state = checkpoints.restore(like=program.state, model=program.model)
-        fixed = select(_initial_params(config, program.model), like=program.fixed) if program.fixed else {}
+        fixed = select(initial_params(config, program.model), like=program.fixed) if program.fixed else {}
         return state, fixed
-    params = _initial_params(config, program.model)
+    params = initial_params(config, program.model)
     # No reference to `params` outlives this call: the first step reuses the memory of what is trained.
     return program.begin(params), select(params, like=program.fixed)
 
 
-def _initial_params(config: TrainConfig, abstract: Model) -> Params:
+def initial_params(config: TrainConfig, abstract: Model) -> Params:
     """The parameters of the checkpoint to start from, or random ones; adapters are always new.
 
     So is a classifier's head, where the checkpoint has none of this kind.

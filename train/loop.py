@@ -3,6 +3,7 @@ loop → checkpoint and export."""
 
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,8 @@ def _train(config: TrainConfig, folder: RunFolder) -> None:
     with Checkpoints(folder.checkpoints, config.run.save_total_limit) as checkpoints:
         state, fixed = initial_state(config, program, checkpoints)
         first_step = int(state.step)
-        start = start_of(config, program, mesh, state, fixed, text_tokens=feed.num_tokens)
+        other_bytes = feed.memory(program)
+        start = start_of(config, program, mesh, state, fixed, text_tokens=feed.num_tokens, other_bytes=other_bytes)
         best = best_so_far(config.run, folder.metrics, first_step)
         report, profiler = _reports(config, folder, start, first_step=first_step)
         with report, profiler, stop_requests(lambda: leave(folder), says=is_process_zero()) as asked:
@@ -99,7 +101,8 @@ def _train(config: TrainConfig, folder: RunFolder) -> None:
                 sampler=_sampler(config, program, corpus),
                 guard=NonFiniteGuard(config.run, batch_of=lambda step: "on " + feed.describe(step - 1), say=report.say),
             )
-            state, heldout = loop.run(state, asked)
+            with closing(feed):
+                state, heldout = loop.run(state, asked)
             last_step = int(state.step)
             if best is not None and best.step not in (None, last_step):
                 state, heldout = loop.restore_best()
@@ -225,7 +228,9 @@ class Loop:
         program = self.program
         with self.report.aside("evaluation"):
             params = merge(state.params, self.fixed)
-            heldout = heldout_metrics(program.eval_step, params, self.feed.heldout, program.objective)
+            heldout = self.feed.evaluate(done, params) or heldout_metrics(
+                program.eval_step, params, self.feed.heldout, program.objective
+            )
         self.report.heldout(done, heldout)
         if self.best is not None:
             self.best.add(done, heldout)

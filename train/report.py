@@ -177,9 +177,7 @@ def _settings(start: Start) -> dict[str, str]:
         "parameters": start.parameters_in_words,
         "devices": f"{start.devices} × {start.device_kind}",
         "mesh": mesh,
-        "each device holds": f"{format_bytes(start.weight_bytes)} of weights, "
-        f"{format_bytes(start.moment_bytes)} of moments, "
-        f"{format_bytes(start.gradient_bytes)} of gradients",
+        "each device holds": ", ".join(f"{format_bytes(size)} of {name}" for name, size in start.memory.items()),
         "model FLOPs per token": f"{start.flops_per_token / 1e6:,.1f} M, forward and backward",
         "tokens per step": f"{start.tokens_per_step:,}",
         "tokens of text": f"{start.text_tokens:,}",

@@ -6,6 +6,7 @@ a file, `validate` checks it (by pydantic, which is imported only there), `toml`
 """
 
 from train.config.columns import ColumnsConfig
+from train.config.grpo import GRPOConfig, RewardConfig
 from train.config.help import describe_keys, key_options
 from train.config.load import build_config, load_config, split_overrides
 from train.config.run_config import OBJECTIVE_TABLES, SECTIONS, TRAINER_DEFAULTS, TrainConfig
@@ -28,9 +29,11 @@ __all__ = [
     "TRAINER_DEFAULTS",
     "ColumnsConfig",
     "DataConfig",
+    "GRPOConfig",
     "LossConfig",
     "MeshConfig",
     "OptimizerConfig",
+    "RewardConfig",
     "RunConfig",
     "SourceConfig",
     "TextConfig",

@@ -7,6 +7,7 @@ from typing import Any
 
 from qwen_moe_jax.config import ExecutionConfig, LoraConfig, ShardingRules
 from qwen_moe_jax.config.checks import Checks
+from train.config.grpo import GRPOConfig
 from train.config.sections import DataConfig, LossConfig, MeshConfig, OptimizerConfig, RunConfig
 
 #: What a run from a TOML file has otherwise than the package's config classes; the file's tables are laid over it.
@@ -23,11 +24,12 @@ SECTIONS: dict[str, type] = {
     "loss": LossConfig,
     "optimizer": OptimizerConfig,
     "lora": LoraConfig,
+    "grpo": GRPOConfig,
     "run": RunConfig,
 }
 
 #: The sections that choose an objective, of which a file has one at most; without one it is language modelling.
-OBJECTIVE_TABLES: tuple[str, ...] = ()
+OBJECTIVE_TABLES: tuple[str, ...] = ("grpo",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,7 @@ class TrainConfig:
         loss: what is minimised besides the cross entropy.
         optimizer: AdamW and its schedule.
         lora: low-rank adapters, which are trained instead of the weights; None trains the weights.
+        grpo: learning from rewards; None learns something else.
         run: steps, checkpoints and reports.
 
     Raises:
@@ -55,6 +58,7 @@ class TrainConfig:
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig | None = None
+    grpo: GRPOConfig | None = None
     run: RunConfig = RunConfig()
 
     def __post_init__(self) -> None:
@@ -67,6 +71,7 @@ class TrainConfig:
             self._check_schedule(check)
             self._check_trained(check)
             self._check_objective(check)
+            self._check_grpo(check)
 
     @property
     def objective(self) -> str:
@@ -127,6 +132,25 @@ class TrainConfig:
             )
             given = ("data.batch_size", *axes)
             check(rows % (shards * micro_batches) == 0, "run.gradient_accumulation_steps", expected, given=given)
+
+    def _check_grpo(self, check: Checks) -> None:
+        """Prompts are records, completions of a prompt are learned together, and nothing else is learned."""
+        if self.grpo is None:
+            return
+        for number, text in enumerate(self.data.mixture):
+            field = f"data.sources[{number}].format" if self.data.sources else "data.format"
+            expected = "'jsonl' with a [grpo] table: a prompt a line, with what the reward reads"
+            check(text.format == "jsonl", field, expected, found=repr(text.format), given=("grpo",))
+        expected = "the model's, with a [grpo] table: prompts alone are too little text to train one on"
+        check(self.data.tokenizer != "", "data.tokenizer", expected, given=("grpo",))
+        rows, generations = self.data.batch_size, self.grpo.num_generations
+        expected = f"a divisor of data.batch_size, {rows}: the completions of a prompt are learned from in one step"
+        check(rows % generations == 0, "grpo.num_generations", expected, given=("data.batch_size",))
+        expected = f"at most data.seq_len, {self.data.seq_len}, with which one token is left for the prompt"
+        fits = self.grpo.longest_prompt(self.data.seq_len) >= 1
+        check(fits, "grpo.max_completion_length", expected, given=("data.seq_len",))
+        for name in ("z_loss_coef", "mtp_coef", "router_bias_update_rate"):
+            check(getattr(self.loss, name) == 0, f"loss.{name}", "0 with a [grpo] table", given=("grpo",))
 
     def _check_schedule(self, check: Checks) -> None:
         optimizer, steps = self.optimizer, self.run.max_steps

@@ -153,7 +153,7 @@ def _make_corpus(folder: Path, config: DataConfig) -> None:
     else:
         save_tokenizer(train_tokenizer(_texts(config), config.vocab_size), folder / "tokenizer")
     tokenizer = load_tokenizer(folder / "tokenizer")
-    end_id = _end_id(tokenizer, folder / "tokenizer", config)
+    end_id = end_of_text(tokenizer, folder / "tokenizer", config)
     notes: list[str] = []
     forms: list[str] = []
     turn_ends = TurnEnds(tokenizer)
@@ -189,7 +189,7 @@ def _texts(config: DataConfig) -> Iterator[str]:
                 yield from texts_of(record.content)
 
 
-def _end_id(tokenizer: Tokenizer, folder: Path, config: DataConfig) -> int:
+def end_of_text(tokenizer: Tokenizer, folder: Path, config: DataConfig) -> int:
     """The id of the token that ends a document: tokenizer_config.json's eos_token."""
     file = folder / "tokenizer_config.json"
     found = read_json(file).get("eos_token") if file.exists() else None

@@ -1,6 +1,6 @@
 """The batches of a run, sharded over its mesh: each process reads the rows that its own devices hold."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -66,6 +66,9 @@ class Feed(Protocol):
     @property
     def heldout(self) -> list[Any]: ...
 
+    def memory(self, program: "Program") -> dict[str, int]:
+        """What the feed holds on each device, by name, in bytes; a batch does not count."""
+
     def prepare(self, setting: Setting, params: Params) -> "Feed":
         """The feed to use from now on; called once, before the first step of this start.
 
@@ -83,11 +86,17 @@ class Feed(Protocol):
         The same step and parameters give the same batch.
         """
 
+    def evaluate(self, step: int, params: Params) -> Mapping[str, float] | None:
+        """The held-out metrics after `step` steps, where the host computes them; None: they are those of `heldout`."""
+
     def saved(self, step: int) -> None:
         """Called before the checkpoint after `step` steps is written, to store what a resumed run needs besides."""
 
     def describe(self, step: int) -> str:
         """The batch of a step (from 0), in words for messages."""
+
+    def close(self) -> None:
+        """Called in the end, whatever ended the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +133,10 @@ class BatchFeed:
         """See `Feed`."""
         return self.rows.num_tokens
 
+    def memory(self, program: "Program") -> dict[str, int]:
+        """Nothing."""
+        return {}
+
     def prepare(self, setting: Setting, params: Params) -> "BatchFeed":
         """This feed: it needs nothing of the run."""
         return self
@@ -133,8 +146,14 @@ class BatchFeed:
         batch = batch_at(self.rows, step, self.batch_size, self.seed, self.own_rows, self.collate)
         return to_devices(batch, self.sharding)
 
+    def evaluate(self, step: int, params: Params) -> None:
+        """The held-out metrics are those of `heldout`."""
+
     def saved(self, step: int) -> None:
         """Nothing is to be stored."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def describe(self, step: int) -> str:
         """The rows of the batch of a step (from 0), in words for messages."""

@@ -113,7 +113,7 @@ def _read_docstrings(
 def _fitting_texts(source: SourceConfig, remaining: float, truncated: _Say) -> Iterator[tuple[Path, str, str]]:
     """(file, name, text) of the matching files that fit into the remaining bytes; files that do not fit are skipped."""
     read = left_out = 0
-    for file, name in _files(source):
+    for file, name in files_of(source):
         size = file.stat().st_size
         if size > remaining - read:
             left_out += size
@@ -129,7 +129,7 @@ def _fitting_texts(source: SourceConfig, remaining: float, truncated: _Say) -> I
 def _read_jsonl(
     source: SourceConfig, remaining: float, end_id: int | None, truncated: _Say, recognised: Recognised
 ) -> Iterator[Record]:
-    files, read = _files(source), 0
+    files, read = files_of(source), 0
     for file, name in files:
         for value in read_json_file(file):
             if read + value.size > remaining:
@@ -172,7 +172,7 @@ def _open_dataset(source: SourceConfig) -> Any:
         if (folder / "state.json").exists():
             return datasets.load_from_disk(str(folder))
         if folder.exists():
-            files = [str(file) for file, _ in _files(source)]
+            files = [str(file) for file, _ in files_of(source)]
             return datasets.load_dataset("parquet", data_files=files, split="train") if files else []
         return datasets.load_dataset(source.path, split=source.split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
@@ -182,7 +182,7 @@ def _open_dataset(source: SourceConfig) -> Any:
 def _read_tokens(
     source: SourceConfig, remaining: float, end_id: int | None, truncated: _Say, recognised: Recognised
 ) -> Iterator[Record]:
-    for file, name in _files(source):
+    for file, name in files_of(source):
         try:
             ids = np.load(file, mmap_mode="r")
         except (ValueError, OSError) as error:
@@ -218,7 +218,7 @@ def _root(source: SourceConfig) -> Path:
     return Path(source.path or sysconfig.get_path("stdlib"))
 
 
-def _files(source: SourceConfig) -> list[tuple[Path, str]]:
+def files_of(source: SourceConfig) -> list[tuple[Path, str]]:
     """The matching files and their names below the folder, ordered by a hash of these names.
 
     So a bounded amount of text is a random sample of the whole.

@@ -126,6 +126,13 @@ class Report:
         lines = visible(prompt + text).splitlines()
         self.say("\n".join([f"step {step}  sample", *(f"  | {line}" for line in lines)]))
 
+    def completions(self, step: int, completions: Sequence[Mapping[str, Any]]) -> None:
+        """Reports completions of held-out prompts, each with `prompt`, `completion` and `reward`."""
+        self._write({"step": step, "completions": [*completions]})
+        for one in completions:
+            lines = visible(f"{one['prompt']}{one['completion']}").splitlines()
+            self.say("\n".join([f"step {step}  reward {one['reward']:.3f}", *(f"  | {line}" for line in lines)]))
+
     def _flush(self) -> None:
         if self._pending is None:
             return
@@ -211,6 +218,9 @@ class NoReport:
         pass
 
     def sample(self, step: int, prompt: str, text: str) -> None:
+        pass
+
+    def completions(self, step: int, completions: Sequence[Mapping[str, Any]]) -> None:
         pass
 
 

@@ -47,6 +47,7 @@ class Start:
         loss_term: the term that lines and curves show as the loss.
         shown: further terms in progress lines.
         captions: of terms, for the page.
+        other_bytes: what a device holds besides, by name: the cache in which completions are sampled, a reference.
     """
 
     time: str
@@ -69,6 +70,7 @@ class Start:
     loss_term: str = "cross_entropy"
     shown: list[str] = field(default_factory=list)
     captions: dict[str, str] = field(default_factory=dict)
+    other_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def parameters_in_words(self) -> str:
@@ -77,13 +79,25 @@ class Start:
         return f"{self.parameters:,}, {self.active_parameters:,} active per token{trained}"
 
     @property
+    def memory(self) -> dict[str, int]:
+        """The bytes of one device by what they are for, without activations."""
+        own = {"weights": self.weight_bytes, "moments": self.moment_bytes, "gradients": self.gradient_bytes}
+        return {**own, **self.other_bytes}
+
+    @property
     def devices(self) -> int:
         """The number of devices of the mesh."""
         return math.prod(self.mesh.values())
 
 
 def start_of(
-    config: TrainConfig, program: Program, mesh: Mesh, state: TrainState, fixed: Params, text_tokens: int
+    config: TrainConfig,
+    program: Program,
+    mesh: Mesh,
+    state: TrainState,
+    fixed: Params,
+    text_tokens: int,
+    other_bytes: dict[str, int],
 ) -> Start:
     """The start of a run whose state is on its devices."""
     model, description = program.model, program.objective.description
@@ -115,14 +129,14 @@ def start_of(
         loss_term=description.loss,
         shown=[*description.shown],
         captions=dict(description.captions),
+        other_bytes=other_bytes,
     )
 
 
 def introduction(start: Start, epochs: float) -> str:
     """The start in three lines, for the terminal; `epochs` are those of all steps."""
     mesh = format_mesh(start.mesh)
-    bytes_needed = start.weight_bytes + start.moment_bytes + start.gradient_bytes
-    split = {"weights": start.weight_bytes, "moments": start.moment_bytes, "gradients": start.gradient_bytes}
+    bytes_needed, split = sum(start.memory.values()), start.memory
     objective = "" if start.objective == "language modelling" else f"{start.objective}; "
     return (
         f"{objective}parameters: {start.parameters_in_words}; "

@@ -44,9 +44,12 @@ def arithmetic(prompt: Any, completion: str, row: Row) -> float:
 
 
 def balanced_brackets(prompt: Any, completion: str, row: Row) -> float:
-    """1 where the row's `text`, if there is one, and the completion after it close every bracket of ()[]{}<>."""
+    """1 where prompt and completion, one after the other, close every bracket of ()[]{}<> in its order.
+
+    The row's `text` is read in place of the prompt, where there is one.
+    """
     opened: list[str] = []
-    for character in row.get("text", "") + completion:
+    for character in row.get("text", prompt if isinstance(prompt, str) else "") + completion:
         if character in _PAIRS.values():
             opened.append(character)
         elif character in _PAIRS and (not opened or opened.pop() != _PAIRS[character]):
