@@ -1,4 +1,4 @@
-"""Writes the texts of configs/train/grpo-tiny.toml: `python examples/brackets.py runs/brackets`.
+"""Writes the texts of configs/train/grpo-tiny.toml: `python examples/brackets.py`.
 
 `texts.jsonl` has prompts of opened brackets and completions that close them, of somebody careless: every fifth bracket
 of a completion is another. A model learns from it what a completion looks like. `prompts.jsonl` has other prompts,
@@ -31,7 +31,7 @@ def careless(numbers: random.Random, closing: str) -> str:
     return "".join(numbers.choice(")]}>") if numbers.random() < 4 / 15 else bracket for bracket in closing)
 
 
-def main(folder: Path, texts: int = 4000, prompts: int = 1000, most: int = 4) -> None:
+def main(folder: Path = Path("runs/brackets"), texts: int = 4000, prompts: int = 1000, most: int = 4) -> None:
     """Writes both files; no prompt is in both, or twice."""
     numbers = random.Random(0)
     made: dict[str, str] = {}
@@ -47,7 +47,8 @@ def main(folder: Path, texts: int = 4000, prompts: int = 1000, most: int = 4) ->
     }
     for name, lines in chosen.items():
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        print(f"wrote {len(lines):,} records to {folder / name}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/brackets"))
+    main(*map(Path, sys.argv[1:2]))

@@ -9,6 +9,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 #: A pattern that the output of each script has.
 PRINTED = {
+    "brackets": r"wrote 4,000 records to runs/brackets/texts.jsonl\nwrote 1,000 records to",
     "generate": r"\(the same\)",
     "train_with_optax": r"step  60  loss [0-2]\.",
     "fine_tune_lora": r"step 60  loss 0\.\d+\n.*\n.*\nmerged, the model continues the same way",
