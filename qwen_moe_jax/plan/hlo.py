@@ -120,6 +120,11 @@ class Run:
     layers: int
     fused: bool
 
+    @property
+    def moves(self) -> bool:
+        """Whether it reads and writes memory itself."""
+        return not (self.fused or self.instruction.opcode in _FREE)
+
 
 class Module:
     """A parsed program.
@@ -205,13 +210,14 @@ class Module:
         """
         total = 0.0
         for run in self.runs:
-            one = self._flops(run)
+            one = self.flops(run)
             if one is None or (one and run.times is None):
                 return None
             total += one * (run.times or 0)
         return total
 
-    def _flops(self, run: Run) -> float | None:
+    def flops(self, run: Run) -> float | None:
+        """FLOPs of the matrix product that an instruction is, each time it runs; None where a kernel does not say."""
         instruction = run.instruction
         if instruction.opcode == "dot":
             left = run.computation[instruction.operands[0]].results[0]
@@ -249,12 +255,13 @@ class Module:
         """
         total = 0.0
         for run in self.runs:
-            if run.fused or run.instruction.opcode in _FREE:
+            if not run.moves:
                 continue
-            total += self._moved(run) * (1 if run.times is None else run.times)
+            total += self.moved(run) * (1 if run.times is None else run.times)
         return total
 
-    def _moved(self, run: Run) -> int:
+    def moved(self, run: Run) -> int:
+        """Bytes that an instruction outside of a fusion reads and writes, each time it runs."""
         instruction, computation = run.instruction, run.computation
         written = sum(array.traffic for array in instruction.results)
         if instruction.opcode in _SLICES:
