@@ -148,6 +148,8 @@ def _run_batch(arguments: argparse.Namespace) -> None:
         raise RequestError("a batch needs both: --input FILE of requests, and --output FILE for their answers.")
     if arguments.prompts or arguments.json:
         raise RequestError("--prompt, --file and --json do not go with --input: its records are the prompts.")
+    if arguments.distributed or arguments.coordinator:
+        raise RequestError("a batch is one process's work: give each of several its own --input and --output.")
     if arguments.slots is not None and arguments.slots < 1:
         raise RequestError(f"--slots {arguments.slots}, expected at least 1.")
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_moe_jax.cli.arguments import add_host_arguments, add_model_arguments, join_processes, load_model
+from qwen_moe_jax.cli.arguments import add_model_arguments, load_model
 from qwen_moe_jax.errors import CheckpointError, ConfigError, RequestError
 from qwen_moe_jax.units import format_count
 
@@ -24,7 +24,6 @@ DEFAULT_MAX_LENGTH = 8192
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, several_adapters=True)
-    add_host_arguments(parser)
     _add_address_arguments(parser)
     _add_limit_arguments(parser)
 
@@ -85,14 +84,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         RequestError: the extra `serve` is not installed, or the file of keys cannot be used.
-        ConfigError, CheckpointError, ShardingError: as `from_pretrained`, `make_mesh` and `initialize_distributed`; an
-            address that cannot be listened on; lengths that cannot be.
+        ConfigError, CheckpointError, ShardingError: as `from_pretrained` and `make_mesh`; an address that cannot be
+            listened on.
     """
     missing = [name for name in ("starlette", "uvicorn", "prometheus_client", "llguidance") if not _is_there(name)]
     if missing:
         raise RequestError(f"{', '.join(missing)} is not installed: pip install 'qwen-moe-jax[serve]'.")
-    if join_processes(arguments) and not arguments.mesh:
-        raise ConfigError("several processes need --mesh: how their devices share the model, as in expert=8.")
 
     if arguments.adapters:
         raise ConfigError(

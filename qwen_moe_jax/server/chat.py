@@ -16,7 +16,7 @@ from qwen_moe_jax.server.answer_parts import AnswerParts, Part
 from qwen_moe_jax.server.chat_form import ChatForm, ChatPrompt, Thought
 from qwen_moe_jax.server.errors import invalid
 from qwen_moe_jax.server.grammar import Grammars
-from qwen_moe_jax.server.http import CLIENT_GONE, DONE, EventStream, event, read_json, unless_gone
+from qwen_moe_jax.server.http import CLIENT_GONE, DONE, EventStream, event, unless_gone
 from qwen_moe_jax.server.job import Job, Piece, deadline
 from qwen_moe_jax.server.protocol import ChatRequest, NamedTool, parse
 from qwen_moe_jax.server.service import Service
@@ -30,7 +30,7 @@ async def chat_completions(service: Service, http: HttpRequest) -> Response:
     Raises:
         ApiError: it cannot be served.
     """
-    body = parse(ChatRequest, await read_json(http, service.limits.max_body_bytes))
+    body = parse(ChatRequest, await service.limits.body_of(http))
     adapter = service.adapter_of(body.model)
     form = _form(service)
     tools = _tools(body, form)

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from qwen_moe_jax.inference.request import Request
 from qwen_moe_jax.server.errors import invalid
-from qwen_moe_jax.server.http import CLIENT_GONE, DONE, EventStream, event, read_json, unless_gone
+from qwen_moe_jax.server.http import CLIENT_GONE, DONE, EventStream, event, unless_gone
 from qwen_moe_jax.server.job import Job, deadline
 from qwen_moe_jax.server.protocol import MOST_SEQUENCES, CompletionRequest, parse
 from qwen_moe_jax.server.service import Service
@@ -25,7 +25,7 @@ async def completions(service: Service, http: HttpRequest) -> Response:
     Raises:
         ApiError: it cannot be served.
     """
-    body = parse(CompletionRequest, await read_json(http, service.limits.max_body_bytes))
+    body = parse(CompletionRequest, await service.limits.body_of(http))
     texts, job = await _begin(service, body)
     answer = _Answer(service, body, job, texts)
     if body.stream:

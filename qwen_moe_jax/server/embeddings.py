@@ -8,7 +8,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from qwen_moe_jax.server.errors import ApiError, invalid
-from qwen_moe_jax.server.http import CLIENT_GONE, read_json, unless_gone
+from qwen_moe_jax.server.http import CLIENT_GONE, unless_gone
 from qwen_moe_jax.server.protocol import MOST_SEQUENCES, EmbeddingRequest, parse
 from qwen_moe_jax.server.runner import EngineFailed
 from qwen_moe_jax.server.service import Service
@@ -20,7 +20,7 @@ async def embeddings(service: Service, http: HttpRequest) -> Response:
     Raises:
         ApiError: it cannot be served.
     """
-    body = parse(EmbeddingRequest, await read_json(http, service.limits.max_body_bytes))
+    body = parse(EmbeddingRequest, await service.limits.body_of(http))
     if service.adapter_of(body.model) is not None:
         raise invalid(f"model: embeddings are those of {service.name}, without an adapter.", "model")
     if service.embedder is None:

@@ -60,12 +60,12 @@ class Gate:
         self._life.require_ready()
 
 
-async def read_json(request: Request, most_bytes: int) -> bytes:
+async def read_json(request: Request, most_bytes: int, seconds: float) -> bytes:
     """The body of a request.
 
     Raises:
         ApiError: 415 for another type than JSON, which web pages could send without asking; 413 for a body of more
-            than so many bytes.
+            than so many bytes; 408 for one that takes longer than so many seconds.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -75,11 +75,15 @@ async def read_json(request: Request, most_bytes: int) -> bytes:
     if length.isdigit() and int(length) > most_bytes:
         raise too_large
     parts, size = [], 0
-    async for part in request.stream():
-        parts.append(part)
-        size += len(part)
-        if size > most_bytes:
-            raise too_large
+    try:
+        async with asyncio.timeout(seconds):
+            async for part in request.stream():
+                parts.append(part)
+                size += len(part)
+                if size > most_bytes:
+                    raise too_large
+    except TimeoutError:
+        raise ApiError(408, f"the body has not come within {seconds:g} seconds.") from None
     return b"".join(parts)
 
 
@@ -105,9 +109,12 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def event(data: Mapping[str, Any]) -> bytes:
     """A server-sent event of JSON."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _JSON.encode(data).encode() + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"

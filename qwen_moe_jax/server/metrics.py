@@ -53,8 +53,6 @@ class Metrics:
                 "tokens_per_second": "Tokens decoded per second since the last reading of this page.",
             }.items()
         }
-        self._experts = Gauge("expert_tokens", "Tokens that an expert was given.", ["expert"], **made)
-        self._dropped = Gauge("dropped_tokens", "Tokens that experts dropped.", **made)
         self._compilations = Counter("compilations", "Programs that XLA has compiled, or read from its cache.", **made)
         self._seen = (time.monotonic(), 0)
         self._seconds, self._count = 0.0, 0  # of sequences that have ended

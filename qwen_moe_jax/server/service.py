@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import tokenizers
+from starlette.requests import Request as HttpRequest
 
 from qwen_moe_jax.config import GenerationConfig
 from qwen_moe_jax.errors import RequestError
@@ -14,6 +15,7 @@ from qwen_moe_jax.inference.tokenizer import encode, require_unicode
 from qwen_moe_jax.server.chat_form import ChatForm
 from qwen_moe_jax.server.errors import ApiError, invalid
 from qwen_moe_jax.server.grammar import Grammars
+from qwen_moe_jax.server.http import read_json
 from qwen_moe_jax.server.keys import ApiKeys
 from qwen_moe_jax.server.lifecycle import Lifecycle
 from qwen_moe_jax.server.metrics import Metrics
@@ -32,7 +34,7 @@ class Limits:
         max_waiting: sequences that may wait for a slot.
         max_body_bytes: of a request.
         max_seconds: of a request; None is without a limit.
-        write_seconds: how long a client may take to accept a piece of a stream.
+        write_seconds: how long a client may take to send its request, or to accept a piece of a stream.
     """
 
     max_length: int
@@ -41,6 +43,10 @@ class Limits:
     max_body_bytes: int = 8 << 20
     max_seconds: float | None = None
     write_seconds: float = 60.0
+
+    async def body_of(self, http: HttpRequest) -> bytes:
+        """The body of a request; raises as `read_json`."""
+        return await read_json(http, self.max_body_bytes, self.write_seconds)
 
 
 @dataclass(kw_only=True)

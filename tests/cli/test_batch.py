@@ -163,6 +163,7 @@ def test_one_process_writes_at_a_time(tmp_path):
         (["--input", "x"], "needs both"),
         (["--input", "x", "--output", "y", "--prompt", "z"], "do not go with --input"),
         (["--input", "x", "--output", "y", "--slots", "0"], "at least 1"),
+        (["--input", "x", "--output", "y", "--distributed"], "one process's work"),
     ],
 )
 def test_arguments_that_do_not_go_together(folder, capsys, words, message):

@@ -127,6 +127,17 @@ def test_a_body_whose_length_is_not_given_is_read_up_to_the_limit(service):
     assert answer.status_code == 413
 
 
+def test_a_body_that_does_not_come_is_not_waited_for(tmp_path):
+    async def parts():
+        yield b"{"
+        await asyncio.sleep(5)
+
+    service = make_service(tmp_path / "model", JSON, write_seconds=0.05)
+    service.life.ready()
+    answer = ask(service, content=parts(), headers={"Content-Type": "application/json"})
+    assert answer.status_code == 408 and "0.05 seconds" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("path, method, status", [("/v1/nothing", "GET", 404), ("/v1/completions", "GET", 405)])
 def test_paths_and_methods_that_are_not_there(service, path, method, status):
     answer = ask(service, path, method=method)
