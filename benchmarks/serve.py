@@ -197,8 +197,14 @@ def steps_of(url: str) -> float:
     return 0.0
 
 
-def measure(name: str, url: str, arguments: argparse.Namespace, vocab_size: int) -> None:
-    """Prints the rows of one server."""
+def say(report: list[str], line: str) -> None:
+    """Prints a line, and keeps it."""
+    print(line, flush=True)
+    report.append(line)
+
+
+def measure(report: list[str], name: str, url: str, arguments: argparse.Namespace, vocab_size: int) -> None:
+    """The rows of one server."""
     for clients in CLIENTS:
         asks = draw(arguments.requests, vocab_size, seed=clients)
         asyncio.run(closed_loops(url, asks[: 2 * clients], clients))
@@ -206,9 +212,9 @@ def measure(name: str, url: str, arguments: argparse.Namespace, vocab_size: int)
         seconds, answers = asyncio.run(closed_loops(url, asks, clients))
         steps = steps_of(url) - steps
         per_step = f"{1000 * seconds / steps:9.2f}" if steps else ""
-        print(f"{name:13} {clients:3} clients     {figures(seconds, answers)} {per_step}", flush=True)
+        say(report, f"{name:13} {clients:3} clients     {figures(seconds, answers)} {per_step}")
     asks = draw(arguments.requests, vocab_size, rate=arguments.rate, seed=99)
-    print(f"{name:13} {arguments.rate:4.1f} arrivals/s {figures(*asyncio.run(arrivals(url, asks)))}", flush=True)
+    say(report, f"{name:13} {arguments.rate:4.1f} arrivals/s {figures(*asyncio.run(arrivals(url, asks)))}")
 
 
 def main() -> None:
@@ -219,12 +225,14 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script")
     parser.add_argument("--only", choices=("ours", "transformers"))
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table there")
     arguments = parser.parse_args()
     config = TINY if arguments.tiny else HUB_CONFIG
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory) / "model"
         make_checkpoint(folder, config)
-        print(f"{'':29}{'tokens/s':>10} {'first p50':>9} {'p99':>9} {'next p50':>9} {'p99':>9} ms  ms/step")
+        report: list[str] = []
+        say(report, f"{'':29}{'tokens/s':>10} {'first p50':>9} {'p99':>9} {'next p50':>9} {'p99':>9} ms  ms/step")
         here = Path(__file__).parent
         port = str(free_port())
         ours = ["-m", "qwen_moe_jax", "serve", str(folder), "--port", port, "--slots", str(arguments.slots)]
@@ -233,12 +241,15 @@ def main() -> None:
         for name, command in (("transformers", theirs), ("ours", ours)):
             if arguments.only in (None, name):
                 with server([sys.executable, *command], int(port)) as url:
-                    measure(name, url, arguments, config["vocab_size"])
+                    measure(report, name, url, arguments, config["vocab_size"])
         if arguments.only != "transformers":
             for slots in CLIENTS:
                 asks = draw(arguments.requests, config["vocab_size"], seed=slots)
                 tokens, step = raw_engine(folder, arguments.dtype, asks, slots)
-                print(f"engine alone  {slots:3} slots       {tokens:9.1f} {'':39} {1000 * step:9.2f}", flush=True)
+                say(report, f"engine alone  {slots:3} slots       {tokens:9.1f} {'':39} {1000 * step:9.2f}")
+    if arguments.markdown:
+        text = "\n".join(report)
+        arguments.markdown.write_text(f"# Serving\n\n```\n{text}\n```\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
