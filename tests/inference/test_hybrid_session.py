@@ -9,6 +9,7 @@ from flax import nnx
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.inference import programs
+from qwen_moe_jax.inference.embed import Embedder
 from qwen_moe_jax.inference.session import Session
 from qwen_moe_jax.inference.settings import initial_state, sampling_settings
 from qwen_moe_jax.model.cache import abstract_cache, recurrent_states
@@ -135,3 +136,10 @@ def test_decoding_updates_the_states_in_place(dtype):
     assert len(states) == 3 and all("dynamic-update-slice" in line for line in states), states
     given = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(cache))
     assert program.memory_analysis().alias_size_in_bytes >= given
+
+
+def test_an_embedding_is_that_of_a_text_by_itself(model):
+    """Beside a longer one, whose row is not padded."""
+    long, short = make_prompts((40, 11), seed=9)
+    embedder = Embedder(model, max_length=64)
+    np.testing.assert_allclose(embedder.embed([long, short])[1], embedder.embed([short])[0], rtol=1e-5, atol=1e-6)
