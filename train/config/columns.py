@@ -32,6 +32,12 @@ class ColumnsConfig:
         history: earlier turns, a list of pairs of an instruction and its output.
         system: the system message, where messages have none.
         tools: a list of the tools' JSON schemas.
+        chosen: the better answer of a pair of preferences, or the whole text or conversation with it.
+        rejected: the worse one.
+        margin: how much better the chosen answer is, for a reward model.
+        label: of a text.
+        tokens: a list of words.
+        labels: a label for each of them.
         chat_template_kwargs: variables of the chat template.
     """
 
@@ -45,6 +51,12 @@ class ColumnsConfig:
     history: str | None = None
     system: str | None = None
     tools: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    margin: str | None = None
+    label: str | None = None
+    tokens: str | None = None
+    labels: str | None = None
     chat_template_kwargs: str | None = None
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ class Documents(Sequence):
         learned: whether a token is a target of the loss, bool [total].
         starts, lengths: the slice of each document, int64 [documents].
         fully_learned: whether every token is known to be a target; False where `learned` says it.
+        labels: of every token, int32 [total], where the objective labels tokens.
     """
 
     tokens: np.ndarray
@@ -33,6 +34,7 @@ class Documents(Sequence):
     starts: np.ndarray
     lengths: np.ndarray
     fully_learned: bool = False
+    labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -43,6 +45,10 @@ class Documents(Sequence):
     def learned_in(self, number: int) -> np.ndarray:
         """Whether each token of a document is a target of the loss, bool."""
         return self.learned[self._span(number)]
+
+    def labels_in(self, number: int) -> np.ndarray:
+        """The label of each token of a document, int32."""
+        return self.labels[self._span(number)]
 
     def select(self, chosen: np.ndarray) -> "Documents":
         """The documents that a mask or an array of numbers selects."""
@@ -60,6 +66,7 @@ def as_documents(arrays: Sequence[np.ndarray]) -> Documents:
     return Documents(tokens, learned, starts=np.cumsum(lengths) - lengths, lengths=lengths, fully_learned=True)
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Row:
     """T tokens: int32 arrays [T] and the bool array `learned_T`, as described in `Rows`."""
@@ -320,7 +327,7 @@ def heldout_batches(
     for source, weight in zip(sources, weights, strict=True):
         share = max(1, round(num_rows * weight / sum(weights)))
         chosen += [source[int(number)] for number in np.linspace(0, len(source) - 1, min(share, len(source)))]
-    empty = type(chosen[0])(**{name: np.zeros_like(field) for name, field in vars(chosen[0]).items()})
+    empty = jax.tree.map(np.zeros_like, chosen[0])
     chosen += [empty] * (-len(chosen) % batch_size)
     numbers = range(batch_size) if part is None else part
     return [collate([chosen[start + number] for number in numbers]) for start in range(0, len(chosen), batch_size)]

@@ -5,7 +5,7 @@ generation prompt; it has to write what the template renders after that. So the 
 two renderings, the end of the turn included, for any template.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -21,10 +21,30 @@ from train.data.tool_calls import with_arguments_as_rendered
 
 @dataclass(frozen=True)
 class Turns:
-    """Token ids [T] of a document, and whether each is a target of the loss, bool [T]."""
+    """A document.
+
+    Attributes:
+        ids: token ids [T].
+        learned: whether each is a target of the loss, bool [T].
+        labels: of each token, int32 [T], where the objective labels tokens.
+    """
 
     ids: np.ndarray
     learned: np.ndarray
+    labels: np.ndarray | None = None
+
+    def first(self, length: int) -> "Turns":
+        """The first so many tokens."""
+        labels = None if self.labels is None else self.labels[:length]
+        return Turns(self.ids[:length], self.learned[:length], labels)
+
+
+@dataclass(frozen=True)
+class Example:
+    """What an objective sees at once: one document, or several that it compares, with numbers for the whole."""
+
+    documents: tuple[Turns, ...]
+    numbers: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def conversation_documents(

@@ -1,9 +1,10 @@
 """Documents that are longer than a row: split, truncated or dropped (`data.too_long`), and counted."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
-from train.data.chat import Turns
+from train.data.chat import Example
 from train.data.sources import Record
 
 
@@ -16,22 +17,30 @@ class LengthRule:
         longest: the tokens of the longest.
     """
 
-    def __init__(self, rule: Literal["split", "truncate", "drop"], seq_len: int) -> None:
-        self._rule, self._seq_len = rule, seq_len
+    def __init__(self, rule: Literal["split", "truncate", "drop"], seq_len: int, *, whole: bool = False) -> None:
+        """`whole`: documents stay in one row, so that they are truncated where they would be split."""
+        self._rule, self._seq_len = "truncate" if whole and rule == "split" else rule, seq_len
         self.documents = self.too_long = self.longest = 0
 
-    def apply(self, documents: Iterable[tuple[Record, Turns]]) -> Iterator[tuple[Record, Turns]]:
-        """The documents to write. Split ones are left whole: packing continues them in the next row."""
-        for record, turns in documents:
-            self.documents += 1
-            self.longest = max(self.longest, len(turns.ids))
-            if len(turns.ids) > self._seq_len:
-                self.too_long += 1
+    def apply(self, examples: Iterable[tuple[Record, Example]]) -> Iterator[tuple[Record, Example]]:
+        """The examples to write. Split documents are left whole: packing continues them in the next row.
+
+        An example of which several documents are compared is left out where one of them has nothing learned any more.
+        """
+        for record, example in examples:
+            self.documents += len(example.documents)
+            longest = max(len(turns.ids) for turns in example.documents)
+            self.longest = max(self.longest, longest)
+            if longest > self._seq_len:
+                self.too_long += sum(len(turns.ids) > self._seq_len for turns in example.documents)
                 if self._rule == "drop":
                     continue
                 if self._rule == "truncate":
-                    turns = Turns(turns.ids[: self._seq_len], turns.learned[: self._seq_len])
-            yield record, turns
+                    cut = tuple(turns.first(self._seq_len) for turns in example.documents)
+                    if len(cut) > 1 and not all(turns.learned.any() for turns in cut):
+                        continue
+                    example = dataclasses.replace(example, documents=cut)
+            yield record, example
 
     def notes(self, source: str) -> list[str]:
         """What the start of a run says about the long documents; nothing where there are none."""

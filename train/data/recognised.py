@@ -1,11 +1,12 @@
 """The forms of a source's records: one in each file, counted, with the columns that nothing reads."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from train.config import ColumnsConfig
 from train.data.messages import refuse
-from train.data.records import MIXABLE, Content, read_record
+from train.data.records import MIXABLE, Read, read_record
 
 #: Columns that a line of the start names at most.
 _MOST_NAMED = 12
@@ -20,20 +21,21 @@ class Recognised:
         read: those of them that were read.
     """
 
-    def __init__(self, columns: ColumnsConfig) -> None:
-        self._named = columns
+    def __init__(self, columns: ColumnsConfig, read: Callable[..., Read] = read_record) -> None:
+        """`read` reads a record as `read_record` does: (record, place, columns) → what it is."""
+        self._named, self._read = columns, read
         self.forms: Counter[str] = Counter()
         self.columns: dict[str, None] = {}
         self.read: set[str] = set()
         self._first: dict[str, tuple[str, str]] = {}  # of each file, the form and place of its first record
 
-    def content(self, found: Any, file: str, place: str) -> Content | None:
+    def content(self, found: Any, file: str, place: str) -> Any:
         """The content of a record; None for a blank one.
 
         Raises:
             ConfigError: as `read_record`; or it has another form than the file's first record.
         """
-        record = read_record(found, place, self._named)
+        record = self._read(found, place, self._named)
         first, where = self._first.setdefault(file, (record.form, place))
         if record.form != first and not {record.form, first} <= MIXABLE:
             refuse(

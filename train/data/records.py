@@ -61,7 +61,7 @@ class Read:
     """A record that was read: the name of its form, its content (None for a blank one) and the columns used for it."""
 
     form: str
-    content: Content | None
+    content: Any
     columns: frozenset[str]
 
 

@@ -21,7 +21,7 @@ from train.data.docstrings import questions_of
 from train.data.json_files import decode, read_json_file
 from train.data.messages import Conversation, refuse
 from train.data.recognised import Recognised
-from train.data.records import Completion, Content
+from train.data.records import Completion
 
 _Say = Callable[[str], None]
 
@@ -37,12 +37,13 @@ class Record:
     """The content of one document; with some chat templates, of several.
 
     Attributes:
-        content: a text, a completion, a conversation or an integer array of token ids.
+        content: a text, a completion, a conversation, an integer array of token ids, or an example of an objective,
+            which has `texts`.
         place: the file and line, for messages.
         name: the same, relative to the source's folder; its hash decides whether the record is held out.
     """
 
-    content: Content | np.ndarray
+    content: Any
     place: str
     name: str
 
@@ -81,8 +82,10 @@ def read_records(
         )
 
 
-def texts_of(content: Content) -> list[str]:
+def texts_of(content: Any) -> list[str]:
     """The texts of a record, from which a tokenizer can be trained."""
+    if hasattr(content, "texts"):
+        return list(content.texts)
     if isinstance(content, Conversation):
         return [message.get("content") or "" for message in content.messages]
     return [content.prompt, content.completion] if isinstance(content, Completion) else [content]

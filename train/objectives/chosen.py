@@ -2,12 +2,21 @@
 
 from train.config import TrainConfig
 from train.objectives import language_modelling
+from train.objectives.classification import Classification
 from train.objectives.contract import Objective
 from train.objectives.grpo import GRPO
+from train.objectives.dpo import Dpo
+from train.objectives.reward import Reward
 
 
 def objective_of(config: TrainConfig) -> Objective:
     """The objective that the config's table chooses; language modelling without one."""
     if config.grpo is not None:
         return GRPO(config.grpo)
+    if config.classification is not None:
+        return Classification(config.classification)
+    if config.reward is not None:
+        return Reward(config.reward)
+    if config.dpo is not None:
+        return Dpo(config.dpo)
     return language_modelling

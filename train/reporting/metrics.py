@@ -8,7 +8,7 @@ from typing import Any
 from qwen_moe_jax.errors import ConfigError
 
 #: Kinds of work between steps; the record of each has `…_seconds`.
-ASIDES = ("evaluation", "rollout", "sample", "checkpoint", "profile")
+ASIDES = ("evaluation", "rollout", "sample", "checkpoint", "profile", "reference")
 
 
 #: Keys of every record of a step, and of language modelling's.

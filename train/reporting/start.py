@@ -104,10 +104,14 @@ def start_of(
     device_kind = jax.devices()[0].device_kind
     trained_bytes = bytes_per_device(state.params)
     execution = model.execution_in_use
+    parameters, active = model.config.num_parameters(), model.config.num_active_parameters()
+    if not isinstance(model, qmj.CausalLM):  # another head than the config counts
+        whole = sum(program.parameter_sizes.values())
+        parameters, active = whole, active - parameters + whole
     return Start(
         time=time.strftime("%Y-%m-%d %H:%M:%S"),
-        parameters=model.config.num_parameters(),
-        active_parameters=model.config.num_active_parameters(),
+        parameters=parameters,
+        active_parameters=active,
         trained_parameters=_count_trained(program),
         sparse_layers=[number for number, kind in enumerate(model.config.layers) if kind.mlp == "sparse"],
         mesh={axis: int(size) for axis, size in mesh.shape.items()},
