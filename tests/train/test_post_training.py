@@ -148,6 +148,7 @@ def test_the_exported_classifier_opens_in_transformers_with_the_same_logits_and_
     ours = qmj.SequenceClassifier.from_pretrained(folder / "hub")
     found = ours(inputs["input_ids"].numpy(), segment_ids=inputs["attention_mask"].numpy()).logits
     np.testing.assert_allclose(found, logits, atol=1e-5)
-    right = [theirs.config.id2label[int(row.argmax())] == one["label"] for row, one in zip(logits, records, strict=True)]
+    names = [theirs.config.id2label[int(row.argmax())] for row in logits]
+    right = [name == record["label"] for name, record in zip(names, records, strict=True)]
     heldout = json.loads((folder / "result.json").read_text())["heldout"]
     assert heldout["accuracy"] == pytest.approx(np.mean(right)) and heldout["accuracy"] > 0.5

@@ -123,17 +123,16 @@ def pair_examples(records: Iterable[Record], encoder: Encoder) -> Iterator[tuple
     """The two documents of each preference, the chosen one first; learned are the completions.
 
     A record that is a question with its answer (`data.format = "docstrings"`) becomes a preference for that answer over
-    the one of the question before it.
+    the same words in reverse order.
     """
-    before: Conversation | None = None
     for record in records:
         content = record.content
         if isinstance(content, Conversation):
-            before, other = content, before
-            if other is None or other.messages[-1] == content.messages[-1]:
+            words = content.messages[-1]["content"].split()
+            if words == words[::-1]:
                 continue
-            wrong = Conversation([*content.messages[:-1], other.messages[-1]])
-            content = Preference(content, wrong)
+            reverse = {**content.messages[-1], "content": " ".join(reversed(words))}
+            content = Preference(content, Conversation([*content.messages[:-1], reverse]))
         encode = partial(_document, encoder=encoder, place=record.place)
         documents = (encode(content.chosen), encode(content.rejected))
         yield record, Example(documents, {"margin": np.float32(content.margin)})  # type: ignore[dict-item]
