@@ -4,8 +4,8 @@ from train.config import TrainConfig
 from train.objectives import language_modelling
 from train.objectives.classification import Classification
 from train.objectives.contract import Objective
-from train.objectives.grpo import GRPO
 from train.objectives.dpo import Dpo
+from train.objectives.grpo import GRPO
 from train.objectives.reward import Reward
 
 

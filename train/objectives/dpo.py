@@ -69,7 +69,7 @@ class Dpo:
     def feed(self, config: TrainConfig, corpus: Corpus, mesh: Mesh, sharding: NamedSharding) -> Feed:
         """The batches of pairs, with the reference's log-probabilities."""
         pairs = pair_feed(config, corpus, mesh, sharding)
-        return pairs if self.settings.reference_free else ReferenceFeed(pairs, sum_log_probs)
+        return pairs if self.settings.reference_free else ReferenceFeed.of(pairs, sum_log_probs)
 
     def abstract_batch(self, config: TrainConfig, model: ModelConfig) -> PairBatch:
         """The shapes of a batch."""

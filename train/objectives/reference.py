@@ -27,37 +27,20 @@ from train.parameters import Params
 FILE = "reference.npz"
 
 
-@dataclass(frozen=True)
-class ReferenceFeed:
-    """A feed of pairs whose batches have `reference_P2`, once it is prepared; see `Feed`.
+@dataclass(frozen=True, kw_only=True)
+class ReferenceFeed(BatchFeed):
+    """A feed of pairs whose batches have `reference_P2` once it is prepared; see `Feed`.
 
     Attributes:
-        pairs: the feed without them.
         output: (output of the objective's `forward`, batch) → float32 [P, 2].
     """
 
-    pairs: BatchFeed
     output: Callable[[Any, Any], jax.Array]
 
-    @property
-    def num_rows(self) -> int:
-        """See `Feed`."""
-        return self.pairs.num_rows
-
-    @property
-    def num_tokens(self) -> int:
-        """See `Feed`."""
-        return self.pairs.num_tokens
-
-    @property
-    def notes(self) -> list[str]:
-        """See `Feed`."""
-        return self.pairs.notes
-
-    @property
-    def heldout(self) -> list[Any]:
-        """See `Feed`; without the reference's outputs before `prepare`."""
-        return self.pairs.heldout
+    @classmethod
+    def of(cls, pairs: BatchFeed, output: Callable[[Any, Any], jax.Array]) -> "ReferenceFeed":
+        """That of a feed of pairs."""
+        return cls(**vars(pairs), output=output)
 
     def prepare(self, setting: Setting, params: Params) -> BatchFeed:
         """The feed of the same pairs with the reference's outputs.
@@ -74,18 +57,7 @@ class ReferenceFeed:
             barrier("the reference's log-probabilities are computed")
             number = sum(len(values) for values in found.values())
             setting.report.say(f"reference: log-probabilities of {number:,} pairs under the initial model, in {file}")
-        return _with_references(self.pairs, setting, _read(file, wanted))
-
-    def training(self, step: int, params: Params) -> Any:
-        """See `Feed`; only a prepared feed has batches."""
-        raise AssertionError("prepare was not called")
-
-    def saved(self, step: int) -> None:
-        """Nothing is to be stored."""
-
-    def describe(self, step: int) -> str:
-        """See `Feed`."""
-        return self.pairs.describe(step)
+        return _with_references(self, setting, _read(file, wanted))
 
     def _computed(self, setting: Setting, params: Params) -> dict[str, np.ndarray]:
         """By the name of the set of pairs, float32 [pairs, 2] each."""
@@ -97,10 +69,9 @@ class ReferenceFeed:
             return self.output(objective.forward(nnx.merge(graph, params), batch), batch)
 
         found = {}
-        pairs = self.pairs
         for name, rows in _all_rows(setting.corpus, setting.config.data.seq_len).items():
-            batches = batches_in_order(rows, pairs.batch_size, setting.mesh, pairs.sharding, pairs.collate)
-            parts = [np.asarray(outputs(params, to_devices(batch(), pairs.sharding))) for batch in batches]
+            batches = batches_in_order(rows, self.batch_size, setting.mesh, self.sharding, self.collate)
+            parts = [np.asarray(outputs(params, to_devices(batch(), self.sharding))) for batch in batches]
             found[name] = np.concatenate(parts)[: len(rows)]
         return found
 
