@@ -13,7 +13,10 @@ from qwen_moe_jax.units import format_bytes
 if TYPE_CHECKING:
     from qwen_moe_jax.surgery.result import Comparison
 
-SUMMARY = "write a checkpoint in another form: the Hub's safetensors, or an Orbax folder; memory holds a few blocks"
+SUMMARY = (
+    "write a checkpoint in another form: the Hub's safetensors, an Orbax folder, or a GGUF file for llama.cpp; memory "
+    "holds a few blocks"
+)
 #: Most findings in a message.
 _LISTED = 10
 
@@ -22,12 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", metavar="SRC", help="a Hub folder (safetensors or .bin), a native one, or a name on the Hub"
     )
-    parser.add_argument("target", type=Path, metavar="DST", help="folder to write; it is complete or not there")
+    parser.add_argument(
+        "target", type=Path, metavar="DST", help="folder to write, or file (--to gguf); it is complete or not there"
+    )
     parser.add_argument(
         "--to",
-        choices=("hub", "orbax"),
+        choices=("hub", "orbax", "gguf"),
         default="hub",
-        help="hub: safetensors that transformers and vLLM load (the default); orbax: for many hosts",
+        help="hub: safetensors that transformers and vLLM load (the default); orbax: for many hosts; gguf: one file "
+        "for llama.cpp, by the gguf library (pip install gguf)",
     )
     add_dtype_argument(parser, "of the weights; the checkpoint's own if not given")
     parser.add_argument(
@@ -70,6 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     raise_interrupts()  # a partial target is removed
     verify = Path(arguments.source).is_dir() if arguments.verify is None else arguments.verify
+    if arguments.to == "gguf":
+        return _export_gguf(arguments, verify=verify)
     verified = _Verified(arguments)
     try:
         convert(
@@ -88,6 +96,15 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     size = sum(path.stat().st_size for path in arguments.target.rglob("*") if path.is_file())
     print(f"Wrote {arguments.target}, {format_bytes(size)}{verified.words}.")
+    return 0
+
+
+def _export_gguf(arguments: argparse.Namespace, *, verify: bool) -> int:
+    from qwen_moe_jax.huggingface.gguf.export import export_gguf
+
+    export_gguf(arguments.source, arguments.target, dtype=arguments.dtype, adapter=arguments.adapter, verify=verify)
+    state = "; verified: read back bit for bit" if verify else ""
+    print(f"Wrote {arguments.target}, {format_bytes(arguments.target.stat().st_size)}{state}.")
     return 0
 
 

@@ -1,0 +1,253 @@
+"""A checkpoint → a GGUF file, block by block. The gguf library (extra `gguf`) writes the header, this file the tensors.
+
+Architectures: Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE, and Mixtral as "llama" with experts. What llama.cpp's graph of an
+architecture cannot express is refused by the field's name.
+"""
+
+import dataclasses
+import os
+import secrets
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qwen_moe_jax.config import DTypeLike, ModelConfig
+from qwen_moe_jax.config.checks import dtype_name
+from qwen_moe_jax.errors import CheckpointError, ConfigError
+from qwen_moe_jax.huggingface.checkpoint import Checkpoint, open_checkpoint, problems_of, require_no_problems
+from qwen_moe_jax.huggingface.convert import abstract_model
+from qwen_moe_jax.huggingface.fields import read_json
+from qwen_moe_jax.huggingface.gguf.tensors import gguf_tensors
+from qwen_moe_jax.huggingface.gguf.tokenizer import Vocabulary, read_vocabulary
+from qwen_moe_jax.huggingface.hub import local_folder
+from qwen_moe_jax.huggingface.peft import merged, open_adapter
+from qwen_moe_jax.huggingface.tensors import hub_parameters
+from qwen_moe_jax.huggingface.unused_fields import say_once
+from qwen_moe_jax.model.causal_lm import CausalLM
+from qwen_moe_jax.storage.prefetch import prefetch
+from qwen_moe_jax.storage.progress import bytes_bar
+from qwen_moe_jax.storage.tensor import StoredTensor, blocks
+
+if TYPE_CHECKING:
+    import gguf
+
+#: Name of the architecture, and whether its top-k weights sum to one; None of a dense one.
+_ARCHITECTURES: dict[str, tuple[str, bool | None]] = {
+    "qwen2": ("qwen2", None),
+    "qwen3": ("qwen3", None),
+    "qwen2_moe": ("qwen2moe", False),
+    "qwen3_moe": ("qwen3moe", True),
+    "mixtral": ("llama", True),
+}
+_DTYPES = ("float32", "bfloat16", "float16")
+_BLOCK, _ALIGNMENT = 64 << 20, 32
+
+
+def export_gguf(
+    source: str | PathLike[str],
+    target: str | PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    adapter: str | PathLike[str] | None = None,
+    verify: bool = False,
+) -> None:
+    """Writes a checkpoint as one GGUF file, under a temporary name that is renamed when it is complete.
+
+    Args:
+        source: a folder that `from_pretrained` reads, or a name on the Hub.
+        target: the file; an existing one is replaced.
+        dtype: of the matrices: float32, bfloat16 or float16; None keeps the checkpoint's. Vectors and routers are
+            float32.
+        adapter: a folder of low-rank adapters in PEFT's layout, added to the weights.
+        verify: read the file back with the gguf library, and compare every tensor bit for bit.
+
+    Raises:
+        ConfigError: the gguf library is missing; a model that llama.cpp's architectures cannot express.
+        CheckpointError: the folder does not load; the file differs from what was written.
+    """
+    dtype = None if dtype is None else dtype_name("dtype", dtype)
+    checkpoint = open_checkpoint(local_folder(source), drop_mtp=True)
+    architecture = _require_expressible(checkpoint)
+    require_no_problems(checkpoint.folder, problems_of(checkpoint, hub_parameters(abstract_model(checkpoint))))
+    if adapter is not None:
+        checkpoint = merged(checkpoint, open_adapter(adapter, checkpoint.config))
+    matrices = dtype or checkpoint.config.dtype or "float32"
+    if matrices not in _DTYPES:
+        raise ConfigError(f"dtype={matrices} is not supported in GGUF: expected one of {', '.join(_DTYPES)}.")
+    config = dataclasses.replace(checkpoint.config, dtype=matrices)
+    interleaved = architecture == "llama"
+    tensors = gguf_tensors(checkpoint.tensors, config, matrices, interleaved=interleaved)
+    target = Path(target).absolute()
+    if target.is_dir():
+        raise CheckpointError(f"{target} is a folder: expected the name of a file, as model.gguf.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+    try:
+        _write_header(partial, architecture, config, checkpoint.folder, tensors)
+        _append_tensors(partial, tensors)
+        if verify:
+            _require_same(partial, target, tensors)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _library() -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "GGUF files are written with the gguf library, which is not installed: pip install gguf (the extra `gguf`)."
+        ) from None
+
+
+def _require_expressible(checkpoint: Checkpoint) -> str:
+    """The architecture's name, if llama.cpp's graph of it is this model's."""
+    _library()
+    config, where = checkpoint.config, checkpoint.folder
+    name, renormalised = _ARCHITECTURES.get(config.model_type, ("", None))
+
+    def refuse(field: str, found: object, expected: str) -> ConfigError:
+        return ConfigError(f"{where}: {field}={found} cannot be written as GGUF: expected {expected}.")
+
+    if not name:
+        raise refuse("model_type", repr(config.model_type), f"one of {', '.join(_ARCHITECTURES)}")
+    if checkpoint.head is not CausalLM:
+        raise refuse("architectures", checkpoint.head.__name__, "a causal language model")
+    if config.moe is not None and config.moe.norm_topk_prob is not renormalised:
+        raise refuse("norm_topk_prob", config.moe.norm_topk_prob, f"{renormalised}, which llama.cpp takes for granted")
+    if config.moe is not None and any(kind.mlp == "dense" for kind in config.layers):
+        raise refuse("mlp_only_layers", "dense layers", "every layer to be sparse")
+    if any(kind.mixer != "full" for kind in config.layers):
+        raise refuse("use_sliding_window", True, "full attention in every layer")
+    if config.hidden_act != "silu":
+        raise refuse("hidden_act", repr(config.hidden_act), "'silu'")
+    if config.attention.o_bias:
+        raise refuse("attention_bias", True, "no bias of o_proj")
+    if config.rope.rope_type not in ("default", "linear"):
+        raise refuse("rope_type", repr(config.rope.rope_type), "'default' or 'linear'")
+    return name
+
+
+def _write_header(
+    path: Path, architecture: str, config: ModelConfig, folder: Path, tensors: Mapping[str, StoredTensor]
+) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(None, architecture)
+    _add_metadata(writer, config, folder)
+    vocabulary = read_vocabulary(folder, config.vocab_size)
+    if isinstance(vocabulary, str):
+        say_once(f"{folder}: the GGUF file has no tokenizer: {vocabulary}.")
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        _add_vocabulary(writer, vocabulary, config, folder)
+    kinds = {"float32": gguf.GGMLQuantizationType.F32, "float16": gguf.GGMLQuantizationType.F16}
+    kinds["bfloat16"] = gguf.GGMLQuantizationType.BF16
+    for name, tensor in tensors.items():
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.uint16), tensor.nbytes, kinds[tensor.dtype])
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+
+
+def _add_metadata(writer: "gguf.GGUFWriter", config: ModelConfig, folder: Path) -> None:
+    import gguf
+
+    kinds = {"float32": gguf.LlamaFileType.ALL_F32, "float16": gguf.LlamaFileType.MOSTLY_F16}
+    writer.add_type("model")
+    writer.add_name(folder.name)
+    writer.add_file_type(kinds.get(config.dtype, gguf.LlamaFileType.MOSTLY_BF16))
+    writer.add_block_count(len(config.layers))
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_vocab_size(config.vocab_size)
+    attention, moe = config.attention, config.moe
+    writer.add_head_count(attention.num_attention_heads)
+    writer.add_head_count_kv(attention.num_key_value_heads)
+    writer.add_key_length(attention.head_dim)
+    writer.add_value_length(attention.head_dim)
+    writer.add_rope_dimension_count(attention.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope.rope_theta)
+    if config.rope.rope_type == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope.factor)
+    if moe is not None:
+        writer.add_expert_count(moe.num_experts)
+        writer.add_expert_used_count(moe.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(moe.moe_intermediate_size)
+        if moe.shared_expert_intermediate_size:
+            writer.add_expert_shared_feed_forward_length(moe.shared_expert_intermediate_size)
+
+
+def _add_vocabulary(writer: "gguf.GGUFWriter", vocabulary: Vocabulary, config: ModelConfig, folder: Path) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    if vocabulary.pre is not None:
+        writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.scores is not None:
+        writer.add_token_scores(vocabulary.scores)
+    if vocabulary.merges is not None:
+        writer.add_token_merges(vocabulary.merges)
+    if config.bos_token_id is not None:
+        writer.add_bos_token_id(config.bos_token_id)
+    if config.eos_token_id:
+        writer.add_eos_token_id(config.eos_token_id[0])
+    if config.pad_token_id is not None:
+        writer.add_pad_token_id(config.pad_token_id)
+    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    writer.add_add_bos_token(bool(settings.get("add_bos_token", vocabulary.model == "llama")))
+    template = settings.get("chat_template")
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if isinstance(template, str):
+        writer.add_chat_template(template)
+
+
+def _append_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Each tensor begins at a multiple of the alignment behind the header."""
+    parts = (
+        (tensor, block, number == 0)
+        for tensor in tensors.values()
+        for number, block in enumerate(blocks(tensor.shape, np.dtype(tensor.dtype).itemsize, _BLOCK))
+    )
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    with open(path, "ab") as file, bytes_bar(f"Writing {path.name}", total) as advance:
+
+        def read(part) -> tuple[np.ndarray, bool]:
+            tensor, block, begins = part
+            return tensor.read(block), begins
+
+        for values, begins in prefetch(read, parts):
+            if begins:
+                file.write(bytes(-file.tell() % _ALIGNMENT))
+            file.write(values.reshape(-1).view(np.uint8).data)
+            advance(values.nbytes)
+        file.write(bytes(-file.tell() % _ALIGNMENT))
+
+
+def _require_same(path: Path, shown: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    import gguf
+
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    wrong = sorted(tensors.keys() ^ found.keys())
+    for name in tensors.keys() & found.keys():
+        stored, at = found[name].data.reshape(-1).view(np.uint8), 0
+        for block in blocks(tensors[name].shape, np.dtype(tensors[name].dtype).itemsize, _BLOCK):
+            values = tensors[name].read(block).reshape(-1).view(np.uint8)
+            if stored[at : at + values.size].tobytes() != values.tobytes():
+                wrong.append(name)
+                break
+            at += values.size
+    if wrong:
+        raise CheckpointError(
+            f"{shown}: what was written differs from the checkpoint in {len(wrong)} tensors ({', '.join(wrong[:5])}); "
+            "the file is not there. Check the disk, and write again."
+        )
