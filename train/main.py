@@ -154,13 +154,16 @@ def _short_options(arguments: argparse.Namespace) -> list[str]:
 def _plan(config: TrainConfig, arguments: argparse.Namespace) -> None:
     """Plans the run's step for `--plan`, on the config's mesh or, with `--search`, on the best one."""
     from qwen_moe_jax.plan.output import show_plan, show_search
-    from train.plan import mesh_overrides, plan_training, search_training
+    from train.plan import mesh_overrides, plan_rollout, plan_training, search_training
 
     target, files = arguments.plan, {"json_to": arguments.json, "html_to": arguments.html}
     if arguments.search:
         show_search(lambda: search_training(config, target), target, mesh_overrides, **files)
     else:
         show_plan(lambda: plan_training(config, target), target, **files)
+        if config.grpo is not None and arguments.json != "-":
+            print("\nA token of every completion that is sampled at a time:")
+            show_plan(lambda: plan_rollout(config, target), target, json_to=None, html_to=None)
 
 
 def _failed(code: int, reason: str) -> int:

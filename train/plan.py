@@ -4,12 +4,14 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+from flax import nnx
 from jax.sharding import Mesh
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.huggingface.hub import config_file
 from qwen_moe_jax.plan.compile import Step, group_of, plan_step, target_mesh
 from qwen_moe_jax.plan.flops import training_flops_per_token
+from qwen_moe_jax.plan.inference import decode_step_of
 from qwen_moe_jax.plan.mesh_search import find_mesh
 from qwen_moe_jax.plan.result import Plan
 from qwen_moe_jax.plan.search import Search
@@ -35,6 +37,28 @@ def plan_training(config: TrainConfig, target: str) -> Plan:
     model_config, name = planned_model(config)
     mesh = target_mesh(request, config.mesh.sizes)
     return plan_step(training_step(config, assemble(config, model_config, mesh), name), request, mesh)
+
+
+def plan_rollout(config: TrainConfig, target: str) -> Plan:
+    """The plan of a token of every completion that a [grpo] run samples at a time, next to its optimizer state.
+
+    Raises:
+        ConfigError, ShardingError: as `plan_training`.
+    """
+    request, config = parse_target(target), _with_any_length(config)
+    model_config, name = planned_model(config)
+    mesh = target_mesh(request, config.mesh.sizes)
+    return plan_step(rollout_step(config, assemble(config, model_config, mesh), name), request, mesh)
+
+
+def rollout_step(config: TrainConfig, program: Program, name: str) -> Step:
+    """The decoding of completions to plan."""
+    assert config.grpo is not None
+    model = nnx.merge(program.eval_graph, merge(program.state.params, program.fixed))
+    rows = config.grpo.rollout_batch_size or config.data.batch_size
+    step = decode_step_of(model, name, rows=rows, max_length=config.data.seq_len)
+    kept = {"optimizer state": (program.state.optimizer, program.state.step)}
+    return dataclasses.replace(step, groups={**step.groups, **kept})
 
 
 def search_training(config: TrainConfig, target: str) -> Search:

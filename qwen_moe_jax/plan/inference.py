@@ -39,9 +39,13 @@ def prefill_step(config: ModelConfig, name: str, mesh: Mesh, execution: Executio
 
 def decode_step(config: ModelConfig, name: str, mesh: Mesh, execution: ExecutionConfig, **sizes: Any) -> Step:
     """One token for every row, with the cache full. Arguments as `prefill_step`, without prompt."""
-    model = CausalLM(config, rngs=None, mesh=mesh, execution=execution)
+    return decode_step_of(CausalLM(config, rngs=None, mesh=mesh, execution=execution), name, **sizes)
+
+
+def decode_step_of(model: CausalLM, name: str, **sizes: Any) -> Step:
+    """`decode_step` of an abstract model in eval mode, which may have adapters."""
     described = abstract_decode(model, **sizes)
-    flops = described.rows * extend_flops_per_token(config, described.max_length - 1, 1)
+    flops = described.rows * extend_flops_per_token(model.config, described.max_length - 1, 1)
     step = _engine_step(model, name, "decode", described, flops)
     return dataclasses.replace(step, open_loop_times=1)  # the loop over tokens
 

@@ -176,7 +176,7 @@ def test_prompts_are_texts_or_conversations_of_which_some_are_held_out(place):
         ({"prompt": "?", "messages": []}, "line 1: found both prompt and messages"),
         ({"messages": [{"role": "assistant", "content": "!"}]}, "the last message is the assistant's"),
         ({"prompt": ""}, "found no token, expected a prompt"),
-        ({"prompt": "far too long for the row"}, "found 0 prompts of at most 17 tokens"),
+        ({"prompt": "far too long for the row"}, "found 0 prompts of at most 16 tokens"),
     ],
 )
 def test_a_record_that_is_no_prompt_is_refused_by_its_place(place, tmp_path, record, said):
@@ -193,7 +193,7 @@ def test_a_record_that_is_no_prompt_is_refused_by_its_place(place, tmp_path, rec
     [
         (["--grpo.reward="], "grpo.reward: found neither, expected one of reward and"),
         (["--grpo.num_generations=3"], "grpo.num_generations: found 3, expected a divisor of data.batch_size, 8"),
-        (["--grpo.max_completion_length=25"], "grpo.max_completion_length: found 25, expected at most data.seq_len"),
+        (["--grpo.max_completion_length=25"], "grpo.max_completion_length: found 25, expected less than data.seq_len"),
         (["--data.format=text"], "data.format: found 'text', expected 'jsonl' with a"),
         (["--loss.z_loss_coef=0.1"], "loss.z_loss_coef: found 0.1, expected 0 with a"),
         (["--grpo.temperature=0"], "grpo.temperature: found 0.0, expected a number above 0"),

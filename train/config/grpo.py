@@ -103,8 +103,8 @@ class GRPOConfig:
                 check(0 <= (getattr(self, name) or 0) < math.inf, name, _NOT_NEGATIVE)
 
     def longest_prompt(self, seq_len: int) -> int:
-        """The tokens that a completion leaves for its prompt; its own last token is not read."""
-        return seq_len + 1 - self.max_completion_length
+        """The tokens that the longest completion leaves for its prompt in a row."""
+        return seq_len - self.max_completion_length
 
     @property
     def reward_functions(self) -> tuple[RewardConfig, ...]:

@@ -154,7 +154,7 @@ class TrainConfig:
         rows, generations = self.data.batch_size, self.grpo.num_generations
         expected = f"a divisor of data.batch_size, {rows}: the completions of a prompt are learned from in one step"
         check(rows % generations == 0, "grpo.num_generations", expected, given=("data.batch_size",))
-        expected = f"at most data.seq_len, {self.data.seq_len}, with which one token is left for the prompt"
+        expected = f"less than data.seq_len, {self.data.seq_len}, which is of prompt and completion"
         fits = self.grpo.longest_prompt(self.data.seq_len) >= 1
         check(fits, "grpo.max_completion_length", expected, given=("data.seq_len",))
         for name in ("z_loss_coef", "mtp_coef", "router_bias_update_rate"):

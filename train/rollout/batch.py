@@ -70,7 +70,7 @@ class RolloutBatch:
 def rollout_batch(
     rollouts: Sequence[Rollout], advantages: np.ndarray, seq_len: int, *, mask_truncated: bool
 ) -> RolloutBatch:
-    """The arrays of rollouts, which have at most `seq_len + 1` tokens, without a reference.
+    """The arrays of rollouts, which have at most `seq_len` tokens, without a reference.
 
     Args:
         rollouts: of a step.

@@ -93,7 +93,7 @@ def _make(folder: Path, config: TrainConfig) -> None:
         if left_out:
             notes.append(
                 f"left out {left_out:,} prompts of {name} that have more than {longest:,} tokens: data.seq_len less "
-                "grpo.max_completion_length, and one"
+                "grpo.max_completion_length"
             )
         is_heldout = Prompts(folder / str(number), name).is_heldout
         if is_heldout.all() or not (is_heldout.any() or number and data.eval_path):

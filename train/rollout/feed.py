@@ -111,19 +111,20 @@ class RolloutFeed:
 
         Returns:
             The mean `reward`, `loss` (minus the reward), mean `completion_length` in tokens, and `truncated`, the share
-            of completions without an end.
+            of completions without an end; of several reward functions, the mean of each as `reward_` and its name.
         """
         requests = [
             (prompt, seed_of(self._config.run.seed, "held out", prompt.name)) for prompt in self._heldout_prompts
         ]
         rollouts = self._sampling.sample(params, requests)
-        rewards = self._scored(step, rollouts)[0]
+        rewards, numbers = self._scored(step, rollouts)
         self._report.completions(step, shown(rollouts[:_SHOWN], rewards))
         return {
             "loss": -float(rewards.mean()),
             "reward": float(rewards.mean()),
             "completion_length": float(np.mean([len(rollout.token_ids) for rollout in rollouts])),
             "truncated": float(np.mean([rollout.truncated for rollout in rollouts])),
+            **{name: mean for name, mean in numbers.items() if name.startswith("reward_")},
         }
 
     def _prompts_of(self, number: int) -> list[Prompt]:

@@ -65,7 +65,7 @@ class Sampling:
             ),
             tokenizer=corpus.tokenizer,
             rows=grpo.rollout_batch_size or config.data.batch_size,
-            max_length=config.data.seq_len + 1,
+            max_length=config.data.seq_len,
         )
 
     def cache(self, program: Program) -> Cache:
