@@ -42,11 +42,12 @@ class PageFigure:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """The model's continuation of a prompt after a step."""
+    """The model's continuation of a prompt after a step; of a held-out prompt, with its reward."""
 
     step: int
     prompt: str
     text: str
+    reward: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,7 @@ class ReportPage:
     router_curves: tuple[PageFigure, ...]
     load_map: PageFigure | None
     samples: tuple[Sample, ...]
+    completions: tuple[Sample, ...] = ()
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -106,6 +108,7 @@ def report_page(metrics: Metrics, *, name: str, config: str, state: str) -> str:
         router_curves=routers,
         load_map=_figure(load_map(metrics)) if routers else None,
         samples=_samples(metrics.samples),
+        completions=_completions(metrics.completions),
     )
     return render("report.html.j2", TEMPLATES, page)
 
@@ -187,6 +190,17 @@ def _settings(start: Start) -> dict[str, str]:
     if start.peak_flops is not None:
         settings["peak of a device"] = f"{start.peak_flops / 1e12:,.0f} TFLOP/s in bfloat16"
     return settings
+
+
+def _completions(records: list[dict[str, Any]]) -> tuple[Sample, ...]:
+    """Completions of held-out prompts, prompt by prompt: of the first evaluation, of one between, and of the last."""
+    numbers = sorted({0, (len(records) - 1) // 2, len(records) - 1}) if records else []
+    by_prompt = zip(*(records[number]["completions"] for number in numbers), strict=False)
+    return tuple(
+        Sample(step=records[number]["step"], prompt=one["prompt"], text=one["completion"], reward=one["reward"])
+        for completions in by_prompt
+        for number, one in zip(numbers, completions, strict=True)
+    )
 
 
 def _samples(samples: list[dict[str, Any]]) -> tuple[Sample, ...]:

@@ -130,8 +130,9 @@ def to_svg(drawing: Drawing) -> str:
 def _loss(metrics: Metrics) -> Drawing:
     def draw(axes: Axes) -> None:
         _plot_smoothed(axes, *_series(metrics.steps, metrics.loss_term), label="training, ")
-        heldout = _series(metrics.heldout, "heldout_loss")
-        axes.plot(*heldout, color=_ORANGE, marker="o", markersize=4, label="held out")
+        if not metrics.completions:  # what is held out then is minus the reward, another number than what is minimised
+            heldout = _series(metrics.heldout, "heldout_loss")
+            axes.plot(*heldout, color=_ORANGE, marker="o", markersize=4, label="held out")
         _legend(axes)
 
     caption = metrics.captions.get(metrics.loss_term, "cross entropy, nats per token")

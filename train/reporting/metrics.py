@@ -27,6 +27,7 @@ class Metrics:
     layers: list[dict[str, Any]]
     heldout: list[dict[str, Any]]
     samples: list[dict[str, Any]]
+    completions: list[dict[str, Any]]
     asides: list[dict[str, Any]]
 
     @property
@@ -72,6 +73,7 @@ def read_metrics(file: Path) -> Metrics:
         layers=having("layers"),
         heldout=having("heldout_loss"),
         samples=having("sample"),
+        completions=having("completions"),
         asides=having(*(f"{name}_seconds" for name in ASIDES)),
     )
     if not (metrics.starts and metrics.steps):

@@ -64,6 +64,7 @@ class Report:
         self._timed_seconds = 0.0
         self._timed_tokens = 0
         self._aside_seconds = 0.0
+        self._aside_while_fetching = 0.0  # such as a rollout, which is no time of the data
         self._write({"step": first_step, "start": dataclasses.asdict(start)})
 
     def __enter__(self) -> "Report":
@@ -89,9 +90,9 @@ class Report:
     @contextmanager
     def fetching(self) -> Iterator[None]:
         """A context for reading the next batch, while the devices compute the previous step."""
-        start = time.perf_counter()
+        start, self._aside_while_fetching = time.perf_counter(), 0.0
         yield
-        self._added["data_seconds"] = time.perf_counter() - start
+        self._added["data_seconds"] = time.perf_counter() - start - self._aside_while_fetching
 
     def add(self, numbers: Mapping[str, float]) -> None:
         """Adds numbers of the host to the record of the step that is dispatched next."""
@@ -110,6 +111,7 @@ class Report:
         start = time.perf_counter()
         yield
         self._clock = time.perf_counter()
+        self._aside_while_fetching += self._clock - start
         if self._timed_steps > 0:
             self._aside_seconds += self._clock - start
         self._write({"step": self._step, f"{what}_seconds": self._clock - start})
