@@ -68,7 +68,7 @@ class GRPOConfig:
     reward_timeout: float = 10.0
     reward_workers: int = 2
     num_generations: int = 8
-    max_completion_length: int = 256
+    max_completion_length: int = 128
     rollout_batch_size: int | None = None
     temperature: float = 1.0
     top_k: int = 0
