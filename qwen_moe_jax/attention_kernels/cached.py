@@ -1,16 +1,22 @@
 """Attention over a cache of keys and values, on one device's arrays.
 
-Every row has a length of its own: position p of a row is in slot `p % S`.
+Every row has a length of its own: position p of a row is in slot `p % S`. Or its keys and values are in blocks of S
+tokens that any row may have: those of position p are in block `table_BM[row, p // S]`, P of which are stored.
 
 bfloat16 is stored as its bits (uint16) in the caches of CPUs: there XLA widens the whole of a bfloat16 array before it
 reads or writes a part. `stored_dtype` decides; the functions below take either.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from qwen_moe_jax.attention_kernels.blockwise import UNSEEN
 from qwen_moe_jax.nn.bits import as_bits, from_bits
+
+#: Tokens of each row that attention over blocks gathers at a time.
+GATHERED = 256
 
 
 def stored_dtype(dtype: jax.typing.DTypeLike, platform: str) -> jnp.dtype:
@@ -35,9 +41,30 @@ def write_slots(
     slot_BT = (lengths_B[:, None] + jnp.arange(x_BTKH.shape[1])) % num_slots
     slot_BT = jnp.where(token_mask_BT, slot_BT, num_slots)  # outside: not written
     row_B1 = jnp.arange(x_BTKH.shape[0])[:, None]
-    x_BTKH = x_BTKH.astype(from_bits(store_LBSKH).dtype)
-    x_BTKH = as_bits(x_BTKH) if store_LBSKH.dtype == jnp.uint16 else x_BTKH
+    x_BTKH = _as_stored(x_BTKH, store_LBSKH)
     return store_LBSKH.at[layer, row_B1, slot_BT].set(x_BTKH, mode="drop", unique_indices=True)
+
+
+def _as_stored(x: jax.Array, store: jax.Array) -> jax.Array:
+    x = x.astype(from_bits(store).dtype)
+    return as_bits(x) if store.dtype == jnp.uint16 else x
+
+
+def write_blocks(
+    store_LPSKH: jax.Array,
+    x_BTKH: jax.Array,
+    layer: jax.Array,
+    lengths_B: jax.Array,
+    token_mask_BT: jax.Array,
+    table_BM: jax.Array,
+) -> jax.Array:
+    """`write_slots` into blocks: `table_BM` int32 has those of each row, one for every S tokens."""
+    num_blocks, size = store_LPSKH.shape[1:3]
+    position_BT = lengths_B[:, None] + jnp.arange(x_BTKH.shape[1])
+    index_BT = jnp.minimum(position_BT // size, table_BM.shape[1] - 1)
+    block_BT = jnp.where(token_mask_BT, jnp.take_along_axis(table_BM, index_BT, axis=1), num_blocks)
+    x_BTKH = _as_stored(x_BTKH, store_LPSKH)
+    return store_LPSKH.at[layer, block_BT, position_BT % size].set(x_BTKH, mode="drop", unique_indices=True)
 
 
 def attend_cached(
@@ -107,3 +134,106 @@ def _one_query(q_BTNH: jax.Array, keys_BSKH: jax.Array, values_BSKH: jax.Array, 
     mixed_BNI = jnp.einsum("BSN,BSI->BNI", weights_BSN, values_BSI)
     mixed_BNKH = mixed_BNI.reshape(batch, heads, kv_heads, head_dim)
     return jnp.einsum("BNKH,KN->BNH", mixed_BNKH, own_KN).reshape(q_BTNH.shape)
+
+
+def attend_blocks(
+    q_BTNH: jax.Array,
+    keys_LPSKH: jax.Array,
+    values_LPSKH: jax.Array,
+    layer: jax.Array,
+    lengths_B: jax.Array,
+    token_mask_BT: jax.Array,
+    table_BM: jax.Array,
+) -> jax.Array:
+    """`attend_cached` over blocks: `GATHERED` tokens of each row at a time, up to the end of the longest row.
+
+    Softmax is computed online (arXiv 1805.02867). Blocks of no row, and slots beyond a row's end, hold finite numbers.
+    """
+    size, length = keys_LPSKH.shape[2], q_BTNH.shape[1]
+    group = max(min(GATHERED // size, table_BM.shape[1]), 1)
+    table_BM = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % group)))
+    end_B = lengths_B + jnp.sum(token_mask_BT, axis=1)
+    query_BT = lengths_B[:, None] + jnp.arange(length)
+    attend = _add_one_query if length == 1 else _add_many_queries
+    tokens = group * size
+
+    def step(index: jax.Array, carry: _Online) -> _Online:
+        block_BG = jax.lax.dynamic_slice_in_dim(table_BM, index * group, group, axis=1)
+        keys_BSKH, values_BSKH = (
+            from_bits(x[layer, block_BG]).reshape(q_BTNH.shape[0], tokens, *x.shape[3:]).astype(q_BTNH.dtype)
+            for x in (keys_LPSKH, values_LPSKH)
+        )
+        position_S = index * tokens + jnp.arange(tokens)
+        seen_BTS = (position_S <= query_BT[:, :, None]) & (position_S < end_B[:, None, None])
+        return attend(carry, q_BTNH, keys_BSKH, values_BSKH, seen_BTS)
+
+    batch, _, heads, head_dim = q_BTNH.shape
+    start = _Online(
+        jnp.full((batch, length, heads), UNSEEN, jnp.float32),
+        jnp.zeros((batch, length, heads), jnp.float32),
+        jnp.zeros((batch, length, heads, head_dim), jnp.float32),
+    )
+    steps = (jnp.max(end_B) + tokens - 1) // tokens
+    done = jax.lax.fori_loop(0, steps, step, start)
+    return (done.mixed_BTNH / jnp.maximum(done.sum_BTN, 1e-30)[..., None]).astype(q_BTNH.dtype)
+
+
+class _Online(NamedTuple):
+    """Softmax over the keys so far: the largest score, the sum of weights, and the weighted sum of values."""
+
+    top_BTN: jax.Array
+    sum_BTN: jax.Array
+    mixed_BTNH: jax.Array
+
+
+def _rescaled(carry: _Online, top_BTN: jax.Array) -> tuple[jax.Array, _Online]:
+    """The new largest score, and the sums so far by it."""
+    top_BTN = jnp.maximum(carry.top_BTN, top_BTN)
+    scale_BTN = jnp.exp(carry.top_BTN - top_BTN)
+    return top_BTN, _Online(top_BTN, carry.sum_BTN * scale_BTN, carry.mixed_BTNH * scale_BTN[..., None])
+
+
+def _add_many_queries(
+    carry: _Online, q_BTNH: jax.Array, keys_BSKH: jax.Array, values_BSKH: jax.Array, seen_BTS: jax.Array
+) -> _Online:
+    """More keys for many queries a row; see `_many_queries`."""
+    batch, length, heads, head_dim = q_BTNH.shape
+    kv_heads = keys_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, keys_BSKH, preferred_element_type=jnp.float32)
+    scores_BKGTS = jnp.where(seen_BTS[:, None, None], scores_BKGTS * head_dim**-0.5, UNSEEN)
+
+    def by_query(x_BKGT: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x_BKGT, 3, 1).reshape(batch, length, heads)
+
+    top_BTN, carry = _rescaled(carry, by_query(jnp.max(scores_BKGTS, axis=-1)))
+    top_BKGT = jnp.moveaxis(top_BTN.reshape(batch, length, kv_heads, -1), 1, 3)
+    weights_BKGTS = jnp.where(seen_BTS[:, None, None], jnp.exp(scores_BKGTS - top_BKGT[..., None]), 0)
+    mixed_BTKGH = jnp.einsum(
+        "BKGTS,BSKH->BTKGH", weights_BKGTS.astype(q_BTNH.dtype), values_BSKH, preferred_element_type=jnp.float32
+    )
+    sum_BTN = carry.sum_BTN + by_query(jnp.sum(weights_BKGTS, axis=-1))
+    return _Online(top_BTN, sum_BTN, carry.mixed_BTNH + mixed_BTKGH.reshape(carry.mixed_BTNH.shape))
+
+
+def _add_one_query(
+    carry: _Online, q_BTNH: jax.Array, keys_BSKH: jax.Array, values_BSKH: jax.Array, seen_BTS: jax.Array
+) -> _Online:
+    """More keys for one query a row; see `_one_query`."""
+    batch, _, heads, head_dim = q_BTNH.shape
+    num_slots, kv_heads = keys_BSKH.shape[1:3]
+    keys_BSI, values_BSI = (x.reshape(batch, num_slots, kv_heads * head_dim) for x in (keys_BSKH, values_BSKH))
+    own_KN = jnp.repeat(jnp.eye(kv_heads, dtype=q_BTNH.dtype), heads // kv_heads, axis=1)
+    q_BIN = jnp.einsum("BNH,KN->BKHN", q_BTNH[:, 0], own_KN).reshape(batch, kv_heads * head_dim, heads)
+    scores_BSN = jnp.einsum("BSI,BIN->BSN", keys_BSI, q_BIN, preferred_element_type=jnp.float32)
+    seen_BS1 = seen_BTS[:, 0, :, None]
+    scores_BSN = jnp.where(seen_BS1, scores_BSN * head_dim**-0.5, UNSEEN)
+    top_B1N, carry = _rescaled(carry, jnp.max(scores_BSN, axis=1)[:, None])
+    weights_BSN = jnp.where(seen_BS1, jnp.exp(scores_BSN - top_B1N), 0)
+    mixed_BNI = jnp.einsum(
+        "BSN,BSI->BNI", weights_BSN.astype(q_BTNH.dtype), values_BSI, preferred_element_type=jnp.float32
+    )
+    mixed_BNH = jnp.einsum("BNKH,KN->BNH", mixed_BNI.reshape(batch, heads, kv_heads, head_dim), own_KN)
+    return _Online(
+        top_B1N, carry.sum_BTN + jnp.sum(weights_BSN, axis=1)[:, None], carry.mixed_BTNH + mixed_BNH[:, None]
+    )

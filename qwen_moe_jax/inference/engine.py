@@ -6,10 +6,10 @@ programs (`inference.programs`, `inference.slot_programs`), which `Engine.compil
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import secrets
-import time
 from collections.abc import Callable, Collection
 
 import jax
@@ -19,10 +19,14 @@ from flax import nnx
 from qwen_moe_jax.config import DTypeLike, GenerationConfig
 from qwen_moe_jax.errors import RequestError
 from qwen_moe_jax.inference import programs
-from qwen_moe_jax.inference.masks import accept, as_request_error, checked_mask, top_tokens
+from qwen_moe_jax.inference.masks import top_tokens
+from qwen_moe_jax.inference.memory import LOG_PROB_CHUNK, PREFILL_CHUNK, blocks_for, engine_memory, has_row_states
+from qwen_moe_jax.inference.outside import Events, Outside
+from qwen_moe_jax.inference.paging import Paging
 from qwen_moe_jax.inference.programs import DecodeOutput
 from qwen_moe_jax.inference.request import MOST_TOP_LOGPROBS, Chunk, Finish, Request, TopTokens
-from qwen_moe_jax.inference.scheduler import ChunkPlan, Running, Scheduler, chunk_shapes
+from qwen_moe_jax.inference.running import Running
+from qwen_moe_jax.inference.scheduler import ChunkPlan, Scheduler, chunk_shapes
 from qwen_moe_jax.inference.session import check_request, new_tokens, token_list
 from qwen_moe_jax.inference.settings import needs_full, require_fitting, require_known_tokens
 from qwen_moe_jax.inference.slot_arrays import SlotArrays
@@ -35,10 +39,6 @@ from qwen_moe_jax.sharding.rules import batch_shards
 
 #: Tokens that are decoded between two looks at the queue.
 DECODE_STEPS = 8
-#: Tokens of prompts that are read between two decoding steps, by each of the devices that share the batch.
-PREFILL_CHUNK = 512
-#: Tokens of a chunk of which log-probabilities are computed: the logits of all of them are in memory.
-LOG_PROB_CHUNK = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,9 @@ class EngineLoad:
     Attributes:
         waiting, active_slots, free_slots: requests without a slot and with one, and slots without a request.
         cached_tokens: tokens of the requests with a slot that are in the cache.
+        blocks, used_blocks, kept_blocks: of the cache; those that texts have; those that are kept for texts to come.
+        prefix_hit_tokens: tokens of prompts that were not read, for a text before began with them.
+        preempted: requests that were put back into the queue for want of blocks.
         read_tokens, decoded_tokens: tokens of prompts that were read, and tokens that were decoded.
         steps: calls of `step` that did something.
     """
@@ -56,6 +59,11 @@ class EngineLoad:
     active_slots: int
     free_slots: int
     cached_tokens: int
+    blocks: int
+    used_blocks: int
+    kept_blocks: int
+    prefix_hit_tokens: int
+    preempted: int
     read_tokens: int
     decoded_tokens: int
     steps: int
@@ -68,7 +76,11 @@ class Engine:
         model: run in eval mode.
         slots: requests that are served at once; rounded up to a multiple of the devices that share the batch.
         max_length: the largest number of tokens of a request, prompt and answer.
+        cache_tokens: tokens of all requests together for which there are keys and values; None is `max_length` for each
+            slot. Rounded up to whole blocks, and to `max_length` on each of the devices that share the batch.
         cache_dtype: of keys and values, anything that `jnp.dtype` takes; None is the model's.
+        prefix_states: copies of what linear and sliding layers keep of texts that others may begin like; None is one
+            for each slot. Without effect for a model of full attention alone, which needs none.
         decode_steps: tokens of each request that are decoded between two looks at the queue, at most.
         prefill_chunk: tokens of prompts that are read between two decoding steps, at most.
         sizes: of the tables of stop tokens, biases and the like; a request that needs more is refused.
@@ -83,7 +95,9 @@ class Engine:
         *,
         slots: int,
         max_length: int,
+        cache_tokens: int | None = None,
         cache_dtype: DTypeLike | None = None,
+        prefix_states: int | None = None,
         decode_steps: int = DECODE_STEPS,
         prefill_chunk: int = PREFILL_CHUNK,
         sizes: TableSizes = TableSizes(),
@@ -97,7 +111,19 @@ class Engine:
         self.slots, self.max_length = round_up(slots, shards), max_length
         chunk = min(prefill_chunk, programs.prefill_length(max_length, model.config))
         shapes = chunk_shapes(programs.PREFILL_BUCKETS[1:], chunk, self.slots // shards)
-        self._scheduler = Scheduler(self.slots, shards, shapes, (1, min(chunk, LOG_PROB_CHUNK)))
+        blocks = blocks_for(model, self.slots, max_length, cache_tokens)
+        is_paged = not has_row_states(model)  # nothing else is kept of a text
+        copies = 0 if is_paged else round_up(self.slots if prefix_states is None else prefix_states, shards)
+        self._paging = Paging(
+            slots=self.slots,
+            shards=shards,
+            blocks=blocks.count // shards,
+            size=blocks.size,
+            max_length=max_length,
+            copies=None if is_paged else copies // shards,
+            every=round_up(chunk, blocks.size),
+        )
+        self._scheduler = Scheduler(self.slots, shards, shapes, (1, min(chunk, LOG_PROB_CHUNK)), self._paging)
         self._arrays = SlotArrays(
             model,
             slots=self.slots,
@@ -105,16 +131,31 @@ class Engine:
             chunk=chunk,
             decode_steps=decode_steps,
             cache_dtype=cache_dtype,
+            blocks=blocks,
+            copies=copies,
             sizes=sizes,
+        )
+        self._memory = functools.partial(
+            engine_memory,
+            model,
+            slots=slots,
+            max_length=max_length,
+            cache_tokens=cache_tokens,
+            cache_dtype=cache_dtype,
+            prefix_states=prefix_states,
+            prefill_chunk=prefill_chunk,
         )
         self._numbers = itertools.count()
         self._requests: dict[int, Running] = {}
-        self._cancelled: set[int] = set()
+        self._outside = Outside(self._arrays.mask_words)
+        self._masks: dict[int, np.ndarray] = {}  # packed, by request
         self._new: set[int] = set()  # slots whose first token is due
-        self._read_tokens = self._decoded_tokens = self._steps = 0
+        self._read_tokens = self._hit_tokens = self._decoded_tokens = self._steps = 0
 
     def compile(self, report: Callable[[str, int, int], None] = lambda name, done, total: None) -> None:
         """Compiles every program, with nothing to do: no request waits for a compilation after that.
+
+        Of several processes, all call it.
 
         Args:
             report: called with the name of the next program, how many are done and how many there are.
@@ -126,6 +167,10 @@ class Engine:
                 report(name, done, len(calls))
                 call()
             report("", len(calls), len(calls))
+
+    def memory(self) -> list[tuple[str, int]]:
+        """Bytes on each device by what they are for; all exact but the last, an estimate of the working memory."""
+        return self._memory()
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -141,10 +186,7 @@ class Engine:
         tokens = token_list("the prompt", request.token_ids)
         config = self._checked_config(tokens, request)
         number = next(self._numbers)
-        request = dataclasses.replace(request, token_ids=tuple(tokens))
-        running = Running(number=number, request=request, config=config, tokens=tokens)
-        self._requests[number] = running
-        self._scheduler.waiting.append(running)
+        self._outside.submit(number, dataclasses.replace(request, token_ids=tuple(tokens)), config)
         return number
 
     def _checked_config(self, tokens: list[int], request: Request) -> GenerationConfig:
@@ -176,23 +218,27 @@ class Engine:
 
     def cancel(self, request: int) -> None:
         """Ends a request without another chunk; its slot is free at the next step. Nothing for one that has ended."""
-        if request in self._requests:
-            self._cancelled.add(request)
+        self._outside.cancel(request)
 
     @property
     def idle(self) -> bool:
         """Whether there is no request."""
-        return not self._requests
+        return not self._requests and not self._outside.submissions
 
     @property
     def load(self) -> EngineLoad:
         """What it is doing."""
         running = self._scheduler.running.values()
         return EngineLoad(
-            waiting=len(self._scheduler.waiting),
+            waiting=len(self._scheduler.waiting) + self._outside.submissions,
             active_slots=len(running),
             free_slots=self.slots - len(running),
             cached_tokens=sum(one.read for one in running),
+            blocks=self._paging.blocks,
+            used_blocks=self._paging.used_blocks,
+            kept_blocks=self._paging.kept_blocks,
+            prefix_hit_tokens=self._hit_tokens,
+            preempted=self._scheduler.preempted,
             read_tokens=self._read_tokens,
             decoded_tokens=self._decoded_tokens,
             steps=self._steps,
@@ -209,8 +255,8 @@ class Engine:
         Returns:
             What is new, by request; [] where there is none.
         """
-        chunks = self._ended_from_outside()
-        if self.idle:
+        chunks = self._take(self._outside.exchange(self._requests.values()))
+        if not self._requests:
             return chunks
         self._steps += 1
         try:
@@ -224,13 +270,35 @@ class Engine:
             self._give_up()
             raise
 
-    def _ended_from_outside(self) -> list[Chunk]:
-        """Takes out what was cancelled or is past its deadline; the latter's last chunks."""
-        for number in self._cancelled & self._requests.keys():
-            self._end(self._requests[number])
-        self._cancelled.clear()
-        late = [one for one in self._requests.values() if one.is_late(time.monotonic())]
-        return [self._end_without_tokens(running, "deadline") for running in late]
+    def follow(self) -> None:
+        """Runs the steps of process 0, in every other process that shares the model, until that calls `close`.
+
+        Process 0 has to call `step` now and then also when it is idle: the others wait for it in a collective.
+        """
+        while not self._outside.closed:
+            self.step()
+
+    def close(self) -> None:
+        """Ends all requests, and `follow` in the other processes."""
+        for number in self._requests:
+            self._outside.cancel(number)
+        self._outside.close()
+        self.step()
+
+    def _take(self, events: Events) -> list[Chunk]:
+        """Takes in what came from outside: requests, ends of requests and masks; the last chunks of those that end."""
+        for number, request, config in events.submitted:
+            running = Running(number=number, request=request, config=config, tokens=list(request.token_ids))
+            self._requests[number] = running
+            self._scheduler.waiting.append(running)
+        self._masks = events.masks
+        chunks = []
+        for number, finished, error in events.ended:
+            if number in self._requests:
+                self._end(self._requests[number])
+                if finished is not None:
+                    chunks.append(Chunk(request=number, token_ids=(), log_probs=(), finished=finished, error=error))
+        return chunks
 
     def _end(self, running: Running) -> None:
         """Takes a request off its slot, whose row does not go on, or out of the queue."""
@@ -239,11 +307,8 @@ class Engine:
             if running.decodes and running.left and self._arrays.started:
                 self._arrays.update({running.slot: None})
         self._scheduler.release(running)
+        self._outside.forget(running.number)
         del self._requests[running.number]
-
-    def _end_without_tokens(self, running: Running, finished: Finish, error: RequestError | None = None) -> Chunk:
-        self._end(running)
-        return Chunk(request=running.number, token_ids=(), log_probs=(), finished=finished, error=error)
 
     def _give_up(self) -> None:
         """After an exception: the arrays are gone, and every request with a slot waits for one again."""
@@ -251,42 +316,69 @@ class Engine:
         self._new.clear()
         for running in sorted(self._scheduler.running.values(), key=lambda one: -one.number):
             self._scheduler.requeue(running)
+        self._paging.forget()
 
     def _read(self) -> None:
         """Reads the next chunk of prompts, and lets those decode whose prompt is read."""
         plan = self._scheduler.next_chunk()
+        self._stop_preempted()
         if plan is not None:
-            output = self._arrays.read(plan)
-            for running, size in plan.parts:
-                running.read += size
-                self._read_tokens += size
-            if output is not None:
-                _add_log_probs(plan, output)
-        ready = [one for one in self._scheduler.running.values() if not one.decodes and one.unread == 0]
+            for slot, row in plan.restored.items():
+                self._arrays.restore_state(slot, row)
+            if plan.parts:
+                self._read_plan(plan)
+        ready = [one for one in self._scheduler.running.values() if one.begun and not one.decodes and one.unread == 0]
         for running in ready:
             running.decodes = True
+            if running.generated == 0:
+                self._hit_tokens += running.cached
             self._new.add(running.slot)
             if needs_full(running.config):
                 self._arrays.set_text(running.slot, running.tokens, running.prompt)
         if ready:
             self._arrays.update({running.slot: running for running in ready})
 
+    def _read_plan(self, plan: ChunkPlan) -> None:
+        output = self._arrays.read(plan)
+        for running, size in plan.parts:
+            running.read += size
+            self._read_tokens += size
+            self._paging.remember(running)
+            row = self._paging.place_copy(running)
+            if row is not None:
+                self._arrays.save_state(running.slot, row)
+        if output is not None:
+            _add_log_probs(plan, output)
+
+    def _stop_preempted(self) -> None:
+        """The rows of slots that were taken from their requests do not go on."""
+        if self._scheduler.stopped:
+            self._arrays.update(dict.fromkeys(self._scheduler.stopped))
+            self._new.difference_update(self._scheduler.stopped)
+            self._scheduler.stopped.clear()
+
+    def _reserve(self) -> dict[int, Running]:
+        """The requests that decode next, by slot: each has the blocks for it, the oldest first."""
+        most = self._decode_steps
+        for running in sorted(self._scheduler.running.values(), key=lambda one: one.number):
+            if running.decodes and running.slot is not None:
+                self._scheduler.reserve(running, running.read + min(most, running.left))
+        self._stop_preempted()
+        if self._paging.changed:
+            self._arrays.set_table(self._paging.table_BM)
+            self._paging.changed = False
+        return {slot: one for slot, one in self._scheduler.running.items() if one.decodes}
+
     def _decode(self) -> list[Chunk]:
-        rows = {slot: one for slot, one in self._scheduler.running.items() if one.decodes}
-        masks, chunks = {}, []
-        for running in [one for one in rows.values() if one.request.mask is not None]:
-            try:
-                masks[running.slot] = checked_mask(running.request.mask.allowed(), self._arrays.mask_words)
-            except Exception as error:
-                del rows[running.slot]
-                chunks.append(self._end_without_tokens(running, "error", as_request_error("its mask", error)))
+        rows = self._reserve()
         if not rows:
-            return chunks
+            return []
+        masks = {slot: self._masks[one.number] for slot, one in rows.items() if one.number in self._masks}
         top = any(one.request.top_logprobs for one in rows.values())
         is_full = any(needs_full(one.config) for one in rows.values())
         output = self._arrays.decode(self._limits(masks), masks, top=top, is_full=is_full)
         self._new.clear()
-        return chunks + [self._chunk(running, output, slot) for slot, running in rows.items()]
+        return [self._chunk(running, output, slot) for slot, running in rows.items()]
 
     def _limits(self, masks: Collection[int]) -> np.ndarray:
         """Tokens of each slot in the next call, int32 [B].
@@ -310,13 +402,16 @@ class Engine:
         running.tokens += tokens
         running.read += count
         self._decoded_tokens += count
+        if error is None:
+            self._paging.remember(running)
         finished: Finish | None = None
         if not output.alive_B[slot]:
             finished = "stop" if output.stopped_B[slot] else "length"
-        if request.mask is not None and error is None:
-            error = accept(request.mask, tokens[:-1] if finished == "stop" else tokens)
+            running.decodes = False  # the device knows
+        elif error is None:
+            self._outside.accept(running.number, tokens)
         if error is not None:
-            self._arrays.clear([slot])
+            self._arrays.clear(slot, self._paging.spoiled(running))
             finished = "error"
         top: list[TopTokens] = []
         if request.top_logprobs:
@@ -329,6 +424,7 @@ class Engine:
             log_probs=tuple(log_probs[:count]),
             top_logprobs=tuple(top),
             prompt_logprobs=running.prompt_log_probs() if is_first else None,
+            cached_tokens=running.cached if is_first else 0,
             finished=finished,
             error=error,
         )

@@ -23,6 +23,7 @@ from qwen_moe_jax.inference.sampling import advance, choose, log_probabilities, 
 from qwen_moe_jax.inference.settings import SamplingSettings, SamplingState, initial_state, sampling_settings
 from qwen_moe_jax.inference.speculative import Drafts, packed_experts, propose, read_with_states
 from qwen_moe_jax.model.cache import (
+    Blocks,
     Cache,
     RecurrentState,
     abstract_cache,
@@ -441,11 +442,13 @@ def padded_cache(model: CausalLM, rows: int, max_length: int, cache_dtype: DType
 
 
 def abstract_slots(
-    model: CausalLM, slots: int, max_length: int, chunk: int, cache_dtype: DTypeLike | None = None
+    model: CausalLM, slots: int, max_length: int, chunk: int, cache_dtype: DTypeLike | None, blocks: Blocks
 ) -> Cache:
     """The abstract cache of an `Engine`, for chunks of up to so many tokens."""
     dtype = model.execution.dtype if cache_dtype is None else dtype_name("cache_dtype", cache_dtype)
-    return abstract_cache(model.config, model.mesh, batch=slots, max_length=max_length, max_write=chunk, dtype=dtype)
+    return abstract_cache(
+        model.config, model.mesh, batch=slots, max_length=max_length, max_write=chunk, dtype=dtype, blocks=blocks
+    )
 
 
 def empty_drafts(model: CausalLM, rows: int, max_length: int, cache_dtype: DTypeLike | None) -> Drafts:

@@ -1,7 +1,9 @@
 """Which request has which slot of an engine, and what is read of which prompt next: plain data, no arrays of JAX.
 
-Requests wait in the order in which they came. A free slot takes the first of them; its prompt is read in chunks, one
-chunk between two decoding steps, and then it decodes with the others until it ends.
+Requests wait in the order in which they came. A free slot takes the first of them, if there are blocks for its prompt;
+the prompt is read in chunks, one chunk between two decoding steps, and then it decodes with the others until it ends.
+When a text needs a block and there is none, the youngest request goes back to the head of the queue: what it has is
+read again later, and its answer is the same.
 """
 
 import dataclasses
@@ -10,71 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qwen_moe_jax.config import GenerationConfig
-from qwen_moe_jax.inference.request import PromptLogProbs, Request, TopTokens
+from qwen_moe_jax.inference.paging import Paging
+from qwen_moe_jax.inference.running import Running
 from qwen_moe_jax.rounding import previous_power_of_two
-
-
-@dataclasses.dataclass(kw_only=True)
-class Running:
-    """A request from its submission to its end.
-
-    Attributes:
-        number: that `submit` returned.
-        request: as it was submitted.
-        config: its own, with a seed where it samples and `max_new_tokens` set.
-        tokens: prompt and output.
-        slot: that it has, or None while it waits.
-        read: tokens that are in the cache.
-        decodes: whether its prompt is read, but for the last token, which decoding begins with.
-        log_probs, top: of the prompt's tokens, as far as they were read, where they are asked for.
-    """
-
-    number: int
-    request: Request
-    config: GenerationConfig
-    tokens: list[int]
-    slot: int | None = None
-    read: int = 0
-    decodes: bool = False
-    log_probs: list[float] = dataclasses.field(default_factory=list)
-    top: list[TopTokens] = dataclasses.field(default_factory=list)
-
-    @property
-    def prompt(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.token_ids)
-
-    @property
-    def generated(self) -> int:
-        """Tokens that were decoded."""
-        return len(self.tokens) - self.prompt
-
-    @property
-    def left(self) -> int:
-        """Tokens that it may still generate."""
-        return self.config.max_new_tokens - self.generated
-
-    @property
-    def unread(self) -> int:
-        """Tokens to read before it decodes: all but the last."""
-        return len(self.tokens) - 1 - self.read
-
-    def is_late(self, now: float) -> bool:
-        """Whether its deadline has passed."""
-        return self.request.deadline is not None and self.request.deadline <= now
-
-    @property
-    def wants_prompt(self) -> bool:
-        """Whether log-probabilities of its prompt are still to be computed."""
-        asked = self.request.prompt_logprobs is not None and self.generated == 0
-        return asked and len(self.log_probs) < self.prompt - 1
-
-    def prompt_log_probs(self) -> PromptLogProbs | None:
-        """Those of its prompt, where they were asked for."""
-        if self.request.prompt_logprobs is None:
-            return None
-        return PromptLogProbs(log_probs=tuple(self.log_probs), top=tuple(self.top))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +35,8 @@ class ChunkPlan:
     count_R: np.ndarray
     rows_R: np.ndarray
     lengths_R: np.ndarray
+    table_RM: np.ndarray
+    restored: dict[int, int]
     with_targets: bool
 
 
@@ -116,32 +58,60 @@ class Scheduler:
         shards: devices that share the batch.
         shapes: (R, T) of the programs that read prompts, see `chunk_shapes`.
         log_prob_shape: (R, T) of the program that computes log-probabilities of a prompt as well.
+        paging: the blocks.
+
+    Attributes:
+        waiting: requests without a slot.
+        running: those with one, by slot.
+        stopped: slots that were taken from a request that decoded, which the device has to be told.
+        preempted: how often that happened.
     """
 
-    def __init__(self, slots: int, shards: int, shapes: Sequence[tuple[int, int]], log_prob_shape: tuple[int, int]):
+    def __init__(
+        self,
+        slots: int,
+        shards: int,
+        shapes: Sequence[tuple[int, int]],
+        log_prob_shape: tuple[int, int],
+        paging: Paging,
+    ):
+        self.paging, self.stopped, self.preempted = paging, list[int](), 0
         self.shards, self.rows = shards, slots // shards
         self.shapes, self.log_prob_shape = list(shapes), log_prob_shape
         self.waiting: deque[Running] = deque()
         self.running: dict[int, Running] = {}  # by slot
 
     def admit(self) -> list[Running]:
-        """Gives free slots to those who wait, on the shard with most of them free; the requests that got one."""
+        """Gives free slots to those who wait, first come, first served; the requests that got one."""
         admitted = []
-        while self.waiting and (free := self._free_slots()):
+        while self.waiting and (slot := self._slot_for(self.waiting[0])) is not None:
             running = self.waiting.popleft()
-            shard = max(range(self.shards), key=lambda shard: len(free[shard]))
-            running.slot, running.read, running.decodes = free[shard][0], 0, False
-            self.running[running.slot] = running
+            running.slot = slot
+            self.running[slot] = running
             admitted.append(running)
         return admitted
 
+    def _slot_for(self, running: Running) -> int | None:
+        """A free slot on the shard that knows most of a text, or has most blocks; None where there are too few."""
+        best = None
+        for shard in range(self.shards):
+            slots = range(shard * self.rows, (shard + 1) * self.rows)
+            others = [self.running[slot] for slot in slots if slot in self.running]
+            free = next((slot for slot in slots if slot not in self.running), None)
+            left = self.paging.available(shard, others) - self.paging.missing(running, shard)
+            if free is not None and (left >= 0 or not others):
+                choice = (self.paging.hit(running, shard), left, -free)
+                best = choice if best is None else max(best, choice)
+        return None if best is None else -best[2]
+
     def release(self, running: Running) -> None:
         """Takes a request off its slot, or out of the queue."""
+        self.paging.release(running)
         if running.slot is None:
             self.waiting.remove(running)
         else:
             del self.running[running.slot]
-            running.slot, running.decodes = None, False
+            running.slot, running.decodes, running.known = None, False, 0
 
     def requeue(self, running: Running) -> None:
         """Takes a request off its slot; it is the next that gets one, and goes on where it was."""
@@ -151,44 +121,91 @@ class Scheduler:
         running.top.clear()
         self.waiting.appendleft(running)
 
+    def reserve(self, running: Running, tokens: int) -> bool:
+        """Makes sure that a text has the blocks of so many tokens; False where it went back to the queue itself."""
+        shard = self.paging.shard(running.slot)
+        while not self.paging.reserve(running, tokens):
+            youngest = max((one for one in self.running.values() if self.paging.shard(one.slot) == shard), key=_age)
+            if youngest.decodes:
+                self.stopped.append(youngest.slot)
+            self.preempted += 1
+            self.requeue(youngest)
+            if youngest is running:
+                return False
+        return True
+
     def next_chunk(self) -> ChunkPlan | None:
         """What is read next of the prompts: the oldest first, with as many others as the program has rows for."""
-        unread = [running for running in self.running.values() if running.unread > 0]
-        if not unread:
-            return None
-        unread.sort(key=lambda running: running.number)
-        if unread[0].wants_prompt:
-            return self.plan(unread[:1], *self.log_prob_shape, with_targets=True)
-        unread = [running for running in unread if not running.wants_prompt]
+        restored: dict[int, int] = {}
+        unread: list[Running] = []
+        for running in sorted(self.running.values(), key=_age):
+            if running.decodes or self._follows(running, unread):
+                continue
+            if not running.begun and (copy := self.paging.begin(running)) is not None:
+                restored[running.slot] = copy
+            if running.unread > 0:
+                unread.append(running)
+        if unread and unread[0].wants_prompt:
+            plan = self.plan(unread[:1], *self.log_prob_shape, with_targets=True)
+        elif unread:
+            plan = self._batch([running for running in unread if not running.wants_prompt])
+        else:
+            plan = None
+        if plan is None or not plan.parts:
+            return dataclasses.replace(self.plan([], *self.shapes[0]), restored=restored) if restored else None
+        return dataclasses.replace(plan, restored=restored)
+
+    def _follows(self, running: Running, older: Sequence[Running]) -> bool:
+        """Whether it waits for an older request to read what both begin with."""
+        if running.begun or running.wants_prompt:
+            return False
+        for one in older:
+            common = self.paging.common(running, one)
+            if self.paging.shard(one.slot) == self.paging.shard(running.slot) and one.read < common:
+                one.borders.add(common)
+                return True
+        return False
+
+    def _batch(self, unread: Sequence[Running]) -> ChunkPlan:
+        """A chunk of as many requests as the shape that suits the oldest has rows for."""
         lengths = sorted({length for _, length in self.shapes})
         length = next((length for length in lengths if length >= unread[0].unread), lengths[-1])
         chosen: list[Running] = []
         of_shard = [0] * self.shards
         most = max(count for count, tokens in self.shapes if tokens == length)
         for running in unread:
-            shard = running.slot // self.rows
+            shard = self.paging.shard(running.slot)
             if of_shard[shard] < most:
                 of_shard[shard] += 1
                 chosen.append(running)
         counts = [count for count, tokens in self.shapes if tokens == length]
-        count = min(count for count in counts if count >= max(of_shard))
-        return self.plan(chosen, count, length)
+        return self.plan(chosen, min(count for count in counts if count >= max(of_shard)), length)
 
     def plan(self, chosen: Sequence[Running], count: int, length: int, *, with_targets: bool = False) -> ChunkPlan:
-        """The next T = `length` tokens of these requests, at most R = `count` of each shard."""
+        """The next T = `length` tokens of these requests, at most R = `count` of each shard, in blocks of theirs.
+
+        A request that is put back for want of blocks is left out.
+        """
+        sizes = {running.number: self._next_size(running, length) for running in chosen}
+        for running in chosen:
+            if running.slot is not None:
+                self.reserve(running, running.read + sizes[running.number])
+        chosen = [running for running in chosen if running.slot is not None]
         places = self.shards * count
         tokens_RT, targets_RT = np.zeros((2, places, length), np.int32)
         count_R, lengths_R = np.zeros((2, places), np.int32)
         rows_R = np.full(places, self.rows, np.int32)
+        table_RM = np.zeros((places, self.paging.table_BM.shape[1]), np.int32)
         parts, used = [], [0] * self.shards
         for running in chosen:
             shard, row = divmod(running.slot, self.rows)
             place = shard * count + used[shard]
             used[shard] += 1
-            size = min(running.unread, length)
+            size = sizes[running.number]
             text = running.tokens[running.read : running.read + size + 1]
             tokens_RT[place, :size], targets_RT[place, :size] = text[:-1], text[1:]
             count_R[place], lengths_R[place], rows_R[place] = size, running.read, row
+            table_RM[place] = self.paging.table_BM[running.slot]
             parts.append((running, size))
         return ChunkPlan(
             parts=tuple(parts),
@@ -197,6 +214,8 @@ class Scheduler:
             count_R=count_R,
             rows_R=rows_R,
             lengths_R=lengths_R,
+            table_RM=table_RM,
+            restored={},
             with_targets=with_targets,
         )
 
@@ -205,10 +224,11 @@ class Scheduler:
         plans = {f"reading {count} x {length} tokens": self.plan([], count, length) for count, length in self.shapes}
         return {**plans, "log-probabilities of a prompt": self.plan([], *self.log_prob_shape, with_targets=True)}
 
-    def _free_slots(self) -> dict[int, list[int]] | None:
-        """The free slots of each shard; None where there is none at all."""
-        free = {
-            shard: [slot for slot in range(shard * self.rows, (shard + 1) * self.rows) if slot not in self.running]
-            for shard in range(self.shards)
-        }
-        return free if any(free.values()) else None
+    def _next_size(self, running: Running, length: int) -> int:
+        """Tokens of a request's next chunk: it ends where a copy of the state is wanted."""
+        border = min((border for border in running.borders if border > running.read), default=len(running.tokens))
+        return min(running.unread, length, border - running.read)
+
+
+def _age(running: Running) -> int:
+    return running.number

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,11 +13,12 @@ from jax.sharding import PartitionSpec as P
 from qwen_moe_jax.config import DTypeLike, GenerationConfig
 from qwen_moe_jax.inference import programs
 from qwen_moe_jax.inference.programs import DecodeOutput, DecodeState, StepLimits
-from qwen_moe_jax.inference.scheduler import ChunkPlan, Running
+from qwen_moe_jax.inference.running import Running
+from qwen_moe_jax.inference.scheduler import ChunkPlan
 from qwen_moe_jax.inference.settings import SamplingSettings, fixed_settings, initial_state
 from qwen_moe_jax.inference.slot_programs import PromptOutput, SlotUpdate, Texts, slot_programs
 from qwen_moe_jax.inference.tables import TableSizes
-from qwen_moe_jax.model.cache import Cache, empty_cache
+from qwen_moe_jax.model.cache import Blocks, Cache, empty_cache
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.rounding import ceil_div
 from qwen_moe_jax.sharding.rules import BATCH, batch_shards
@@ -33,6 +34,8 @@ class SlotArrays:
         chunk: tokens that are read at once at most.
         decode_steps: tokens that `decode` decodes at most.
         cache_dtype: of keys and values; None is the model's.
+        blocks: of keys and values, on all shards.
+        copies: rows for copies of states, on all shards; 0 for none.
         sizes: of the tables of settings.
     """
 
@@ -45,13 +48,20 @@ class SlotArrays:
         chunk: int,
         decode_steps: int,
         cache_dtype: DTypeLike | None,
+        blocks: Blocks,
+        copies: int,
         sizes: TableSizes,
     ):
         self._model, self._slots, self._max_length = model, slots, max_length
         self._decode_steps, self._sizes = decode_steps, sizes
         self._shards = batch_shards(model.mesh)
-        self._abstract = programs.abstract_slots(model, slots, max_length, chunk, cache_dtype)
-        self._programs = slot_programs(self._abstract)
+        self.abstract = programs.abstract_slots(model, slots, max_length, chunk, cache_dtype, blocks)
+        self.abstract_copies: Cache | None = None
+        if copies:
+            least = Blocks(count=self._shards, size=blocks.size)
+            self.abstract_copies = programs.abstract_slots(model, copies, max_length, chunk, cache_dtype, least)
+        self._blocks = blocks
+        self._programs = slot_programs(self.abstract, self.abstract_copies)
         self._per_row = NamedSharding(model.mesh, P(BATCH))
         self._settings: dict[bool, SamplingSettings] = {}  # by whether they are the full ones
         self._configs: list[GenerationConfig] = [GenerationConfig(seed=0)] * slots
@@ -68,11 +78,12 @@ class SlotArrays:
         """Allocates them, where they are not: no slot has a request."""
         if self.started:
             return
-        cache, empty = empty_cache(self._abstract), [()] * self._slots
+        cache, empty = empty_cache(self.abstract), [()] * self._slots
         plain, full = (initial_state(self._settings_of(is_full), empty, self._max_length) for is_full in (False, True))
         self._texts = self._put(Texts.of(full))
         zeros_B: Any = np.zeros(self._slots, np.int32)
         self._state = self._put(DecodeState(token_B=zeros_B, left_B=zeros_B, sampling=plain))
+        self._copies = None if self.abstract_copies is None else empty_cache(self.abstract_copies)
         self._cache = cache
 
     def drop(self) -> None:
@@ -87,7 +98,7 @@ class SlotArrays:
 
     def read(self, plan: ChunkPlan) -> PromptOutput | None:
         """Reads a chunk of prompts; their log-probabilities, where they are asked for."""
-        arrays = [plan.tokens_RT, plan.count_R, plan.rows_R, plan.lengths_R]
+        arrays = [plan.tokens_RT, plan.count_R, plan.rows_R, plan.lengths_R, plan.table_RM]
         if plan.with_targets:
             arrays.append(plan.targets_RT)
         self._cache, output = self._programs.read_chunk(self._model, self._cache, *map(self._put, arrays))
@@ -117,13 +128,36 @@ class SlotArrays:
             self._texts, np.int32(slot), text_L, np.int32(len(tokens)), np.int32(prompt)
         )
 
-    def clear(self, slots: list[int]) -> None:
-        """Fills the cache of slots with zeros, at most one on each shard."""
-        rows = self._slots // self._shards
+    def set_table(self, table_BM: np.ndarray) -> None:
+        """Sets the blocks of all slots."""
+        self._cache = dataclasses.replace(self._cache, table_BM=self._put(table_BM.copy()))
+
+    def clear(self, slot: int | None, blocks: Sequence[int]) -> None:
+        """Fills the cache of a slot, and these blocks of its shard, with zeros."""
+        rows, count = self._slots // self._shards, self.abstract.table_BM.shape[1]
         rows_R = np.full(self._shards, rows, np.int32)
-        for slot in slots:
+        blocks_RM = np.full((self._shards, count), self._blocks.count, np.int32)
+        if slot is not None:
             rows_R[slot // rows] = slot % rows
-        self._cache = self._programs.clear_rows(self._cache, self._put(rows_R))
+            blocks_RM[slot // rows, : len(blocks)] = blocks
+        self._cache = self._programs.clear(self._cache, *self._put((rows_R, blocks_RM.ravel())))
+
+    def save_state(self, slot: int | None, row: int = 0) -> None:
+        """Copies the state of a slot to a row for copies, numbered on its shard; of no slot, nothing."""
+        rows = self._slots // self._shards
+        slots_R = np.zeros(self._shards, np.int32)
+        rows_R = np.full(self._shards, self.abstract_copies.lengths_B.shape[0], np.int32)
+        if slot is not None:
+            slots_R[slot // rows], rows_R[slot // rows] = slot % rows, row
+        self._copies = self._programs.save_states(self._copies, self._cache, *self._put((rows_R, slots_R)))
+
+    def restore_state(self, slot: int | None, row: int = 0) -> None:
+        """Copies a row for copies to a slot, of which it becomes the state."""
+        rows = self._slots // self._shards
+        slots_R, rows_R = np.full(self._shards, rows, np.int32), np.zeros(self._shards, np.int32)
+        if slot is not None:
+            slots_R[slot // rows], rows_R[slot // rows] = slot % rows, row
+        self._cache = self._programs.restore_states(self._cache, self._copies, *self._put((slots_R, rows_R)))
 
     def decode(self, limit_B: np.ndarray, masks: Mapping[int, np.ndarray], *, top: bool, is_full: bool) -> DecodeOutput:
         """Decodes a few tokens of every slot that has any left.
@@ -152,11 +186,18 @@ class SlotArrays:
     def compilers(self, plans: Mapping[str, ChunkPlan]) -> dict[str, Callable[[], Any]]:
         """A call of every program with nothing to do, by name; `plans` are empty, one for each shape."""
         nobody, decode = np.zeros(self._slots, np.int32), functools.partial(self.decode, masks={}, top=False)
+        copying: dict[str, Callable[[], Any]] = {}
+        if self.abstract_copies is not None:
+            copying = {
+                "copies of states": lambda: self.save_state(None),
+                "states from copies": lambda: self.restore_state(None),
+            }
         return {
             **{name: functools.partial(self.read, plan) for name, plan in plans.items()},
             "the state of slots": lambda: self.update({}),
             "the text of a slot": lambda: self.set_text(self._slots, [], 0),
-            "cleared slots": lambda: self.clear([]),
+            "cleared slots": lambda: self.clear(None, []),
+            **copying,
             "decoding": lambda: decode(nobody, is_full=False),
             "decoding with penalties and constraints": lambda: decode(nobody, is_full=True),
         }

@@ -15,7 +15,7 @@ from qwen_moe_jax.inference.sampling import log_probabilities
 from qwen_moe_jax.inference.settings import SamplingState
 from qwen_moe_jax.model.base import Model, ReadOut
 from qwen_moe_jax.model.cache import Cache
-from qwen_moe_jax.model.cache_rows import put_rows, take_rows
+from qwen_moe_jax.model.cache_rows import clear, copy_rows, put_rows, take_rows
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.model.decoder import DecoderOutput
 from qwen_moe_jax.model.inputs import ModelInputs, checked_inputs
@@ -54,6 +54,7 @@ def read_chunk(
     count_R: jax.Array,
     rows_R: jax.Array,
     lengths_R: jax.Array,
+    table_RM: jax.Array,
     targets_RT: jax.Array | None = None,
 ) -> tuple[Cache, PromptOutput | None]:
     """Reads a chunk of the prompts in a few rows of the cache.
@@ -63,9 +64,10 @@ def read_chunk(
         cache: of all slots; it is donated.
         tokens_RT, count_R: int32; the chunks, and the tokens in each.
         rows_R, lengths_R: int32; which rows (`model.cache_rows`), and the tokens that they have already.
+        table_RM: int32; their blocks.
         targets_RT: int32; the token after each one, where log-probabilities are asked for.
     """
-    part = take_rows(cache, rows_R, lengths_R, model.mesh)
+    part = take_rows(cache, rows_R, lengths_R, model.mesh, table_RM)
     mask_RT = jnp.arange(tokens_RT.shape[1]) < count_R[:, None]
     if targets_RT is None:
         out = model.run(checked_inputs(tokens_RT, mask_RT), _CacheOnly(), cache=part)
@@ -159,12 +161,6 @@ def set_text(texts: Texts, slot: jax.Array, text_L: jax.Array, length: jax.Array
     )
 
 
-def clear_rows(cache: Cache, rows_R: jax.Array, *, mesh: Mesh) -> Cache:
-    """The cache with zeros in these rows: a NaN would reach the next text, times zero."""
-    part = take_rows(cache, rows_R, jnp.zeros_like(rows_R), mesh)
-    return put_rows(cache, jax.tree.map(jnp.zeros_like, part), rows_R, mesh)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlotPrograms:
     """The programs of the engines with one kind of cache, compiled; see the functions of the same names.
@@ -177,23 +173,28 @@ class SlotPrograms:
     read_chunk: Callable
     update_slots: Callable
     set_text: Callable
-    clear_rows: Callable
+    clear: Callable
+    save_states: Callable
+    restore_states: Callable
 
 
 @functools.cache
-def slot_programs(abstract: Cache) -> SlotPrograms:
-    """The programs for a cache like this abstract one."""
+def slot_programs(abstract: Cache, copies: Cache | None) -> SlotPrograms:
+    """The programs for a cache like this abstract one, and for copies of states in another."""
     sharding = abstract.lengths_B.sharding
     assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
     mesh = sharding.mesh
     cache = jax.tree.map(lambda x: x.sharding, abstract)
     row, everywhere = NamedSharding(mesh, P(BATCH)), NamedSharding(mesh, P())
+    copy = functools.partial(copy_rows, mesh=mesh)
     found = SlotPrograms(
         decode=jax.jit(programs.decode_tokens, **programs.DECODE_ARGUMENTS, out_shardings=(cache, row, everywhere)),
         read_chunk=jax.jit(read_chunk, donate_argnames="cache", out_shardings=(cache, everywhere)),
         update_slots=jax.jit(update_slots, donate_argnames=("state", "lengths_B"), out_shardings=row),
         set_text=jax.jit(set_text, donate_argnames="texts", out_shardings=row),
-        clear_rows=jax.jit(functools.partial(clear_rows, mesh=mesh), donate_argnames="cache", out_shardings=cache),
+        clear=jax.jit(functools.partial(clear, mesh=mesh), donate_argnames="cache", out_shardings=cache),
+        save_states=jax.jit(copy, donate_argnames="target", out_shardings=jax.tree.map(lambda x: x.sharding, copies)),
+        restore_states=jax.jit(copy, donate_argnames="target", out_shardings=cache),
     )
     programs.compiled += [getattr(found, field.name) for field in dataclasses.fields(found)]
     return found

@@ -19,10 +19,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qwen_moe_jax.attention_kernels.cached import attend_cached, stored_dtype, write_slots
+from qwen_moe_jax.attention_kernels.cached import (
+    attend_blocks,
+    attend_cached,
+    stored_dtype,
+    write_blocks,
+    write_slots,
+)
 from qwen_moe_jax.config import LayerKind, ModelConfig
 from qwen_moe_jax.model.segments import plan_segments
 from qwen_moe_jax.nn.bits import as_bits, from_bits
+from qwen_moe_jax.rounding import ceil_div
 from qwen_moe_jax.sharding.rules import BATCH
 
 #: Keys and values [L, B, S, K, H] are sharded as their rows and heads are: attention needs no collective.
@@ -52,6 +59,26 @@ class KeyValues:
     def specs() -> "KeyValues":
         """The `PartitionSpec` of every array."""
         return KeyValues(keys_LBSKH=STORED, values_LBSKH=STORED)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PagedKeyValues:
+    """`KeyValues` of layers of full attention in blocks, which the rows take as their texts grow (`Cache.table_BM`).
+
+    P blocks of S tokens are stored, as many on each device that shares the batch; a row uses those of its own device.
+
+    Attributes:
+        keys_LPSKH, values_LPSKH: as `KeyValues`; of the first block of each device zeros, which no row writes.
+    """
+
+    keys_LPSKH: jax.Array
+    values_LPSKH: jax.Array
+
+    @staticmethod
+    def specs() -> "PagedKeyValues":
+        """The `PartitionSpec` of every array."""
+        return PagedKeyValues(keys_LPSKH=STORED, values_LPSKH=STORED)
 
 
 @jax.tree_util.register_dataclass
@@ -100,7 +127,7 @@ class RecurrentSteps:
 
 
 #: What the layers of one kind keep.
-Stored = KeyValues | RecurrentState | RecurrentSteps
+Stored = KeyValues | PagedKeyValues | RecurrentState | RecurrentSteps
 Kept = TypeVar("Kept", bound=Stored)
 
 
@@ -113,16 +140,19 @@ class Cache:
         segments: as `Decoder.segments`: for each position of each segment's period `KeyValues`, or a `RecurrentState`
             where the layer is linear.
         lengths_B: int32; tokens of each row so far.
+        table_BM: int32; the blocks of each row, by their numbers on its device, in the order of its tokens, and 0 after
+            them; None where keys and values are not in blocks.
     """
 
     segments: tuple[tuple[Stored, ...], ...]
     lengths_B: jax.Array
+    table_BM: jax.Array | None = None
 
     def specs(self) -> "Cache":
         """The `PartitionSpec` of every array."""
         segments = tuple(tuple(stored.specs() for stored in period) for period in self.segments)
         rows: Any = P(BATCH)
-        return Cache(segments=segments, lengths_B=rows)
+        return Cache(segments=segments, lengths_B=rows, table_BM=None if self.table_BM is None else rows)
 
 
 @jax.tree_util.register_dataclass
@@ -134,11 +164,13 @@ class LayerCache(Generic[Kept]):
         stored: of all layers at this position of the period.
         layer: int32 []; which of them this is.
         lengths_B: int32; tokens of each row before the new ones.
+        table_BM: see `Cache`.
     """
 
     stored: Kept
     layer: jax.Array
     lengths_B: jax.Array
+    table_BM: jax.Array | None = None
 
 
 def slots(config: ModelConfig, kind: LayerKind, max_length: int, max_write: int) -> int:
@@ -151,8 +183,23 @@ def slots(config: ModelConfig, kind: LayerKind, max_length: int, max_write: int)
     return min(max_length, config.attention.sliding_window + max_write - 1)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Blocks of a cache: how many, on all devices that share the batch together, and the tokens of each."""
+
+    count: int
+    size: int
+
+
 def abstract_cache(
-    config: ModelConfig, mesh: Mesh, *, batch: int, max_length: int, max_write: int, dtype: jax.typing.DTypeLike
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    batch: int,
+    max_length: int,
+    max_write: int,
+    dtype: jax.typing.DTypeLike,
+    blocks: Blocks | None = None,
 ) -> Cache:
     """Shapes, dtypes and shardings of a cache, without allocating it.
 
@@ -163,6 +210,7 @@ def abstract_cache(
         max_length: the largest number of tokens of a row.
         max_write: tokens that are written in one step at most.
         dtype: of keys, values and the columns of convolutions; the state of linear layers is float32.
+        blocks: in which full layers keep keys and values; None gives every row `max_length` slots.
     """
     attention, linear = config.attention, config.linear_attention
     dtype = stored_dtype(dtype, mesh.devices.flat[0].platform)
@@ -178,17 +226,22 @@ def abstract_cache(
                 state_LBNHH=zeros(state, jnp.float32, specs.state_LBNHH),
                 conv_LBWC=zeros(columns, dtype, specs.conv_LBWC),
             )
+        if kind.mixer == "full" and blocks is not None:
+            shape = (repeats, blocks.count, blocks.size, attention.num_key_value_heads, attention.head_dim)
+            one = zeros(shape, dtype, STORED)
+            return PagedKeyValues(keys_LPSKH=one, values_LPSKH=one)
         num_slots = slots(config, kind, max_length, max_write)
         one = zeros((repeats, batch, num_slots, attention.num_key_value_heads, attention.head_dim), dtype, STORED)
         return KeyValues(keys_LBSKH=one, values_LBSKH=one)
 
-    lengths_B: Any = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=NamedSharding(mesh, P(BATCH)))
+    table_BM = None if blocks is None else zeros((batch, ceil_div(max_length, blocks.size)), jnp.int32, P(BATCH))
     return Cache(
         segments=tuple(
             tuple(abstract(kind, segment.repeats) for kind in segment.period)
             for segment in plan_segments(config.layers)
         ),
-        lengths_B=lengths_B,
+        lengths_B=zeros((batch,), jnp.int32, P(BATCH)),
+        table_BM=table_BM,
     )
 
 
@@ -219,8 +272,11 @@ def _zeros(abstract: Cache) -> Callable[[], Cache]:
 
 
 def update_cache(
-    cache: LayerCache[KeyValues], k_BTKH: jax.Array, v_BTKH: jax.Array, token_mask_BT: jax.Array
-) -> LayerCache[KeyValues]:
+    cache: LayerCache[KeyValues] | LayerCache[PagedKeyValues],
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    token_mask_BT: jax.Array,
+) -> LayerCache:
     """The cache with keys and values of the new tokens after those of their rows; padding is not written."""
 
     def local(stored: KeyValues, layer, lengths_B, k_BTKH, v_BTKH, token_mask_BT) -> KeyValues:
@@ -229,16 +285,23 @@ def update_cache(
             values_LBSKH=write_slots(stored.values_LBSKH, v_BTKH, layer, lengths_B, token_mask_BT),
         )
 
-    spec = KeyValues.specs()
-    in_specs = (spec, P(), P(BATCH), HEADS, HEADS, P(BATCH, None))
-    stored = jax.shard_map(local, in_specs=in_specs, out_specs=spec, check_vma=False)(
-        cache.stored, cache.layer, cache.lengths_B, k_BTKH, v_BTKH, token_mask_BT
-    )
+    def paged(stored: PagedKeyValues, layer, lengths_B, k_BTKH, v_BTKH, token_mask_BT, table_BM) -> PagedKeyValues:
+        return PagedKeyValues(
+            keys_LPSKH=write_blocks(stored.keys_LPSKH, k_BTKH, layer, lengths_B, token_mask_BT, table_BM),
+            values_LPSKH=write_blocks(stored.values_LPSKH, v_BTKH, layer, lengths_B, token_mask_BT, table_BM),
+        )
+
+    in_specs = (cache.stored.specs(), P(), P(BATCH), HEADS, HEADS, P(BATCH, None))
+    arguments = (cache.stored, cache.layer, cache.lengths_B, k_BTKH, v_BTKH, token_mask_BT)
+    stored = _by_device(cache, local, paged, in_specs, cache.stored.specs())(*arguments)
     return dataclasses.replace(cache, stored=stored)
 
 
 def cached_attention(
-    q_BTNH: jax.Array, cache: LayerCache[KeyValues], token_mask_BT: jax.Array, sliding_window: int | None
+    q_BTNH: jax.Array,
+    cache: LayerCache[KeyValues] | LayerCache[PagedKeyValues],
+    token_mask_BT: jax.Array,
+    sliding_window: int | None,
 ) -> jax.Array:
     """Attention of the new tokens, stored already, over all of their row so far; see `attend_cached`."""
 
@@ -246,11 +309,22 @@ def cached_attention(
         keys, values = stored.keys_LBSKH, stored.values_LBSKH
         return attend_cached(q_BTNH, keys, values, layer, lengths_B, token_mask_BT, sliding_window)
 
-    spec = KeyValues.specs()
-    in_specs = (HEADS, spec, P(), P(BATCH), P(BATCH, None))
-    return jax.shard_map(local, in_specs=in_specs, out_specs=HEADS, check_vma=False)(
-        q_BTNH, cache.stored, cache.layer, cache.lengths_B, token_mask_BT
-    )
+    def paged(q_BTNH, stored: PagedKeyValues, layer, lengths_B, token_mask_BT, table_BM) -> jax.Array:
+        keys, values = stored.keys_LPSKH, stored.values_LPSKH
+        return attend_blocks(q_BTNH, keys, values, layer, lengths_B, token_mask_BT, table_BM)
+
+    in_specs = (HEADS, cache.stored.specs(), P(), P(BATCH), P(BATCH, None))
+    arguments = (q_BTNH, cache.stored, cache.layer, cache.lengths_B, token_mask_BT)
+    return _by_device(cache, local, paged, in_specs, HEADS)(*arguments)
+
+
+def _by_device(cache: LayerCache, local: Callable, paged: Callable, in_specs: tuple, out_specs: Any) -> Callable:
+    """`local`, or `paged` with the table as last argument where the layer is in blocks, on each device's own arrays."""
+    if not isinstance(cache.stored, PagedKeyValues):
+        return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    specs = (*in_specs, P(BATCH, None))
+    mapped = jax.shard_map(paged, in_specs=specs, out_specs=out_specs, check_vma=False)
+    return lambda *arguments: mapped(*arguments, cache.table_BM)
 
 
 def read_state(
@@ -337,7 +411,7 @@ def keep_tokens(cache: Cache, lengths_B: jax.Array, count_B: jax.Array) -> Cache
         )
 
     segments = tuple(tuple(map(kept, period)) for period in cache.segments)
-    return Cache(segments=segments, lengths_B=lengths_B + count_B)
+    return dataclasses.replace(cache, segments=segments, lengths_B=lengths_B + count_B)
 
 
 def _as_stored(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -11,25 +11,28 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from qwen_moe_jax.model.cache import Cache, Stored
+from qwen_moe_jax.model.cache import Cache, PagedKeyValues, Stored
 from qwen_moe_jax.sharding.rules import BATCH
 
 
-def take_rows(cache: Cache, rows_R: jax.Array, lengths_R: jax.Array, mesh: Mesh) -> Cache:
-    """These rows as a cache of their own.
+def take_rows(
+    cache: Cache, rows_R: jax.Array, lengths_R: jax.Array, mesh: Mesh, table_RM: jax.Array | None = None
+) -> Cache:
+    """These rows as a cache of their own, with the blocks of all.
 
     Args:
         cache: of all rows.
         rows_R: int32 [X · R]; a number that is no row takes any, for a place that is not used.
         lengths_R: int32; the tokens that each has.
         mesh: of the cache.
+        table_RM: int32; their blocks, where keys and values are in blocks.
     """
 
     def take(x: jax.Array, row_R: jax.Array) -> jax.Array:
         return jnp.take(x, row_R, axis=1, mode="clip")
 
     taken = [tuple(_by_shard(take, stored, rows_R, mesh) for stored in period) for period in cache.segments]
-    return dataclasses.replace(cache, segments=tuple(taken), lengths_B=lengths_R)
+    return dataclasses.replace(cache, segments=tuple(taken), lengths_B=lengths_R, table_BM=table_RM)
 
 
 def put_rows(cache: Cache, part: Cache, rows_R: jax.Array, mesh: Mesh) -> Cache:
@@ -54,7 +57,9 @@ def put_rows(cache: Cache, part: Cache, rows_R: jax.Array, mesh: Mesh) -> Cache:
 
 
 def _by_shard(function, stored: Stored, rows_R: jax.Array, mesh: Mesh, *others: Stored) -> Stored:
-    """`function` of every array, on each device's own rows."""
+    """`function` of every array, on each device's own rows; blocks are no row's, and the newest there are."""
+    if isinstance(stored, PagedKeyValues):
+        return others[0] if others else stored
     spec = stored.specs()
 
     def local(stored: Stored, row_R: jax.Array, *others: Stored) -> Stored:
@@ -62,3 +67,47 @@ def _by_shard(function, stored: Stored, rows_R: jax.Array, mesh: Mesh, *others: 
 
     specs = (spec, P(BATCH), *(spec for _ in others))
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(stored, rows_R, *others)
+
+
+def copy_rows(target: Cache, source: Cache, target_R: jax.Array, source_R: jax.Array, mesh: Mesh) -> Cache:
+    """The target with copies of rows of another cache, but for blocks and lengths.
+
+    Args:
+        target, source: of one model, with any numbers of rows.
+        target_R, source_R: int32 [X · R]; a number that is no row of the target copies nothing.
+        mesh: of both.
+    """
+    part = take_rows(source, source_R, source.lengths_B, mesh)
+    segments = tuple(
+        tuple(own if isinstance(own, PagedKeyValues) else new for own, new in zip(period, others, strict=True))
+        for period, others in zip(target.segments, part.segments, strict=True)
+    )
+    part = dataclasses.replace(part, segments=segments, lengths_B=jnp.zeros_like(target_R))
+    copied = put_rows(target, part, target_R, mesh)
+    return dataclasses.replace(copied, lengths_B=target.lengths_B)
+
+
+def clear(cache: Cache, rows_R: jax.Array, blocks_R: jax.Array, mesh: Mesh) -> Cache:
+    """The cache with zeros in these rows and blocks: a NaN of one text would reach the next, times zero.
+
+    Args:
+        cache: of all rows.
+        rows_R, blocks_R: int32 [X · R] each, numbered on their devices; numbers that are none clear nothing.
+        mesh: of the cache.
+    """
+
+    def zero(x: jax.Array, index_R: jax.Array) -> jax.Array:
+        return x.at[:, index_R].set(0, mode="drop")
+
+    def cleared(stored: Stored) -> Stored:
+        spec, index_R = stored.specs(), blocks_R if isinstance(stored, PagedKeyValues) else rows_R
+        local = jax.shard_map(
+            lambda stored, index_R: jax.tree.map(lambda x: zero(x, index_R), stored),
+            mesh=mesh,
+            in_specs=(spec, P(BATCH)),
+            out_specs=spec,
+            check_vma=False,
+        )
+        return local(stored, index_R)
+
+    return dataclasses.replace(cache, segments=tuple(tuple(map(cleared, period)) for period in cache.segments))

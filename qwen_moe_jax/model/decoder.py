@@ -167,7 +167,9 @@ class LayerStack(nnx.Module):
             for position, layer in enumerate(layers):
                 layer_cache = None
                 if stored is not None:
-                    layer_cache = LayerCache(stored=stored[position], layer=index, lengths_B=cache.lengths_B)
+                    layer_cache = LayerCache(
+                        stored=stored[position], layer=index, lengths_B=cache.lengths_B, table_BM=cache.table_BM
+                    )
                 key = None if keys is None else keys[position]
                 out = run_layer(layer, hidden_BTD, context, layer_cache, key, forced[position])
                 kept.append(keep(out, hidden_BTD))
@@ -191,7 +193,7 @@ class LayerStack(nnx.Module):
         stats, trace, inputs = (_join(jnp.concatenate, column) for column in zip(*kept, strict=True))
         if cache is not None:
             new_B = jnp.sum(context.token_mask_BT, axis=1, dtype=jnp.int32)
-            cache = Cache(segments=tuple(segments), lengths_B=cache.lengths_B + new_B)
+            cache = dataclasses.replace(cache, segments=tuple(segments), lengths_B=cache.lengths_B + new_B)
         return DecoderOutput(hidden_BTD=hidden_BTD, cache=cache, stats=stats, trace=trace, inputs_LBTD=inputs)
 
     def _with_remat(self, run_layer: Callable[..., LayerOutput], execution: ExecutionConfig) -> Callable:

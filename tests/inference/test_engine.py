@@ -3,17 +3,19 @@
 import dataclasses
 import time
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.errors import RequestError
-from qwen_moe_jax.inference import programs
+from qwen_moe_jax.inference import memory, programs
 from qwen_moe_jax.inference.engine import Engine
+from qwen_moe_jax.inference.memory import slots_that_fit
 from qwen_moe_jax.inference.request import Request
 from qwen_moe_jax.inference.session import stream
-from tests.cases import CASES
+from tests.cases import CASES, HYBRID_CASES
 from tests.distance import assert_near
 
 VOCABULARY, END = 98, 3
@@ -36,11 +38,18 @@ SETTINGS = [
 ]
 
 
-def make_requests(count: int, seed: int = 0, longest: int = 60, new: int = 24) -> list[Request]:
+#: What half of the requests begin with.
+SYSTEM = np.random.default_rng(9).integers(4, VOCABULARY, 29).tolist()
+
+
+def make_requests(count: int, seed: int = 0, longest: int = 40, new: int = 24) -> list[Request]:
     numbers = np.random.default_rng(seed)
     return [
         Request(
-            token_ids=numbers.integers(4, VOCABULARY, numbers.integers(1, longest)).tolist(),
+            token_ids=[
+                *(SYSTEM[: 20 + number % 3 * 4] if number % 2 else []),
+                *numbers.integers(4, VOCABULARY, numbers.integers(1, longest)).tolist(),
+            ],
             config=qmj.GenerationConfig(
                 max_new_tokens=int(numbers.integers(1, new)),
                 eos_token_id=(END,),
@@ -90,9 +99,18 @@ def model() -> qmj.CausalLM:
     return qmj.CausalLM(qmj.ModelConfig.from_pretrained(MIXED), rngs=nnx.Rngs(0))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks():
+    """Blocks of 8 tokens, so that short texts have some."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "BLOCK_SIZE", 8)
+        yield
+
+
 @pytest.fixture(scope="module")
-def engine(model) -> Engine:
-    engine = Engine(model, slots=4, max_length=96, prefill_chunk=16, decode_steps=4)
+def engine(model, small_blocks) -> Engine:
+    """Four slots, and keys and values for 144 tokens of theirs together."""
+    engine = Engine(model, slots=4, max_length=96, cache_tokens=144, prefix_states=3, prefill_chunk=16, decode_steps=4)
     reported = []
     engine.compile(lambda *report: reported.append(report))
     total = len(reported) - 1
@@ -108,32 +126,35 @@ def nothing_compiled(engine):
 
 
 def test_requests_at_random_times_get_the_answers_that_they_get_alone_and_nothing_is_compiled(model, engine):
-    """Greedy and sampled, with penalties, biases and constraints beside requests without, in four slots."""
+    """Greedy and sampled, with penalties, biases and constraints beside requests without, in four slots.
+
+    Beginnings that others had are not read again, and requests are put back into the queue for want of blocks.
+    """
     requests = make_requests(24)
     before = programs.compilations()
     answers = serve(engine, requests, seed=1)
     assert programs.compilations() == before
     assert {answer.finished for answer in answers} == {"stop", "length"}
-    for number, request in enumerate(requests[:12]):
-        [alone] = serve(engine, [request])
-        assert answers[number].token_ids == alone.token_ids, number
-        assert_near(answers[number].log_probs, alone.log_probs, TOLERANCE, f"request {number}")
-    for number, answer in zip((2, 3, 6, 7), by_session(model, [requests[row] for row in (2, 3, 6, 7)]), strict=True):
-        assert answers[number].token_ids == answer.token_ids, number
-        assert_near(answers[number].log_probs, answer.log_probs, TOLERANCE, f"request {number} in a session")
+    for number, expected in enumerate(by_session(model, requests)):
+        assert answers[number].token_ids == expected.token_ids, number
+        assert_near(answers[number].log_probs, expected.log_probs, TOLERANCE, f"request {number}")
+    load = engine.load
+    assert load.prefix_hit_tokens == sum(answer.chunks[0].cached_tokens for answer in answers) > 0
+    assert load.preempted > 0 and load.used_blocks == 0 < load.kept_blocks <= load.blocks == 144 // 8
 
 
 def test_those_who_decode_wait_for_one_chunk_of_a_prompt_at_most(engine, nothing_compiled):
-    """A prompt of five chunks arrives: every step in between gives the other a token."""
+    """A prompt of six chunks arrives, two of them short for a copy of the ring: the other goes on at every step."""
     short, long = make_requests(1)[0], make_requests(1, seed=2)[0]
     config = qmj.GenerationConfig(max_new_tokens=60)
     first = engine.submit(dataclasses.replace(short, token_ids=[5, 6], config=config))
     engine.step()
     second = engine.submit(dataclasses.replace(long, token_ids=list(range(4, 84)), config=config))
-    for _ in range(4):
+    for _ in range(5):
         assert [chunk.request for chunk in engine.step()] == [first]
     assert [chunk.request for chunk in engine.step()] == [first, second]
-    engine.cancel(first), engine.cancel(second)
+    engine.cancel(first)
+    engine.cancel(second)
     assert engine.step() == [] and engine.idle
 
 
@@ -202,7 +223,7 @@ def test_a_mask_is_asked_before_every_token_and_the_others_decode_as_without(eng
     masked = dataclasses.replace(request, mask=(mask := Alternating()), config=config)
     failing = dataclasses.replace(masked, mask=Alternating(most=4))
     found, broken, other = serve(engine, [masked, failing, dataclasses.replace(request, config=config)])
-    assert [token % 2 for token in found.token_ids] == [0, 1] * 6 and mask.taken == found.token_ids
+    assert [token % 2 for token in found.token_ids] == [0, 1] * 6 and mask.taken == found.token_ids[:-1]
     assert broken.finished == "error" and "too many" in str(broken.error) and len(broken.token_ids) == 5
     assert other.token_ids == serve(engine, [dataclasses.replace(request, config=config)])[0].token_ids
 
@@ -217,6 +238,8 @@ def test_logits_that_are_not_finite_end_their_request_alone_and_leave_nothing_be
     table.set_value(before.at[bad].set(np.nan))
     try:
         broken = Request(token_ids=[5, bad, 6], config=qmj.GenerationConfig(max_new_tokens=9))
+        shared = dataclasses.replace(broken, token_ids=[*SYSTEM, bad, 6])
+        assert serve(engine, [shared])[0].finished == "error"
         answers = serve(engine, [requests[0], broken, *requests[1:]])
     finally:
         table.set_value(before)
@@ -264,3 +287,42 @@ def test_requests_that_can_never_be_served_are_refused_with_the_numbers(engine):
         with pytest.raises(RequestError, match=message):
             engine.submit(request)
     assert engine.idle
+
+
+def test_memory_is_what_the_formula_says(model, engine):
+    """Blocks of the tokens, rings of slots and copies: keys and values, K heads of H float32 numbers each."""
+    attention = model.config.attention
+    token = 2 * attention.num_key_value_heads * attention.head_dim * 4
+    ring = attention.sliding_window + 16 - 1
+    parts = engine.memory()
+    sizes = [size for _, size in parts]
+    blocks, rings, copies = 8 * (144 // 8 + 1) * token, 4 * ring * token, (3 * ring + 8) * token
+    numbers = 4 + 4 * 12, 3 + 3 * 12  # int32: lengths and tables, which are counted with copies alone
+    assert sizes[1:4] == [blocks, rings, copies + 4 * numbers[1]]
+    cache = engine._arrays._cache
+    assert sum(x.nbytes for x in jax.tree.leaves(cache)) == blocks + rings + 4 * numbers[0]
+    options = dict(cache_tokens=144, prefix_states=3, prefill_chunk=16)
+    assert slots_that_fit(model, 96, sum(sizes), **options) == 4
+    assert slots_that_fit(model, 96, sum(sizes) - 1, **options) == 3
+    with pytest.raises(RequestError, match="on a device, expected at least the sum of weights .*; in all"):
+        slots_that_fit(model, 96, 1000)
+
+
+def test_a_hybrid_goes_on_from_copies_of_its_states():
+    """Turns of a conversation, and another text that leaves the first: what is read again begins at a copy."""
+    settings = {**HYBRID_CASES["qwen3_5_text-plain"].config, "vocab_size": VOCABULARY, "initializer_range": 0.1}
+    config = qmj.ModelConfig.from_pretrained({**settings, "num_hidden_layers": 2, "full_attention_interval": 2})
+    model = qmj.CausalLM(config, rngs=0, execution=qmj.ExecutionConfig(dtype="float32"))
+    engine = Engine(model, slots=2, max_length=96, prefix_states=4, prefill_chunk=16, decode_steps=4)
+    numbers = np.random.default_rng(3).integers(4, VOCABULARY, 80).tolist()
+    config = qmj.GenerationConfig(max_new_tokens=6)
+    texts = [numbers[:50], [*numbers[:30], 5, 6, 7, 8], [*numbers[:30], 9, 10], [*numbers[:50], 11, 12, *numbers[60:]]]
+    requests = [Request(token_ids=text, config=config) for text in texts]
+    answers = [serve(engine, [request])[0] for request in requests]
+    # Copies after 16 tokens, 32 and 48; the second text leaves after 30, three full blocks: a copy is made there.
+    assert [answer.chunks[0].cached_tokens for answer in answers[:3]] == [0, 16, 24]
+    for answer, expected in zip(answers, by_session(model, requests), strict=True):
+        assert answer.token_ids == expected.token_ids
+        assert_near(answer.log_probs, expected.log_probs, TOLERANCE, "hybrid")
+    [first, *others] = serve(engine, [Request(token_ids=numbers[20:60], config=config)] * 2)
+    assert others[0].token_ids == first.token_ids and others[0].chunks[0].cached_tokens > 0, "one reads for both"
