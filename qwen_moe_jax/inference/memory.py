@@ -110,7 +110,7 @@ def format_memory(parts: Sequence[tuple[str, int]]) -> list[str]:
 
 def _cache_parts(cache: Cache, slots: int, blocks: Blocks) -> list[tuple[str, int]]:
     stored = [kept for period in cache.segments for kept in period]
-    kinds = {
+    kinds: dict[str, Any] = {
         f"{blocks.count} blocks of {blocks.size} tokens": PagedKeyValues,
         f"rings of sliding layers, {slots} slots": KeyValues,
         f"states of linear layers, {slots} slots": RecurrentState,
