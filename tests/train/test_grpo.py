@@ -15,6 +15,7 @@ from train.config import load_config
 from train.data.feed import to_devices
 from train.initial import initial_model_config, initial_params
 from train.objectives.policy_gradient import group_advantages
+from train.parameters import select
 from train.program import assemble, batch_sharding
 from train.rollout.batch import rollout_batch
 from train.rollout.corpus import load_prompts
@@ -32,13 +33,12 @@ def place(tmp_path_factory):
 
 
 def setting(place, *words, devices=1):
-    """Config, corpus, program and all parameters of a run."""
+    """Config, corpus and program of a run."""
     words = (*words, *(("--mesh.data=2", "--mesh.expert=4") if devices == 8 else ()))
     config = load_config(place / "run.toml", [*words, "--optimizer.warmup_steps=0", "--grpo.num_iterations=1"])
     corpus = load_prompts(place / "corpus", config)
     mesh = qmj.make_mesh(**config.mesh.sizes, devices=jax.devices()[:devices])
-    program = assemble(config, initial_model_config(config, corpus), mesh)
-    return config, corpus, program, initial_params(config, program.model)
+    return config, corpus, assemble(config, initial_model_config(config, corpus), mesh)
 
 
 def twins(path, array):
@@ -58,8 +58,8 @@ def nudged(path, array):
 @pytest.fixture(scope="module")
 def rollout(place):
     """Rollouts of routers with twins, and their batch on the host."""
-    config, corpus, program, params = setting(place)
-    params = jax.tree_util.tree_map_with_path(twins, params)
+    config, corpus, program = setting(place)
+    params = jax.tree_util.tree_map_with_path(twins, initial_params(config, program.model))
     sampling = Sampling.of(config, program, corpus)
     prompts = [corpus.prompts[0].training[number] for number in (0, 3)]
     requests = [(prompt, seed_of(0, prompt.name, n)) for prompt in prompts for n in range(ROWS // 2)]
@@ -119,8 +119,9 @@ def test_eight_devices_learn_the_same_from_a_rollout(rollout, place):
     _, program, params, *_, batch = rollout
     learned = []
     for devices in (1, 8):
-        config, _, program, own = setting(place, devices=devices)
-        state = program.begin(jax.tree.map(lambda new, old: jax.device_put(np.asarray(new), old.sharding), params, own))
+        _, _, program = setting(place, devices=devices)
+        places = jax.tree.map(lambda shape: shape.sharding, program.state.params)
+        state = program.begin(jax.device_put(jax.device_get(params), places))
         on_devices = to_devices(batch, batch_sharding(program.model.mesh))
         state, metrics = program.train_step(state, {}, on_devices)
         learned.append((jax.device_get(state.params), jax.device_get(metrics.terms), metrics.gradient_norm))
@@ -134,12 +135,13 @@ def test_eight_devices_learn_the_same_from_a_rollout(rollout, place):
 
 
 def test_the_base_under_adapters_is_the_reference_and_log_probs_are_of_the_temperature(rollout, place):
-    _, base_program, base, *_, batch = rollout
+    _, base_program, *_, batch = rollout
     words = ("--lora.r=2", "--grpo.beta=0.1", "--grpo.temperature=0.5")
-    config, _, program, params = setting(place, *words)
+    config, _, program = setting(place, *words)
     params = jax.tree_util.tree_map_with_path(
-        lambda path, x: x + 0.3 if str(path[-1]).endswith("lora_B']") else x, params
+        lambda path, x: x + 0.3 if str(path[-1]).endswith("lora_B']") else x, initial_params(config, program.model)
     )
+    base = select(params, like=base_program.state.params)
     score = scorer(config, program, batch_sharding(program.model.mesh), params, first_step=0)
     scored = score(params, batch)
     mask = batch.target_mask_BT
@@ -151,7 +153,6 @@ def test_the_base_under_adapters_is_the_reference_and_log_probs_are_of_the_tempe
 
     own = log_probs(program.eval_graph, params, batch.experts_LBTA)
     np.testing.assert_allclose(np.asarray(scored.log_probs_BT)[mask], own, atol=1e-4)
-    _, _, base_program, base = setting(place)
     np.testing.assert_allclose(
         np.asarray(scored.reference_log_probs_BT)[mask], log_probs(base_program.eval_graph, base, None), atol=1e-4
     )
@@ -159,7 +160,7 @@ def test_the_base_under_adapters_is_the_reference_and_log_probs_are_of_the_tempe
 
 
 def test_prompts_are_texts_or_conversations_of_which_some_are_held_out(place):
-    config, corpus, _, _ = setting(place)
+    config, corpus, _ = setting(place)
     [part] = corpus.prompts
     assert len(part.heldout) == 3 and not {one.name for one in part.heldout} & {one.name for one in part.training}
     by_name = {one.name: one for one in [*part.training, *part.heldout]}

@@ -11,7 +11,8 @@ On the host, before the first step:
 - `feed(config, corpus, mesh, sharding)` returns a `train.data.feed.Feed`, which gives the batch of each step and the
   held-out batches. A batch is any pytree of arrays [B, …], B examples over all axes that share the batch. A feed may
   use the run's own arrays: `prepare` is given the parameters before the first step (outputs of a reference or a
-  teacher are computed there, and stored in the run's folder), `training` those before each step (rollouts).
+  teacher are computed there, and stored in the run's folder), `training` those before each step (rollouts), and
+  `evaluate`, for held-out metrics that the host computes. `memory` says what it holds on the devices, `close` ends it.
 - `abstract_batch(config, model)` returns the shapes and dtypes of a batch.
 - `model_config(model, corpus)` returns the model's config, with the number of labels, say.
 - `resolve_loss(config, model)` returns the `[loss]` settings with defaults filled in, and refuses with a `ConfigError`
