@@ -9,7 +9,7 @@ from train.config.columns import ColumnsConfig
 from train.config.grpo import GRPOConfig, RewardConfig
 from train.config.help import describe_keys, key_options
 from train.config.load import build_config, load_config, split_overrides
-from train.config.objectives import ClassificationConfig, DpoConfig, RewardModelConfig
+from train.config.objectives import ClassificationConfig, DistillationConfig, DpoConfig, RewardModelConfig
 from train.config.run_config import OBJECTIVE_TABLES, SECTIONS, TRAINER_DEFAULTS, TrainConfig
 from train.config.sections import (
     FORMATS,
@@ -31,6 +31,7 @@ __all__ = [
     "ClassificationConfig",
     "ColumnsConfig",
     "DataConfig",
+    "DistillationConfig",
     "DpoConfig",
     "GRPOConfig",
     "LossConfig",

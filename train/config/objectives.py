@@ -76,3 +76,31 @@ class DpoConfig:
             smooth = self.loss_type in ("sigmoid", "robust") or not self.label_smoothing
             expected = f"0 with loss_type {self.loss_type}: it belongs to sigmoid and robust"
             check(smooth, "label_smoothing", expected, given=("loss_type",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """Distillation: the model learns the distributions of a teacher over the next token.
+
+    Attributes:
+        teacher: a checkpoint with the same tokenizer, a folder or a name on the Hub; it is loaded onto the same mesh.
+        top_k: of the teacher's distribution, the most probable tokens that are compared one by one; all others are
+            compared as one.
+        divergence: forward_kl, of the teacher from the model, or reverse_kl, of the model from the teacher.
+        temperature: by which the logits of both are divided; the loss is multiplied by its square.
+        cross_entropy_coef: share of the cross entropy of the text in the loss, 0 to 1.
+    """
+
+    teacher: str
+    top_k: int = 64
+    divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
+    temperature: float = 1.0
+    cross_entropy_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        with Checks(self) as check:
+            check.literals()
+            check.at_least(1, "top_k")
+            check(self.teacher != "", "teacher", "a checkpoint")
+            check(self.temperature > 0, "temperature", ABOVE_ZERO)
+            check(0 <= self.cross_entropy_coef <= 1, "cross_entropy_coef", "a number from 0 to 1")

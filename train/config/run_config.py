@@ -8,7 +8,7 @@ from typing import Any
 from qwen_moe_jax.config import ExecutionConfig, LoraConfig, ShardingRules
 from qwen_moe_jax.config.checks import Checks
 from train.config.grpo import GRPOConfig
-from train.config.objectives import ClassificationConfig, DpoConfig, RewardModelConfig
+from train.config.objectives import ClassificationConfig, DistillationConfig, DpoConfig, RewardModelConfig
 from train.config.sections import DataConfig, LossConfig, MeshConfig, OptimizerConfig, RunConfig
 
 #: What a run from a TOML file has otherwise than the package's config classes; the file's tables are laid over it.
@@ -30,10 +30,11 @@ SECTIONS: dict[str, type] = {
     "classification": ClassificationConfig,
     "reward": RewardModelConfig,
     "dpo": DpoConfig,
+    "distillation": DistillationConfig,
 }
 
 #: The sections that choose an objective, of which a file has one at most; without one it is language modelling.
-OBJECTIVE_TABLES: tuple[str, ...] = ("classification", "reward", "dpo", "grpo")
+OBJECTIVE_TABLES: tuple[str, ...] = ("classification", "reward", "dpo", "grpo", "distillation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class TrainConfig:
         lora: low-rank adapters, which are trained instead of the weights; None trains the weights.
         grpo: learning from rewards; None learns something else.
         run: steps, checkpoints and reports.
-        classification, reward, dpo: the objective, one of them at most; none is language modelling.
+        classification, reward, dpo, distillation: the objective, one of them at most; none is language modelling.
 
     Raises:
         ConfigError: sections that contradict each other; the message names all contradictions.
@@ -68,6 +69,7 @@ class TrainConfig:
     classification: ClassificationConfig | None = None
     reward: RewardModelConfig | None = None
     dpo: DpoConfig | None = None
+    distillation: DistillationConfig | None = None
 
     def __post_init__(self) -> None:
         if self.run.model_name_or_path and not self.data.tokenizer:
@@ -192,6 +194,10 @@ class TrainConfig:
             check(False, table, expected, found=f"a [{table}] table", given=(given[0],))
         if self.objective in ("classification", "reward", "dpo"):
             self._check_examples(check)
+        if self.objective in ("classification", "reward", "dpo", "distillation"):
+            for key in ("z_loss_coef", "mtp_coef"):
+                expected = f"0 with [{self.objective}]: it belongs to language modelling"
+                check(getattr(self.loss, key) == 0, f"loss.{key}", expected, given=(self.objective,))
 
     def _check_examples(self, check: Checks) -> None:
         """Examples are records with more than a text, and are batches of whole texts."""
@@ -200,6 +206,3 @@ class TrainConfig:
             expected = f"jsonl, datasets or docstrings with [{self.objective}]"
             holds = text.format in ("jsonl", "datasets", "docstrings")
             check(holds, field, expected, found=repr(text.format), given=(self.objective,))
-        for key in ("z_loss_coef", "mtp_coef"):
-            expected = f"0 with [{self.objective}]: it belongs to language modelling"
-            check(getattr(self.loss, key) == 0, f"loss.{key}", expected, given=(self.objective,))

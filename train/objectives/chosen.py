@@ -4,6 +4,7 @@ from train.config import TrainConfig
 from train.objectives import language_modelling
 from train.objectives.classification import Classification
 from train.objectives.contract import Objective
+from train.objectives.distillation import Distillation
 from train.objectives.dpo import Dpo
 from train.objectives.grpo import GRPO
 from train.objectives.reward import Reward
@@ -19,4 +20,6 @@ def objective_of(config: TrainConfig) -> Objective:
         return Reward(config.reward)
     if config.dpo is not None:
         return Dpo(config.dpo)
+    if config.distillation is not None:
+        return Distillation(config.distillation)
     return language_modelling
