@@ -12,7 +12,7 @@ from os import PathLike
 import ml_dtypes
 import numpy as np
 
-from qwen_moe_jax.config import MoEConfig
+from qwen_moe_jax.config import ModelConfig, MoEConfig
 from qwen_moe_jax.errors import CheckpointError, ConfigError
 from qwen_moe_jax.huggingface.checkpoint import Checkpoint, open_checkpoint, problems_of, require_no_problems
 from qwen_moe_jax.huggingface.convert import abstract_model, require_other_folder, write_checkpoint
@@ -107,14 +107,24 @@ def upcycle(
     )
     shuffle = redraw > 0 if shuffle is None else shuffle
     reasons = reasons_against(None, config.moe, width=width, redraw=redraw)
-    parts = width // size
-    shared = config.moe.shared_expert_intermediate_size > 0
+    tensors = _upcycled_layers(checkpoint, config, shuffle=shuffle, redraw=redraw, seed=seed, grouped=not reasons)
+    changed = dataclasses.replace(checkpoint, config=config, tensors=tensors)
+    return _write(checkpoint, changed, target, reasons, max_shard_size)
+
+
+def _upcycled_layers(
+    checkpoint: Checkpoint, config: ModelConfig, *, shuffle: bool, redraw: float, seed: int, grouped: bool
+) -> dict[str, StoredTensor]:
+    """All tensors of the new model; `grouped`: the slices of one copy have the same row of the router."""
+    old, moe = checkpoint.config, config.moe
+    width, size, count = old.intermediate_size, moe.moe_intermediate_size, moe.num_experts
+    parts, shared = width // size, moe.shared_expert_intermediate_size > 0
     tensors = _without_feed_forward(checkpoint)
     for number, new in enumerate(sparse_layers(config)):
         generator = np.random.default_rng((seed, number))
-        units = slices(width, size, num_experts, shuffle=shuffle, generator=generator)
+        units = slices(width, size, count, shuffle=shuffle, generator=generator)
         again = Redraw(redraw, old.initializer_range, seed) if redraw else None
-        rows = num_experts if reasons else num_experts // parts
+        rows = count // parts if grouped else count
         router = generator.standard_normal((rows, old.hidden_size), np.float32) * np.float32(old.initializer_range)
         names = _old_names(checkpoint, new.path)[0]
         tensors |= layer_tensors(
@@ -122,7 +132,7 @@ def upcycle(
             [names],
             new,
             [NewExpert(0, own, again) for own in units],
-            np.repeat(router, num_experts // rows, axis=0),
+            np.repeat(router, count // rows, axis=0),
             number=number,
             factor=parts * (_BESIDE_SHARED if shared else 1.0),
         )
@@ -130,8 +140,7 @@ def upcycle(
             tensors |= {new.shared(matrix): checkpoint.tensors[names[matrix]] for matrix in MATRICES}
             gate = np.zeros((1, old.hidden_size), checkpoint.tensors[names["gate"]].dtype)
             tensors[new.shared_gate] = ArrayTensor(gate, "the new gate")
-    return _write(checkpoint, dataclasses.replace(checkpoint, config=config, tensors=tensors), target, reasons,
-                  max_shard_size)  # fmt: skip
+    return tensors
 
 
 def grow(
