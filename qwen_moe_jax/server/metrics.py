@@ -1,5 +1,6 @@
 """The numbers of /metrics, in Prometheus' format."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,13 +14,24 @@ from qwen_moe_jax.server.runner import Ticket
 _FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+#: Fields of the engine's load; those that are not here are named by their own words.
+_LOAD = {
+    "waiting": "Sequences that wait for a slot.",
+    "active_slots": "Slots in use.",
+    "free_slots": "Slots that are free.",
+    "cached_tokens": "Tokens in the cache.",
+    "prefix_hit_tokens": "Tokens of prompts that were in the cache already, since the start.",
+    "read_tokens": "Tokens of prompts that were read, since the start.",
+    "decoded_tokens": "Tokens decoded since the start.",
+    "steps": "Steps of the engine since the start.",
+}
 
 
 class Metrics:
     """The metrics of one server.
 
     Args:
-        load: the engine's load, or None while there is no engine.
+        load: the engine's load, a dataclass of numbers, or None while there is no engine.
     """
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
@@ -40,19 +52,9 @@ class Metrics:
             "inter_token_latency_seconds", "Between tokens of a sequence.", buckets=_BETWEEN_TOKENS, **made
         )
         self._whole = Histogram("sequence_seconds", "From submission to the last token.", buckets=_WHOLE, **made)
-        self._gauges = {
-            name: Gauge(name, text, **made)
-            for name, text in {
-                "waiting": "Sequences that wait for a slot.",
-                "active_slots": "Slots in use.",
-                "free_slots": "Slots that are free.",
-                "cached_tokens": "Tokens in the cache.",
-                "prefix_hit_tokens": "Tokens of prompts that were in the cache already.",
-                "decoded_tokens": "Tokens decoded by the engine since its start.",
-                "steps": "Steps of the engine since its start.",
-                "tokens_per_second": "Tokens decoded per second since the last reading of this page.",
-            }.items()
-        }
+        self._rate = Gauge("tokens_per_second", "Tokens decoded per second since this page was read before.", **made)
+        self._gauges: dict[str, Gauge] = {}  # of the engine's load, by field
+        self._make_gauge = lambda name: Gauge(name, _LOAD.get(name, f"{name.replace('_', ' ')} of the engine."), **made)
         self._compilations = Counter("compilations", "Programs that XLA has compiled, or read from its cache.", **made)
         self._seen = (time.monotonic(), 0)
         self._seconds, self._count = 0.0, 0  # of sequences that have ended
@@ -98,12 +100,12 @@ class Metrics:
         """The page."""
         load = self._load()
         if load is not None:
-            for name, gauge in self._gauges.items():
-                if hasattr(load, name):
-                    gauge.set(getattr(load, name))
-            now, decoded = time.monotonic(), getattr(load, "decoded_tokens", 0)
-            seconds = now - self._seen[0]
-            if seconds > 0:
-                self._gauges["tokens_per_second"].set((decoded - self._seen[1]) / seconds)
-            self._seen = (now, decoded)
+            for name, value in dataclasses.asdict(load).items():
+                if isinstance(value, int | float):
+                    gauge = self._gauges.get(name) or self._gauges.setdefault(name, self._make_gauge(name))
+                    gauge.set(value)
+            now, before = (time.monotonic(), load.decoded_tokens), self._seen
+            if now[0] > before[0]:
+                self._rate.set((now[1] - before[1]) / (now[0] - before[0]))
+            self._seen = now
         return generate_latest(self._registry)

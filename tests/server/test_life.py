@@ -1,12 +1,12 @@
 """Loading, draining, failing, full queues, clients that vanish or do not read: each leaves the server in order."""
 
+import contextlib
 import json
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 
 import httpx
 import pytest
@@ -30,6 +30,20 @@ def service_of(tmp_path, **settings):
 def complete(url, prompt="x", **settings):
     body = {"model": "tiny", "prompt": prompt, "max_tokens": 1000, **settings}
     return httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+
+
+@contextlib.contextmanager
+def connected(url, body, *, receive_buffer=None):
+    """A client that has asked and reads nothing, until it closes the connection."""
+    host, port = url.removeprefix("http://").split(":")
+    content = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    with socket.socket() as client:
+        if receive_buffer is not None:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        client.connect((host, int(port)))
+        client.sendall(head.encode() + f"Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        yield
 
 
 class InBackground(threading.Thread):
@@ -104,12 +118,13 @@ def test_an_exception_of_the_engine_is_told_and_ends_the_server(tmp_path, engine
             raise RuntimeError("the device is lost")
 
     engine.before_step = explode
-    server = Running(service_of(tmp_path), engine, failed_seconds=1.0).ready()
+    server = Running(service_of(tmp_path), engine, failed_seconds=60).ready()
     answer = complete(server.url)
     assert answer.status_code == 500 and "the device is lost" in answer.json()["error"]["message"]
     health = httpx.get(f"{server.url}/health")
     assert (health.status_code, health.json()["status"]) == (503, "failed")
     assert complete(server.url).status_code == 500
+    server.signal()
     assert server.join() == 70
 
 
@@ -150,15 +165,8 @@ def test_a_client_that_vanishes_frees_its_slots(tmp_path, engine, stream):
     engine.delay = 0.02  # the answers alone would take twenty seconds
     service = service_of(tmp_path)
     with running(service, engine) as server:
-        with pytest.raises(httpx.TimeoutException):
-            with httpx.stream(
-                "POST",
-                f"{server.url}/v1/completions",
-                json={"prompt": "x", "n": 6, "max_tokens": 1000, "stream": stream},
-                timeout=httpx.Timeout(10, read=0.3 if not stream else 0.01),
-            ) as response:
-                for _ in response.iter_raw():
-                    pass
+        with connected(server.url, {"prompt": "x", "n": 6, "max_tokens": 1000, "stream": stream}):
+            eventually(lambda: engine.load.active_slots == 4 and engine.load.waiting == 2)
         steps = engine.steps
         eventually(lambda: engine.idle, seconds=5)
         assert engine.steps - steps < 50 and len(engine.cancelled) == 6
@@ -168,18 +176,12 @@ def test_a_client_that_vanishes_frees_its_slots(tmp_path, engine, stream):
 
 def test_a_reader_that_does_not_read_delays_nobody_and_is_left(tmp_path, engine):
     engine.delay = 0
-    service = service_of(tmp_path, write_seconds=1.0)
+    service = service_of(tmp_path, write_seconds=3.0)
     server = Running(service, engine, drain_seconds=0, send_buffer=4096).ready()
-    host, port = server.url.removeprefix("http://").split(":")
-    body = json.dumps({"prompt": "x", "n": 4, "max_tokens": 1000, "stream": True, "logprobs": 5}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-    with socket.socket() as lazy:
-        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        lazy.connect((host, int(port)))
-        lazy.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        began = time.monotonic()
+    body = {"prompt": "x", "n": 4, "max_tokens": 1000, "stream": True, "logprobs": 5}
+    with connected(server.url, body, receive_buffer=4096):
         assert complete(server.url, max_tokens=20).status_code == 200
-        assert time.monotonic() - began < 5
+        assert service.life.active == 1  # the lazy one
         eventually(lambda: service.life.active == 0)  # given up, although most of it was never read
         assert not service.runner.unfinished and engine.idle
     server.signal()
