@@ -70,8 +70,9 @@ class _Batch:
         """Answers records; returns how many could not be served."""
         from qwen_moe_jax.inference.chat_template import load_chat_template
         from qwen_moe_jax.inference.engine import Engine
+        from qwen_moe_jax.inference.memory import format_memory
         from qwen_moe_jax.inference.progress import progress_bar
-        from qwen_moe_jax.inference.slot_memory import plan_slots
+        from qwen_moe_jax.inference.slot_memory import choose_slots
 
         has_chats = any(record.prompt.is_conversation for record in records)
         render = load_chat_template(self._folder).render if has_chats else None
@@ -87,9 +88,10 @@ class _Batch:
             return len(refusals)
         model = load_model(self._arguments, self._generation)
         longest = max(len(request.token_ids) + _new_tokens(request) for request in requests.values())
-        plan = plan_slots(model, longest, self._arguments.slots)
-        print(f"slots: {plan}", file=sys.stderr)
-        engine = Engine(model, slots=min(plan.slots, len(requests)), max_length=longest)
+        slots = min(self._arguments.slots or choose_slots(model, longest), len(requests))
+        engine = Engine(model, slots=slots, max_length=longest)
+        sums = "; ".join(format_memory(engine.memory()))
+        print(f"{engine.slots} slots of up to {longest} tokens; on each device {sums}", file=sys.stderr)
         with progress_bar("answering") as advance:
             return len(refusals) + self._serve(engine, requests, advance)
 

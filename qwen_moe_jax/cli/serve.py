@@ -7,12 +7,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_moe_jax.cli.arguments import add_model_arguments, load_model
+from qwen_moe_jax.cli.arguments import (
+    add_host_arguments,
+    add_model_arguments,
+    end_all_processes,
+    join_processes,
+    load_model,
+)
 from qwen_moe_jax.errors import CheckpointError, ConfigError, RequestError
 from qwen_moe_jax.units import format_count
 
 if TYPE_CHECKING:
-    from qwen_moe_jax.inference.slot_memory import SlotPlan
     from qwen_moe_jax.model.causal_lm import CausalLM
     from qwen_moe_jax.server.service import Service
 
@@ -20,12 +25,15 @@ SUMMARY = "serve a checkpoint over HTTP to OpenAI's clients: many requests share
 
 #: Tokens of a request where --max-length is not given: all positions of a long model may need too much memory.
 DEFAULT_MAX_LENGTH = 8192
+#: Seconds between two steps of several processes without a request: the others wait in a collective.
+HEARTBEAT = 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, several_adapters=True)
     _add_address_arguments(parser)
     _add_limit_arguments(parser)
+    add_host_arguments(parser)
 
 
 def _add_address_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +63,13 @@ def _add_limit_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"tokens of a request, prompt and answer; the model's own limit, but at most {DEFAULT_MAX_LENGTH}, if not "
         "given",
+    )
+    group.add_argument(
+        "--cache-tokens",
+        type=_positive,
+        metavar="N",
+        help="tokens of all requests together in the cache; --max-length for each slot, if not given. Where these do "
+        "not suffice, a request waits, or is put back into the queue and read again",
     )
     group.add_argument(
         "--max-waiting", type=_not_negative, default=256, metavar="N", help="requests that may wait for a slot; 256"
@@ -96,21 +111,36 @@ def run(arguments: argparse.Namespace) -> int:
             "--adapter: adapters by name are not served; merge one with `qwen-moe-jax convert --adapter`."
         )
 
+    several = join_processes(arguments)
+    if several:
+        if not arguments.mesh:
+            raise ConfigError("several processes need --mesh: how their devices share the model, as in expert=8.")
+        if arguments.embeddings != "off":
+            raise ConfigError("several processes serve no embeddings: give --embeddings off.")
+
     import asyncio
 
     from qwen_moe_jax.server.keys import read_keys
     from qwen_moe_jax.server.serve import address_of, bind, serve
+    from qwen_moe_jax.sharding.distributed import is_process_zero
 
     keys = read_keys(arguments.api_key_file)
     # Weights take minutes to read: all that can be refused without them is refused first.
     service = prepare(arguments, keys)
+    if not is_process_zero():
+        Start(arguments, service).load().follow()
+        return 0
     listening = bind(arguments.host, arguments.port)
     start = Start(arguments, service)
 
     def ready() -> None:
         start.say(address_of(listening))
 
-    return asyncio.run(serve(service, start.load, listening, drain_seconds=arguments.drain_seconds, on_ready=ready))
+    service.runner.heartbeat = HEARTBEAT if several else None
+    code = asyncio.run(serve(service, start.load, listening, drain_seconds=arguments.drain_seconds, on_ready=ready))
+    if code:
+        end_all_processes(code, "the engine of process 0 has failed")
+    return code
 
 
 def prepare(arguments: argparse.Namespace, keys: Any) -> "Service":
@@ -183,15 +213,16 @@ class Start:
         from qwen_moe_jax.inference.engine import Engine
         from qwen_moe_jax.inference.programs import compilations
         from qwen_moe_jax.inference.progress import progress_bar
-        from qwen_moe_jax.inference.slot_memory import plan_slots
+        from qwen_moe_jax.inference.slot_memory import choose_slots
 
         arguments, service = self._arguments, self._service
         service.metrics.count_compilations()
         model = load_model(arguments)
-        plan = plan_slots(model, service.limits.max_length, arguments.slots)
-        engine = Engine(model, slots=plan.slots, max_length=plan.max_length)
+        longest, tokens = service.limits.max_length, arguments.cache_tokens
+        slots = arguments.slots or choose_slots(model, longest, tokens)
+        engine = Engine(model, slots=slots, max_length=longest, cache_tokens=tokens)
         service.limits = dataclasses.replace(service.limits, slots=engine.slots)
-        self._describe(model, plan)
+        self._describe(model, engine)
         with progress_bar("compiling") as advance:
 
             def report(name: str, done: int, total: int) -> None:
@@ -200,19 +231,23 @@ class Start:
 
             engine.compile(report)
             if arguments.embeddings != "off":
-                service.embedder = Embedder(model, plan.max_length, arguments.embeddings)
+                service.embedder = Embedder(model, longest, arguments.embeddings)
                 service.embedder.compile(report)
         seconds = time.perf_counter() - self._began
         self.rows["ready"] = f"after {seconds:.1f} s, {compilations()} programs compiled or read from the cache"
         return engine
 
-    def _describe(self, model: "CausalLM", plan: "SlotPlan") -> None:
+    def _describe(self, model: "CausalLM", engine: Any) -> None:
+        from qwen_moe_jax.inference.memory import format_memory
+
         mesh = ", ".join(f"{axis}={size}" for axis, size in model.mesh.shape.items() if size > 1) or "one device"
         self.rows["model"] = (
             f"{self._service.name}: {format_count(model.config.num_parameters())} parameters, "
             f"{model.execution.dtype}, {mesh}"
         )
-        self.rows["slots"] = f"{plan}; {self._service.limits.max_waiting} more may wait"
+        waiting = self._service.limits.max_waiting
+        self.rows["slots"] = f"{engine.slots} of up to {engine.max_length} tokens; {waiting} more may wait"
+        self.rows["memory"] = f"on each device {'; '.join(format_memory(engine.memory()))}"
         if self._service.adapters:
             self.rows["adapters"] = ", ".join(self._service.adapters)
         keys = len(self._service.keys)

@@ -31,6 +31,8 @@ class EngineLike(Protocol):
 
     def step(self) -> list[Chunk]: ...
 
+    def close(self) -> None: ...
+
 
 class EngineFailed(RuntimeError):
     """The engine's thread has ended with an exception; no request can be served any more."""
@@ -111,6 +113,7 @@ class Runner:
         unfinished: requests that were submitted and have not ended; of the event loop.
         failure: what has ended the thread.
         failed: called in the event loop, after `on_failure`.
+        heartbeat: seconds after which an idle engine runs a step nevertheless; None is never.
     """
 
     def __init__(
@@ -122,6 +125,7 @@ class Runner:
         self.unfinished: set[Ticket] = set()
         self.failure: BaseException | None = None
         self.failed: Callable[[], None] = lambda: None
+        self.heartbeat: float | None = None
         self._on_chunks = on_chunks
         self._on_failure = on_failure
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -209,6 +213,7 @@ class Runner:
                 chunks = self.engine.step()
                 if chunks:
                     self._in_loop(self._deliver, [self._addressed(chunk) for chunk in chunks])
+            self.engine.close()
         except BaseException as error:
             self._in_loop(self._fail, error)
 
@@ -216,7 +221,8 @@ class Runner:
         """Waits for work and runs the commands; False at the end."""
         with self._wake:
             while not self._commands and not self._stopping and self.engine.idle:
-                self._wake.wait()
+                if not self._wake.wait(self.heartbeat):
+                    break
             commands, self._commands = self._commands, []
         for command in commands:
             command()

@@ -22,6 +22,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from qwen_moe_jax.errors import ShardingError
+from qwen_moe_jax.rounding import next_power_of_two
 from qwen_moe_jax.sharding.watch import WatchClient, WatchServer
 
 #: Seconds without a heartbeat after which JAX takes a process for dead: for hosts that vanish from the network.
@@ -109,8 +110,10 @@ def broadcast(text: str) -> str:
         return text
     mine = np.frombuffer(text.encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(mine.size)))
-    sent = mine if is_process_zero() else np.zeros(length, np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8).tobytes().decode()
+    sent = np.zeros(next_power_of_two(length), np.uint8)  # JAX compiles a program for each size
+    if is_process_zero():
+        sent[:length] = mine
+    return np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8)[:length].tobytes().decode()
 
 
 def require_same(what: str, text: str) -> None:

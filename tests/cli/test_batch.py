@@ -31,8 +31,7 @@ def engine(monkeypatch):
     module = types.SimpleNamespace(Engine=lambda model, *, slots, max_length: engine)
     monkeypatch.setitem(sys.modules, "qwen_moe_jax.inference.engine", module)
     monkeypatch.setattr("qwen_moe_jax.cli.batch.load_model", lambda arguments, generation: "the model")
-    plan = types.SimpleNamespace(slots=2)
-    monkeypatch.setattr("qwen_moe_jax.inference.slot_memory.plan_slots", lambda model, longest, slots: plan)
+    monkeypatch.setattr("qwen_moe_jax.inference.slot_memory.choose_slots", lambda model, longest: 2)
     return engine
 
 

@@ -84,6 +84,7 @@ class ScriptedEngine:
         self.seen: list[Request] = []
         self.cancelled: list[int] = []
         self.steps = self._decoded = 0
+        self.closed = False
         self._waiting: dict[int, _Row] = {}
         self._active: dict[int, _Row] = {}
 
@@ -94,6 +95,9 @@ class ScriptedEngine:
     @property
     def load(self) -> Load:
         return Load(len(self._waiting), len(self._active), self.slots - len(self._active), self._decoded)
+
+    def memory(self) -> list[tuple[str, int]]:
+        return [("words", 8)]
 
     def submit(self, request: Request) -> int:
         if len(request.token_ids) >= self.max_length:
@@ -108,6 +112,9 @@ class ScriptedEngine:
         self.cancelled.append(number)
         self._waiting.pop(number, None)
         self._active.pop(number, None)
+
+    def close(self) -> None:
+        self.closed = True
 
     def step(self) -> list[Chunk]:
         self.steps += 1
@@ -232,7 +239,7 @@ class Running:
         )
 
     def ready(self) -> "Running":
-        assert self._ready.wait(120)
+        assert self._ready.wait(900)
         return self
 
     def signal(self) -> None:

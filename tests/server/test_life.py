@@ -104,12 +104,12 @@ def test_a_drain_has_an_end(tmp_path, engine):
     engine.delay = 0.05
     server = Running(service_of(tmp_path), engine, drain_seconds=0.1).ready()
     whole, streamed = InBackground(server.url), InBackground(server.url, stream=True)
-    eventually(lambda: engine.load.active_slots == 2)
+    eventually(lambda: engine.load.active_slots == 2 and engine.steps > 9)
     server.signal()
     assert server.join() == 0
     assert whole.answer.status_code == 503 and whole.answer.json()["error"]["code"] == "draining"
     *events, last = [line for line in streamed.answer.text.split("\n\n") if line]
-    assert len(events) > 1 and json.loads(last.removeprefix("data: "))["error"]["code"] == "draining"
+    assert events and json.loads(last.removeprefix("data: "))["error"]["code"] == "draining"
 
 
 def test_an_exception_of_the_engine_is_told_and_ends_the_server(tmp_path, engine):
@@ -225,3 +225,12 @@ def test_a_signal_drains_and_a_second_one_ends_the_process(tmp_path, count, code
         else:
             assert list(lines)[-2] == "data: [DONE]"
         assert process.wait(20) == code
+
+
+def test_an_idle_engine_of_several_processes_goes_on_stepping_until_it_is_closed(tmp_path, engine):
+    service = service_of(tmp_path)
+    service.runner.heartbeat = 0.01
+    with running(service, engine):
+        eventually(lambda: engine.steps > 3)
+        assert not engine.closed
+    assert engine.closed
