@@ -3,8 +3,8 @@
 Decoding and prefill, the train step, the sparse block and the hybrid beside transformers, decoding beside llama.cpp
 where `llama-cpp-python` and `gguf` are installed: with the functions of `decode.py`, `train_step.py`, `moe_block.py`
 and `hybrid.py`, which say what is compared. Parts run one after the other, the most important rows first, each in a
-process of its own and with pauses, until the budget of seconds is spent; a part that does not end in time keeps the
-rows it has told so far.
+process of its own and with pauses, until the budget of seconds is spent; a part that does not end within
+`LONGEST_PART` keeps the rows it has told so far.
 
 The table goes to `benchmarks/results/cpu-CLASS.md`, where CLASS is the widest instructions for matrix products that the
 processor has. `python benchmarks/all.py --summary` puts the ratios of all such files into docs/measurements.md.
@@ -36,7 +36,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "measurements.md"
 CLASSES = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx512f": "avx512", "avx2": "avx2"}
 #: What stands around the summary in the page.
 BEGIN, END = "<!-- benchmarks/all.py -->\n", "<!-- end -->\n"
-DTYPES = ("float32", "bfloat16")
+#: Seconds that a part may take: one that hangs leaves time for the others.
+LONGEST_PART = 240
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -374,7 +375,7 @@ def main() -> None:
     print(HEADER, flush=True)
     for name in arguments.parts:
         if (left := ends - time.monotonic()) > 10:
-            rows += measured(name, left)
+            rows += measured(name, min(left, LONGEST_PART))
             loads = before, os.getloadavg()[0]
             path.write_text(report(rows, processor(), arguments.budget, loads), encoding="utf-8")
 
