@@ -31,7 +31,7 @@ from train.reporting.profile import Profiler
 from train.reporting.progress import NoReport, Report
 from train.reporting.samples import Sampler
 from train.reporting.start import Start, introduction, start_of
-from train.reporting.tensorboard import require_tensorboard
+from train.reporting.trackers import require_trackers
 from train.step import TrainState, heldout_metrics
 from train.stopping import Stopped, leave, stop_requests
 from train.write_errors import write_errors
@@ -53,8 +53,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
 
 def _train(config: TrainConfig, folder: RunFolder) -> None:
     began = time.perf_counter()
-    if config.run.tensorboard:
-        require_tensorboard()
+    require_trackers(config.run)
     check_checkpoint_exists(config.run.model_name_or_path)
     sizes: dict[str, Any] = config.mesh.sizes
     mesh = qmj.make_mesh(**sizes)

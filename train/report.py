@@ -1,5 +1,7 @@
 """`python -m train.report RUN` writes RUN/report.html: a training run on one page, running or finished (extra `plot`).
 
+Of several runs, `python -m train.report A B C` writes comparison.html: their results, curves and differences.
+
 This module computes what the page shows (`ReportPage`); `reporting/templates/report.html.j2` lays it out.
 """
 
@@ -19,6 +21,8 @@ from qwen_moe_jax.text import format_mesh
 from qwen_moe_jax.units import format_bytes, format_seconds
 from qwen_moe_jax.web_page import render
 from qwen_moe_jax.whole_file import write_whole
+from train.config import SECTIONS, TrainConfig, load_config
+from train.config.toml import as_table
 from train.folder import RunFolder
 from train.reporting.metrics import ASIDES, Metrics, read_metrics
 from train.reporting.start import Start
@@ -85,6 +89,60 @@ def write_report(folder: RunFolder) -> Path:
     return file
 
 
+@dataclass(frozen=True, kw_only=True)
+class ComparisonPage:
+    """What `comparison.html.j2` shows; rows of the tables have a value for each run."""
+
+    names: tuple[str, ...]
+    results: dict[str, list[str]]
+    curves: tuple[PageFigure, ...]
+    differences: dict[str, list[str]]
+
+
+def write_comparison(folders: list[RunFolder], file: Path) -> Path:
+    """Writes the page of several runs so far, and returns where.
+
+    Raises:
+        ConfigError: a folder has no run, or one that has made no step yet, or whose config cannot be read.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    from train.reporting.comparison import compared_curves
+
+    runs: dict[str, Metrics] = {}
+    for folder in folders:
+        path = folder.path.resolve()
+        runs[path.name if path.name not in runs else str(folder.path)] = read_metrics(folder.metrics)
+    results = [
+        {"state": _state(folder), **_results(metrics)} for folder, metrics in zip(folders, runs.values(), strict=True)
+    ]
+    page = ComparisonPage(
+        names=tuple(runs),
+        results=_rows(results),
+        curves=tuple(map(_figure, compared_curves(runs))),
+        differences=_rows(_differing([load_config(folder.config) for folder in folders])),
+    )
+    write_whole(file, render("comparison.html.j2", TEMPLATES, page))
+    return file
+
+
+def _rows(columns: list[dict[str, str]]) -> dict[str, list[str]]:
+    """One dict for each run as rows, in the order in which the keys come; "" where a run has none."""
+    keys = dict.fromkeys(key for column in columns for key in column)
+    return {key: [column.get(key, "") for column in columns] for key in keys}
+
+
+def _differing(configs: list[TrainConfig]) -> list[dict[str, str]]:
+    """The keys of each config on which not all agree, as `section.key`."""
+    sections = ["model", *SECTIONS]
+    tables = [
+        {f"{section}.{key}": str(value) for section in sections for key, value in as_table(config, section).items()}
+        for config in configs
+    ]
+    keys = dict.fromkeys(key for table in tables for key in table)
+    differing = [key for key in keys if len({table.get(key) for table in tables}) > 1]
+    return [{key: table[key] for key in differing if key in table} for table in tables]
+
+
 def report_page(metrics: Metrics, *, name: str, config: str, state: str) -> str:
     """The page's HTML.
 
@@ -115,11 +173,20 @@ def report_page(metrics: Metrics, *, name: str, config: str, state: str) -> str:
 
 def main(words: list[str]) -> int:
     """Writes the page of the run that the command line names; returns the exit code."""
-    parser = Parser(prog="python -m train.report", description="Show a run on one HTML page.")
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder, for example runs/tiny")
-    run = parser.parse_args(words).run
+    description = "Show a run, or several beside each other, on one HTML page."
+    parser = Parser(prog="python -m train.report", description=description)
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a run folder, for example runs/tiny")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        default=Path("comparison.html"),
+        help="of several runs, where the page is written; comparison.html by default",
+    )
+    arguments = parser.parse_args(words)
+    folders = [RunFolder(run) for run in arguments.runs]
     try:
-        file = write_report(RunFolder(run))
+        file = write_report(folders[0]) if len(folders) == 1 else write_comparison(folders, arguments.output)
     except ConfigError as error:
         print(f"ConfigError: {error}", file=sys.stderr)
         return 2

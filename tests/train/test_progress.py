@@ -3,6 +3,7 @@
 import dataclasses
 import struct
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from train.reporting.metrics import read_metrics
 from train.reporting.profile import Profiler
 from train.reporting.progress import Report, layers_every
 from train.reporting.tensorboard import scalars
+from train.reporting.trackers import require_trackers
 from train.step import StepMetrics
 
 LAYERS, EXPERTS = 2, 4
@@ -139,3 +141,31 @@ def test_a_trace_begins_with_its_first_step_that_is_run_and_ends_with_its_last(t
     assert trace("2:4", range(3, 6)) == ["start", 3, "stop", 4, 5]
     assert trace("2:9", range(1, 4)) == [1, "start", 2, 3, "stop"]  # the run is over before
     assert trace("2:4", range(4, 6)) == trace("", range(4, 6)) == [4, 5]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_gets_every_number_at_its_step_and_a_resumed_run_goes_on_in_it(tmp_path, monkeypatch, name):
+    calls = []
+    library = types.SimpleNamespace(
+        init=lambda **settings: calls.append(("init", settings)),
+        log=lambda numbers, step: calls.append(("log", step, numbers)),
+        finish=lambda: calls.append(("finish",)),
+    )
+    monkeypatch.setitem(sys.modules, name, library)
+    folder = RunFolder(tmp_path / "run")
+    report_of(folder, steps=2, report_to=(name,))
+    report_of(folder, steps=4, first_step=2, report_to=(name,))
+    inits = [settings for kind, *rest in calls for settings in rest[:1] if kind == "init"]
+    assert len(inits) == 2 and inits[0] == inits[1] and calls[-1] == ("finish",)
+    assert (inits[0]["project"], inits[0]["name"], inits[0]["resume"]) == ("qwen-moe-jax", "run", "allow")
+    assert inits[0]["config"]["parameters"] == START.parameters
+    logged = {call[1]: call[2] for call in calls if call[0] == "log" and "loss" in call[2]}
+    assert sorted(logged) == [1, 2, 3, 4] and logged[4]["cross_entropy"] == 3.25
+
+
+def test_a_tracker_that_is_unknown_or_not_installed_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="report_to=mlflow is not supported: expected some of tensorboard, wandb"):
+        RunConfig(report_to=("mlflow",))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"run\.report_to: found wandb.*qwen-moe-jax\[wandb\]"):
+        require_trackers(RunConfig(report_to=("wandb",)))

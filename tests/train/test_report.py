@@ -142,3 +142,21 @@ def test_a_folder_without_a_step_is_refused(tmp_path, capsys, records, complaint
         write_run(folder, records)
     assert report.main([str(folder)]) == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_several_runs_are_compared_by_results_curves_and_settings(tmp_path, capsys):
+    one, other = (write_run(tmp_path / name, step_records(1, 8)) for name in ("one", "other <b>"))
+    other.config.write_text(other.config.read_text().replace("learning_rate = 0.003", "learning_rate = 0.25"))
+    records = [{**record, "rewards/margins": 1.5} if "loss" in record else record for record in step_records(1, 8)]
+    other.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    file = tmp_path / "both.html"
+    assert report.main([str(one.path), str(other.path), "--output", str(file)]) == 0
+    assert capsys.readouterr().out == f"wrote {file}\n"
+    page = file.read_text(encoding="utf-8")
+    references = References()
+    references.feed(page)
+    assert references.found == [] and "<b>" not in page and "other &lt;b&gt;" in page
+    found = titles(page)
+    assert {"held-out loss", "training cross_entropy", "training rewards/margins", "training gradient_norm"} <= {*found}
+    assert re.search(r"<th>optimizer.learning_rate</th><td>0.003</td><td>0.25</td>", page)
+    assert "optimizer.beta1" not in page  # on which both agree

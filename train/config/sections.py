@@ -304,6 +304,8 @@ class RunConfig:
         export_dtype: of the weights in hub/; left out, that of the checkpoint that the run started from, else
             execution.param_dtype.
         tensorboard: write TensorBoard's events to tensorboard/ as well (extra `tensorboard`).
+        report_to: trackers that get the metrics as well: tensorboard, wandb, trackio (extras of these names).
+        tracker_project: the project of the run in wandb and trackio; its name there is that of its folder.
         profile: first:end, as 10:13 for steps 10, 11 and 12: write JAX's trace of them to profile/.
     """
 
@@ -329,6 +331,8 @@ class RunConfig:
     export: bool = True
     export_dtype: DTypeLike | None = None
     tensorboard: bool = False
+    report_to: tuple[str, ...] = ()
+    tracker_project: str = "qwen-moe-jax"
     profile: str = ""
 
     def __post_init__(self) -> None:
@@ -353,9 +357,16 @@ class RunConfig:
             patience = self.early_stopping_patience
             check(patience is None or patience >= 1, "early_stopping_patience", "at least 1")
             check(self.sample_prompt != "", "sample_prompt", "at least one character to continue")
+            unknown = [name for name in self.report_to if name not in ("tensorboard", "wandb", "trackio")]
+            check(not unknown, "report_to", "some of tensorboard, wandb, trackio", found=", ".join(unknown))
             expected = "first:end with 1 <= first < end, as 10:13 for steps 10, 11 and 12"
             check(_steps(self.profile) is not None, "profile", expected)
             check.dtypes("export_dtype")
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names of all trackers."""
+        return list(dict.fromkeys([*(["tensorboard"] if self.tensorboard else []), *self.report_to]))
 
     @property
     def steps(self) -> int:

@@ -22,7 +22,7 @@ from train.config import RunConfig
 from train.folder import RunFolder
 from train.reporting.metrics import read_records
 from train.reporting.start import Start
-from train.reporting.tensorboard import Events
+from train.reporting.trackers import trackers
 from train.step import StepMetrics
 
 _LAYER_RECORDS = 200  # at most so many: with 48 layers of 128 experts, one is 30 kB
@@ -45,7 +45,7 @@ class Report:
         self, folder: RunFolder, config: RunConfig, start: Start, *, first_step: int, schedule: optax.Schedule
     ) -> None:
         """For the steps `first_step + 1 … config.steps`. Older records of these steps are removed from the file."""
-        self._events = Events(folder.tensorboard, first_step=first_step) if config.tensorboard else None
+        self._trackers = trackers(config, folder, dataclasses.asdict(start), first_step=first_step)
         self._file = _reopen(folder.metrics, first_step)
         last_step, logging_steps = config.steps, config.logging_steps
         status = _Status(start.loss_term, start.shown)
@@ -74,8 +74,8 @@ class Report:
         self._flush()
         self._display.close()
         self._file.close()
-        if self._events is not None:
-            self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -186,8 +186,8 @@ class Report:
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        if self._events is not None:
-            self._events.write(record)
+        for tracker in self._trackers:
+            tracker.write(record)
 
 
 class NoReport:

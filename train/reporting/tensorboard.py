@@ -1,12 +1,9 @@
 """The numbers of metrics.jsonl as TensorBoard's events (extra `tensorboard`)."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from qwen_moe_jax.errors import ConfigError
 
 
 class Events:
@@ -26,18 +23,6 @@ class Events:
     def close(self) -> None:
         """Flushes and closes the file."""
         self._writer.close()
-
-
-def require_tensorboard() -> None:
-    """Checks for tensorboardX before the run begins.
-
-    Raises:
-        ConfigError: tensorboardX is not installed.
-    """
-    if find_spec("tensorboardX") is None:
-        raise ConfigError(
-            "run.tensorboard: found true, and tensorboardX is not installed: pip install 'qwen-moe-jax[tensorboard]'."
-        )
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
