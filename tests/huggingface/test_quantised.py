@@ -201,6 +201,10 @@ def test_mxfp4_blocks_are_those_of_transformers(original):
     "method, said",
     [
         ({"quant_method": "hqq"}, "quant_method='hqq'"),
+        ({"quant_method": ["gptq"]}, "quant_method=['gptq']"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": ["gptq"]}, "checkpoint_format=['gptq']"),
+        (ct("pack-quantized", num_bits=[4]), "num_bits=[4]"),
+        (ct("float-quantized", (16, "x"), num_bits=8, type="float"), "block_structure=[[16, 'x']]"),
         ({"quant_method": "gptq", "bits": 3}, "bits=3 is not supported: expected 2, 4 or 8"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format='marlin'"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version='gemv' is not supported: expected 'gemm'"),

@@ -60,8 +60,10 @@ def opener(config: Mapping[str, Any], where: str) -> Opener:
         raise unsupported(where, METHOD, "transform_config", shown(rotations), "it to be absent, or empty")
     weights = [scheme["weights"] for scheme in schemes if isinstance(scheme.get("weights"), Mapping)]
     blocks = [own["block_structure"] for own in weights if isinstance(own.get("block_structure"), list | tuple)]
-    if len({tuple(block) for block in blocks}) > 1:
-        raise unsupported(where, METHOD, "block_structure", shown(blocks), "the same one for all groups")
+    if any(block != blocks[0] or len(block) != 2 or not all(_is_size(size) for size in block) for block in blocks):
+        raise unsupported(
+            where, METHOD, "block_structure", shown(blocks), "two positive integers, the same for all groups"
+        )
     block = (blocks[0][0], blocks[0][1]) if blocks else None
     make = functools.partial(_weight, bits=_bits(weights, where), block=block)
     return lambda tensors: open_modules(tensors, _module, _PARTS, make, unused=_ACTIVATIONS)
@@ -69,10 +71,15 @@ def opener(config: Mapping[str, Any], where: str) -> Opener:
 
 def _bits(weights: list[Mapping[str, Any]], where: str) -> int | None:
     """Bits of packed integers, where there is one number for all of them; the shapes say it where there is a group."""
-    found = {own.get("num_bits") for own in weights if own.get("type", "int") == "int"}
-    for bits in found - set(_BITS):
-        raise unsupported(where, METHOD, "num_bits", shown(bits), "2, 4 or 8")
-    return found.pop() if len(found) == 1 else None
+    found = [own.get("num_bits") for own in weights if own.get("type", "int") == "int"]
+    for bits in found:
+        if not _is_size(bits) or bits not in _BITS:
+            raise unsupported(where, METHOD, "num_bits", shown(bits), "2, 4 or 8")
+    return found[0] if len(set(found)) == 1 else None
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
 
 
 def _module(name: str, tensor: StoredTensor) -> str | None:

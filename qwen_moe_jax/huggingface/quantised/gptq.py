@@ -39,7 +39,7 @@ def opener(config: Mapping[str, Any], where: str) -> Opener:
     if bits not in _BITS:
         raise unsupported(where, "gptq", "bits", shown(bits), "2, 4 or 8")
     layout = config.get("checkpoint_format") or config.get("format") or "gptq"
-    if layout not in _FORMATS:
+    if not isinstance(layout, str) or layout not in _FORMATS:
         raise unsupported(where, "gptq", "checkpoint_format", shown(layout), "'gptq' or 'gptq_v2'")
     if config.get("pack_dtype", "int32") != "int32":
         raise unsupported(where, "gptq", "pack_dtype", shown(config["pack_dtype"]), "'int32'")

@@ -34,7 +34,7 @@ def opener_of(hub: Mapping[str, Any], where: str) -> Opener | None:
     if found is None:
         return None
     method = found.get("quant_method", _implied(found)) if isinstance(found, Mapping) else found
-    if not isinstance(found, Mapping) or method not in _METHODS:
+    if not isinstance(found, Mapping) or not isinstance(method, str) or method not in _METHODS:
         raise ConfigError(
             f"{where}: quantization_config (quant_method={shown(method)}) is not supported: expected unquantised "
             f"weights, or one of {', '.join(_METHODS)}. Take the unquantised checkpoint of the same model, or its -FP8 "
