@@ -27,7 +27,7 @@ def export(trained: Model, config: TrainConfig, folder: RunFolder, corpus: Corpu
         trained: the model in eval mode. Its adapters are merged into its weights.
     """
     trained.generation_config = export_generation_config(config, trained.config, corpus)
-    if config.lora is not None:
+    if config.lora is not None and isinstance(trained, qmj.CausalLM):  # a classifier's adapters need its head
         qmj.save_adapter(trained, folder.adapter, base=config.run.model_name_or_path)
         if is_process_zero():
             _save_tokenizer(folder, folder.adapter, corpus)

@@ -126,14 +126,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def _fixed_paths(config: TrainConfig, model: Model) -> frozenset[str]:
     """The paths of the parameters that are not trained.
 
-    All but the adapters, or those that the config freezes, and the next-token head where no loss trains it.
+    All but the adapters and a classifier's head, or those that the config freezes, and the next-token head where no
+    loss trains it.
     """
     if config.lora is None:
         frozen = frozen_paths(config.optimizer.frozen, model)
         mtp = getattr(model, "mtp", None)  # classifiers have none
         unused = [] if config.loss.mtp_coef or mtp is None else paths(nnx.to_pure_dict(nnx.state(mtp)))
         return frozen | {f"mtp.{path}" for path in unused}
-    return frozenset(path for path in paths(nnx.to_pure_dict(nnx.state(model))) if not is_adapter(path))
+    # A classifier's head is new and small: it is trained whole, as PEFT's modules_to_save.
+    known = paths(nnx.to_pure_dict(nnx.state(model)))
+    return frozenset(path for path in known if not (is_adapter(path) or path.startswith("score.")))
 
 
 def _sharded(batch: Any, sharding: NamedSharding) -> Any:

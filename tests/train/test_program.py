@@ -45,6 +45,14 @@ def test_a_program_allocates_nothing_and_says_where_everything_lies():
         assert isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding.mesh.size == 4
 
 
+def test_a_classifier_with_adapters_trains_its_head_beside_them():
+    data = {**TABLES["data"], "format": "jsonl", "path": "labels.jsonl"}
+    program = assembled(data=data, classification={}, lora={"r": 2, "target_modules": ["q_proj"]})
+    trained = {path.split(".")[-1] if "lora" in path else path for path in paths(program.state.params)}
+    assert trained == {"lora_A", "lora_B", "score.weight"} and "score.weight" not in paths(program.fixed)
+    assert program.batch.labels.shape == (TABLES["data"]["batch_size"],)
+
+
 def first_step(frozen: list[str]):
     """A program's descriptions, and the parameters before, fixed and after, with the metrics, of one step."""
     program = assembled(
