@@ -49,11 +49,11 @@ def test_a_failed_checkpoint_ends_the_run_with_one_line_and_the_next_start_chang
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     save = Checkpoints.save
 
-    def save_on_a_full_disk(self, step, state):
+    def save_on_a_full_disk(self, step, state, **best):
         if step == 4:
             self.wait()  # the checkpoint of step 2
             largest_file(50_000)
-        save(self, step, state)
+        save(self, step, state, **best)
 
     monkeypatch.setattr(Checkpoints, "save", save_on_a_full_disk)
     code, _, complaint = start(file, tmp_path / "run", *words)
