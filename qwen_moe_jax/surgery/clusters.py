@@ -52,7 +52,7 @@ def aligned_units(layer: FeedForward, centre: int, member: int, tensors: Mapping
 
     The sum of the products of matched rows of gate and up and columns of down is the largest there is.
     """
-    from scipy.optimize import linear_sum_assignment  # SciPy comes with JAX
+    from scipy.optimize import linear_sum_assignment  # late: only `merge` needs it
 
     width = layer.config.moe.moe_intermediate_size
     likeness = np.zeros((width, width), np.float32)
