@@ -70,21 +70,33 @@ def _by_shard(function, stored: Stored, rows_R: jax.Array, mesh: Mesh, *others: 
 
 
 def copy_rows(target: Cache, source: Cache, target_R: jax.Array, source_R: jax.Array, mesh: Mesh) -> Cache:
-    """The target with copies of rows of another cache, but for blocks and lengths.
+    """The target with copies of rows of another cache and their lengths, but without what they have in blocks.
+
+    With a length of 0, a state would be taken for none.
 
     Args:
         target, source: of one model, with any numbers of rows.
         target_R, source_R: int32 [X · R]; a number that is no row of the target copies nothing.
         mesh: of both.
     """
-    part = take_rows(source, source_R, source.lengths_B, mesh)
+    part = take_rows(source, source_R, _lengths(source, source_R, mesh), mesh)
     segments = tuple(
         tuple(own if isinstance(own, PagedKeyValues) else new for own, new in zip(period, others, strict=True))
         for period, others in zip(target.segments, part.segments, strict=True)
     )
-    part = dataclasses.replace(part, segments=segments, lengths_B=jnp.zeros_like(target_R))
-    copied = put_rows(target, part, target_R, mesh)
-    return dataclasses.replace(copied, lengths_B=target.lengths_B)
+    return put_rows(target, dataclasses.replace(part, segments=segments), target_R, mesh)
+
+
+def _lengths(cache: Cache, rows_R: jax.Array, mesh: Mesh) -> jax.Array:
+    rows = P(BATCH)
+    take = jax.shard_map(
+        lambda lengths_B, row_R: jnp.take(lengths_B, row_R, mode="clip"),
+        mesh=mesh,
+        in_specs=(rows, rows),
+        out_specs=rows,
+        check_vma=False,
+    )
+    return take(cache.lengths_B, rows_R)
 
 
 def clear(cache: Cache, rows_R: jax.Array, blocks_R: jax.Array, mesh: Mesh) -> Cache:

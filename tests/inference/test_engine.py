@@ -313,7 +313,8 @@ def test_a_hybrid_goes_on_from_copies_of_its_states():
     settings = {**HYBRID_CASES["qwen3_5_text-plain"].config, "vocab_size": VOCABULARY, "initializer_range": 0.1}
     config = qmj.ModelConfig.from_pretrained({**settings, "num_hidden_layers": 2, "full_attention_interval": 2})
     model = qmj.CausalLM(config, rngs=0, execution=qmj.ExecutionConfig(dtype="float32"))
-    engine = Engine(model, slots=2, max_length=96, prefix_states=4, prefill_chunk=16, decode_steps=4)
+    sizes = dict(slots=3, max_length=96, prefix_states=4, prefill_chunk=16, decode_steps=4)
+    engine = Engine(model, **sizes)
     numbers = np.random.default_rng(3).integers(4, VOCABULARY, 80).tolist()
     config = qmj.GenerationConfig(max_new_tokens=6)
     texts = [numbers[:50], [*numbers[:30], 5, 6, 7, 8], [*numbers[:30], 9, 10], [*numbers[:50], 11, 12, *numbers[60:]]]
@@ -326,3 +327,10 @@ def test_a_hybrid_goes_on_from_copies_of_its_states():
         assert_near(answer.log_probs, expected.log_probs, TOLERANCE, "hybrid")
     [first, *others] = serve(engine, [Request(token_ids=numbers[20:60], config=config)] * 2)
     assert others[0].token_ids == first.token_ids and others[0].chunks[0].cached_tokens > 0, "one reads for both"
+    # In a slot that nobody had, a state waits until others have read and decoded.
+    engine = Engine(model, **sizes)
+    serve(engine, requests[:1])
+    other = Request(token_ids=numbers[::-1][:60], config=config)
+    short = Request(token_ids=[7], config=dataclasses.replace(config, max_new_tokens=40))
+    assert serve(engine, [short, other, requests[3]])[2].token_ids == answers[3].token_ids
+    assert engine.load.prefix_hit_tokens == 48
