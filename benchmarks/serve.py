@@ -3,10 +3,11 @@
 The mixture of 115M parameters, random weights, saved once and opened by both servers, one after the other, each in a
 process of its own. One client asks both for the same streams: 1, 8 and 32 closed loops, each of which asks again when
 its answer has ended, and requests that arrive at random times (a Poisson process). Prompts of 32 to 256 tokens are
-continued greedily by 32 to 128. Of every load, one run before the measured one warms up.
+continued greedily by 32 to 128. Every load goes on for `--before` seconds and then `--seconds`, which are measured.
 
-Printed are all new tokens over the time of the load, the time to the first token and the time between tokens (tokens
-that come together share theirs), and what our engine alone does with the same requests without HTTP.
+Printed are the new tokens of these seconds, the time to the first token and the time between tokens (tokens that come
+together share theirs), and what our engine alone does with the same streams without HTTP. After `--minutes`, no other
+row is begun.
 
 Needs torch and transformers (`pip install -e '.[test]'` on Python 3.11).
 """
@@ -15,6 +16,8 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import random
@@ -23,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -40,11 +43,28 @@ TINY = {
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """A prompt, how many tokens are to follow, and when it arrives, in seconds from the start."""
+    """A prompt, how many tokens are to follow, and for how many seconds nothing arrives after it."""
 
     prompt: list[int]
     tokens: int
-    at: float = 0.0
+    gap: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """When a load is measured, in seconds of `time.perf_counter`; it has begun before, and no request is sent later."""
+
+    start: float
+    end: float
+
+    @staticmethod
+    def of(arguments: argparse.Namespace) -> "Window":
+        """The window of a load that begins now."""
+        start = time.perf_counter() + arguments.before
+        return Window(start, start + arguments.seconds)
+
+    def __contains__(self, moment: float) -> bool:
+        return self.start <= moment < self.end
 
 
 @dataclasses.dataclass
@@ -70,14 +90,12 @@ def make_checkpoint(folder: Path, config: dict) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
-def draw(count: int, vocab_size: int, *, rate: float | None = None, seed: int = 0) -> list[Ask]:
-    """Requests at random; with a rate per second, they arrive at random times."""
-    chosen, at, asks = random.Random(seed), 0.0, []
-    for _ in range(count):
-        at += chosen.expovariate(rate) if rate else 0.0
+def draw(vocab_size: int, *, rate: float | None = None, seed: int = 0) -> Iterator[Ask]:
+    """Requests at random, without end; with a rate per second, they arrive at random times."""
+    chosen = random.Random(seed)
+    while True:
         prompt = [chosen.randrange(vocab_size) for _ in range(chosen.randint(32, 256))]
-        asks.append(Ask(prompt, chosen.randint(32, 128), at))
-    return asks
+        yield Ask(prompt, chosen.randint(32, 128), chosen.expovariate(rate) if rate else 0.0)
 
 
 async def ask(client: httpx.AsyncClient, one: Ask) -> Answer:
@@ -98,44 +116,63 @@ async def ask(client: httpx.AsyncClient, one: Ask) -> Answer:
     return answer
 
 
-async def closed_loops(url: str, asks: Sequence[Ask], clients: int) -> tuple[float, list[Answer]]:
-    """So many clients, each with one request at a time; the seconds it took, and the answers."""
-    waiting, answers = iter(asks), []
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=clients)) as client:
+async def closed_loops(client: httpx.AsyncClient, asks: Iterator[Ask], clients: int, window: Window) -> list[Answer]:
+    """So many clients, each with one request at a time."""
+    answers = []
 
-        async def loop() -> None:
-            for one in waiting:
-                answers.append(await ask(client, one))
+    async def loop() -> None:
+        while time.perf_counter() < window.end:
+            answers.append(await ask(client, next(asks)))
 
-        began = time.perf_counter()
-        await asyncio.gather(*(loop() for _ in range(clients)))
-        return time.perf_counter() - began, answers
+    await asyncio.gather(*(loop() for _ in range(clients)))
+    return answers
 
 
-async def arrivals(url: str, asks: Sequence[Ask]) -> tuple[float, list[Answer]]:
+async def arrivals(client: httpx.AsyncClient, asks: Iterator[Ask], window: Window) -> list[Answer]:
     """Every request at its time, whatever the others do."""
+    sent = []
+    while time.perf_counter() < window.end:
+        one = next(asks)
+        sent.append(asyncio.create_task(ask(client, one)))
+        await asyncio.sleep(one.gap)
+    return await asyncio.gather(*sent)
+
+
+async def steps_in(client: httpx.AsyncClient, window: Window) -> float:
+    """Steps of our server's engine in a window; 0 for the other server, which does not say."""
+    counts = []
+    for moment in (window.start, window.end):
+        await asyncio.sleep(moment - time.perf_counter())
+        lines = (await client.get("/metrics")).text.splitlines()
+        counts += [float(line.split()[1]) for line in lines if line.startswith("qwen_moe_jax_steps ")]
+    return counts[1] - counts[0] if counts else 0.0
+
+
+async def measured(url: str, arguments: argparse.Namespace, vocab_size: int, clients: int | None) -> str:
+    """The row of one load: so many closed loops, or, with None, arrivals."""
+    rate = None if clients else arguments.rate
+    asks = draw(vocab_size, rate=rate, seed=clients or 99)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)) as client:
-
-        async def one_at(one: Ask) -> Answer:
-            await asyncio.sleep(one.at)
-            return await ask(client, one)
-
-        began = time.perf_counter()
-        answers = await asyncio.gather(*map(one_at, asks))
-        return time.perf_counter() - began, answers
+        window = Window.of(arguments)
+        load = closed_loops(client, asks, clients, window) if clients else arrivals(client, asks, window)
+        answers, steps = await asyncio.gather(load, steps_in(client, window))
+    per_step = f"{1000 * arguments.seconds / steps:9.2f}" if steps else ""
+    return f"{figures(window, answers)} {per_step}".rstrip()
 
 
-def figures(seconds: float, answers: Sequence[Answer]) -> str:
-    """One row of the table."""
-    tokens = sum(sum(answer.counts) for answer in answers)
-    first = sorted(answer.times[0] - answer.sent for answer in answers)
+def figures(window: Window, answers: Sequence[Answer]) -> str:
+    """What came in a window."""
+    pieces = [(time, count) for answer in answers for time, count in zip(answer.times, answer.counts, strict=True)]
+    tokens = sum(count for moment, count in pieces if moment in window)
+    first = sorted(answer.times[0] - answer.sent for answer in answers if answer.sent in window)
     between = sorted(
         (after - before) / count
         for answer in answers
         for before, after, count in zip(answer.times[:-1], answer.times[1:], answer.counts[1:], strict=True)
         for _ in range(count)
+        if after in window
     )
-    numbers = [f"{tokens / seconds:9.1f}"]
+    numbers = [f"{tokens / (window.end - window.start):9.1f}"]
     for values in (first, between):
         numbers += [f"{1000 * at(values, share):9.1f}" for share in (0.5, 0.99)]
     return " ".join(numbers)
@@ -171,56 +208,58 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def raw_engine(folder: Path, dtype: str, asks: Sequence[Ask], slots: int) -> tuple[float, float]:
-    """Tokens per second of our engine without HTTP, all requests at once; and seconds a step."""
+def raw_engine(folder: Path, arguments: argparse.Namespace, vocab_size: int, slots: int) -> str:
+    """The row of our engine without HTTP, as many requests at once as it has slots."""
     import qwen_moe_jax as qmj
+    from qwen_moe_jax.compilation_cache import use_compilation_cache
     from qwen_moe_jax.inference.engine import Engine
     from qwen_moe_jax.inference.request import Request
 
-    engine = Engine(qmj.from_pretrained(folder, dtype=dtype), slots=slots, max_length=512)
+    use_compilation_cache()
+    engine = Engine(qmj.from_pretrained(folder, dtype=arguments.dtype), slots=slots, max_length=512)
     engine.compile()
-    for _ in range(2):
-        steps, began = engine.load.steps, time.perf_counter()
-        for one in asks:
-            engine.submit(Request(token_ids=one.prompt, config=qmj.GenerationConfig(max_new_tokens=one.tokens)))
-        while not engine.idle:
-            engine.step()
-        seconds = time.perf_counter() - began
-    return sum(one.tokens for one in asks) / seconds, seconds / (engine.load.steps - steps)
+    asks, answers = draw(vocab_size, seed=slots), dict[int, Answer]()
+    running, steps, window = set[int](), 0, Window.of(arguments)
+    while (now := time.perf_counter()) < window.end:
+        for one in itertools.islice(asks, slots - len(running)):
+            config = qmj.GenerationConfig(max_new_tokens=one.tokens)
+            number = engine.submit(Request(token_ids=one.prompt, config=config))
+            answers[number] = Answer(time.perf_counter())
+            running.add(number)
+        chunks = engine.step()
+        steps += now in window
+        for chunk in chunks:
+            answers[chunk.request].times.append(time.perf_counter())
+            answers[chunk.request].counts.append(len(chunk.token_ids))
+            if chunk.finished:
+                running.discard(chunk.request)
+    begun = [answer for answer in answers.values() if answer.times]
+    return f"{figures(window, begun)} {1000 * arguments.seconds / steps:9.2f}"
 
 
-def steps_of(url: str) -> float:
-    """Steps of our server's engine so far; 0 for the other server."""
-    with contextlib.suppress(StopIteration):
-        lines = httpx.get(f"{url}/metrics").text.splitlines()
-        return float(next(line.split()[1] for line in lines if line.startswith("qwen_moe_jax_steps ")))
-    return 0.0
+class Report:
+    """Rows of the table, printed as they come; none is begun after so many minutes."""
 
+    def __init__(self, minutes: float):
+        self.lines: list[str] = []
+        self._end = time.perf_counter() + 60 * minutes
 
-def say(report: list[str], line: str) -> None:
-    """Prints a line, and keeps it."""
-    print(line, flush=True)
-    report.append(line)
+    def say(self, line: str) -> None:
+        """Prints a line, and keeps it."""
+        print(line, flush=True)
+        self.lines.append(line)
 
-
-def measure(report: list[str], name: str, url: str, arguments: argparse.Namespace, vocab_size: int) -> None:
-    """The rows of one server."""
-    for clients in CLIENTS:
-        asks = draw(arguments.requests, vocab_size, seed=clients)
-        asyncio.run(closed_loops(url, asks[: 2 * clients], clients))
-        steps = steps_of(url)
-        seconds, answers = asyncio.run(closed_loops(url, asks, clients))
-        steps = steps_of(url) - steps
-        per_step = f"{1000 * seconds / steps:9.2f}" if steps else ""
-        say(report, f"{name:13} {clients:3} clients     {figures(seconds, answers)} {per_step}")
-    asks = draw(arguments.requests, vocab_size, rate=arguments.rate, seed=99)
-    say(report, f"{name:13} {arguments.rate:4.1f} arrivals/s {figures(*asyncio.run(arrivals(url, asks)))}")
+    def add(self, name: str, row: Callable[[], str]) -> None:
+        """Measures a row."""
+        self.say(f"{name:29} {row() if time.perf_counter() < self._end else 'left out: the time was used up'}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=128, help="of each load")
-    parser.add_argument("--rate", type=float, default=2.0, help="arrivals per second")
+    parser.add_argument("--before", type=float, default=5.0, help="seconds of each load before those that are measured")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each load, measured")
+    parser.add_argument("--minutes", type=float, default=9.0, help="in all, after which no row is begun")
+    parser.add_argument("--rate", type=float, default=1.0, help="arrivals per second")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script")
@@ -228,27 +267,28 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table there")
     arguments = parser.parse_args()
     config = TINY if arguments.tiny else HUB_CONFIG
+    vocab_size, port, here = config["vocab_size"], str(free_port()), Path(__file__).parent
+    report = Report(arguments.minutes)
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory) / "model"
         make_checkpoint(folder, config)
-        report: list[str] = []
-        say(report, f"{'':29}{'tokens/s':>10} {'first p50':>9} {'p99':>9} {'next p50':>9} {'p99':>9} ms  ms/step")
-        here = Path(__file__).parent
-        port = str(free_port())
+        report.say(f"{'':29} {'tokens/s':>9} {'first p50':>9} {'p99':>9} {'next p50':>9} {'p99':>9} ms  ms/step")
         ours = ["-m", "qwen_moe_jax", "serve", str(folder), "--port", port, "--slots", str(arguments.slots)]
         ours += ["--max-length", "512", "--embeddings", "off", "--dtype", arguments.dtype]
         theirs = [str(here / "serve_transformers.py"), str(folder), port, arguments.dtype]
-        for name, command in (("transformers", theirs), ("ours", ours)):
+        for name, command in (("ours", ours), ("transformers", theirs)):
             if arguments.only in (None, name):
                 with server([sys.executable, *command], int(port)) as url:
-                    measure(report, name, url, arguments, config["vocab_size"])
+                    for clients in (*CLIENTS, None):
+                        load = f"{clients:3} clients" if clients else f"{arguments.rate:4.1f} arrivals/s"
+                        row = functools.partial(measured, url, arguments, vocab_size, clients)
+                        report.add(f"{name:13} {load}", lambda row=row: asyncio.run(row()))
         if arguments.only != "transformers":
-            for slots in CLIENTS:
-                asks = draw(arguments.requests, config["vocab_size"], seed=slots)
-                tokens, step = raw_engine(folder, arguments.dtype, asks, slots)
-                say(report, f"engine alone  {slots:3} slots       {tokens:9.1f} {'':39} {1000 * step:9.2f}")
+            for slots in CLIENTS[::-1]:
+                row = functools.partial(raw_engine, folder, arguments, vocab_size, slots)
+                report.add(f"engine alone  {slots:3} slots", row)
     if arguments.markdown:
-        text = "\n".join(report)
+        text = "\n".join(report.lines)
         arguments.markdown.write_text(f"# Serving\n\n```\n{text}\n```\n", encoding="utf-8")
 
 
