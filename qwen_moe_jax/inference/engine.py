@@ -19,6 +19,7 @@ from flax import nnx
 from qwen_moe_jax.config import DTypeLike, GenerationConfig
 from qwen_moe_jax.errors import RequestError
 from qwen_moe_jax.inference import programs
+from qwen_moe_jax.inference.expert_loads import ExpertLoads
 from qwen_moe_jax.inference.masks import top_tokens
 from qwen_moe_jax.inference.memory import LOG_PROB_CHUNK, PREFILL_CHUNK, blocks_for, engine_memory, has_row_states
 from qwen_moe_jax.inference.outside import Events, Outside
@@ -243,6 +244,13 @@ class Engine:
             decoded_tokens=self._decoded_tokens,
             steps=self._steps,
         )
+
+    def expert_loads(self) -> ExpertLoads | None:
+        """Tokens that each expert was given since the engine was made; None for a model without experts.
+
+        Waits for the devices and copies [L, E] numbers from them, so it is not part of `load`. Any thread may call it.
+        """
+        return self._arrays.expert_loads()
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_moe_jax.config import DTypeLike, GenerationConfig, ModelConfig
 from qwen_moe_jax.config.checks import dtype_name
 from qwen_moe_jax.inference import speculative
+from qwen_moe_jax.inference.expert_loads import dropped_of_rows
 from qwen_moe_jax.inference.request import MOST_TOP_LOGPROBS
 from qwen_moe_jax.inference.sampling import advance, choose, log_probabilities, process_logits
 from qwen_moe_jax.inference.settings import SamplingSettings, SamplingState, initial_state, sampling_settings
@@ -97,6 +98,7 @@ class DecodeOutput:
             of them, which was read to choose it; L counts the sparse layers.
         top_BCK, top_log_prob_BCK: int32 and float32; with `StepLimits`, the `MOST_TOP_LOGPROBS` most probable tokens
             at each, where they were asked for.
+        dropped_B: int32; with `StepLimits`, where the routing is recorded; choices that did not reach their expert.
     """
 
     token_BC: jax.Array
@@ -108,6 +110,7 @@ class DecodeOutput:
     experts_BCLA: jax.Array | None = None
     top_BCK: jax.Array | None = None
     top_log_prob_BCK: jax.Array | None = None
+    dropped_B: jax.Array | None = None
 
 
 @jax.jit(donate_argnames=("cache", "logits_BV"), static_argnames="return_routing")
@@ -124,7 +127,7 @@ def prefill(
 
     The last of the results are the tokens' experts [B, T, L_sparse, A], packed, where they are asked for.
     """
-    new_BV, cache, experts_BTLA = _next_logits(model, tokens_BT, count_B, cache, return_routing)
+    new_BV, cache, experts_BTLA, _ = _next_logits(model, tokens_BT, count_B, cache, return_routing)
     new_BV = new_BV if logits_BV is None else jnp.where(count_B[:, None] > 0, new_BV, logits_BV)
     return cache, new_BV, experts_BTLA
 
@@ -188,7 +191,11 @@ def decode_tokens(
         read_B = jnp.where(goes_B, jnp.minimum(state.left_B, size), 0)
         tokens, drafts = [state.token_B], state.drafts
         if drafts is None:
-            logits_BV, cache, read_BTLA = _next_logits(model, state.token_B[:, None], read_B, cache, return_routing)
+            logits_BV, cache, read_BTLA, dropped_B = _next_logits(
+                model, state.token_B[:, None], read_B, cache, return_routing
+            )
+            if chosen.dropped_B is not None:
+                chosen = dataclasses.replace(chosen, dropped_B=chosen.dropped_B + dropped_B)
             logits_BTV = logits_BV[:, None]
         else:
             proposed, head_cache = propose(model, drafts, state.left_B, settings, state.sampling)
@@ -242,6 +249,7 @@ class _Chosen:
     experts_BCLA: jax.Array | None = None
     top_BCK: jax.Array | None = None
     top_log_prob_BCK: jax.Array | None = None
+    dropped_B: jax.Array | None = None
 
     def with_pass(self, goes_B: jax.Array) -> "_Chosen":
         """One more forward pass in the rows that go on."""
@@ -279,6 +287,7 @@ def _no_tokens(model: CausalLM, rows: int, steps: int, limits: StepLimits | None
         experts_BCLA=_no_experts(model, rows, steps) if return_routing else None,
         top_BCK=top,
         top_log_prob_BCK=None if top is None else top.astype(jnp.float32),
+        dropped_B=zeros_B if return_routing and limits is not None else None,
     )
 
 
@@ -330,14 +339,17 @@ def _no_experts(model: CausalLM, rows: int, steps: int) -> jax.Array:
 
 def _next_logits(
     model: CausalLM, tokens_BT: jax.Array, count_B: jax.Array, cache: Cache, return_routing: bool
-) -> tuple[jax.Array, Cache, jax.Array | None]:
+) -> tuple[jax.Array, Cache, jax.Array | None, jax.Array | None]:
     """Reads the first `count_B` tokens of each row; logits [B, V] of its last one, and the cache with them in it.
 
-    Where they are asked for, also the tokens' experts [B, T, L_sparse, A], packed.
+    Where they are asked for, also the tokens' experts [B, T, L_sparse, A], packed, and the choices that were dropped
+    in each row, int32 [B].
     """
     token_mask_BT = jnp.arange(tokens_BT.shape[1]) < count_B[:, None]
     out = model(tokens_BT, token_mask_BT, cache=cache, logits_at=count_B - 1, output_router_logits=return_routing)
-    return out.logits[:, 0], out.cache, packed_experts(out.router) if return_routing else None
+    if not return_routing:
+        return out.logits[:, 0], out.cache, None, None
+    return out.logits[:, 0], out.cache, packed_experts(out.router), dropped_of_rows(out.router)
 
 
 def _choose(

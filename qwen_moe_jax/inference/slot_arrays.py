@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import DTypeLike, GenerationConfig
 from qwen_moe_jax.inference import programs
+from qwen_moe_jax.inference.expert_loads import ExpertLoads, no_counts, on_host
 from qwen_moe_jax.inference.programs import DecodeOutput, DecodeState, StepLimits
 from qwen_moe_jax.inference.running import Running
 from qwen_moe_jax.inference.scheduler import ChunkPlan
@@ -66,8 +67,14 @@ class SlotArrays:
         self._settings: dict[bool, SamplingSettings] = {}  # by whether they are the full ones
         self._configs: list[GenerationConfig] = [GenerationConfig(seed=0)] * slots
         self._cache: Cache | None = None
+        # Not donated: any thread may read them at any time, and an exception does not lose them.
+        self._counters = jax.device_put(no_counts(model.config), NamedSharding(model.mesh, P()))
         self.mask_words = ceil_div(model.config.vocab_size, 32)
         self._all_allowed = self._put(np.full((slots, self.mask_words), 0xFFFF_FFFF, np.uint32))
+
+    def expert_loads(self) -> ExpertLoads | None:
+        """Tokens that each expert was given; None for a model without experts."""
+        return None if self._counters is None else on_host(self._counters, self._model.config)
 
     @property
     def started(self) -> bool:
@@ -101,7 +108,9 @@ class SlotArrays:
         arrays = [plan.tokens_RT, plan.count_R, plan.rows_R, plan.lengths_R, plan.table_RM]
         if plan.with_targets:
             arrays.append(plan.targets_RT)
-        self._cache, output = self._programs.read_chunk(self._model, self._cache, *map(self._put, arrays))
+        self._cache, self._counters, output = self._programs.read_chunk(
+            self._model, self._cache, self._counters, *map(self._put, arrays)
+        )
         return output
 
     def update(self, slots: Mapping[int, Running | None]) -> None:
@@ -174,8 +183,9 @@ class SlotArrays:
         state, plain = self._state, self._state.sampling
         if is_full:
             state = dataclasses.replace(state, sampling=self._texts.added_to(plain))
-        arguments = (self._model, self._cache, state, self._settings_of(is_full), self._limits(limit_B, masks, top))
-        self._cache, state, output = self._programs.decode(*arguments, steps=self._decode_steps)
+        limits = self._limits(limit_B, masks, top)
+        arguments = (self._model, self._cache, state, self._counters, self._settings_of(is_full), limits)
+        self._cache, state, self._counters, output = self._programs.decode(*arguments, steps=self._decode_steps)
         if is_full:
             self._texts = Texts.of(state.sampling)
             nothing = {field.name: getattr(plain, field.name) for field in dataclasses.fields(Texts)}

@@ -10,10 +10,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.inference import programs
-from qwen_moe_jax.inference.programs import DecodeState, top_log_probs
+from qwen_moe_jax.inference.expert_loads import Counters, chosen_by, dropped_of_rows
+from qwen_moe_jax.inference.programs import DecodeOutput, DecodeState, StepLimits, top_log_probs
 from qwen_moe_jax.inference.sampling import log_probabilities
-from qwen_moe_jax.inference.settings import SamplingState
-from qwen_moe_jax.model.base import Model, ReadOut
+from qwen_moe_jax.inference.settings import SamplingSettings, SamplingState
+from qwen_moe_jax.inference.speculative import packed_experts
+from qwen_moe_jax.model.base import Model, ReadOut, router_output
 from qwen_moe_jax.model.cache import Cache
 from qwen_moe_jax.model.cache_rows import clear, copy_rows, put_rows, take_rows
 from qwen_moe_jax.model.causal_lm import CausalLM
@@ -29,7 +31,7 @@ class _CacheOnly(ReadOut):
 
     def __call__(self, model: Model, out: DecoderOutput, inputs: ModelInputs) -> ModelOutput:
         """See `ReadOut`."""
-        return ModelOutput(logits=None, cache=out.cache)
+        return ModelOutput(logits=None, router=router_output(out), cache=out.cache)
 
 
 @jax.tree_util.register_dataclass
@@ -47,21 +49,44 @@ class PromptOutput:
     top_log_prob_RTK: jax.Array
 
 
+def decode_slots(
+    model: CausalLM,
+    cache: Cache,
+    state: DecodeState,
+    counters: Counters | None,
+    settings: SamplingSettings,
+    limits: StepLimits,
+    *,
+    steps: int,
+) -> tuple[Cache, DecodeState, Counters | None, DecodeOutput]:
+    """`programs.decode_tokens`, and the counters of the experts' tokens with those of this call."""
+    cache, state, output = programs.decode_tokens(
+        model, cache, state, settings, limits, steps=steps, return_routing=counters is not None
+    )
+    if counters is not None:
+        is_token_BC = jnp.arange(steps) < output.count_B[:, None]
+        chosen_LE = chosen_by(output.experts_BCLA, is_token_BC, counters.tokens_2LE.shape[-1])
+        counters = counters.plus(chosen_LE, jnp.sum(output.dropped_B))
+    return cache, state, counters, dataclasses.replace(output, experts_BCLA=None, dropped_B=None)
+
+
 def read_chunk(
     model: CausalLM,
     cache: Cache,
+    counters: Counters | None,
     tokens_RT: jax.Array,
     count_R: jax.Array,
     rows_R: jax.Array,
     lengths_R: jax.Array,
     table_RM: jax.Array,
     targets_RT: jax.Array | None = None,
-) -> tuple[Cache, PromptOutput | None]:
+) -> tuple[Cache, Counters | None, PromptOutput | None]:
     """Reads a chunk of the prompts in a few rows of the cache.
 
     Args:
         model: in eval mode.
         cache: of all slots; it is donated.
+        counters: of the experts' tokens; None where there are no experts.
         tokens_RT, count_R: int32; the chunks, and the tokens in each.
         rows_R, lengths_R: int32; which rows (`model.cache_rows`), and the tokens that they have already.
         table_RM: int32; their blocks.
@@ -69,15 +94,23 @@ def read_chunk(
     """
     part = take_rows(cache, rows_R, lengths_R, model.mesh, table_RM)
     mask_RT = jnp.arange(tokens_RT.shape[1]) < count_R[:, None]
+    with_routing = counters is not None
     if targets_RT is None:
-        out = model.run(checked_inputs(tokens_RT, mask_RT), _CacheOnly(), cache=part)
-        return put_rows(cache, out.cache, rows_R, model.mesh), None
-    out = model(tokens_RT, mask_RT, cache=part)
+        read_out = _CacheOnly(output_router_logits=with_routing)
+        out = model.run(checked_inputs(tokens_RT, mask_RT), read_out, cache=part)
+    else:
+        out = model(tokens_RT, mask_RT, cache=part, output_router_logits=with_routing)
+    if counters is not None:
+        chosen_LE = chosen_by(packed_experts(out.router), mask_RT, counters.tokens_2LE.shape[-1])
+        counters = counters.plus(chosen_LE, jnp.sum(dropped_of_rows(out.router)))
+    cache = put_rows(cache, out.cache, rows_R, model.mesh)
+    if targets_RT is None:
+        return cache, counters, None
     top_RTK, top_log_prob_RTK = top_log_probs(out.logits)
     output = PromptOutput(
         log_prob_RT=log_probabilities(out.logits, targets_RT), top_RTK=top_RTK, top_log_prob_RTK=top_log_prob_RTK
     )
-    return put_rows(cache, out.cache, rows_R, model.mesh), output
+    return cache, counters, output
 
 
 @jax.tree_util.register_dataclass
@@ -188,8 +221,13 @@ def slot_programs(abstract: Cache, copies: Cache | None) -> SlotPrograms:
     row, everywhere = NamedSharding(mesh, P(BATCH)), NamedSharding(mesh, P())
     copy = functools.partial(copy_rows, mesh=mesh)
     found = SlotPrograms(
-        decode=jax.jit(programs.decode_tokens, **programs.DECODE_ARGUMENTS, out_shardings=(cache, row, everywhere)),
-        read_chunk=jax.jit(read_chunk, donate_argnames="cache", out_shardings=(cache, everywhere)),
+        decode=jax.jit(
+            decode_slots,
+            donate_argnames=("cache", "state"),
+            static_argnames="steps",
+            out_shardings=(cache, row, everywhere, everywhere),
+        ),
+        read_chunk=jax.jit(read_chunk, donate_argnames="cache", out_shardings=(cache, everywhere, everywhere)),
         update_slots=jax.jit(update_slots, donate_argnames=("state", "lengths_B"), out_shardings=row),
         set_text=jax.jit(set_text, donate_argnames="texts", out_shardings=row),
         clear=jax.jit(functools.partial(clear, mesh=mesh), donate_argnames="cache", out_shardings=cache),

@@ -131,14 +131,18 @@ def test_requests_at_random_times_get_the_answers_that_they_get_alone_and_nothin
     Beginnings that others had are not read again, and requests are put back into the queue for want of blocks.
     """
     requests = make_requests(24)
-    before = programs.compilations()
+    before, loads = programs.compilations(), engine.expert_loads()
+    passes = engine.load.read_tokens + engine.load.decoded_tokens
     answers = serve(engine, requests, seed=1)
     assert programs.compilations() == before
     assert {answer.finished for answer in answers} == {"stop", "length"}
     for number, expected in enumerate(by_session(model, requests)):
         assert answers[number].token_ids == expected.token_ids, number
         assert_near(answers[number].log_probs, expected.log_probs, TOLERANCE, f"request {number}")
-    load = engine.load
+    load, new = engine.load, engine.expert_loads()
+    assert new.layers == (1,) and new.dropped == 0
+    chosen = (load.read_tokens + load.decoded_tokens - passes) * model.config.moe.num_experts_per_tok
+    assert (new.tokens_LE - loads.tokens_LE).sum() == chosen and new.tokens_LE.min() > 0
     assert load.prefix_hit_tokens == sum(answer.chunks[0].cached_tokens for answer in answers) > 0
     assert load.preempted > 0 and load.used_blocks == 0 < load.kept_blocks <= load.blocks == 144 // 8
 
