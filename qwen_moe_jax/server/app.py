@@ -1,5 +1,6 @@
 """The routes of the server, as an ASGI application."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -81,7 +82,8 @@ async def _health(service: Service, request: Request) -> Response:
 
 
 async def _metrics(service: Service, request: Request) -> Response:
-    return Response(service.metrics.text(), media_type=service.metrics.content_type)
+    text = await asyncio.to_thread(service.metrics.text)  # waits for the devices
+    return Response(text, media_type=service.metrics.content_type)
 
 
 async def _refused(request: Request, error: Exception) -> Response:

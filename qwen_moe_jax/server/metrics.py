@@ -2,11 +2,14 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
+from qwen_moe_jax.inference.expert_loads import ExpertLoads
 from qwen_moe_jax.inference.request import Chunk
 from qwen_moe_jax.server.runner import Ticket
 
@@ -25,6 +28,8 @@ _LOAD = {
     "decoded_tokens": "Tokens decoded since the start.",
     "steps": "Steps of the engine since the start.",
 }
+#: The most experts, of all layers together, that have a counter each: a page of thousands of lines is no use.
+_MOST_EXPERTS = 1024
 
 
 class Metrics:
@@ -32,12 +37,14 @@ class Metrics:
 
     Args:
         load: the engine's load, a dataclass of numbers, or None while there is no engine.
+        expert_loads: tokens of the engine's experts, or None while there are none.
     """
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
 
-    def __init__(self, load: Callable[[], Any]):
+    def __init__(self, load: Callable[[], Any], expert_loads: Callable[[], ExpertLoads | None] = lambda: None):
         self._registry = CollectorRegistry()
+        self._registry.register(_Experts(expert_loads))
         ProcessCollector(registry=self._registry)  # memory and processor time
         self._load = load
         made: Any = {"namespace": "qwen_moe_jax", "registry": self._registry}
@@ -109,3 +116,39 @@ class Metrics:
                 self._rate.set((now[1] - before[1]) / (now[0] - before[0]))
             self._seen = now
         return generate_latest(self._registry)
+
+
+class _Experts(Collector):
+    """Tokens of the experts, read from the devices when the page is."""
+
+    def __init__(self, expert_loads: Callable[[], ExpertLoads | None]):
+        self._expert_loads = expert_loads
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics of this moment; none while there are no experts."""
+        loads = self._expert_loads()
+        if loads is None:
+            return
+        name = "qwen_moe_jax_dropped_tokens"
+        yield CounterMetricFamily(name, "Choices of an expert that had no room for the token.", value=loads.dropped)
+        imbalance = GaugeMetricFamily(
+            "qwen_moe_jax_expert_imbalance",
+            "Tokens of a layer's busiest expert over the mean of its experts, since the start; 1 is balance.",
+            labels=["layer"],
+        )
+        rows = list(zip(map(str, loads.layers), loads.tokens_LE.tolist(), strict=True))
+        for layer, tokens in rows:
+            imbalance.add_metric([layer], max(tokens) * len(tokens) / max(1, sum(tokens)))
+        yield imbalance
+        if loads.tokens_LE.size <= _MOST_EXPERTS:
+            each = CounterMetricFamily(
+                "qwen_moe_jax_expert_tokens", "Tokens that chose an expert.", labels=["layer", "expert"]
+            )
+            for layer, tokens in rows:
+                for expert, count in enumerate(tokens):
+                    each.add_metric([layer, str(expert)], count)
+            yield each
+
+    def describe(self) -> list[Metric]:
+        """Nothing: which metrics there are is known with the model."""
+        return []

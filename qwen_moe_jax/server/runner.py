@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from qwen_moe_jax.errors import RequestError
+from qwen_moe_jax.inference.expert_loads import ExpertLoads
 from qwen_moe_jax.inference.request import Chunk, Request
 
 
@@ -24,6 +25,8 @@ class EngineLike(Protocol):
 
     @property
     def load(self) -> Any: ...
+
+    def expert_loads(self) -> ExpertLoads | None: ...
 
     def submit(self, request: Request) -> int: ...
 

@@ -78,7 +78,10 @@ class Service:
 
     def __post_init__(self) -> None:
         self.texts = TokenTexts(self.tokenizer)
-        self.metrics = Metrics(lambda: self.runner.engine.load if self.runner.engine is not None else None)
+        self.metrics = Metrics(
+            lambda: None if self.runner.engine is None else self.runner.engine.load,
+            lambda: None if self.runner.engine is None else self.runner.engine.expert_loads(),
+        )
         self.runner = Runner(on_chunks=self.metrics.observe, on_failure=self.life.fail)
 
     def adapter_of(self, model: str | None) -> str | None:

@@ -96,6 +96,9 @@ class ScriptedEngine:
     def load(self) -> Load:
         return Load(len(self._waiting), len(self._active), self.slots - len(self._active), self._decoded)
 
+    def expert_loads(self) -> None:
+        return None
+
     def memory(self) -> list[tuple[str, int]]:
         return [("words", 8)]
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import types
 
+import httpx
 import jax.numpy as jnp
 import numpy as np
 import openai
@@ -148,6 +149,16 @@ def test_a_random_model_writes_json_of_a_schema(real):
             assert set(json.loads(choice.message.content)) == {"x", "y"}
         else:
             assert choice.message.content.startswith("{")
+
+
+def test_the_page_of_metrics_has_the_tokens_of_every_expert(real):
+    lines = dict(line.rsplit(" ", 1) for line in httpx.get(f"{real.url}/metrics").text.splitlines() if line[0] != "#")
+    found = [float(count) for name, count in lines.items() if name.startswith("qwen_moe_jax_expert_tokens_total{")]
+    tokens = float(lines["qwen_moe_jax_read_tokens"]) + float(lines["qwen_moe_jax_decoded_tokens"])
+    moe = CASES["qwen3_moe-plain"].config
+    assert len(found) == 2 * moe["num_experts"] and sum(found) == 2 * tokens * moe["num_experts_per_tok"] > 0
+    assert float(lines["qwen_moe_jax_dropped_tokens_total"]) == 0
+    assert all(float(lines[f'qwen_moe_jax_expert_imbalance{{layer="{layer}"}}']) > 1 for layer in (0, 1))
 
 
 def test_the_start_says_what_is_served(real):
