@@ -403,8 +403,8 @@ def test_pretraining_length_of_scaled_rope_defaults_to_the_longest_position(rope
         pytest.param("qwen3", {"rope_scaling": {"type": "linear"}}, ("factor",), id="rope-factor-missing"),
         pytest.param("qwen3", {"partial_rotary_factor": 0.5}, ("partial_rotary_factor", "0.5"), id="partial-rotary"),
         pytest.param(
-            "qwen3_moe", {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            ("quantization_config", "gptq", "unquantised checkpoint"), id="quantised",
+            "qwen3_moe", {"quantization_config": {"quant_method": "hqq", "bits": 4}},
+            ("quantization_config", "hqq", "unquantised checkpoint"), id="quantised",
         ),
         pytest.param(
             "qwen3_moe", {"quantization_config": {"quant_method": "fp8", "weight_block_size": None}},
