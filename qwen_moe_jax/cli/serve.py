@@ -106,11 +106,6 @@ def run(arguments: argparse.Namespace) -> int:
     if missing:
         raise RequestError(f"{', '.join(missing)} is not installed: pip install 'qwen-moe-jax[serve]'.")
 
-    if arguments.adapters:
-        raise ConfigError(
-            "--adapter: adapters by name are not served; merge one with `qwen-moe-jax convert --adapter`."
-        )
-
     several = join_processes(arguments)
     if several:
         if not arguments.mesh:
@@ -220,7 +215,8 @@ class Start:
         model = load_model(arguments)
         longest, tokens = service.limits.max_length, arguments.cache_tokens
         slots = arguments.slots or choose_slots(model, longest, tokens)
-        engine = Engine(model, slots=slots, max_length=longest, cache_tokens=tokens)
+        adapters = dict(arguments.adapters)
+        engine = Engine(model, slots=slots, max_length=longest, cache_tokens=tokens, adapters=adapters)
         service.limits = dataclasses.replace(service.limits, slots=engine.slots)
         self._describe(model, engine)
         with progress_bar("compiling") as advance:

@@ -10,7 +10,8 @@ import functools
 import itertools
 import math
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from os import PathLike
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from flax import nnx
 from qwen_moe_jax.config import DTypeLike, GenerationConfig
 from qwen_moe_jax.errors import RequestError
 from qwen_moe_jax.inference import programs
+from qwen_moe_jax.inference.adapters import with_adapters
 from qwen_moe_jax.inference.expert_loads import ExpertLoads
 from qwen_moe_jax.inference.masks import top_tokens
 from qwen_moe_jax.inference.memory import LOG_PROB_CHUNK, PREFILL_CHUNK, blocks_for, engine_memory, has_row_states
@@ -37,6 +39,7 @@ from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.rounding import round_up
 from qwen_moe_jax.sharding.explicit import apart_from_callers_mesh
 from qwen_moe_jax.sharding.rules import batch_shards
+from qwen_moe_jax.suggest import did_you_mean
 
 #: Tokens that are decoded between two looks at the queue.
 DECODE_STEPS = 8
@@ -85,9 +88,11 @@ class Engine:
         decode_steps: tokens of each request that are decoded between two looks at the queue, at most.
         prefill_chunk: tokens of prompts that are read between two decoding steps, at most.
         sizes: of the tables of stop tokens, biases and the like; a request that needs more is refused.
+        adapters: folders of low-rank adapters by the names that `Request.adapter` has; not of routed experts.
 
     Raises:
         RequestError: the model has no weights.
+        ConfigError, CheckpointError: an adapter does not fit, or is one of routed experts; see `with_adapters`.
     """
 
     def __init__(
@@ -102,11 +107,15 @@ class Engine:
         decode_steps: int = DECODE_STEPS,
         prefill_chunk: int = PREFILL_CHUNK,
         sizes: TableSizes = TableSizes(),
+        adapters: Mapping[str, str | PathLike[str]] | None = None,
     ):
         model.require_weights()
         if not model.deterministic:
             model = nnx.merge(*nnx.split(model))  # a view of the same weights: the caller's stays in training mode
             model.eval()
+        self.adapter_names = tuple(adapters or ())
+        if adapters:
+            model = with_adapters(model, adapters)
         self._model, self._sizes, self._decode_steps = model, sizes, decode_steps
         shards = batch_shards(model.mesh)
         self.slots, self.max_length = round_up(slots, shards), max_length
@@ -135,6 +144,7 @@ class Engine:
             blocks=blocks,
             copies=copies,
             sizes=sizes,
+            adapter_names=self.adapter_names,
         )
         self._memory = functools.partial(
             engine_memory,
@@ -210,8 +220,12 @@ class Engine:
         for name, count in (("top_logprobs", request.top_logprobs), ("prompt_logprobs", request.prompt_logprobs or 0)):
             if not 0 <= count <= MOST_TOP_LOGPROBS:
                 raise RequestError(f"{name}={count}: expected between 0 and {MOST_TOP_LOGPROBS}.")
-        if request.adapter is not None:
-            raise RequestError(f"adapter={request.adapter!r}: this engine has no adapter of that name.")
+        if request.adapter is not None and request.adapter not in self.adapter_names:
+            raise RequestError(
+                f"adapter={request.adapter!r}: this engine has no adapter of that name; "
+                f"{did_you_mean(request.adapter, self.adapter_names)}"
+                f"expected None or one of {', '.join(self.adapter_names) or 'none: it has no adapters'}."
+            )
         require_known_tokens("the request", config, model.config.vocab_size)
         require_fitting("the request", config, self._sizes)
         seed = secrets.randbits(64) if config.seed is None else config.seed

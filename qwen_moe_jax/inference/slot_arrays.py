@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import DTypeLike, GenerationConfig
 from qwen_moe_jax.inference import programs
+from qwen_moe_jax.inference.adapters import choose_adapters
 from qwen_moe_jax.inference.expert_loads import ExpertLoads, no_counts, on_host
 from qwen_moe_jax.inference.programs import DecodeOutput, DecodeState, StepLimits
 from qwen_moe_jax.inference.running import Running
@@ -38,6 +39,7 @@ class SlotArrays:
         blocks: of keys and values, on all shards.
         copies: rows for copies of states, on all shards; 0 for none.
         sizes: of the tables of settings.
+        adapter_names: of the model's low-rank adapters, in the order of their numbers.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class SlotArrays:
         blocks: Blocks,
         copies: int,
         sizes: TableSizes,
+        adapter_names: Sequence[str] = (),
     ):
         self._model, self._slots, self._max_length = model, slots, max_length
         self._decode_steps, self._sizes = decode_steps, sizes
@@ -66,6 +69,8 @@ class SlotArrays:
         self._per_row = NamedSharding(model.mesh, P(BATCH))
         self._settings: dict[bool, SamplingSettings] = {}  # by whether they are the full ones
         self._configs: list[GenerationConfig] = [GenerationConfig(seed=0)] * slots
+        self._adapters: dict[str | None, int] = {None: 0, **{name: at for at, name in enumerate(adapter_names, 1)}}
+        self._adapter_B = np.zeros(slots, np.int32)
         self._cache: Cache | None = None
         # Not donated: any thread may read them at any time, and an exception does not lose them.
         self._counters = jax.device_put(no_counts(model.config), NamedSharding(model.mesh, P()))
@@ -102,12 +107,18 @@ class SlotArrays:
         none = GenerationConfig(seed=0)
         self._configs = [running[slot].config if slot in running else none for slot in range(self._slots)]
         self._settings.clear()
+        for slot in range(self._slots):
+            self._adapter_B[slot] = self._adapters[running[slot].request.adapter] if slot in running else 0
 
     def read(self, plan: ChunkPlan) -> PromptOutput | None:
         """Reads a chunk of prompts; their log-probabilities, where they are asked for."""
         arrays = [plan.tokens_RT, plan.count_R, plan.rows_R, plan.lengths_R, plan.table_RM]
         if plan.with_targets:
             arrays.append(plan.targets_RT)
+        rows, places = self._slots // self._shards, len(plan.rows_R)
+        first_R = np.arange(places) // (places // self._shards) * rows
+        slot_R = np.minimum(first_R + plan.rows_R, self._slots - 1)
+        self._choose_adapters(np.where(plan.rows_R < rows, self._adapter_B[slot_R], 0).astype(np.int32))
         self._cache, self._counters, output = self._programs.read_chunk(
             self._model, self._cache, self._counters, *map(self._put, arrays)
         )
@@ -180,6 +191,7 @@ class SlotArrays:
         Returns:
             Arrays of the host.
         """
+        self._choose_adapters(self._adapter_B)
         state, plain = self._state, self._state.sampling
         if is_full:
             state = dataclasses.replace(state, sampling=self._texts.added_to(plain))
@@ -211,6 +223,11 @@ class SlotArrays:
             "decoding": lambda: decode(nobody, is_full=False),
             "decoding with penalties and constraints": lambda: decode(nobody, is_full=True),
         }
+
+    def _choose_adapters(self, rows_B: np.ndarray) -> None:
+        """Gives the model the adapters of the rows that it reads next, where it has any."""
+        if len(self._adapters) > 1:
+            choose_adapters(self._model, rows_B)
 
     def _limits(self, limit_B: np.ndarray, masks: Mapping[int, np.ndarray], top: bool) -> StepLimits:
         allowed_BW: Any = self._all_allowed

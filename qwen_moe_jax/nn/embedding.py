@@ -55,7 +55,7 @@ class Embedding(nnx.Module):
         rows_BTr = self.lora.lora_B.at[tokens_BT].get(
             out_sharding=P(batch, None, None), mode="fill", fill_value=jnp.nan
         )
-        rows_BTr = jax.sharding.reshard(rows_BTr.astype(dtype) * self.lora.scaling, P(BATCH, None, None))
+        rows_BTr = self.lora.scaled(jax.sharding.reshard(rows_BTr.astype(dtype), P(BATCH, None, None)))
         return hidden_BTD + weight_einsum(
             "BTr,rD->BTD", rows_BTr, self.lora.lora_A[...], self.lora.a_axes, P(BATCH, None, None)
         )

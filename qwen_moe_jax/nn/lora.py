@@ -56,7 +56,11 @@ class LoraAdapter(nnx.Module):
 
     def narrowed(self, x: jax.Array, letters: str, narrow_spec: P) -> jax.Array:
         """`scaling · A x`, by the einsum letters of (activations, A) -> result."""
-        return weight_einsum(letters, x, self.lora_A[...], self.a_axes, narrow_spec) * self.scaling
+        return self.scaled(weight_einsum(letters, x, self.lora_A[...], self.a_axes, narrow_spec))
+
+    def scaled(self, x_r: jax.Array) -> jax.Array:
+        """What goes from A to B, [..., r]: times `scaling`."""
+        return x_r * self.scaling
 
     def product(self) -> jax.Array:
         """`scaling · B A`, [layers, …, out, in] in float32: what merging adds to the matrix."""
