@@ -142,8 +142,12 @@ class ExpertWeights:
             at = first + jnp.minimum(expert, num_experts - 1)
 
             def multiply(x_TI: jax.Array, array: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array:
-                matrix_OI = matrix_at(array, at).astype(x_TI.dtype)
-                matrix_OI = all_gather_weight(matrix_OI, spec[-2:], axes[-2:])
+                if needs_gather(spec[-2:], axes[-2:]):  # whole first: each device may have chosen another expert
+                    here = array if self.layer is None else jax.lax.dynamic_index_in_dim(array, self.layer, 0, False)
+                    whole_EOI = all_gather_weight(here.astype(x_TI.dtype), spec[-3:], axes)
+                    matrix_OI = whole_EOI[jnp.minimum(expert, num_experts - 1)]
+                else:
+                    matrix_OI = matrix_at(array, at).astype(x_TI.dtype)
                 product_TO = jnp.einsum("TI,OI->TO", x_TI, matrix_OI, preferred_element_type=jnp.float32)
                 return product_TO.astype(x_TI.dtype)
 
