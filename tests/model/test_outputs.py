@@ -57,3 +57,15 @@ def test_generation_takes_the_models_mesh_whatever_the_caller_has_set(model):
     with jax.set_mesh(jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))):
         found = qmj.complete(model, prompts, max_new_tokens=3)
     assert [row.token_ids for row in found] == [row.token_ids for row in expected]
+
+
+def test_one_prompt_is_continued_where_devices_share_an_expert_over_fsdp():
+    """In the rows of the other devices are other tokens, which choose other experts."""
+    config = {**CASES["qwen2_moe-plain"].config, "num_hidden_layers": 2, "initializer_range": 0.3}
+    plain, sharded = (
+        qmj.CausalLM(qmj.ModelConfig.from_pretrained(config), rngs=nnx.Rngs(0), mesh=qmj.make_mesh(**axes))
+        for axes in ({}, {"fsdp": 2})
+    )
+    [expected], [found] = (qmj.complete(model, [list(range(4, 24))], max_new_tokens=4) for model in (plain, sharded))
+    assert found.token_ids == expected.token_ids
+    np.testing.assert_allclose(found.log_probs, expected.log_probs, rtol=1e-4)
