@@ -1,10 +1,10 @@
 """Every row of our speed on CPUs in one run: `python benchmarks/all.py`.
 
-Decoding and prefill, the train step, the sparse block and the hybrid beside transformers, decoding beside llama.cpp
+Decoding and prefill, the train step, the sparse block and the hybrid against transformers, decoding against llama.cpp
 where `llama-cpp-python` and `gguf` are installed: with the functions of `decode.py`, `train_step.py`, `moe_block.py`
 and `hybrid.py`, which say what is compared. Parts run one after the other, the most important rows first, each in a
 process of its own and with pauses, until the budget of seconds is spent; a part that does not end within
-`LONGEST_PART` keeps the rows it has told so far.
+`LONGEST_PART` keeps the rows it has reported so far.
 
 The table goes to `benchmarks/results/cpu-CLASS.md`, where CLASS is the widest instructions for matrix products that the
 processor has. `python benchmarks/all.py --summary` puts the ratios of all such files into docs/measurements.md.
@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "measurements.md"
 #: Classes of processors by a flag of /proc/cpuinfo, the best first.
 CLASSES = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx512f": "avx512", "avx2": "avx2"}
-#: What stands around the summary in the page.
+#: The lines before and after the summary in the page.
 BEGIN, END = "<!-- benchmarks/all.py -->\n", "<!-- end -->\n"
 #: Seconds that a part may take: one that hangs leaves time for the others.
 LONGEST_PART = 240
@@ -47,7 +47,7 @@ class Row:
     Attributes:
         what: is measured, and in which unit.
         ours, theirs: medians.
-        beside: what theirs is.
+        peer: what theirs is.
         spread: largest over smallest of our measurements.
         peak: largest memory of the process, in bytes; of both engines where they share one.
     """
@@ -55,7 +55,7 @@ class Row:
     what: str
     ours: float
     theirs: float
-    beside: str
+    peer: str
     spread: float
     peak: float | None = None
 
@@ -66,7 +66,7 @@ class Row:
             self.what,
             f"{self.ours:.4g}",
             f"{self.theirs:.4g}",
-            self.beside,
+            self.peer,
             f"{self.ours / self.theirs:.2f}",
             f"{self.spread:.2f}",
             peak,
@@ -83,7 +83,7 @@ Tell = Callable[[Row], None]
 
 
 def decode_rows(tell: Tell, dtype: str, batches: tuple[int, ...]) -> None:
-    """Time to the first token and tokens/s afterwards, beside transformers, the memory bus and llama.cpp."""
+    """Time to the first token and tokens/s afterwards, against transformers, the memory bus and llama.cpp."""
     import decode
     import llama
     import numpy as np
@@ -128,7 +128,7 @@ def _decode_table(rounds: list[dict[str, tuple[float, float]]], where: str, batc
     spread_first, spread_step = (_spread([times["ours"][part] for times in rounds]) for part in (0, 1))
     rows = []
     groups = {"transformers, grouped_mm": [name for name in steps if "cache" in name], "llama.cpp": ["llama.cpp"]}
-    for beside, names in groups.items():
+    for peer, names in groups.items():
         found = [name for name in names if name in steps]
         if not found:
             continue
@@ -137,14 +137,14 @@ def _decode_table(rounds: list[dict[str, tuple[float, float]]], where: str, batc
                 what=f"decode, {where}, tokens/s",
                 ours=batch / steps["ours"],
                 theirs=batch / min(steps[name] for name in found),
-                beside=beside,
+                peer=peer,
                 spread=spread_step,
             ),
             Row(
                 what=f"prefill of 128 tokens, {where}, ms",
                 ours=1e3 * firsts["ours"],
                 theirs=1e3 * min(firsts[name] for name in found),
-                beside=beside,
+                peer=peer,
                 spread=spread_first,
             ),
         ]
@@ -152,14 +152,14 @@ def _decode_table(rounds: list[dict[str, tuple[float, float]]], where: str, batc
         what=f"decode, {where}, steps/s",
         ours=1 / steps["ours"],
         theirs=1 / floor,
-        beside="the memory bus",
+        peer="the memory bus",
         spread=spread_step,
     )
     return [*rows, bus]
 
 
 def train_rows(tell: Tell, dtype: str) -> None:
-    """The train step beside transformers, and under capacity beside dropless."""
+    """The train step against transformers, and under capacity against dropless."""
     import train_step
 
     kinds = train_step.PRECISIONS[dtype]
@@ -174,7 +174,7 @@ def train_rows(tell: Tell, dtype: str) -> None:
                     what=f"train step of 4 × 512 tokens, {dtype}, {name}, tokens/s",
                     ours=tokens / found[name][0],
                     theirs=tokens / found[other][0],
-                    beside="transformers, grouped_mm" if other == "grouped_mm" else "ours, dropless",
+                    peer="transformers, grouped_mm" if other == "grouped_mm" else "ours, dropless",
                     spread=1.0,
                     peak=found[name][1],
                 )
@@ -182,7 +182,7 @@ def train_rows(tell: Tell, dtype: str) -> None:
 
 
 def block_rows(tell: Tell, dtype: str) -> None:
-    """The sparse block beside its limit and transformers, and with more experts."""
+    """The sparse block against its limit and transformers, and with more experts."""
     import moe_block
 
     sizes = dict(zip(moe_block.SIZES, (2048, 512, 256, 32, 4), strict=True))
@@ -205,21 +205,21 @@ def block_rows(tell: Tell, dtype: str) -> None:
             ("capacity by index", (subject, "capacity by index"), limit, "JAX, limit"),
             ("128 experts", many, few, "ours, 16 experts"),
         ]
-        for what, ours, theirs, beside in pairs:
+        for what, ours, theirs, peer in pairs:
             if ours in times and theirs in times:
                 tell(
                     Row(
                         what=f"{what}, {dtype}, {kind}, ms",
                         ours=statistics.median(times[ours]),
                         theirs=statistics.median(times[theirs]),
-                        beside=beside,
+                        peer=peer,
                         spread=_spread(times[ours]),
                     )
                 )
 
 
 def hybrid_rows(tell: Tell, part: str) -> None:
-    """The hybrid beside transformers: forward, train or decode."""
+    """The hybrid against transformers: forward, train or decode."""
     import hybrid
 
     make = {"forward": hybrid.forward_lines, "train": hybrid.train_lines, "decode": hybrid.decode_lines}[part]
@@ -228,7 +228,7 @@ def hybrid_rows(tell: Tell, part: str) -> None:
     best = max((name for name in speeds if name != "ours"), key=lambda name: speeds[name])
     peak = float(cells[0][3]) * 1e9 if cells[0][3] else None
     what = f"hybrid, float32, {cells[0][0]}, tokens/s"
-    tell(Row(what=what, ours=speeds["ours"], theirs=speeds[best], beside=best, spread=1.0, peak=peak))
+    tell(Row(what=what, ours=speeds["ours"], theirs=speeds[best], peer=best, spread=1.0, peak=peak))
 
 
 def _spread(times: list[float]) -> float:
@@ -298,9 +298,9 @@ def _children(pid: int | None) -> list[int]:
     return [int(child) for child in path.read_text().split()] if path.exists() else []
 
 
-def processor_class(told: str) -> str:
+def processor_class(cpuinfo: str) -> str:
     """The class of a processor, from the text of /proc/cpuinfo; "other" where it is none of `CLASSES`."""
-    flags = set(told.split())
+    flags = set(cpuinfo.split())
     return next((name for flag, name in CLASSES.items() if flag in flags), "other")
 
 
@@ -343,8 +343,8 @@ def summary(files: list[Path]) -> str:
     columns = [file.stem for file in files]
     header = " | ".join(column.removeprefix("cpu-") for column in columns)
     lines = [f"| what | theirs is | {header} |", "|---" * (2 + len(columns)) + "|"]
-    for (what, beside), found in ratios.items():
-        lines.append(f"| {what} | {beside} | {' | '.join(found.get(column, '–') for column in columns)} |")
+    for (what, peer), found in ratios.items():
+        lines.append(f"| {what} | {peer} | {' | '.join(found.get(column, '–') for column in columns)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -369,8 +369,8 @@ def main() -> None:
     from train_step import processor
 
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # read where a part's process starts
-    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    path = arguments.markdown or RESULTS / f"cpu-{processor_class(told)}.md"
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    path = arguments.markdown or RESULTS / f"cpu-{processor_class(cpuinfo)}.md"
     ends, before, rows = time.monotonic() + arguments.budget, os.getloadavg()[0], []
     print(HEADER, flush=True)
     for name in arguments.parts:

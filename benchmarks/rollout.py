@@ -1,4 +1,4 @@
-"""The speed of a GRPO run's rollouts beside `qmj.complete` on the same prompts, seeds and settings.
+"""The speed of a GRPO run's rollouts against `qmj.complete` on the same prompts, seeds and settings.
 
     python benchmarks/rollout.py configs/train/grpo-tiny.toml [--section.key=value …]
 

@@ -1,4 +1,4 @@
-"""Serving beside transformers: `python benchmarks/serve.py`.
+"""Serving against transformers: `python benchmarks/serve.py`.
 
 The mixture of 115M parameters, random weights, saved once and opened by both servers, one after the other, each in a
 process of its own. One client asks both for the same streams: 1, 8 and 32 closed loops, each of which asks again when

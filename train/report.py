@@ -173,7 +173,7 @@ def report_page(metrics: Metrics, *, name: str, config: str, state: str) -> str:
 
 def main(words: list[str]) -> int:
     """Writes the page of the run that the command line names; returns the exit code."""
-    description = "Show a run, or several beside each other, on one HTML page."
+    description = "Show a run, or several next to each other, on one HTML page."
     parser = Parser(prog="python -m train.report", description=description)
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a run folder, for example runs/tiny")
     parser.add_argument(

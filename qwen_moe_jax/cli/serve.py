@@ -247,7 +247,7 @@ class Start:
         if self._service.adapters:
             self.rows["adapters"] = ", ".join(self._service.adapters)
         keys = len(self._service.keys)
-        self.rows["keys"] = f"{keys}" if keys else "none: whoever reaches the address may use the model"
+        self.rows["keys"] = f"{keys}" if keys else "none: every client that reaches the address may use the model"
         self.rows["embeddings"] = self._arguments.embeddings
 
     def say(self, address: str) -> None:

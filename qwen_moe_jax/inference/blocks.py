@@ -18,7 +18,7 @@ BLOCK_SIZE = 32
 def digests(tokens: Sequence[int], size: int, salt: str = "", known: Sequence[bytes] = ()) -> list[bytes]:
     """A digest for every full block of a text, of all tokens up to its end; `known` are those of its first blocks.
 
-    `salt` tells apart texts of which the same tokens mean other keys and values.
+    `salt` distinguishes texts of which the same tokens mean other keys and values.
     """
     found = list(known)
     for start in range(len(found) * size, len(tokens) - size + 1, size):
@@ -32,7 +32,7 @@ class BlockPool:
     """The blocks of one device, or of the devices that share its rows.
 
     Args:
-        count: blocks, of which the first is never given away: it stands for none.
+        count: blocks, of which the first is never given away: it represents none.
     """
 
     def __init__(self, count: int):

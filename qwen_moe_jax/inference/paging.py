@@ -18,7 +18,7 @@ class Paging:
 
     Args:
         slots, shards: of the engine.
-        blocks: of each shard, with the first, which stands for none.
+        blocks: of each shard, with the first, which represents none.
         size: tokens of a block.
         max_length: the largest number of tokens of a request.
         copies: of states on each shard; None for a model whose layers keep nothing else.

@@ -63,7 +63,7 @@ class Scheduler:
     Attributes:
         waiting: requests without a slot.
         running: those with one, by slot.
-        stopped: slots that were taken from a request that decoded, which the device has to be told.
+        stopped: slots that were taken from a request that decoded, of which the device does not know yet.
         preempted: how often that happened.
     """
 
@@ -191,11 +191,11 @@ class Scheduler:
             if running.slot is not None:
                 self.reserve(running, running.read + sizes[running.number])
         chosen = [running for running in chosen if running.slot is not None]
-        places = self.shards * count
-        tokens_RT, targets_RT = np.zeros((2, places, length), np.int32)
-        count_R, lengths_R = np.zeros((2, places), np.int32)
-        rows_R = np.full(places, self.rows, np.int32)
-        table_RM = np.zeros((places, self.paging.table_BM.shape[1]), np.int32)
+        rows_of_chunk = self.shards * count
+        tokens_RT, targets_RT = np.zeros((2, rows_of_chunk, length), np.int32)
+        count_R, lengths_R = np.zeros((2, rows_of_chunk), np.int32)
+        rows_R = np.full(rows_of_chunk, self.rows, np.int32)
+        table_RM = np.zeros((rows_of_chunk, self.paging.table_BM.shape[1]), np.int32)
         parts, used = [], [0] * self.shards
         for running in chosen:
             shard, row = divmod(running.slot, self.rows)

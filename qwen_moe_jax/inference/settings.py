@@ -110,7 +110,7 @@ class SamplingSettings:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingState:
-    """State of sampling: what the next token depends on, apart from the logits.
+    """State of sampling: what the next token depends on besides the logits.
 
     Attributes:
         prompt_length_B: int32 [B]; tokens of the prompt.

@@ -115,8 +115,8 @@ class SlotArrays:
         arrays = [plan.tokens_RT, plan.count_R, plan.rows_R, plan.lengths_R, plan.table_RM]
         if plan.with_targets:
             arrays.append(plan.targets_RT)
-        rows, places = self._slots // self._shards, len(plan.rows_R)
-        first_R = np.arange(places) // (places // self._shards) * rows
+        rows, rows_of_chunk = self._slots // self._shards, len(plan.rows_R)
+        first_R = np.arange(rows_of_chunk) // (rows_of_chunk // self._shards) * rows
         slot_R = np.minimum(first_R + plan.rows_R, self._slots - 1)
         self._choose_adapters(np.where(plan.rows_R < rows, self._adapter_B[slot_R], 0).astype(np.int32))
         self._cache, self._counters, output = self._programs.read_chunk(

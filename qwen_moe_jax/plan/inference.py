@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import ExecutionConfig, ModelConfig
-from qwen_moe_jax.inference.programs import AbstractProgram, abstract_decode, abstract_prefill
+from qwen_moe_jax.inference.abstract_programs import AbstractProgram, abstract_decode, abstract_prefill
 from qwen_moe_jax.model.cache import Cache, RecurrentState, recurrent_states
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.plan.compile import Step

@@ -160,7 +160,7 @@ def json_call(text: str) -> Call | None:
 
 
 def _value(text: str, schema: Any) -> Any:
-    """The value that a parameter's text stands for."""
+    """The value that a parameter's text means."""
     kind = schema.get("type") if isinstance(schema, dict) else None
     if kind == "string":
         return text

@@ -9,7 +9,7 @@ from qwen_moe_jax.server.errors import ApiError
 
 State = Literal["loading", "ready", "draining", "failed"]
 
-#: Seconds that a refused client is told to wait while the model is loaded.
+#: Seconds in Retry-After for a refused client while the model is loaded.
 LOADING_RETRY = 5
 
 

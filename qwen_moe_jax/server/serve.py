@@ -67,7 +67,7 @@ async def serve(
         service: what is served.
         load: makes the engine; called in the engine's thread, while /health already answers.
         listening: of `bind`.
-        failed_seconds: how long the failure of the engine is told before the end.
+        failed_seconds: seconds for which /health reports a failure of the engine before the end.
         on_ready: called when the model can be used.
 
     Raises:

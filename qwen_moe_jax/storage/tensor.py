@@ -65,8 +65,30 @@ class StoredTensor(abc.ABC):
         return nbytes(self.shape, self.dtype)
 
 
+class TensorView(StoredTensor):
+    """A tensor that is computed from another: with its shape, dtype and source, unless a subclass has its own.
+
+    Attributes:
+        tensor: the other one.
+    """
+
+    tensor: StoredTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.tensor.dtype
+
+    @property
+    def source(self) -> str:
+        return self.tensor.source
+
+
 @dataclasses.dataclass(frozen=True)
-class TensorSlice(StoredTensor):
+class TensorSlice(TensorView):
     """A slice of another tensor; axes that are indexed by a number are dropped, as in NumPy.
 
     Attributes:
@@ -81,14 +103,6 @@ class TensorSlice(StoredTensor):
     def shape(self) -> tuple[int, ...]:
         kept = [part.stop - part.start for part in self.window if isinstance(part, slice)]
         return (*kept, *self.tensor.shape[len(self.window) :])
-
-    @property
-    def dtype(self) -> str:
-        return self.tensor.dtype
-
-    @property
-    def source(self) -> str:
-        return self.tensor.source
 
     def read_into(self, index: Index, out: np.ndarray) -> None:
         asked = iter(index)

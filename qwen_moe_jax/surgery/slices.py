@@ -4,14 +4,14 @@ import dataclasses
 
 import numpy as np
 
-from qwen_moe_jax.storage.tensor import Index, StoredTensor, index_shape
+from qwen_moe_jax.storage.tensor import Index, StoredTensor, TensorView, index_shape
 
 #: Values that are drawn at once.
 _DRAWN = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Picked(StoredTensor):
+class Picked(TensorView):
     """Rows or columns of a matrix, in another order.
 
     Attributes:
@@ -30,14 +30,6 @@ class Picked(StoredTensor):
         shape[self.axis] = len(self.order)
         return tuple(shape)
 
-    @property
-    def dtype(self) -> str:
-        return self.tensor.dtype
-
-    @property
-    def source(self) -> str:
-        return self.tensor.source
-
     def read_into(self, index: Index, out: np.ndarray) -> None:
         wanted = self.order[index[self.axis]]
         if self.axis == 1:
@@ -51,23 +43,11 @@ class Picked(StoredTensor):
 
 
 @dataclasses.dataclass(frozen=True)
-class Scaled(StoredTensor):
+class Scaled(TensorView):
     """A tensor times a number: multiplied in float32 and rounded to its dtype."""
 
     tensor: StoredTensor
     factor: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.tensor.shape
-
-    @property
-    def dtype(self) -> str:
-        return self.tensor.dtype
-
-    @property
-    def source(self) -> str:
-        return self.tensor.source
 
     def read_into(self, index: Index, out: np.ndarray) -> None:
         values = self.tensor.read(index).astype(np.float32) * np.float32(self.factor)
@@ -75,7 +55,7 @@ class Scaled(StoredTensor):
 
 
 @dataclasses.dataclass(frozen=True)
-class Redrawn(StoredTensor):
+class Redrawn(TensorView):
     """A matrix some of whose values are drawn anew, each with the same probability, from a normal distribution.
 
     The same seed gives the same values, in whatever blocks the matrix is read.
@@ -91,18 +71,6 @@ class Redrawn(StoredTensor):
     share: float
     std: float
     seed: tuple[int, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.tensor.shape
-
-    @property
-    def dtype(self) -> str:
-        return self.tensor.dtype
-
-    @property
-    def source(self) -> str:
-        return self.tensor.source
 
     def read_into(self, index: Index, out: np.ndarray) -> None:
         self.tensor.read_into(index, out)

@@ -41,7 +41,7 @@ def write(path, *records):
 
 
 def batch(folder, *words):
-    """Runs the batch of the files beside the folder; returns the exit code and the answers by id."""
+    """Runs the batch of the files next to the folder; returns the exit code and the answers by id."""
     files = ["--input", str(folder.parent / "prompts.jsonl"), "--output", str(folder.parent / "answers.jsonl")]
     code = main(["generate", str(folder), *files, *words])
     lines = (folder.parent / "answers.jsonl").read_text(encoding="utf-8").splitlines()

@@ -17,8 +17,8 @@ from qwen_moe_jax.cli.main import main
 from qwen_moe_jax.config import DTYPES
 from qwen_moe_jax.huggingface.checkpoint import open_checkpoint
 from qwen_moe_jax.huggingface.convert import convert
+from qwen_moe_jax.inference.abstract_programs import abstract_decode, abstract_prefill
 from qwen_moe_jax.inference.harness import Harness
-from qwen_moe_jax.inference.programs import abstract_decode, abstract_prefill
 from tests.cases import CASES
 from tests.inference.checkpoints import make_checkpoint
 from train.config import build_config

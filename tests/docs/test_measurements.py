@@ -23,8 +23,8 @@ def test_a_processor_is_of_the_class_of_its_widest_products():
 
 
 def test_rows_of_two_processors_become_columns(tmp_path):
-    row = benchmark.Row(what="decode, batch 1, tokens/s", ours=3, theirs=2, beside="theirs", spread=1.1, peak=2e9)
-    other = benchmark.Row(what="block, ms", ours=1e-5, theirs=2e-5, beside="limit", spread=1)
+    row = benchmark.Row(what="decode, batch 1, tokens/s", ours=3, theirs=2, peer="theirs", spread=1.1, peak=2e9)
+    other = benchmark.Row(what="block, ms", ours=1e-5, theirs=2e-5, peer="limit", spread=1)
     for name, rows in (("avx2", [row]), ("amx", [row, other])):
         text = benchmark.report(rows, "a processor", 720, (0.1, 2.0))
         (tmp_path / f"cpu-{name}.md").write_text(text, encoding="utf-8")

@@ -126,7 +126,7 @@ def nothing_compiled(engine):
 
 
 def test_requests_at_random_times_get_the_answers_that_they_get_alone_and_nothing_is_compiled(model, engine):
-    """Greedy and sampled, with penalties, biases and constraints beside requests without, in four slots.
+    """Greedy and sampled, with penalties, biases and constraints together with requests without, in four slots.
 
     Beginnings that others had are not read again, and requests are put back into the queue for want of blocks.
     """

@@ -139,7 +139,7 @@ def test_decoding_updates_the_states_in_place(dtype):
 
 
 def test_an_embedding_is_that_of_a_text_by_itself(model):
-    """Beside a longer one, whose row is not padded."""
+    """In one batch with a longer one, whose row is not padded."""
     long, short = make_prompts((40, 11), seed=9)
     embedder = Embedder(model, max_length=64)
     np.testing.assert_allclose(embedder.embed([long, short])[1], embedder.embed([short])[0], rtol=1e-5, atol=1e-6)

@@ -166,4 +166,4 @@ def test_the_start_says_what_is_served(real):
     assert rows["model"].startswith("tiny: ") and "one device" in rows["model"]
     assert rows["slots"] == "4 of up to 96 tokens; 256 more may wait"
     assert "weights" in rows["memory"] and "blocks of" in rows["memory"]
-    assert "whoever reaches the address" in rows["keys"]
+    assert "every client that reaches the address" in rows["keys"]

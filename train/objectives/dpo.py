@@ -24,9 +24,10 @@ from train.objectives.pairs import (
     abstract_pairs,
     load_pairs,
     mean_over_pairs,
+    means_over_pairs,
     pair_feed,
-    real_pairs,
     rows_of,
+    sums_over_pairs,
     whole_pairs,
 )
 from train.objectives.reference import ReferenceFeed
@@ -106,13 +107,11 @@ class Dpo:
 
     def heldout_sum(self, out: TokenLosses, batch: PairBatch) -> dict[str, jax.Array]:
         """The sums of all terms over the pairs of a batch, and their number."""
-        sums = {name: mean_over_pairs(x_P, batch, 1) for name, x_P in self._terms(out, batch).items()}
-        return {**sums, "pairs": jnp.sum(real_pairs(batch), dtype=jnp.int32)}
+        return sums_over_pairs(self._terms(out, batch), batch)
 
     def heldout_metrics(self, sums: Any) -> dict[str, float]:
         """The means over all pairs."""
-        means = {name: float(value / sums["pairs"]) for name, value in sums.items() if name != "pairs"}
-        return {"loss": means.pop("dpo_loss"), **means}
+        return means_over_pairs(sums, "dpo_loss")
 
     def _terms(self, out: TokenLosses, batch: PairBatch) -> dict[str, jax.Array]:
         """Loss, rewards and log-probabilities of each pair, float32 [P]."""

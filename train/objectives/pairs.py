@@ -55,6 +55,18 @@ def whole_pairs(batch: PairBatch, micro_batches: int) -> WholeBatch:
     )
 
 
+def sums_over_pairs(terms_P: dict[str, jax.Array], batch: PairBatch) -> dict[str, jax.Array]:
+    """The sum of each term over the real pairs, float32 scalars, and the number of these pairs."""
+    sums = {name: mean_over_pairs(x_P, batch, 1) for name, x_P in terms_P.items()}
+    return {**sums, "pairs": jnp.sum(real_pairs(batch), dtype=jnp.int32)}
+
+
+def means_over_pairs(sums: dict[str, jax.Array], loss: str) -> dict[str, float]:
+    """The means from `sums_over_pairs`, the term that is minimised under the name "loss"."""
+    means = {name: float(value / sums["pairs"]) for name, value in sums.items() if name != "pairs"}
+    return {"loss": means.pop(loss), **means}
+
+
 def mean_over_pairs(x_P: jax.Array, batch: PairBatch, count: jax.Array | int) -> jax.Array:
     """The sum over the real pairs divided by a count of them, that of the whole batch: float32 scalar."""
     return jnp.sum(x_P.astype(jnp.float32), where=real_pairs(batch)) / jnp.maximum(count, 1)

@@ -8,7 +8,7 @@ import numpy as np
 
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.huggingface.sparse_families import FeedForward
-from qwen_moe_jax.storage.tensor import CastTensor, Index, PickedRows, StackedTensor, StoredTensor
+from qwen_moe_jax.storage.tensor import CastTensor, Index, PickedRows, StackedTensor, StoredTensor, TensorView
 
 #: Name in GGUF by the name behind the layer's number.
 _LAYER = {
@@ -92,7 +92,7 @@ def _neighbours(tensor: StoredTensor, head_dim: int) -> StoredTensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class OnlyRow(StoredTensor):
+class OnlyRow(TensorView):
     """A matrix of one row as a vector."""
 
     tensor: StoredTensor
@@ -100,14 +100,6 @@ class OnlyRow(StoredTensor):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.tensor.shape[1:]
-
-    @property
-    def dtype(self) -> str:
-        return self.tensor.dtype
-
-    @property
-    def source(self) -> str:
-        return self.tensor.source
 
     def read_into(self, index: Index, out: np.ndarray) -> None:
         self.tensor.read_into((slice(0, 1), *index), out[None])

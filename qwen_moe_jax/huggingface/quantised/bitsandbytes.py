@@ -71,7 +71,7 @@ def _weight(module: str, own: Mapping[str, StoredTensor]) -> StoredTensor:
 
 @dataclasses.dataclass(frozen=True)
 class RowsOfInt8(ScaledCodes):
-    """int8 codes; 127 stands for a row's scale."""
+    """int8 codes; 127 represents a row's scale."""
 
     def values(self, index: Index) -> np.ndarray:
         return super().values(index) * _RECIPROCAL

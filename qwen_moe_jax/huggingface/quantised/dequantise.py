@@ -1,4 +1,4 @@
-"""A matrix of codes with scales, read as the floating-point numbers that it stands for."""
+"""A matrix of codes with scales, read as the floating-point numbers that it represents."""
 
 import abc
 import dataclasses
@@ -8,7 +8,7 @@ import numpy as np
 
 from qwen_moe_jax.errors import CheckpointError
 from qwen_moe_jax.rounding import ceil_div
-from qwen_moe_jax.storage.tensor import Index, StoredTensor, blocks, full_index, index_shape
+from qwen_moe_jax.storage.tensor import Index, StoredTensor, TensorView, blocks, full_index, index_shape
 
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 #: Values that are dequantised at once: 4 MB in float32, of which a few copies are held.
@@ -126,7 +126,7 @@ class ScaledCodes(Dequantised):
 
 
 @dataclasses.dataclass(frozen=True)
-class Transposed(StoredTensor):
+class Transposed(TensorView):
     """A matrix with its two axes exchanged."""
 
     tensor: StoredTensor
@@ -135,20 +135,12 @@ class Transposed(StoredTensor):
     def shape(self) -> tuple[int, ...]:
         return (self.tensor.shape[1], self.tensor.shape[0])
 
-    @property
-    def dtype(self) -> str:
-        return self.tensor.dtype
-
-    @property
-    def source(self) -> str:
-        return self.tensor.source
-
     def read_into(self, index: Index, out: np.ndarray) -> None:
         out[...] = self.tensor.read((index[1], index[0])).T
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaledScales(StoredTensor):
+class ScaledScales(TensorView):
     """Scales in float32 times one number, or divided by it.
 
     Attributes:
@@ -162,14 +154,6 @@ class ScaledScales(StoredTensor):
     divide: bool
 
     dtype = "float32"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.tensor.shape
-
-    @property
-    def source(self) -> str:
-        return self.tensor.source
 
     def read_into(self, index: Index, out: np.ndarray) -> None:
         factor = as_float32(self.factor.read()).reshape(())

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from qwen_moe_jax.rounding import ceil_div
-from qwen_moe_jax.storage.tensor import Index, StoredTensor
+from qwen_moe_jax.storage.tensor import Index, StoredTensor, TensorView
 
 #: The sixteen numbers of FP4 (E2M1) by their code.
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -21,7 +21,7 @@ class WordCodes(StoredTensor):
         axis: along which a word holds several codes.
         shape: of the codes; a last word may have more than are needed.
         order: position in its word of each of the codes of a word; () is 0, 1, 2, …
-        plus: added to each word before it is taken apart, with the carry from code to code.
+        plus: added to each word before it is unpacked, with the carry from code to code.
         minus: subtracted from each code.
     """
 
@@ -46,9 +46,9 @@ class WordCodes(StoredTensor):
         wanted = list(index)
         wanted[self.axis] = slice(first, ceil_div(asked.stop, each))
         words = np.ascontiguousarray(self.words.read(tuple(wanted))).view(np.uint32) + np.uint32(self.plus)
-        places = np.array(self.order or range(each), np.uint32) * np.uint32(self.bits)
+        shifts = np.array(self.order or range(each), np.uint32) * np.uint32(self.bits)
         mask = np.uint32((1 << self.bits) - 1)
-        codes = ((np.expand_dims(words, self.axis + 1) >> _along(places, self.axis)) & mask).astype(np.int16)
+        codes = ((np.expand_dims(words, self.axis + 1) >> _along(shifts, self.axis)) & mask).astype(np.int16)
         shape = list(words.shape)
         shape[self.axis] *= each
         kept = [slice(None), slice(None)]
@@ -56,8 +56,8 @@ class WordCodes(StoredTensor):
         out[...] = codes.reshape(shape)[tuple(kept)] - np.int16(self.minus)
 
 
-def _along(places: np.ndarray, axis: int) -> np.ndarray:
-    return places[None, :, None] if axis == 0 else places[None, None, :]
+def _along(shifts: np.ndarray, axis: int) -> np.ndarray:
+    return shifts[None, :, None] if axis == 0 else shifts[None, None, :]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,20 +94,12 @@ class Fp4Codes(StoredTensor):
 
 
 @dataclasses.dataclass(frozen=True)
-class Exponents(StoredTensor):
+class Exponents(TensorView):
     """Powers of two, from bytes that are an exponent plus 127 (E8M0), as float32."""
 
     tensor: StoredTensor
 
     dtype = "float32"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.tensor.shape
-
-    @property
-    def source(self) -> str:
-        return self.tensor.source
 
     def read_into(self, index: Index, out: np.ndarray) -> None:
         exponents = np.ascontiguousarray(self.tensor.read(index)).view(np.uint8).astype(np.int32) - 127
