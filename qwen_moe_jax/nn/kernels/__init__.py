@@ -1,0 +1,1 @@
+"""Kernels for one kind of processor, compiled when they are first needed."""

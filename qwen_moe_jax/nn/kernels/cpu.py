@@ -1,0 +1,83 @@
+"""Products of a few rows with matrices that are picked out of a stack while the program runs, on CPUs.
+
+XLA has no product that reads a slice where it is stored: it copies the matrix first, and widens bfloat16 on the way,
+which takes longer than the product with a few rows. Here LLVM compiles a C function that XLA calls on the whole stack
+(`handler.py`). Without llvmlite (`pip install 'qwen-moe-jax[cpu]'`) callers use XLA's own products.
+"""
+
+import ctypes
+import functools
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+#: I is a multiple of this.
+LANES = 16
+
+
+def is_available(format: str, inputs: int) -> bool:
+    """Whether `picked_matmul` can multiply with matrices stored like this: llvmlite is installed, on CPUs.
+
+    Call it while tracing under the model's mesh: that says what the devices are.
+
+    Args:
+        format: one of `formats.FORMATS`; of weights stored in one array, the name of its dtype.
+        inputs: I.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    return platform == "cpu" and inputs % LANES == 0 and _target(format) is not None
+
+
+def picked_matmul(
+    x_RI: jax.Array,
+    stacks: Sequence[tuple[jax.Array, ...]],
+    matrices_G: jax.Array,
+    sizes_G: jax.Array,
+    format: str | None = None,
+) -> Sequence[jax.Array]:
+    """Each row times the transpose of one of a stack's matrices, for several stacks at once, accumulated in float32.
+
+    A matrix is read once for all of its rows, where it is stored. Nothing here can be differentiated. The arrays are
+    those of one device: of a program for one, or inside a `jax.shard_map`.
+
+    Args:
+        x_RI: float32; rows sorted by group; I a multiple of `LANES`.
+        stacks: each the arrays of one stack of matrices, in the Hub's [out, in] order: of float32 and bfloat16 the one
+            array [M, O, I]; of all formats the first is [M, O, …]. O may differ between the stacks.
+        matrices_G: int32; the matrix of each group, the same number in every stack.
+        sizes_G: int32; the rows of each group. Groups without rows cost nothing.
+        format: one of `formats.FORMATS`, for which `is_available`; None: the dtype of the first array.
+
+    Returns:
+        float32 [R, O] for each stack. Rows past the sum of the sizes are zeros.
+    """
+    results = [jax.ShapeDtypeStruct((x_RI.shape[0], stack[0].shape[1]), jnp.float32) for stack in stacks]
+    target = _target(format or stacks[0][0].dtype.name)
+    assert target is not None  # is_available
+    arrays = [array for stack in stacks for array in stack]
+    return jax.ffi.ffi_call(target, results)(x_RI, matrices_G.astype(jnp.int32), sizes_G.astype(jnp.int32), *arrays)
+
+
+@functools.cache
+def _target(format: str) -> str | None:
+    """The name under which XLA knows the C function for a format; None where there is none."""
+    if importlib.util.find_spec("llvmlite") is None:
+        return None
+    from qwen_moe_jax.nn.kernels.compiled import c_function
+    from qwen_moe_jax.nn.kernels.formats import FORMATS
+
+    if format not in FORMATS:
+        return None
+    name = f"qwen_moe_jax_picked_matmul_{format}"
+    jax.ffi.register_ffi_target(name, _capsule(c_function(format)), platform="cpu", api_version=1)
+    return name
+
+
+def _capsule(address: int) -> Any:
+    make = ctypes.pythonapi.PyCapsule_New
+    make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    return make(address, None, None)
