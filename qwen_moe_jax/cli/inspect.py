@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="a checkpoint folder, a config.json alone, or a name on the Hub (downloaded first)",
+        help="a checkpoint folder, a config.json alone, or a name on the Hub, of which headers are fetched "
+        "(owner/model, owner/model@revision)",
     )
     parser.add_argument("--tensors", action="store_true", help="list every tensor by name and shape, one a line")
     parser.add_argument("--json", action="store_true", help="write everything as JSON")
@@ -72,6 +73,8 @@ def print_summary(summary: "Summary") -> None:
     mtp = f", {format_count(summary.mtp_parameters)} more in its next-token head" if summary.mtp_parameters else ""
     size = f"{format_bytes(summary.nbytes)}{dtype}"
     console.print(f"{format_count(summary.parameters)} parameters{active}{mtp} · {size}")
+    if summary.fetched is not None:
+        console.print(f"{format_bytes(summary.fetched)} of its files were fetched from the Hub, for their headers.")
     console.print(summary.layers)
     console.print()
     # A column with the same value in every row takes width from the names.

@@ -47,6 +47,8 @@ FLOATS = ("float32", "bfloat16", "float16")
 #: Behind the name of a tensor of a model that PEFT has wrapped.
 ADAPTED = ": of a model with PEFT's adapters inside; call merge_and_unload() and save_pretrained there"
 _LISTED = 40
+#: Rows of a head over a network that are compared with those of the embedding.
+_REMOTE_ROWS = 16
 #: Bytes per block of a check.
 _BLOCK = 64 << 20
 
@@ -82,6 +84,7 @@ def open_checkpoint(
     drop_mtp: bool = False,
     content: Mapping[str, Any] | None = None,
     adapt: Callable[[dict[str, StoredTensor]], dict[str, StoredTensor]] | None = None,
+    files: Files | None = None,
 ) -> Checkpoint:
     """Opens a Hub folder or a native one.
 
@@ -90,6 +93,7 @@ def open_checkpoint(
         drop_mtp: leave out the next-token head, where the files have one.
         content: of config.json, in place of what the file says.
         adapt: applied to the tensors of a Hub folder, under the names of its files.
+        files: that hold the tensors; None opens those of the folder.
 
     Raises:
         ConfigError: config.json is missing or not supported.
@@ -103,7 +107,7 @@ def open_checkpoint(
         if hub.get(BALANCING_BIAS) is True and config.moe is not None:
             config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, balancing_bias=True))
         return _open_native(folder, config, head, drop_mtp=drop_mtp)
-    files, wrappers = open_files(folder).without_wrappers()
+    files, wrappers = (files or open_files(folder)).without_wrappers()
     if wrappers:
         say_once(
             f"{folder}: all tensor names begin with {wrappers!r}, which a wrapper of the model left; it is removed."
@@ -121,7 +125,7 @@ def open_checkpoint(
     tensors = {name: tensor for name, tensor in tensors.items() if name not in set(ignored)}
     problems = (*files.problems, *wrong, *twice)
     if config.tie_word_embeddings and {EMBEDDING, HEAD} & tensors.keys():
-        tensors, really = tied(tensors, readable=not problems)
+        tensors, really = tied(tensors, readable=not problems, rows=_REMOTE_ROWS if files.is_remote else None)
         config = dataclasses.replace(config, tie_word_embeddings=really)
     return Checkpoint(folder, config, head, tensors, ignored, problems, _is_whole(files), native=False)
 

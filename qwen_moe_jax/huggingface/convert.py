@@ -89,7 +89,7 @@ def convert(
     require_choice("to", to, Format)
     dtype = None if dtype is None else dtype_name("dtype", dtype)
     shard_limit(max_shard_size)
-    checkpoint = open_checkpoint(local_folder(source), drop_mtp=drop_mtp)
+    checkpoint = open_checkpoint(local_folder(source, drop_mtp=drop_mtp), drop_mtp=drop_mtp)
     say_unused_fields(checkpoint.folder)
     require_other_folder(checkpoint.folder, target)
     require_no_problems(checkpoint.folder, problems_of(checkpoint, hub_parameters(abstract_model(checkpoint, dtype))))

@@ -25,8 +25,10 @@ LAYOUTS = (
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
 #: The vision tower of a multimodal folder, which the text model does not use.
 VISION = re.compile(r"^(model\.)?visual\.")
+#: The next-token head.
+NEXT_TOKEN_HEAD = re.compile(r"^(model\.)?mtp\.")
 #: Tensors of checkpoints that a model runs without: an index may name them without their being there.
-HARMLESS = re.compile(rf"\.rotary_emb\.inv_freq$|^(model\.)?mtp\.|{VISION.pattern}")
+HARMLESS = re.compile(rf"\.rotary_emb\.inv_freq$|{NEXT_TOKEN_HEAD.pattern}|{VISION.pattern}")
 #: Most files of a folder that a message names.
 _LISTED = 10
 
@@ -39,11 +41,13 @@ class Files:
         tensors: by name; no values are read.
         problems: found in the files, a line each.
         unreadable: names of tensors that an index puts into files that could not be opened.
+        is_remote: whether values are fetched over a network when they are read.
     """
 
     tensors: dict[str, StoredTensor]
     problems: list[str]
     unreadable: frozenset[str] = frozenset()
+    is_remote: bool = False
 
     def without_wrappers(self) -> tuple["Files", str]:
         """The same without the prefixes that wrappers of a model put before every name; and the prefixes.
@@ -70,7 +74,7 @@ def open_files(folder: Path) -> Files:
     """
     for name, is_index, opener in LAYOUTS:
         if (folder / name).is_file():
-            return _open_indexed(folder / name, opener) if is_index else Files(*opener(folder / name))
+            return open_indexed(folder / name, opener) if is_index else Files(*opener(folder / name))
     names = ", ".join(name for name, _, _ in LAYOUTS)
     raise CheckpointError(
         f"{folder}: found none of {names}, but {_content(folder)}. A checkpoint folder needs one of them; other "
@@ -83,11 +87,42 @@ def _content(folder: Path) -> str:
     return ", ".join(names[:_LISTED] + ["…"] * (len(names) > _LISTED))
 
 
-def _open_indexed(path: Path, opener: Callable[[Path], tuple[dict[str, StoredTensor], list[str]]]) -> Files:
+def needed_files(index: Path, *, drop_mtp: bool) -> list[str]:
+    """Names of the files that an index gives a tensor which a model reads; none, if the index cannot be read.
+
+    Args:
+        index: model.safetensors.index.json.
+        drop_mtp: the next-token head is not read.
+    """
+    try:
+        weight_map = _weight_map(index)
+    except (OSError, ValueError, RecursionError):
+        return []
+    return sorted({file for name, file in weight_map.items() if not _is_unread(name, drop_mtp=drop_mtp)})
+
+
+def _is_unread(name: str, *, drop_mtp: bool) -> bool:
+    return HARMLESS.search(name) is not None and (drop_mtp or NEXT_TOKEN_HEAD.search(name) is None)
+
+
+def open_indexed(
+    path: Path,
+    opener: Callable[[Path], tuple[dict[str, StoredTensor], list[str]]],
+    is_there: Callable[[str], bool] | None = None,
+) -> Files:
+    """Opens the files that an index names.
+
+    Args:
+        path: of the index.
+        opener: of one file, by its path in the folder of the index.
+        is_there: whether a file of this name can be opened; None looks into the folder.
+    """
+    is_remote = is_there is not None
+    is_there = is_there or (lambda name: (path.parent / name).is_file())
     try:
         weight_map = _weight_map(path)
         # A file of nothing but tensors that no forward pass reads need not be there.
-        present = {name: (path.parent / name).is_file() for name in weight_map.values()}
+        present = {name: is_there(name) for name in weight_map.values()}
         weight_map = {name: file for name, file in weight_map.items() if present[file] or not HARMLESS.search(name)}
     except (OSError, ValueError, RecursionError) as error:
         return Files({}, [f"damaged: {path.name} is not an index of tensors ({error})"])
@@ -95,7 +130,7 @@ def _open_indexed(path: Path, opener: Callable[[Path], tuple[dict[str, StoredTen
     problems: list[str] = []
     unread: set[str] = set()
     for name in sorted(set(weight_map.values())):
-        if not (path.parent / name).is_file():
+        if not present[name]:
             problems.append(f"absent: {path.name} names {name}, which is not in the folder")
             unread.add(name)
             continue
@@ -109,7 +144,8 @@ def _open_indexed(path: Path, opener: Callable[[Path], tuple[dict[str, StoredTen
     for tensor, name in weight_map.items():
         if tensor not in tensors and name not in unread and not HARMLESS.search(tensor):
             problems.append(f"index: {path.name} says that {tensor} is in {name}, which does not have it")
-    return Files(tensors, problems, frozenset(tensor for tensor, name in weight_map.items() if name in unread))
+    unreadable = frozenset(tensor for tensor, name in weight_map.items() if name in unread)
+    return Files(tensors, problems, unreadable, is_remote)
 
 
 def _weight_map(path: Path) -> Mapping[str, str]:

@@ -82,7 +82,9 @@ def _unfused(experts: str, kind: str, tensor: StoredTensor) -> list[tuple[str, S
     ]
 
 
-def tied(tensors: dict[str, StoredTensor], *, readable: bool) -> tuple[dict[str, StoredTensor], bool]:
+def tied(
+    tensors: dict[str, StoredTensor], *, readable: bool, rows: int | None = None
+) -> tuple[dict[str, StoredTensor], bool]:
     """The tensors of a checkpoint whose config ties the head to the embedding; and whether they are tied in the files.
 
     As in transformers 5.23: if the files have only one of the two, it serves as both; if they have both with different
@@ -91,18 +93,20 @@ def tied(tensors: dict[str, StoredTensor], *, readable: bool) -> tuple[dict[str,
     Args:
         tensors: of the checkpoint.
         readable: False for damaged files, of which no values are read.
+        rows: compare so many of the vocabulary alone; None compares all.
     """
     if HEAD not in tensors:
         return tensors, True
-    if EMBEDDING in tensors and readable and not equal(tensors[EMBEDDING], tensors[HEAD]):
+    if EMBEDDING in tensors and readable and not equal(tensors[EMBEDDING], tensors[HEAD], rows):
         return tensors, False
     one = {EMBEDDING: tensors[HEAD]} | {name: tensor for name, tensor in tensors.items() if name != HEAD}
     return one, True
 
 
-def equal(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two tensors have the same bits, block by block."""
+def equal(one: StoredTensor, other: StoredTensor, rows: int | None = None) -> bool:
+    """Whether two tensors have the same bits, block by block; of the first `rows` rows, if given."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    parts = blocks(one.shape, np.dtype(one.dtype).itemsize, _COMPARED)
+    shape = one.shape if rows is None else (min(rows, one.shape[0]), *one.shape[1:])
+    parts = blocks(shape, np.dtype(one.dtype).itemsize, _COMPARED)
     return all(one.read(part).tobytes() == other.read(part).tobytes() for part in parts)  # NaN is equal to itself

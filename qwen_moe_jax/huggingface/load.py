@@ -32,6 +32,7 @@ from qwen_moe_jax.suggest import refuse_hub_arguments
 
 _ARGUMENTS = (
     "mesh", "dtype", "param_dtype", "execution", "adapter", "generation_config", "drop_mtp", "rngs", "num_labels",
+    "revision", "token", "cache_dir",
 )  # fmt: skip
 
 AnyModel = TypeVar("AnyModel", bound=Model)
@@ -50,6 +51,9 @@ def from_pretrained(
     adapter: str | PathLike[str] | None = None,
     generation_config: GenerationConfig | None = None,
     drop_mtp: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | PathLike[str] | None = None,
     **hub_arguments: Any,
 ) -> CausalLM:
     """Loads a checkpoint as a causal language model.
@@ -57,7 +61,8 @@ def from_pretrained(
     Args:
         folder: a Hub folder (config.json with safetensors or PyTorch files) of a Qwen2, Qwen2-MoE, Qwen3, Qwen3-MoE,
             Qwen3-Next, Qwen3.5 (of a multimodal one, the text model) or Mixtral checkpoint, one that `save_orbax`
-            wrote, or a name on the Hub ("Qwen/Qwen3-30B-A3B"), which is downloaded if it is not cached.
+            wrote, or a name on the Hub ("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-30B-A3B@main"), of which the files that are
+            needed are downloaded if they are not cached.
         mesh: see `make_mesh`; None is one device. Each process reads the shards of its own devices in blocks: besides
             the model, the host holds 400 to 650 MB, whatever its size.
         dtype: of activations and matmuls, anything that `jnp.dtype` takes; None keeps the checkpoint's.
@@ -67,6 +72,9 @@ def from_pretrained(
             weights; `merge_lora` adds them.
         generation_config: how text is generated; None reads generation_config.json, the adapter's if it has one.
         drop_mtp: load the model without the next-token head (`mtp.*`) that the checkpoint may have.
+        revision: of a name on the Hub, a branch, a tag or a commit; None is that of the name, or main.
+        token: of the Hub, for private and gated models; None is HF_TOKEN, or that of `hf auth login`.
+        cache_dir: folder of downloads; None is HF_HUB_CACHE.
         hub_arguments: none is taken; those of transformers are refused with the name of ours.
 
     Returns:
@@ -88,6 +96,9 @@ def from_pretrained(
         execution=execution,
         generation_config=generation_config,
         drop_mtp=drop_mtp,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
     )
     if adapter is not None:
         load_adapter(model, adapter)
@@ -108,6 +119,9 @@ def load_model(
     drop_mtp: bool = False,
     rngs: nnx.Rngs | jax.Array | int | None = None,
     num_labels: int | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | PathLike[str] | None = None,
     **hub_arguments: Any,
 ) -> AnyModel:
     """`from_pretrained` for any head.
@@ -121,7 +135,8 @@ def load_model(
     refuse_hub_arguments("from_pretrained", hub_arguments, _ARGUMENTS)
     # Next-token heads are a language model's.
     drop_mtp = drop_mtp or not issubclass(model_class, CausalLM)
-    checkpoint = open_checkpoint(local_folder(folder), drop_mtp=drop_mtp)
+    source = local_folder(folder, revision=revision, token=token, cache_dir=cache_dir, drop_mtp=drop_mtp)
+    checkpoint = open_checkpoint(source, drop_mtp=drop_mtp)
     if num_labels is not None:
         checkpoint = dataclasses.replace(checkpoint, config=_with_labels(checkpoint, num_labels))
     say_unused_fields(checkpoint.folder)

@@ -16,9 +16,11 @@ from qwen_moe_jax.errors import CheckpointError
 from qwen_moe_jax.huggingface.checkpoint import MTP, Checkpoint, head_of, non_finite, open_checkpoint, problems_of
 from qwen_moe_jax.huggingface.config import read_config
 from qwen_moe_jax.huggingface.fields import read_json
-from qwen_moe_jax.huggingface.hub import local_folder
+from qwen_moe_jax.huggingface.files import Files
+from qwen_moe_jax.huggingface.hub import hub_model, is_hub_name, local_folder
 from qwen_moe_jax.huggingface.linear_rows import in_published_order, published_name
 from qwen_moe_jax.huggingface.quantised.dequantise import Dequantised
+from qwen_moe_jax.huggingface.remote import header_folder, remote_files
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, natural_order
 from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.storage.progress import bytes_bar
@@ -61,6 +63,7 @@ class Summary:
         tensors: (name, shape) of every tensor of the model, in the same order.
         ignored: names of tensors that no forward pass reads.
         problems: why it does not load, a line each.
+        fetched: bytes of the model's files that were fetched for it from the Hub; None if its files were local.
     """
 
     where: str
@@ -75,6 +78,7 @@ class Summary:
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
     ignored: tuple[str, ...]
     problems: tuple[str, ...]
+    fetched: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -86,8 +90,9 @@ def summarize(source: str | PathLike[str], *, check_finite: bool = False) -> Sum
     """Summarises a checkpoint without reading its weights.
 
     Args:
-        source: a folder, a config.json, or a name on the Hub, which is downloaded if it is not cached.
-        check_finite: reads the weights, too, and reports tensors with infinities or NaN as problems.
+        source: a folder, a config.json, or a name on the Hub, of whose safetensors the headers are fetched.
+        check_finite: reads the weights, too, and reports tensors with infinities or NaN as problems; those of a name on
+            the Hub are downloaded.
 
     Raises:
         ConfigError: config.json is missing or not supported.
@@ -96,9 +101,19 @@ def summarize(source: str | PathLike[str], *, check_finite: bool = False) -> Sum
     path = Path(source)
     if path.is_file():
         return _of_config(path)
+    if not path.exists() and is_hub_name(str(source)) and not check_finite:
+        model = hub_model(source)
+        folder = header_folder(model)
+        if (found := remote_files(model, folder)) is not None:
+            return dataclasses.replace(_of_files(folder, found[0]), where=str(model), fetched=found[1])
     folder = local_folder(source)
+    return _of_files(folder, check_finite=check_finite)
+
+
+def _of_files(folder: Path, files: Files | None = None, *, check_finite: bool = False) -> Summary:
+    """Of a folder, with its own files or these."""
     try:
-        checkpoint = open_checkpoint(folder)
+        checkpoint = open_checkpoint(folder, files=files)
     except CheckpointError as error:  # without weights, the config is still summarised
         return dataclasses.replace(_of_config(folder / "config.json"), where=str(folder), problems=(str(error),))
     model = checkpoint.head(checkpoint.config, rngs=None)

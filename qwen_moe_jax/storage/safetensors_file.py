@@ -19,8 +19,8 @@ import mmap
 import os
 import weakref
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, BinaryIO
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -57,6 +57,28 @@ _MOST_AXES, _MOST_ELEMENTS = 64, 2**59
 _BLOCK = 64 << 20
 
 
+class ReadableFile(Protocol):
+    """A file of which stretches of bytes are read, wherever it is.
+
+    Attributes:
+        path: its path; of a file elsewhere, its name.
+        size: bytes.
+    """
+
+    if TYPE_CHECKING:  # in words only: a class has them as attributes
+
+        @property
+        def path(self) -> PurePath: ...
+        @property
+        def size(self) -> int: ...
+
+    def fill(self, data: np.ndarray, position: int) -> None:
+        """Fills a uint8 array with the file's bytes from `position` on."""
+
+    def view(self, position: int, size: int) -> np.ndarray:
+        """So many bytes from `position` on, uint8, of which few are going to be used."""
+
+
 class OpenFile:
     """A file open for reading; closed when the last reference to it is dropped."""
 
@@ -79,6 +101,12 @@ class OpenFile:
                 raise CheckpointError(f"{self.path}: ends before byte {end}, up to which its header says it has data.")
             position, wanted = position + found, wanted[found:]
 
+    def view(self, position: int, size: int) -> np.ndarray:
+        """So many bytes from `position` on, memory-mapped; unmapped when released."""
+        first = position - position % mmap.ALLOCATIONGRANULARITY
+        mapped = mmap.mmap(self.descriptor, position + size - first, access=mmap.ACCESS_READ, offset=first)
+        return np.frombuffer(mapped, np.uint8, size, position - first)
+
 
 @dataclasses.dataclass(frozen=True)
 class SafetensorsTensor(StoredTensor):
@@ -92,7 +120,7 @@ class SafetensorsTensor(StoredTensor):
 
     shape: tuple[int, ...]
     dtype: str
-    file: OpenFile
+    file: ReadableFile
     offset: int
 
     @property
@@ -104,7 +132,8 @@ class SafetensorsTensor(StoredTensor):
             return
         run = _run(self.shape, index)
         if run is None:
-            out[...] = self._mapped()[index]
+            # Of columns, which are not contiguous, pages are read.
+            out[...] = self.file.view(self.offset, self.nbytes).view(self.dtype).reshape(self.shape)[index]
             return
         start, count = run
         direct = out.flags.c_contiguous and out.dtype == self.dtype
@@ -112,14 +141,6 @@ class SafetensorsTensor(StoredTensor):
         self.file.fill(values.reshape(count).view(np.uint8), self.offset + start * values.itemsize)
         if not direct:
             out[...] = values.reshape(out.shape)
-
-    def _mapped(self) -> np.ndarray:
-        """The tensor memory-mapped, for slices that are not contiguous (columns). Unmapped when released."""
-        first = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
-        mapped = mmap.mmap(
-            self.file.descriptor, self.offset + self.nbytes - first, access=mmap.ACCESS_READ, offset=first
-        )
-        return np.frombuffer(mapped, self.dtype, math.prod(self.shape), self.offset - first).reshape(self.shape)
 
 
 def _run(shape: tuple[int, ...], index: Index) -> tuple[int, int] | None:
@@ -144,9 +165,16 @@ def open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
         return {}, [f"not downloaded: {problem}"]
     try:
         file = OpenFile(path)
-        begin, entries = _header(file)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
+    return read_header(file)
+
+
+def read_header(file: ReadableFile) -> tuple[dict[str, StoredTensor], list[str]]:
+    """`open_safetensors` of a file that is open, or elsewhere."""
+    path = file.path
+    try:
+        begin, entries = _header(file)
     except (ValueError, RecursionError) as error:
         return {}, [f"damaged: {path.name} is not a safetensors file ({error})"]
     tensors: dict[str, StoredTensor] = {}
@@ -174,7 +202,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     return tensors, problems
 
 
-def _header(file: OpenFile) -> tuple[int, list[tuple[str, Any]]]:
+def _header(file: ReadableFile) -> tuple[int, list[tuple[str, Any]]]:
     """The offset of the data, and the header's (name, entry) pairs, in which a name may be repeated."""
     head = np.zeros(min(8, file.size), np.uint8)
     file.fill(head, 0)
@@ -216,7 +244,7 @@ def _counts(values: Any) -> bool:
     return type(values) is list and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
-def _layout_problems(path: Path, ends: list[tuple[int, int, str]], size: int) -> list[str]:
+def _layout_problems(path: PurePath, ends: list[tuple[int, int, str]], size: int) -> list[str]:
     """The format requires that tensors cover the data without holes or overlaps."""
     reached = 0
     for start, end, name in sorted(ends):

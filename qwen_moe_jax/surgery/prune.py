@@ -116,7 +116,7 @@ def merge(
 
 def statistics_of(source: str | PathLike[str], tokens: np.ndarray) -> list[ExpertStatistics]:
     """What each expert of each sparse layer does on rows of tokens; see `expert_statistics`."""
-    checkpoint = open_checkpoint(local_folder(source), drop_mtp=True)
+    checkpoint = open_checkpoint(local_folder(source, drop_mtp=True), drop_mtp=True)
     require_no_problems(checkpoint.folder, problems_of(checkpoint, hub_parameters(abstract_model(checkpoint))))
     return expert_statistics(checkpoint, np.asarray(tokens))
 

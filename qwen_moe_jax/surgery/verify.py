@@ -52,7 +52,7 @@ def compare_checkpoints(
         ConfigError: a config.json, or the adapter's, is missing or not supported.
         CheckpointError: a folder has no weights or cannot be read; the adapter does not fit A.
     """
-    a, b = (open_checkpoint(local_folder(folder), drop_mtp=drop_mtp) for folder in (first, second))
+    a, b = (open_checkpoint(local_folder(folder, drop_mtp=drop_mtp), drop_mtp=drop_mtp) for folder in (first, second))
     for checkpoint in (a, b):
         if not checkpoint.tensors:
             raise CheckpointError(

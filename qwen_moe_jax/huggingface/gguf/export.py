@@ -69,7 +69,7 @@ def export_gguf(
         CheckpointError: the folder does not load; the file differs from what was written.
     """
     dtype = None if dtype is None else dtype_name("dtype", dtype)
-    checkpoint = open_checkpoint(local_folder(source), drop_mtp=True)
+    checkpoint = open_checkpoint(local_folder(source, drop_mtp=True), drop_mtp=True)
     architecture = _require_expressible(checkpoint)
     require_no_problems(checkpoint.folder, problems_of(checkpoint, hub_parameters(abstract_model(checkpoint))))
     if adapter is not None:
