@@ -10,7 +10,8 @@ import functools
 import itertools
 import math
 import secrets
-from collections.abc import Callable, Collection, Mapping
+import time
+from collections.abc import Callable, Mapping
 from os import PathLike
 
 import jax
@@ -21,6 +22,7 @@ from qwen_moe_jax.config import DTypeLike, GenerationConfig
 from qwen_moe_jax.errors import RequestError
 from qwen_moe_jax.inference import programs
 from qwen_moe_jax.inference.adapters import with_adapters
+from qwen_moe_jax.inference.decode_rows import Pace
 from qwen_moe_jax.inference.expert_loads import ExpertLoads
 from qwen_moe_jax.inference.masks import top_tokens
 from qwen_moe_jax.inference.memory import LOG_PROB_CHUNK, PREFILL_CHUNK, blocks_for, engine_memory, has_row_states
@@ -116,10 +118,11 @@ class Engine:
         self.adapter_names = tuple(adapters or ())
         if adapters:
             model = with_adapters(model, adapters)
-        self._model, self._sizes, self._decode_steps = model, sizes, decode_steps
+        self._model, self._sizes = model, sizes
+        self._pace, self._steps_of_call = Pace(decode_steps), 1
         shards = batch_shards(model.mesh)
         self.slots, self.max_length = round_up(slots, shards), max_length
-        chunk = min(prefill_chunk, programs.prefill_length(max_length, model.config))
+        self._chunk_tokens = chunk = min(prefill_chunk, programs.prefill_length(max_length, model.config))
         shapes = chunk_shapes(programs.PREFILL_BUCKETS[1:], chunk, self.slots // shards)
         blocks = blocks_for(model, self.slots, max_length, cache_tokens)
         is_paged = not has_row_states(model)  # nothing else is kept of a text
@@ -277,7 +280,7 @@ class Engine:
         Returns:
             What is new, by request; [] where there is none.
         """
-        chunks = self._take(self._outside.exchange(self._requests.values()))
+        chunks = self._take(self._outside.exchange(self._requests.values(), self._pace.steps))
         if not self._requests:
             return chunks
         self._steps += 1
@@ -286,8 +289,8 @@ class Engine:
                 self._arrays.start()
                 if self._scheduler.admit():
                     self._arrays.configure(self._scheduler.running)
-                self._read()
-                return chunks + self._decode()
+                has_read = self._read()
+                return chunks + self._decode(timed=not has_read)
         except BaseException:
             self._give_up()
             raise
@@ -313,7 +316,7 @@ class Engine:
             running = Running(number=number, request=request, config=config, tokens=list(request.token_ids))
             self._requests[number] = running
             self._scheduler.waiting.append(running)
-        self._masks = events.masks
+        self._masks, self._steps_of_call = events.masks, events.steps
         chunks = []
         for number, finished, error in events.ended:
             if number in self._requests:
@@ -340,15 +343,18 @@ class Engine:
             self._scheduler.requeue(running)
         self._paging.forget()
 
-    def _read(self) -> None:
-        """Reads the next chunk of prompts, and lets those decode whose prompt is read."""
-        plan = self._scheduler.next_chunk()
-        self._stop_preempted()
-        if plan is not None:
+    def _read(self) -> bool:
+        """Reads the next chunks of prompts, and lets those decode whose prompt is read; whether there were any."""
+        left, has_read = self._chunk_tokens, False
+        while (plan := self._scheduler.next_chunk(left)) is not None:
+            self._stop_preempted()
             for slot, row in plan.restored.items():
                 self._arrays.restore_state(slot, row)
             if plan.parts:
                 self._read_plan(plan)
+            left -= plan.tokens_RT.size // self._scheduler.shards
+            has_read = True
+        self._stop_preempted()
         ready = [one for one in self._scheduler.running.values() if one.begun and not one.decodes and one.unread == 0]
         for running in ready:
             running.decodes = True
@@ -359,6 +365,7 @@ class Engine:
                 self._arrays.set_text(running.slot, running.tokens, running.prompt)
         if ready:
             self._arrays.update({running.slot: running for running in ready})
+        return has_read
 
     def _read_plan(self, plan: ChunkPlan) -> None:
         output = self._arrays.read(plan)
@@ -379,65 +386,72 @@ class Engine:
             self._new.difference_update(self._scheduler.stopped)
             self._scheduler.stopped.clear()
 
-    def _reserve(self) -> dict[int, Running]:
+    def _steps_now(self) -> int:
+        """Tokens of each request in the next call: one while a first token is due, a prompt is read or a mask asked."""
+        running = self._scheduler.running.values()
+        soon = bool(self._new) or any(not one.decodes or one.number in self._masks for one in running)
+        return 1 if soon else self._steps_of_call
+
+    def _reserve(self, steps: int) -> dict[int, Running]:
         """The requests that decode next, by slot: each has the blocks for it, the oldest first."""
-        most = self._decode_steps
         for running in sorted(self._scheduler.running.values(), key=lambda one: one.number):
             if running.decodes and running.slot is not None:
-                self._scheduler.reserve(running, running.read + min(most, running.left))
+                self._scheduler.reserve(running, running.read + min(steps, running.left))
         self._stop_preempted()
         if self._paging.changed:
             self._arrays.set_table(self._paging.table_BM)
             self._paging.changed = False
         return {slot: one for slot, one in self._scheduler.running.items() if one.decodes}
 
-    def _decode(self) -> list[Chunk]:
-        rows = self._reserve()
-        if not rows:
+    def _decode(self, *, timed: bool) -> list[Chunk]:
+        """Decodes the next tokens. A call that waits for prompts to be read says nothing of how long tokens take."""
+        steps = self._steps_now()
+        running = self._reserve(steps)
+        if not running:
             return []
-        masks = {slot: self._masks[one.number] for slot, one in rows.items() if one.number in self._masks}
-        top = any(one.request.top_logprobs for one in rows.values())
-        is_full = any(needs_full(one.config) for one in rows.values())
-        output = self._arrays.decode(self._limits(masks), masks, top=top, is_full=is_full)
+        is_full = any(needs_full(one.config) for one in running.values())
+        rows = self._arrays.rows_for(running, is_full=is_full)
+        limit_R = np.zeros(len(rows.slot_R), np.int32)
+        limit_R[list(rows.position.values())] = steps
+        masks = {
+            rows.position[slot]: self._masks[one.number] for slot, one in running.items() if one.number in self._masks
+        }
+        top = any(one.request.top_logprobs for one in running.values())
+        begin = time.perf_counter()
+        output = self._arrays.decode(rows, limit_R, masks, top=top, is_full=is_full)
+        if timed:
+            self._pace.add(int(output.count_B.max()), time.perf_counter() - begin)
         self._new.clear()
-        return [self._chunk(running, output, slot) for slot, running in rows.items()]
+        return [self._chunk(one, output, rows.position[slot]) for slot, one in running.items()]
 
-    def _limits(self, masks: Collection[int]) -> np.ndarray:
-        """Tokens of each slot in the next call, int32 [B].
-
-        One where a grammar must see every token; and one for all while a first token is due or a prompt is being read.
-        """
-        soon = bool(self._new) or any(not one.decodes for one in self._scheduler.running.values())
-        limit_B = np.full(self.slots, 1 if soon else self._decode_steps, np.int32)
-        limit_B[list(masks)] = 1
-        return limit_B
-
-    def _chunk(self, running: Running, output: DecodeOutput, slot: int) -> Chunk:
-        """What is new of one request; one that has ended leaves its slot."""
-        count, request, is_first = int(output.count_B[slot]), running.request, running.generated == 0
-        log_probs = output.log_prob_BC[slot, :count].tolist()
+    def _chunk(self, running: Running, output: DecodeOutput, position: int) -> Chunk:
+        """What is new of one request, at its position in the call; one that has ended leaves its slot."""
+        count, request, is_first = int(output.count_B[position]), running.request, running.generated == 0
+        log_probs = output.log_prob_BC[position, :count].tolist()
         error = None
         if any(map(math.isnan, log_probs)):
             count = next(at for at, log_prob in enumerate(log_probs) if math.isnan(log_prob))
             error = RequestError("found logits that are not finite, expected numbers: NaN or infinity in the model.")
-        tokens = output.token_BC[slot, :count].tolist()
+        tokens = output.token_BC[position, :count].tolist()
         running.tokens += tokens
         running.read += count
         self._decoded_tokens += count
         if error is None:
             self._paging.remember(running)
         finished: Finish | None = None
-        if not output.alive_B[slot]:
-            finished = "stop" if output.stopped_B[slot] else "length"
+        if not output.alive_B[position]:
+            finished = "stop" if output.stopped_B[position] else "length"
             running.decodes = False  # the device knows
         elif error is None:
             self._outside.accept(running.number, tokens)
         if error is not None:
-            self._arrays.clear(slot, self._paging.spoiled(running))
+            self._arrays.clear(running.slot, self._paging.spoiled(running))
             finished = "error"
         top: list[TopTokens] = []
         if request.top_logprobs:
-            top = top_tokens(output.top_BCK[slot, :count], output.top_log_prob_BCK[slot, :count], request.top_logprobs)
+            top = top_tokens(
+                output.top_BCK[position, :count], output.top_log_prob_BCK[position, :count], request.top_logprobs
+            )
         if finished is not None:
             self._end(running)
         return Chunk(

@@ -28,12 +28,14 @@ class Events:
         submitted: number, request without its mask, and config.
         ended: number, how, and with which error; of a cancelled one, nobody waits for a chunk: None.
         masks: packed masks of the requests that have one, by number.
+        steps: tokens of each request that are decoded at most.
         closed: whether this is the last step.
     """
 
     submitted: list[tuple[int, Request, GenerationConfig]] = dataclasses.field(default_factory=list)
     ended: list[tuple[int, Finish | None, RequestError | None]] = dataclasses.field(default_factory=list)
     masks: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    steps: int = 1
     closed: bool = False
 
 
@@ -79,8 +81,13 @@ class Outside:
         self._masks.pop(number, None)
         self._packed.pop(number, None)
 
-    def exchange(self, requests: Iterable[Running]) -> Events:
-        """The events since the last step, of process 0; a collective where there are several. `requests` there are."""
+    def exchange(self, requests: Iterable[Running], steps: int) -> Events:
+        """The events since the last step, of process 0; a collective where there are several.
+
+        Args:
+            requests: those that there are.
+            steps: tokens of each that process 0 would decode at most.
+        """
         now, submitted = time.monotonic(), self._events.submitted
         deadlines = [(one.number, one.request.deadline) for one in requests]
         deadlines += [(number, request.deadline) for number, request, _ in submitted]
@@ -90,7 +97,7 @@ class Outside:
         for number in list(self._masks):
             self._ask(number)
         events, self._events = self._events, Events()
-        events.masks = dict(self._packed)
+        events.masks, events.steps = dict(self._packed), steps
         if num_processes() > 1:
             sent = broadcast(base64.b64encode(pickle.dumps(events)).decode())
             events = pickle.loads(base64.b64decode(sent))

@@ -7,6 +7,7 @@ read again later, and its answer is the same.
 """
 
 import dataclasses
+import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -48,6 +49,18 @@ def chunk_shapes(buckets: Sequence[int], chunk: int, rows: int) -> list[tuple[in
     lengths = [length for length in buckets if length < chunk] + [chunk]
     many = {length: min(previous_power_of_two(chunk // length), previous_power_of_two(rows)) for length in lengths}
     return sorted({(count, length) for length in lengths for count in (1, many[length])})
+
+
+def suitable_length(unread: int, lengths: Sequence[int]) -> int:
+    """Tokens T of the next chunk of a prompt: the shortest that holds what is left, unless half of it would be padding.
+
+    Args:
+        unread: tokens that are left.
+        lengths: of the programs, in ascending order.
+    """
+    longer = next((length for length in lengths if length >= unread), lengths[-1])
+    full = [length for length in lengths if length <= unread]
+    return full[-1] if full and 2 * unread <= longer else longer
 
 
 class Scheduler:
@@ -134,8 +147,15 @@ class Scheduler:
                 return False
         return True
 
-    def next_chunk(self) -> ChunkPlan | None:
-        """What is read next of the prompts: the oldest first, with as many others as the program has rows for."""
+    def next_chunk(self, most: int) -> ChunkPlan | None:
+        """What is read next of the prompts: the oldest first, with as many others as the program has rows for.
+
+        Args:
+            most: tokens on each shard, padding included; None is returned where every chunk has more. Log-probabilities
+                are computed in chunks of one size.
+        """
+        if most < min(count * length for count, length in self.shapes):
+            return None
         restored: dict[int, int] = {}
         unread: list[Running] = []
         for running in sorted(self.running.values(), key=_age):
@@ -148,7 +168,7 @@ class Scheduler:
         if unread and unread[0].wants_prompt:
             plan = self.plan(unread[:1], *self.log_prob_shape, with_targets=True)
         elif unread:
-            plan = self._batch([running for running in unread if not running.wants_prompt])
+            plan = self._batch([running for running in unread if not running.wants_prompt], most)
         else:
             plan = None
         if plan is None or not plan.parts:
@@ -166,19 +186,18 @@ class Scheduler:
                 return True
         return False
 
-    def _batch(self, unread: Sequence[Running]) -> ChunkPlan:
-        """A chunk of as many requests as the shape that suits the oldest has rows for."""
-        lengths = sorted({length for _, length in self.shapes})
-        length = next((length for length in lengths if length >= unread[0].unread), lengths[-1])
+    def _batch(self, unread: Sequence[Running], most: int) -> ChunkPlan:
+        """A chunk of as many requests as the shape that suits the oldest has rows for, of `most` tokens at most."""
+        fitting = [shape for shape in self.shapes if math.prod(shape) <= most]
+        length = suitable_length(unread[0].unread, sorted({length for _, length in fitting}))
+        counts = [count for count, tokens in fitting if tokens == length]
         chosen: list[Running] = []
         of_shard = [0] * self.shards
-        most = max(count for count, tokens in self.shapes if tokens == length)
         for running in unread:
             shard = self.paging.shard(running.slot)
-            if of_shard[shard] < most:
+            if of_shard[shard] < max(counts):
                 of_shard[shard] += 1
                 chosen.append(running)
-        counts = [count for count, tokens in self.shapes if tokens == length]
         return self.plan(chosen, min(count for count in counts if count >= max(of_shard)), length)
 
     def plan(self, chosen: Sequence[Running], count: int, length: int, *, with_targets: bool = False) -> ChunkPlan:

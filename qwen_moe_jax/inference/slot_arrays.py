@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_moe_jax.config import DTypeLike, GenerationConfig
 from qwen_moe_jax.inference import programs
 from qwen_moe_jax.inference.adapters import choose_adapters
+from qwen_moe_jax.inference.decode_rows import RowChoice, choose_rows, row_counts
 from qwen_moe_jax.inference.expert_loads import ExpertLoads, no_counts, on_host
 from qwen_moe_jax.inference.programs import DecodeOutput, DecodeState, StepLimits
 from qwen_moe_jax.inference.running import Running
@@ -24,6 +25,9 @@ from qwen_moe_jax.model.cache import Blocks, Cache, empty_cache
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.rounding import ceil_div
 from qwen_moe_jax.sharding.rules import BATCH, batch_shards
+
+#: From one number of rows that has a decoding program to the next: with plain settings, and with the full ones.
+PLAIN_FACTOR, FULL_FACTOR = 2, 4
 
 
 class SlotArrays:
@@ -75,7 +79,7 @@ class SlotArrays:
         # Not donated: any thread may read them at any time, and an exception does not lose them.
         self._counters = jax.device_put(no_counts(model.config), NamedSharding(model.mesh, P()))
         self.mask_words = ceil_div(model.config.vocab_size, 32)
-        self._all_allowed = self._put(np.full((slots, self.mask_words), 0xFFFF_FFFF, np.uint32))
+        self._all_allowed: dict[int, Any] = {}  # masks that allow every token, by rows
 
     def expert_loads(self) -> ExpertLoads | None:
         """Tokens that each expert was given; None for a model without experts."""
@@ -179,24 +183,33 @@ class SlotArrays:
             slots_R[slot // rows], rows_R[slot // rows] = slot % rows, row
         self._cache = self._programs.restore_states(self._cache, self._copies, *self._put((slots_R, rows_R)))
 
-    def decode(self, limit_B: np.ndarray, masks: Mapping[int, np.ndarray], *, top: bool, is_full: bool) -> DecodeOutput:
-        """Decodes a few tokens of every slot that has any left.
+    def rows_for(self, slots: Collection[int], *, is_full: bool) -> RowChoice:
+        """The rows of the smallest program that decodes these slots."""
+        rows = self._slots // self._shards
+        counts = row_counts(rows, FULL_FACTOR if is_full else PLAIN_FACTOR)
+        return choose_rows(slots, rows=rows, shards=self._shards, counts=counts)
+
+    def decode(
+        self, rows: RowChoice, limit_R: np.ndarray, masks: Mapping[int, np.ndarray], *, top: bool, is_full: bool
+    ) -> DecodeOutput:
+        """Decodes a few tokens of every row that has any left.
 
         Args:
-            limit_B: int32; tokens of each slot at most.
-            masks: packed masks, by slot.
+            rows: which (`rows_for`).
+            limit_R: int32; tokens of each at most; 0 for rows that are none.
+            masks: packed masks, by position in the call.
             top: whether the most probable tokens are asked for.
             is_full: with the full settings (`settings.needs_full`).
 
         Returns:
             Arrays of the host.
         """
-        self._choose_adapters(self._adapter_B)
+        self._choose_adapters(self._adapter_B[rows.slot_R])
         state, plain = self._state, self._state.sampling
         if is_full:
             state = dataclasses.replace(state, sampling=self._texts.added_to(plain))
-        limits = self._limits(limit_B, masks, top)
-        arguments = (self._model, self._cache, state, self._counters, self._settings_of(is_full), limits)
+        limits, settings = self._limits(limit_R, masks, top), self._settings_of(is_full)
+        arguments = (self._model, self._cache, state, self._counters, settings, limits, rows.rows_R)
         self._cache, state, self._counters, output = self._programs.decode(*arguments, steps=self._decode_steps)
         if is_full:
             self._texts = Texts.of(state.sampling)
@@ -207,7 +220,7 @@ class SlotArrays:
 
     def compilers(self, plans: Mapping[str, ChunkPlan]) -> dict[str, Callable[[], Any]]:
         """A call of every program with nothing to do, by name; `plans` are empty, one for each shape."""
-        nobody, decode = np.zeros(self._slots, np.int32), functools.partial(self.decode, masks={}, top=False)
+        rows = self._slots // self._shards
         copying: dict[str, Callable[[], Any]] = {}
         if self.abstract_copies is not None:
             copying = {
@@ -220,24 +233,41 @@ class SlotArrays:
             "the text of a slot": lambda: self.set_text(self._slots, [], 0),
             "cleared slots": lambda: self.clear(None, []),
             **copying,
-            "decoding": lambda: decode(nobody, is_full=False),
-            "decoding with penalties and constraints": lambda: decode(nobody, is_full=True),
+            **{
+                f"decoding {count} rows": functools.partial(self._decode_nothing, count, is_full=False)
+                for count in row_counts(rows, PLAIN_FACTOR)
+            },
+            **{
+                f"decoding {count} rows with penalties and constraints": functools.partial(
+                    self._decode_nothing, count, is_full=True
+                )
+                for count in row_counts(rows, FULL_FACTOR)
+            },
         }
+
+    def _decode_nothing(self, count: int, *, is_full: bool) -> None:
+        """Calls the program for so many rows of each shard; none of them has a token left."""
+        rows, zeros_R = self._slots // self._shards, np.zeros(self._shards * count, np.int32)
+        rows_R = None if count == rows else np.full_like(zeros_R, rows)
+        nobody = RowChoice(rows_R=rows_R, slot_R=zeros_R, position={})
+        self.decode(nobody, zeros_R, {}, top=False, is_full=is_full)
 
     def _choose_adapters(self, rows_B: np.ndarray) -> None:
         """Gives the model the adapters of the rows that it reads next, where it has any."""
         if len(self._adapters) > 1:
             choose_adapters(self._model, rows_B)
 
-    def _limits(self, limit_B: np.ndarray, masks: Mapping[int, np.ndarray], top: bool) -> StepLimits:
-        allowed_BW: Any = self._all_allowed
-        if masks:
-            packed_BW = np.full(allowed_BW.shape, 0xFFFF_FFFF, np.uint32)
-            for slot, mask_W in masks.items():
-                packed_BW[slot] = mask_W
-            allowed_BW = self._put(packed_BW)
-        flags: dict[str, Any] = {"limit_B": limit_B, "masked": np.bool_(masks), "top": np.bool_(top)}
-        return StepLimits(allowed_BW=allowed_BW, **flags)
+    def _limits(self, limit_R: np.ndarray, masks: Mapping[int, np.ndarray], top: bool) -> StepLimits:
+        allowed_RW: Any = self._all_allowed.get(len(limit_R))
+        if masks or allowed_RW is None:
+            packed_RW = np.full((len(limit_R), self.mask_words), 0xFFFF_FFFF, np.uint32)
+            for position, mask_W in masks.items():
+                packed_RW[position] = mask_W
+            allowed_RW = self._put(packed_RW)
+        if not masks:
+            self._all_allowed[len(limit_R)] = allowed_RW
+        flags: dict[str, Any] = {"limit_B": limit_R, "masked": np.bool_(masks), "top": np.bool_(top)}
+        return StepLimits(allowed_BW=allowed_RW, **flags)
 
     def _settings_of(self, is_full: bool) -> SamplingSettings:
         """The settings of the requests in their slots, the full ones or the plain."""

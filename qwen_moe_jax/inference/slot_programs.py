@@ -17,7 +17,7 @@ from qwen_moe_jax.inference.settings import SamplingSettings, SamplingState
 from qwen_moe_jax.inference.speculative import packed_experts
 from qwen_moe_jax.model.base import Model, ReadOut, router_output
 from qwen_moe_jax.model.cache import Cache
-from qwen_moe_jax.model.cache_rows import clear, copy_rows, put_rows, take_rows
+from qwen_moe_jax.model.cache_rows import clear, copy_rows, put_first, put_rows, take_first, take_rows
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.model.decoder import DecoderOutput
 from qwen_moe_jax.model.inputs import ModelInputs, checked_inputs
@@ -56,18 +56,43 @@ def decode_slots(
     counters: Counters | None,
     settings: SamplingSettings,
     limits: StepLimits,
+    rows_R: jax.Array | None = None,
     *,
     steps: int,
 ) -> tuple[Cache, DecodeState, Counters | None, DecodeOutput]:
-    """`programs.decode_tokens`, and the counters of the experts' tokens with those of this call."""
-    cache, state, output = programs.decode_tokens(
-        model, cache, state, settings, limits, steps=steps, return_routing=counters is not None
+    """`programs.decode_tokens` of all slots, or of those in a few rows.
+
+    Args:
+        model: in eval mode.
+        cache, state: of all slots; they are donated.
+        counters: of the experts' tokens; None where there are no experts.
+        settings: of all slots.
+        limits: of the rows.
+        rows_R: int32; which rows (`model.cache_rows`); None is all, in their order. What is no row has a limit of 0.
+        steps: tokens that the output has space for.
+
+    Returns:
+        Cache, state and counters with the new tokens in them, and the tokens of the rows.
+    """
+    own, own_state = cache, state
+    if rows_R is not None:
+        own_state, settings, lengths_R, table_RM = take_first(
+            (state, settings, cache.lengths_B, cache.table_BM), rows_R, model.mesh
+        )
+        # One that is no row reads no other's text.
+        own = take_rows(cache, rows_R, jnp.where(limits.limit_B > 0, lengths_R, 0), model.mesh, table_RM)
+    own, own_state, output = programs.decode_tokens(
+        model, own, own_state, settings, limits, steps=steps, return_routing=counters is not None
     )
     if counters is not None:
-        is_token_BC = jnp.arange(steps) < output.count_B[:, None]
-        chosen_LE = chosen_by(output.experts_BCLA, is_token_BC, counters.tokens_2LE.shape[-1])
+        is_token_RC = jnp.arange(steps) < output.count_B[:, None]
+        chosen_LE = chosen_by(output.experts_BCLA, is_token_RC, counters.tokens_2LE.shape[-1])
         counters = counters.plus(chosen_LE, jnp.sum(output.dropped_B))
-    return cache, state, counters, dataclasses.replace(output, experts_BCLA=None, dropped_B=None)
+    output = dataclasses.replace(output, experts_BCLA=None, dropped_B=None)
+    if rows_R is None:
+        return own, own_state, counters, output
+    cache = put_rows(cache, own, rows_R, model.mesh)
+    return cache, put_first(state, own_state, rows_R, model.mesh), counters, output
 
 
 def read_chunk(

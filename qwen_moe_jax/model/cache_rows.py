@@ -1,10 +1,12 @@
 """Rows of a cache: some of them taken out, put back, copied to another cache, cleared.
 
-A chunk of one prompt is read with the rows that it needs, not with all. Rows are numbered within the devices that hold
-them: row r of shard x is row `x * (B / X) + r` of the cache, and an array of X · R numbers has R of each shard.
+A chunk of one prompt is read with the rows that it needs, not with all, and tokens are decoded in those that have any.
+Rows are numbered within the devices that hold them: row r of shard x is row `x * (B / X) + r` of the cache, and an
+array of X · R numbers has R of each shard.
 """
 
 import dataclasses
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.model.cache import Cache, PagedKeyValues, Stored
 from qwen_moe_jax.sharding.rules import BATCH
+
+Tree = TypeVar("Tree")
 
 
 def take_rows(
@@ -46,14 +50,28 @@ def put_rows(cache: Cache, part: Cache, rows_R: jax.Array, mesh: Mesh) -> Cache:
         for period, others in zip(cache.segments, part.segments, strict=True)
     ]
 
-    def lengths(lengths_B: jax.Array, row_R: jax.Array, new_R: jax.Array) -> jax.Array:
-        return lengths_B.at[row_R].set(new_R, mode="drop")
-
-    rows = P(BATCH)
-    lengths_B = jax.shard_map(lengths, mesh=mesh, in_specs=(rows, rows, rows), out_specs=rows, check_vma=False)(
-        cache.lengths_B, rows_R, part.lengths_B
-    )
+    lengths_B = put_first(cache.lengths_B, part.lengths_B, rows_R, mesh)
     return dataclasses.replace(cache, segments=tuple(segments), lengths_B=lengths_B)
+
+
+def take_first(tree: Tree, rows_R: jax.Array, mesh: Mesh) -> Tree:
+    """These rows of arrays [B, …], of each device's own; a number that is no row takes any."""
+
+    def local(tree: Tree, row_R: jax.Array) -> Tree:
+        return jax.tree.map(lambda x: x.at[row_R].get(mode="clip"), tree)
+
+    specs: Any = (P(BATCH), P(BATCH))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(BATCH), check_vma=False)(tree, rows_R)
+
+
+def put_first(tree: Tree, part: Tree, rows_R: jax.Array, mesh: Mesh) -> Tree:
+    """Arrays [B, …] with these rows of `part`; numbers that are no row are left out."""
+
+    def local(tree: Tree, part: Tree, row_R: jax.Array) -> Tree:
+        return jax.tree.map(lambda x, new: x.at[row_R].set(new, mode="drop"), tree, part)
+
+    specs: Any = (P(BATCH), P(BATCH), P(BATCH))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(BATCH), check_vma=False)(tree, part, rows_R)
 
 
 def _by_shard(function, stored: Stored, rows_R: jax.Array, mesh: Mesh, *others: Stored) -> Stored:
@@ -79,24 +97,12 @@ def copy_rows(target: Cache, source: Cache, target_R: jax.Array, source_R: jax.A
         target_R, source_R: int32 [X · R]; a number that is no row of the target copies nothing.
         mesh: of both.
     """
-    part = take_rows(source, source_R, _lengths(source, source_R, mesh), mesh)
+    part = take_rows(source, source_R, take_first(source.lengths_B, source_R, mesh), mesh)
     segments = tuple(
         tuple(own if isinstance(own, PagedKeyValues) else new for own, new in zip(period, others, strict=True))
         for period, others in zip(target.segments, part.segments, strict=True)
     )
     return put_rows(target, dataclasses.replace(part, segments=segments), target_R, mesh)
-
-
-def _lengths(cache: Cache, rows_R: jax.Array, mesh: Mesh) -> jax.Array:
-    rows = P(BATCH)
-    take = jax.shard_map(
-        lambda lengths_B, row_R: jnp.take(lengths_B, row_R, mode="clip"),
-        mesh=mesh,
-        in_specs=(rows, rows),
-        out_specs=rows,
-        check_vma=False,
-    )
-    return take(cache.lengths_B, rows_R)
 
 
 def clear(cache: Cache, rows_R: jax.Array, blocks_R: jax.Array, mesh: Mesh) -> Cache:
