@@ -13,7 +13,7 @@ from qwen_moe_jax.config import ExecutionConfig, ModelConfig
 from qwen_moe_jax.model.cache import HEADS, LayerCache, cached_attention, update_cache
 from qwen_moe_jax.model.inputs import TokenContext
 from qwen_moe_jax.model.rotary import apply_rotary
-from qwen_moe_jax.nn.linear import Linear
+from qwen_moe_jax.nn.linear import Linear, project
 from qwen_moe_jax.nn.norm import rms_norm
 from qwen_moe_jax.nn.parameters import ParameterFactory
 from qwen_moe_jax.sharding.rules import BATCH, require_whole_heads
@@ -77,12 +77,12 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
         """Queries and gates [B, T, N, H], keys and values [B, T, K, H]; queries and keys normed and rotated."""
         gate_BTNH = None
+        q_BTO, k_BTO, v_BTO = project(hidden_BTD, self.q_proj, self.k_proj, self.v_proj)
         if self.output_gate:
-            q_BTNH, gate_BTNH = jnp.split(split_heads(self.q_proj(hidden_BTD), 2 * self.head_dim), 2, axis=-1)
+            q_BTNH, gate_BTNH = jnp.split(split_heads(q_BTO, 2 * self.head_dim), 2, axis=-1)
         else:
-            q_BTNH = split_heads(self.q_proj(hidden_BTD), self.head_dim)
-        k_BTKH = split_heads(self.k_proj(hidden_BTD), self.head_dim)
-        v_BTKH = split_heads(self.v_proj(hidden_BTD), self.head_dim)
+            q_BTNH = split_heads(q_BTO, self.head_dim)
+        k_BTKH, v_BTKH = split_heads(k_BTO, self.head_dim), split_heads(v_BTO, self.head_dim)
         if self.q_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         return apply_rotary(q_BTNH, context.rotary), gate_BTNH, apply_rotary(k_BTKH, context.rotary), v_BTKH

@@ -96,6 +96,10 @@ class Model(nnx.Module):
         """Normalised hidden states to float32 logits, on explicitly sharded arrays."""
         raise TypeError(f"{type(self).__name__} has no head: use CausalLM, SequenceClassifier or TokenClassifier.")
 
+    def head_of_few(self, hidden_BTD: jax.Array, inputs: ModelInputs) -> jax.Array:
+        """`head` where nothing is differentiated, for a few tokens at a time: of decoding."""
+        return self.head(hidden_BTD, inputs)
+
     @classmethod
     def from_pretrained(cls, folder: str | PathLike[str], **kwargs: Any) -> Self:
         """Loads a checkpoint folder under this head; see `qwen_moe_jax.from_pretrained` for the arguments."""
@@ -251,7 +255,7 @@ class LogitsOf(ReadOut):
         if inputs.logits_at_B is not None:
             hidden_BTD = token_at(hidden_BTD, inputs.logits_at_B)[:, None]
         with jax.named_scope("head"):
-            logits = model.head(hidden_BTD, inputs)
+            logits = (model.head if out.cache is None else model.head_of_few)(hidden_BTD, inputs)
         return ModelOutput(logits=logits, router=router_output(out), hidden_states=hidden_states, cache=out.cache)
 
 

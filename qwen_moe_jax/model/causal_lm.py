@@ -23,9 +23,13 @@ from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.lora import LoraAdapter
 from qwen_moe_jax.nn.matmul import matmul_precision, weight_einsum
 from qwen_moe_jax.nn.parameters import ParameterFactory
+from qwen_moe_jax.nn.stacked import reads_in_place, stacked_matmul
 from qwen_moe_jax.sharding.explicit import with_explicit_axes
 from qwen_moe_jax.sharding.rules import BATCH, partition_spec
 from qwen_moe_jax.suggest import refuse_hub_arguments
+
+#: Sharding of logits [B, T, V].
+LOGITS = P(BATCH, None, *partition_spec(TABLE[:1]))
 
 
 class CausalLM(Model):
@@ -114,7 +118,7 @@ class CausalLM(Model):
             execution, inputs = model.execution_in_use, _cached_inputs(tokens_BT, token_mask_BT, cache)
             states_BTD, cache = model.mtp_states(inputs, inputs.tokens_BT, hidden_BTD, execution, cache)
             last_BD = token_at(states_BTD, jnp.sum(token_mask_BT, axis=1) - 1)
-            return model.head(last_BD[:, None], inputs)[:, 0], last_BD, cache
+            return model.head_of_few(last_BD[:, None], inputs)[:, 0], last_BD, cache
 
         specs = (P(BATCH, None), P(BATCH, None, None), P(BATCH, None), cache.specs())
         with matmul_precision(self.execution.dtype):
@@ -166,11 +170,21 @@ class CausalLM(Model):
 
     def head(self, hidden_BTD: jax.Array, inputs: ModelInputs) -> jax.Array:
         """See `Model`."""
-        out = P(BATCH, None, *partition_spec(TABLE[:1]))
         # float32 results from the dtype of the model: the logits are not rounded once more.
-        logits_BTV = weight_einsum("BTD,VD->BTV", hidden_BTD, self.table_VD, TABLE, out, jnp.float32)
+        product_BTV = weight_einsum("BTD,VD->BTV", hidden_BTD, self.table_VD, TABLE, LOGITS, jnp.float32)
+        return self._logits(hidden_BTD, product_BTV)
+
+    def head_of_few(self, hidden_BTD: jax.Array, inputs: ModelInputs) -> jax.Array:
+        """See `Model`."""
+        stack = self.table_VD[None]
+        if not reads_in_place(hidden_BTD, [stack]):
+            return self.head(hidden_BTD, inputs)
+        return self._logits(hidden_BTD, stacked_matmul(hidden_BTD, [stack], jnp.int32(0), [LOGITS])[0])
+
+    def _logits(self, hidden_BTD: jax.Array, logits_BTV: jax.Array) -> jax.Array:
+        """The products with the table, with what the adapter adds, without padding."""
         if self.lora_head is not None:
-            added_BTV = self.lora_head(hidden_BTD, "BTD,VD->BTV", "BTr", P(BATCH, None, None), out)
+            added_BTV = self.lora_head(hidden_BTD, "BTD,VD->BTV", "BTr", P(BATCH, None, None), LOGITS)
             logits_BTV = logits_BTV + added_BTV.astype(jnp.float32)
         return without_padding(logits_BTV, self.config.vocab_size)
 

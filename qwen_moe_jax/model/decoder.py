@@ -25,11 +25,12 @@ from qwen_moe_jax.model.rotary import rotary_tables
 from qwen_moe_jax.model.segments import Segment, plan_segments
 from qwen_moe_jax.moe.block import SparseMoeBlock
 from qwen_moe_jax.moe.dispatch.rows import EXCHANGED
-from qwen_moe_jax.moe.experts import layer_of
+from qwen_moe_jax.moe.experts import Experts
 from qwen_moe_jax.moe.router import ForcedRouting
 from qwen_moe_jax.moe.stats import RouterStats, RouterTrace
 from qwen_moe_jax.nn.bits import rows_at
 from qwen_moe_jax.nn.embedding import Embedding
+from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.matmul import WEIGHT_MATMUL
 from qwen_moe_jax.nn.norm import rms_norm
 from qwen_moe_jax.nn.parameters import ParameterFactory
@@ -112,7 +113,8 @@ class Decoder(nnx.Module):
         rotary = rotary_tables(config.rope, config.rotary_dim, config.max_position_embeddings, positions_BT, dtype)
         with jax.named_scope("embedding"):
             # The token id of padding is ignored: it may be outside the vocabulary.
-            hidden_BTD = self.embed_tokens(jnp.where(token_mask_BT, inputs.tokens_BT, 0), dtype)
+            tokens_BT = jnp.where(token_mask_BT, inputs.tokens_BT, 0)
+            hidden_BTD = self.embed_tokens(tokens_BT, dtype, differentiable=cache is None)
         out = self.layers(
             hidden_BTD,
             TokenContext(segment_ids_BT=inputs.segment_ids_BT, rotary=rotary),
@@ -229,11 +231,12 @@ def _index_layers(run_period, carry, layers: list[DecoderLayer], per_layer: _Per
 
 
 def layer_at(stacked: DecoderLayer, index: jax.Array) -> DecoderLayer:
-    """One layer of a stack. Its experts' weights stay stacked, with an index: few experts are needed."""
-    layer = jax.tree.map(lambda x: rows_at(x, index, 1)[0], stacked)
-    if isinstance(layer.mlp, SparseMoeBlock) and isinstance(stacked.mlp, SparseMoeBlock):
-        layer.mlp.experts = layer_of(stacked.mlp.experts, index)
-    return layer
+    """One layer of a stack. Weights of projections and experts stay stacked, with an index: not all need be copied."""
+
+    def at(node: Any) -> Any:
+        return node.of_layer(index) if isinstance(node, Linear | Experts) else rows_at(node, index, 1)[0]
+
+    return jax.tree.map(at, stacked, is_leaf=lambda node: isinstance(node, Linear | Experts))
 
 
 def _run_layer(

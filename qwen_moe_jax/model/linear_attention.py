@@ -34,7 +34,7 @@ from qwen_moe_jax.model.cache import (
     update_steps,
 )
 from qwen_moe_jax.model.inputs import TokenContext
-from qwen_moe_jax.nn.linear import Linear
+from qwen_moe_jax.nn.linear import Linear, project
 from qwen_moe_jax.nn.mlp import ACTIVATIONS
 from qwen_moe_jax.nn.norm import GatedRMSNorm
 from qwen_moe_jax.nn.parameters import ParameterFactory
@@ -80,13 +80,14 @@ class GatedDeltaNet(nnx.Module):
             cache: of the previous tokens, one text a row. None: all tokens are given.
         """
         with jax.named_scope("linear_attention"):
-            qkv_BTC = self.in_proj_qkv(hidden_BTD)
-            gate_BTNH = split_heads(self.in_proj_z(hidden_BTD), self.linear.value_head_dim)
+            projections = self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a
+            qkv_BTC, gate_BTO, b_BTN, a_BTN = project(hidden_BTD, *projections)
+            gate_BTNH = split_heads(gate_BTO, self.linear.value_head_dim)
             before = None if cache is None else (*read_state(cache, hidden_BTD.dtype), cache.lengths_B == 0)
             mixed_BTNH, after = self._mixed(
                 qkv_BTC,
-                self.in_proj_b(hidden_BTD),
-                self.in_proj_a(hidden_BTD),
+                b_BTN,
+                a_BTN,
                 context,
                 before,
                 keep_steps=cache is not None and isinstance(cache.stored, RecurrentSteps),

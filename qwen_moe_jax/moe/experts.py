@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,8 +26,9 @@ from qwen_moe_jax.moe.dispatch.rows import (
     drop_device_axis,
     per_device,
 )
-from qwen_moe_jax.moe.kernels.cpu import matrix_at
+from qwen_moe_jax.moe.kernels.cpu import matrix_at, ragged_in_place
 from qwen_moe_jax.moe.kernels.grouped_matmul import grouped_matmul
+from qwen_moe_jax.nn.kernels.cpu import reads_in_place
 from qwen_moe_jax.nn.matmul import WEIGHT_MATMUL, weight_einsum
 from qwen_moe_jax.nn.mlp import ACTIVATIONS
 from qwen_moe_jax.nn.parameters import ParameterFactory
@@ -46,7 +47,12 @@ WIDE_SLOTS = P("expert", ("data", "fsdp"), None, "tensor")
 WIDE_TOKENS = P(("data", "fsdp"), None, "expert", "tensor")
 NARROW_TOKENS = P(("data", "fsdp"), None, "expert", None)
 
-Multiply = Callable[[jax.Array, jax.Array, P, tuple[str, ...]], jax.Array]
+#: Rows of a buffer for each expert, up to which a product is bound by reading the weights.
+FEW_ROWS = 8
+
+#: An array, how it is stored, and its logical axes.
+Matrix = tuple[jax.Array, P, tuple[str, ...]]
+Multiply = Callable[[jax.Array, Sequence[Matrix]], list[jax.Array]]
 
 
 @jax.tree_util.register_dataclass
@@ -76,19 +82,24 @@ class ExpertWeights:
         Args:
             x: rows.
             specs: how the arrays are stored, as a tree of the same form.
-            multiply: rows with one of the arrays, given its partition spec and logical axes.
+            multiply: the same rows with each of several arrays.
         """
 
-        def project(name: str, x: jax.Array) -> jax.Array:
-            lead, rows, columns = MATRICES[name]
-            y = multiply(x, getattr(self, name), getattr(specs, name), MATRICES[name])
+        def project(x: jax.Array, *names: str) -> list[jax.Array]:
+            matrices = [(getattr(self, name), getattr(specs, name), MATRICES[name]) for name in names]
+            return [adapted(x, y, name) for name, y in zip(names, multiply(x, matrices), strict=True)]
+
+        def adapted(x: jax.Array, y: jax.Array, name: str) -> jax.Array:
             if name not in self.lora:
                 return y
+            lead, rows, columns = MATRICES[name]
             (a, b), (a_spec, b_spec) = self.lora[name], specs.lora[name]
-            x_r = multiply(x, a, a_spec, (lead, "rank", columns))
-            return y + multiply(x_r * dict(self.scaling)[name], b, b_spec, (lead, rows, "rank"))
+            [x_r] = multiply(x, [(a, a_spec, (lead, "rank", columns))])
+            [added] = multiply(x_r * dict(self.scaling)[name], [(b, b_spec, (lead, rows, "rank"))])
+            return y + added
 
-        return project("down_proj", ACTIVATIONS[self.act](project("gate_proj", x)) * project("up_proj", x))
+        gate, up = project(x, "gate_proj", "up_proj")
+        return project(ACTIVATIONS[self.act](gate) * up, "down_proj")[0]
 
     def on_rows(
         self, rows_RD: jax.Array, sizes_E: jax.Array, specs: "ExpertWeights", backend: GroupedMatmul
@@ -105,7 +116,9 @@ class ExpertWeights:
             backend: of `grouped_matmul`.
         """
 
-        def multiply(x: jax.Array, array: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array:
+        def multiply(x: jax.Array, matrix: Matrix) -> jax.Array:
+            array, spec, axes = matrix
+
             @functools.partial(jax.checkpoint, prevent_cse=False)
             def product(x: jax.Array, weight: jax.Array) -> jax.Array:
                 layer = self.layer
@@ -117,7 +130,14 @@ class ExpertWeights:
 
             return checkpoint_name(product(x, array), WEIGHT_MATMUL)
 
-        return self.swiglu(rows_RD, specs, multiply)
+        def multiply_all(x: jax.Array, matrices: Sequence[Matrix]) -> list[jax.Array]:
+            few = len(x) <= FEW_ROWS * len(sizes_E)
+            if few and self.layer is not None and backend == "blocks" and _read_in_place(x, matrices):
+                experts_E = self.layer * len(sizes_E) + jnp.arange(len(sizes_E))
+                return ragged_in_place(x, [array for array, _, _ in matrices], experts_E, sizes_E)
+            return [multiply(x, matrix) for matrix in matrices]
+
+        return self.swiglu(rows_RD, specs, multiply_all)
 
     def on_token(
         self, x_TD: jax.Array, experts_A: jax.Array, weights_A: jax.Array, specs: "ExpertWeights"
@@ -133,29 +153,48 @@ class ExpertWeights:
             weights_A: what each counts.
             specs: as in `swiglu`.
         """
-
         num_experts = self.gate_proj.shape[-3]
-        first = 0 if self.layer is None else self.layer * num_experts
+
+        def weighted(choices: slice | jax.Array, x_AD: jax.Array) -> jax.Array:
+            """The results of some of the choices, and zeros where they are none."""
+            experts = experts_A[choices]
+            multiply = functools.partial(self._multiply_chosen, jnp.minimum(experts, num_experts - 1))
+            results_AD = self.swiglu(x_AD, specs, multiply) * weights_A[choices][..., None]
+            return jnp.where((experts < num_experts)[..., None], results_AD, 0)
+
+        if _read_in_place(x_TD, [(getattr(self, name), getattr(specs, name), MATRICES[name]) for name in MATRICES]):
+            x_AD = jnp.broadcast_to(x_TD, (len(experts_A), x_TD.shape[-1]))
+            return jnp.sum(weighted(slice(None), x_AD), axis=0, keepdims=True)
 
         def add(choice: jax.Array, sum_TD: jax.Array) -> jax.Array:
-            expert = experts_A[choice]
-            at = first + jnp.minimum(expert, num_experts - 1)
-
-            def multiply(x_TI: jax.Array, array: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array:
-                if needs_gather(spec[-2:], axes[-2:]):  # whole first: each device may have chosen another expert
-                    here = array if self.layer is None else jax.lax.dynamic_index_in_dim(array, self.layer, 0, False)
-                    whole_EOI = all_gather_weight(here.astype(x_TI.dtype), spec[-3:], axes)
-                    matrix_OI = whole_EOI[jnp.minimum(expert, num_experts - 1)]
-                else:
-                    matrix_OI = matrix_at(array, at).astype(x_TI.dtype)
-                product_TO = jnp.einsum("TI,OI->TO", x_TI, matrix_OI, preferred_element_type=jnp.float32)
-                return product_TO.astype(x_TI.dtype)
-
-            result_TD = self.swiglu(x_TD, specs, multiply)
-            return sum_TD + jnp.where(expert < num_experts, result_TD * weights_A[choice], 0)
+            return sum_TD + weighted(choice[None], x_TD)
 
         sum_TD = jnp.zeros(x_TD.shape, jnp.result_type(x_TD, weights_A))
         return jax.lax.fori_loop(0, len(experts_A), add, sum_TD)
+
+    def _multiply_chosen(self, experts_A: jax.Array, x_AI: jax.Array, matrices: Sequence[Matrix]) -> list[jax.Array]:
+        """Each row with the matrix of its expert, of each of several arrays."""
+        experts = self.gate_proj.shape[-3]
+        index_A = experts_A if self.layer is None else self.layer * experts + experts_A
+        if _read_in_place(x_AI, matrices):
+            return ragged_in_place(x_AI, [array for array, _, _ in matrices], index_A, jnp.ones_like(index_A))
+
+        def multiply(array: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array:
+            if needs_gather(spec[-2:], axes[-2:]):  # whole first: each device may have chosen another expert
+                here = array if self.layer is None else jax.lax.dynamic_index_in_dim(array, self.layer, 0, False)
+                whole_EOI = all_gather_weight(here.astype(x_AI.dtype), spec[-3:], axes)
+                matrices_AOI = whole_EOI[experts_A]
+            else:
+                matrices_AOI = jnp.stack([matrix_at(array, index).astype(x_AI.dtype) for index in index_A])
+            return jnp.einsum("AI,AOI->AO", x_AI, matrices_AOI, preferred_element_type=jnp.float32).astype(x_AI.dtype)
+
+        return [multiply(*matrix) for matrix in matrices]
+
+
+def _read_in_place(x: jax.Array, matrices: Sequence[Matrix]) -> bool:
+    """Whether `ragged_in_place` should multiply such rows with these arrays, as they are stored."""
+    gathered = any(needs_gather(spec[-3:], axes) for _, spec, axes in matrices)
+    return not gathered and reads_in_place(x.dtype, [array for array, _, _ in matrices])
 
 
 class Experts(nnx.Module):
@@ -163,7 +202,7 @@ class Experts(nnx.Module):
 
     They are sharded over `expert` and never gathered over it: tokens travel instead. `lora` has the low-rank adapters
     of those that have one, by name. With a `layer_index`, int32 [], the arrays are those of all layers, stacked, and
-    the index says which layer this is: in decoding, a few tokens then read the few experts they need (`layer_of`).
+    the index says which layer this is: in decoding, a few tokens then read the few experts they need (`of_layer`).
     """
 
     def __init__(self, name: str, hidden_size: int, moe: MoEConfig, act: Activation, make: ParameterFactory):
@@ -197,6 +236,12 @@ class Experts(nnx.Module):
             rows, jax.tree.map(jax.sharding.reshard, weights, in_specs)
         )
 
+    def of_layer(self, index: jax.Array) -> "Experts":
+        """One layer of this stack of experts, whose weights are not copied out of it."""
+        experts = jax.tree.map(lambda x: x, self)
+        experts.layer_index = index
+        return experts
+
     def weights(self) -> ExpertWeights:
         """The stored arrays."""
         return ExpertWeights(
@@ -228,13 +273,6 @@ class Experts(nnx.Module):
         """A matrix times `x`, in explicitly sharded arrays; `narrow` are the letters between an adapter's A and B."""
         y = weight_einsum(letters, x, getattr(self, name)[...], MATRICES[name], out)
         return y + self.lora[name](x, letters, narrow, narrow_spec, out) if name in self.lora else y
-
-
-def layer_of(stacked: Experts, index: jax.Array) -> Experts:
-    """One layer's experts, whose weights stay in the stack of all layers."""
-    experts = jax.tree.map(lambda x: x, stacked)
-    experts.layer_index = index
-    return experts
 
 
 def layer_alone(experts: Experts) -> Experts:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from qwen_moe_jax.nn.bits import as_bits, from_bits
 from qwen_moe_jax.nn.lora import LoraAdapter
 from qwen_moe_jax.nn.matmul import weight_einsum
 from qwen_moe_jax.nn.parameters import ParameterFactory
@@ -12,6 +13,9 @@ from qwen_moe_jax.sharding.rules import BATCH, mesh_axes, spec_of
 
 #: Logical axes of the token table and of the output head.
 TABLE = ("vocab", "embed")
+
+#: A NaN of bfloat16, by its bits.
+NAN_BITS = 0x7FC0
 
 
 class Embedding(nnx.Module):
@@ -31,8 +35,8 @@ class Embedding(nnx.Module):
         self.axes = TABLE
         self.lora: LoraAdapter | None = nnx.data(None)  # set by `model.lora.add_lora`
 
-    def __call__(self, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-        """[B, T] to [B, T, D].
+    def __call__(self, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike, *, differentiable: bool = True) -> jax.Array:
+        """[B, T] to [B, T, D], differentiable unless it need not be: XLA on CPUs then widens no table of bfloat16.
 
         The table is never gathered: each device looks up its shard of the table for the tokens of all devices that the
         table is sharded over, and an all-to-all turns slices of the vectors of all tokens into whole vectors of the
@@ -45,7 +49,13 @@ class Embedding(nnx.Module):
         tokens_BT = jnp.where(is_known_BT, tokens_BT, self.weight.shape[0])
         tokens_BT = jax.sharding.reshard(tokens_BT, P(batch, None))
         sliced = P(batch, None, columns)
-        hidden_BTD = self.weight.at[tokens_BT].get(out_sharding=sliced, mode="fill", fill_value=jnp.nan).astype(dtype)
+        table_VD, missing = self.weight[...], jnp.nan
+        if not differentiable and table_VD.dtype == jnp.bfloat16:
+            # In a loop, all of the table would be reinterpreted before it.
+            table_VD, tokens_BT = jax.lax.optimization_barrier((table_VD, tokens_BT))
+            table_VD, missing = as_bits(table_VD), NAN_BITS
+        rows_BTD = table_VD.at[tokens_BT].get(out_sharding=sliced, mode="fill", fill_value=missing)
+        hidden_BTD = (rows_BTD if differentiable else from_bits(rows_BTD)).astype(dtype)
         if self.padding_idx is not None:
             frozen_BT1 = (tokens_BT == self.padding_idx)[..., None]
             hidden_BTD = jnp.where(frozen_BT1, jax.lax.stop_gradient(hidden_BTD), hidden_BTD)

@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from qwen_moe_jax.config import Activation
-from qwen_moe_jax.nn.linear import Linear
+from qwen_moe_jax.nn.linear import Linear, project
 from qwen_moe_jax.nn.parameters import ParameterFactory
 
 #: transformers' names; its "gelu" is the exact one.
@@ -31,4 +31,5 @@ class MLP(nnx.Module):
 
     def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
         """[B, T, D] to [B, T, D]."""
-        return self.down_proj(ACTIVATIONS[self.act](self.gate_proj(hidden_BTD)) * self.up_proj(hidden_BTD))
+        gate_BTF, up_BTF = project(hidden_BTD, self.gate_proj, self.up_proj)
+        return self.down_proj(ACTIVATIONS[self.act](gate_BTF) * up_BTF)

@@ -1,10 +1,12 @@
 """Arrays that the compiled decoding program reads and writes, by the compiler's cost analysis and HLO."""
 
+import importlib.util
 import re
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.inference import programs
@@ -26,9 +28,17 @@ def abstract_model(dtype: str) -> CausalLM:
     return CausalLM(config, rngs=None, execution=qmj.ExecutionConfig(dtype=dtype))
 
 
-def compiled_step(batch: int, dtype: str):
-    """The decode program of `abstract_model`. Nothing is allocated."""
-    model = abstract_model(dtype)
+def wide_config() -> qmj.ModelConfig:
+    """Matrices that decoding reads where they are stored: a joint product has 2^13 numbers and more."""
+    sizes = dict(
+        num_hidden_layers=2, moe_intermediate_size=64, hidden_size=128, shared_expert_intermediate_size=128, head_dim=32
+    )
+    return qmj.ModelConfig.from_pretrained({**CASES["qwen2_moe-no_qkv_bias"].config, **sizes})
+
+
+def compiled_step(batch: int, dtype: str, model: CausalLM | None = None):
+    """The decode program of `abstract_model`, or of another one. Nothing is allocated."""
+    model = model or abstract_model(dtype)
     cache = abstract_cache(model.config, model.mesh, batch=batch, max_length=64, max_write=8, dtype=dtype)
     writing = programs.DecodeState(
         token_B=np.zeros(batch, np.int32),
@@ -36,6 +46,10 @@ def compiled_step(batch: int, dtype: str):
         sampling=initial_state(settings(batch), [[]] * batch),
     )
     return programs.decode.lower(model, cache, writing, settings(batch)).compile()
+
+
+def is_param(node) -> bool:
+    return isinstance(node, nnx.Variable)
 
 
 def settings(batch: int):
@@ -87,3 +101,27 @@ def test_a_copy_of_the_experts_would_be_detected(monkeypatch):
     program = compiled_step(4, "float32")  # a batch that was not compiled the other way before
     assert made(program.as_text(), at_least=E * F * D)
     assert program.memory_analysis().temp_size_in_bytes > E * F * D * 4
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llvmlite") is None, reason="needs the extra cpu")
+@pytest.mark.parametrize("batch, dtype", [(1, "bfloat16"), (3, "float32")])
+def test_decoding_on_a_cpu_copies_and_widens_no_weight(batch, dtype):
+    model = CausalLM(wide_config(), rngs=None, execution=qmj.ExecutionConfig(dtype=dtype))
+    program = compiled_step(batch, dtype, model).as_text()
+    assert program.count(f"qwen_moe_jax_picked_matmul_{dtype}") >= 7  # q k v, o, two of experts, two shared, head
+    matrices = {param.shape[-2:] for param in jax.tree.leaves(model, is_leaf=is_param) if param.ndim > 1}
+    matrices |= {shape[::-1] for shape in matrices}
+    shapes = "|".join(f"{rows},{columns}" for rows, columns in matrices)
+    assert not [line for line in made(program, at_least=64 * 128) if re.search(rf"\[([\d,]+,)?({shapes})\]", line)]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llvmlite") is None, reason="needs the extra cpu")
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decoding_on_a_cpu_continues_as_the_full_forward_does(batch):
+    """The full forward multiplies with XLA's own products."""
+    model = CausalLM(wide_config(), rngs=nnx.Rngs(0), execution=qmj.ExecutionConfig(dtype="float32"))
+    prompts = np.random.default_rng(0).integers(0, 90, (batch, 5)).tolist()
+    written = qmj.generate(model, prompts, max_new_tokens=9, eos_token_id=())
+    tokens_BT = np.concatenate([prompts, written], axis=1)
+    logits_BTV = np.asarray(model(tokens_BT).logits)
+    np.testing.assert_array_equal(logits_BTV[:, 4:-1].argmax(axis=-1), written)

@@ -8,12 +8,13 @@ XLA's products on CPUs pack an expert's matrix anew for every block, which takes
 many rows has few long blocks, and its last one is hardly longer than the rows that are left.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from qwen_moe_jax.nn.bits import as_bits, from_bits, rows_at
+from qwen_moe_jax.nn.kernels.cpu import picked_matmul
 from qwen_moe_jax.rounding import next_power_of_two
 
 #: Rows of the longest and the shortest block where there is one length only, and of a buffer's end that may be read.
@@ -70,6 +71,25 @@ def ragged(
     begin = jnp.int32(0), jnp.zeros((len(rows_RK), width), jnp.float32)
     out_RN = jax.lax.while_loop(lambda state: state[0] < ends_E[-1], run_expert, begin)[1]
     return out_RN.astype(rows_RK.dtype)
+
+
+def ragged_in_place(
+    rows_RI: jax.Array, weights: Sequence[jax.Array], matrices_G: jax.Array, sizes_G: jax.Array
+) -> list[jax.Array]:
+    """Few rows times the transpose of their group's matrix in each of several stacks [..., O, I], read in place.
+
+    Args:
+        rows_RI: rows sorted by group.
+        weights: stacks for which `nn.kernels.cpu.reads_in_place`.
+        matrices_G: int32; the matrix of each group, counted over all leading axes of a stack.
+        sizes_G: rows of each group.
+
+    Returns:
+        [R, O] for each stack, in the dtype of the rows, and zeros past the last real one.
+    """
+    stacks = [(weight.reshape(-1, *weight.shape[-2:]),) for weight in weights]
+    products = picked_matmul(rows_RI.astype(jnp.float32), stacks, matrices_G, sizes_G)
+    return [product_RO.astype(rows_RI.dtype) for product_RO in products]
 
 
 def outer(left_RO: jax.Array, right_RI: jax.Array, sizes_E: jax.Array) -> jax.Array:

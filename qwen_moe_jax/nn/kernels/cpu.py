@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 #: I is a multiple of this.
 LANES = 16
+#: Numbers of all matrices of a product, from which on a call of a C function costs little.
+WORTH_A_CALL = 2**13
 
 
 def is_available(format: str, inputs: int) -> bool:
@@ -30,6 +32,17 @@ def is_available(format: str, inputs: int) -> bool:
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
     return platform == "cpu" and inputs % LANES == 0 and _target(format) is not None
+
+
+def reads_in_place(dtype: jax.typing.DTypeLike, weights: Sequence[jax.Array]) -> bool:
+    """Whether activations of a dtype should be multiplied with these stacks [..., O, I] by `picked_matmul`.
+
+    Not if the matrices are small, nor if they are to be cast to the dtype first.
+    """
+    numbers = sum(weight.shape[-2] * weight.shape[-1] for weight in weights)
+    return numbers >= WORTH_A_CALL and all(
+        weight.dtype == dtype and is_available(weight.dtype.name, weight.shape[-1]) for weight in weights
+    )
 
 
 def picked_matmul(
