@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, LoraConfig, ModelConfig, MoEConfig, ShardingRules
     from qwen_moe_jax.errors import CheckpointError, ConfigError, RequestError, ShardingError
     from qwen_moe_jax.huggingface.load import from_pretrained
+    from qwen_moe_jax.huggingface.model_card import ModelCard
     from qwen_moe_jax.huggingface.native import save_orbax
     from qwen_moe_jax.huggingface.peft import load_adapter, save_adapter
+    from qwen_moe_jax.huggingface.push import push_to_hub
     from qwen_moe_jax.huggingface.save import save_pretrained
     from qwen_moe_jax.inference.engine import Engine
     from qwen_moe_jax.inference.generate import complete, generate
@@ -69,6 +71,8 @@ _HOME = {
     "merge_lora": "model.lora",
     "from_pretrained": "huggingface.load",
     "save_pretrained": "huggingface.save",
+    "push_to_hub": "huggingface.push",
+    "ModelCard": "huggingface.model_card",
     "save_orbax": "huggingface.native",
     "save_adapter": "huggingface.peft",
     "load_adapter": "huggingface.peft",

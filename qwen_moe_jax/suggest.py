@@ -28,6 +28,7 @@ HUB_ARGUMENTS = {
 HUB_METHODS = {
     "generate": "qwen_moe_jax.generate(model, prompts, …)",
     "save_pretrained": "qwen_moe_jax.save_pretrained(model, folder)",
+    "push_to_hub": "qwen_moe_jax.push_to_hub(model, 'owner/model')",
     "load_adapter": "qwen_moe_jax.load_adapter(model, folder)",
     "parameters": "nnx.state(model, nnx.Param)",
     "state_dict": "nnx.state(model)",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qwen_moe_jax import __version__
 from qwen_moe_jax.cli import (
+    card,
     chat,
     convert,
     evaluate,
@@ -18,6 +19,7 @@ from qwen_moe_jax.cli import (
     merge,
     plan,
     prune,
+    push,
     route,
     score,
     serve,
@@ -50,6 +52,8 @@ COMMANDS = {
     "split": split,
     "prune": prune,
     "merge": merge,
+    "card": card,
+    "push": push,
     "plan": plan,
 }
 

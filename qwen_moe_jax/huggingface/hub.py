@@ -159,10 +159,12 @@ def download(model: HubModel, patterns: Sequence[str]) -> Path:
 
 
 @contextlib.contextmanager
-def explained(model: HubModel, kind: type[CheckpointError | ConfigError] = CheckpointError) -> Iterator[None]:
+def explained(
+    model: HubModel, kind: type[CheckpointError | ConfigError] = CheckpointError, *, upload: bool = False
+) -> Iterator[None]:
     """Errors of huggingface_hub within the block become one of this kind, with what they mean and the way out.
 
-    That a file is not there (EntryNotFoundError) remains, unless it is a config.
+    That a file is not there (EntryNotFoundError) remains, unless it is a config. `upload`: the block writes.
     """
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -174,18 +176,20 @@ def explained(model: HubModel, kind: type[CheckpointError | ConfigError] = Check
         is_absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
         is_known = isinstance(error, _ERRORS) or type(error).__module__.startswith(_LIBRARIES)
         if is_known and (kind is ConfigError or not is_absent):
-            raise kind(_problem(model, error)) from None
+            raise kind(_problem(model, error, upload=upload)) from None
         raise
 
 
-def _problem(model: HubModel, error: Exception) -> str:
+def _problem(model: HubModel, error: Exception, *, upload: bool) -> str:
     """What an error of huggingface_hub means, with the way out, in one line."""
     from huggingface_hub import constants, errors
 
     log_in = "log in (hf auth login), or set HF_TOKEN"
     elsewhere = f"download it elsewhere (hf download {model.name} --local-dir FOLDER) and give the folder"
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    said = _first_line(error)
     reason = f"{type(error).__name__}: {said}"
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # as huggingface_hub wraps errors of uploads
+        reason = f"{reason} {type(error.__cause__).__name__}: {_first_line(error.__cause__)}"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
         page = f"{constants.ENDPOINT}/{model.name}"
@@ -199,6 +203,11 @@ def _problem(model: HubModel, error: Exception) -> str:
         )
     if status in (401, 403):
         return f"{model}: the Hub refuses access ({status}: {said}). For a token of an account that has it, {log_in}."
+    if upload:
+        return (
+            f"{model}: could not be uploaded ({reason}). Nothing in the repository has changed. Run it again: what was "
+            "sent is not sent twice."
+        )
     if constants.HF_HUB_OFFLINE:
         cache = model.cache_dir or constants.HF_HUB_CACHE
         return (
@@ -209,6 +218,10 @@ def _problem(model: HubModel, error: Exception) -> str:
         f"{model}: no such folder, and no model of this name could be downloaded from the Hub ({reason}). Without a "
         f"network, {elsewhere}."
     )
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
 def _existing(source: str | PathLike[str]) -> Path | None:

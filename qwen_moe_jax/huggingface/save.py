@@ -16,6 +16,8 @@ from qwen_moe_jax.huggingface.export_config import config_to_hub
 from qwen_moe_jax.huggingface.files import INDEX, SINGLE, is_weights
 from qwen_moe_jax.huggingface.generation_config import generation_config_to_hub
 from qwen_moe_jax.huggingface.linear_rows import in_published_order
+from qwen_moe_jax.huggingface.model_card import CARD, ModelCard
+from qwen_moe_jax.huggingface.model_card import model_card as card_text
 from qwen_moe_jax.huggingface.readback import require_same_files
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_tensors
 from qwen_moe_jax.model.base import Model
@@ -29,7 +31,12 @@ from qwen_moe_jax.units import parse_bytes
 
 
 def save_pretrained(
-    model: Model, folder: str | PathLike[str], *, max_shard_size: int | str = "5GB", verify: bool = False
+    model: Model,
+    folder: str | PathLike[str],
+    *,
+    max_shard_size: int | str = "5GB",
+    verify: bool = False,
+    model_card: ModelCard | None = None,
 ) -> None:
     """Writes a model as a Hub checkpoint folder: config.json, generation_config.json and safetensors.
 
@@ -47,6 +54,8 @@ def save_pretrained(
             never split.
         verify: read the files back before they replace the folder, and compare every tensor with the model's, bit for
             bit.
+        model_card: write README.md, which says this in addition to what the checkpoint says; None writes none. A
+            README.md that the folder has is kept.
 
     Raises:
         ConfigError: the family cannot express the config, or max_shard_size is not a size.
@@ -64,6 +73,8 @@ def save_pretrained(
                 write_shards(new, published, limit, advance)
             if verify:
                 require_same_files(new, folder, published)
+            if model_card is not None and not (folder / CARD).exists():
+                (new / CARD).write_text(card_text(new, model_card, name=folder.name), encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -123,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         path, hub = urlsplit(unquote(self.path)).path, self.server_hub
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self._body()
         if hub.fail is not None and hub.fail in path:
             return self._error(400, None, "it breaks")
         if not self._may_write():
@@ -166,11 +166,22 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         hub = self.server_hub
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self._chunks() if "chunked" in self.headers.get("Transfer-Encoding", "") else self._body()
         if hub.fail is not None and hub.fail in self.path:
             return self._error(400, None, "it breaks")
         hub.uploaded[self.path.rsplit("/", 1)[1]] = body
         return self._json({})
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def _chunks(self) -> bytes:
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
 
     def _commit_files(self, name: str, revision: str, lines: list[dict]) -> None:
         repository, hub = self.server_hub.repositories[name], self.server_hub
