@@ -21,6 +21,7 @@ class Format:
     """How a matrix [O, I] is stored, I a multiple of `LANES`.
 
     Attributes:
+        bits: of a number in the first array, whose rows follow one another.
         arrays: how many arrays store a stack of matrices.
         read: writes the code that reads the `LANES` numbers of one row from column `column` on, as `FLOATS`: of
             (code, the arrays' addresses, row, column, I), where rows are counted over the whole stack.
@@ -28,6 +29,7 @@ class Format:
             row, sum, I): a scale of the whole row, for example. None leaves it as it is.
     """
 
+    bits: int
     arrays: int = 1
     read: Callable[[Code, Sequence[Int], Int, Int, Int], Any]
     finish: Callable[[Code, Sequence[Int], Int, Any, Int], Any] | None = None
@@ -44,4 +46,4 @@ def _read_bfloat16(code: Code, arrays: Sequence[Int], row: Int, column: Int, inp
 
 
 #: By name: where one array stores a stack, that of its dtype.
-FORMATS = {"float32": Format(read=_read_float32), "bfloat16": Format(read=_read_bfloat16)}
+FORMATS = {"float32": Format(bits=32, read=_read_float32), "bfloat16": Format(bits=16, read=_read_bfloat16)}

@@ -7,7 +7,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from qwen_moe_jax.nn.kernels.code import INT64, Code, Int, Variable
+from qwen_moe_jax.nn.kernels.code import INT32, INT64, Code, Int, Variable
 from qwen_moe_jax.nn.kernels.cpu import LANES
 from qwen_moe_jax.nn.kernels.formats import FLOATS, Format
 
@@ -58,34 +58,48 @@ def _write_block(
                 scaled = code.builder.fmul(x_row, weights[number], flags=["contract"])  # one operation with the sum
                 variable.set(code.builder.fadd(scaled, variable.get(), flags=["contract"]))
 
+    # The next rows of the matrix are fetched meanwhile: by itself, a processor reads ahead within a page of memory.
+    ahead = [(first + (count + number)) * inputs * format.bits // 8 + arrays[0] for number in range(count)]
+
     step = copies * LANES
     whole = inputs - inputs % step
     with code.count(whole, step=step) as column:
+        for row in ahead:
+            code.prefetch(row + column * format.bits // 8)
         for copy in range(copies):
             add(column + copy * LANES, copy)
     if copies > 1:
         with code.count(inputs, whole, LANES) as column:
             add(column, 0)
     for row in range(rows):
-        for number in range(count):
-            total = sums[0][row][number].get()
-            for copy in range(1, copies):
-                total = code.builder.fadd(total, sums[copy][row][number].get())
-            result = _sum_of_lanes(code, total)
-            if format.finish is not None:
+        totals = [variable.get() for variable in sums[0][row]]
+        for copy in range(1, copies):
+            more = [variable.get() for variable in sums[copy][row]]
+            totals = [code.builder.fadd(*pair) for pair in zip(totals, more, strict=True)]
+        results = _sums_of_lanes(code, totals)
+        if format.finish is not None:
+            for number in range(count):
+                index = ir.Constant(INT32, number)
+                result = code.builder.extract_element(results, index)
                 result = format.finish(code, arrays, first + number, result, inputs)
-            code.write(y + (width * row + number) * 4, 0, result)
+                results = code.builder.insert_element(results, result, index)
+        code.write(y + width * row * 4, 0, results)
 
 
-def _sum_of_lanes(code: Code, vector: Any) -> Any:
-    """The sum of a vector's numbers, halves by halves."""
-    lanes = LANES
-    while lanes > 1:
-        lanes //= 2
-        index = ir.VectorType(ir.IntType(32), lanes)
-        low, high = (
-            code.builder.shuffle_vector(vector, vector, ir.Constant(index, list(range(start, start + lanes))))
-            for start in (0, lanes)
-        )
-        vector = code.builder.fadd(low, high)
-    return code.builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
+def _sums_of_lanes(code: Code, vectors: list[Any]) -> Any:
+    """A vector of the sums of each vector's numbers. The number of vectors is a power of two."""
+    width = length = LANES  # of the vectors, and of the parts of them that belong to one sum
+    while length > 1:
+        pair = min(len(vectors), 2)
+        length //= 2
+        lanes = [start + lane for start in range(0, pair * width, 2 * length) for lane in range(length)]
+        index, added = ir.VectorType(INT32, len(lanes)), []
+        for number in range(0, len(vectors), pair):
+            both = vectors[number], vectors[number + pair - 1]
+            halves = [
+                code.builder.shuffle_vector(*both, ir.Constant(index, [lane + offset for lane in lanes]))
+                for offset in (0, length)
+            ]
+            added.append(code.builder.fadd(*halves))
+        vectors, width = added, len(lanes)
+    return vectors[0]
