@@ -47,8 +47,8 @@ WIDE_SLOTS = P("expert", ("data", "fsdp"), None, "tensor")
 WIDE_TOKENS = P(("data", "fsdp"), None, "expert", "tensor")
 NARROW_TOKENS = P(("data", "fsdp"), None, "expert", None)
 
-#: Rows of a buffer for each expert, up to which a product is bound by reading the weights.
-FEW_ROWS = 8
+#: Rows of a buffer for each expert, up to which XLA's products take longer than reading the weights in place.
+FEW_ROWS = 64
 
 #: An array, how it is stored, and its logical axes.
 Matrix = tuple[jax.Array, P, tuple[str, ...]]
