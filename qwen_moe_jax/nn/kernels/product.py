@@ -64,8 +64,8 @@ def _write_block(
     step = copies * LANES
     whole = inputs - inputs % step
     with code.count(whole, step=step) as column:
-        for row in ahead:
-            code.prefetch(row + column * format.bits // 8)
+        for following in ahead:
+            code.prefetch(following + column * format.bits // 8)
         for copy in range(copies):
             add(column + copy * LANES, copy)
     if copies > 1:
