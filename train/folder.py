@@ -19,6 +19,7 @@ _FIXED_RUN_KEYS = (
     "max_steps", "num_train_epochs", "seed", "model_name_or_path", "drop_mtp", "metric_for_best_model",
     "greater_is_better", "early_stopping_patience",
 )  # fmt: skip
+_FREE_KEYS = ("data.cache_dir", "data.num_proc")  # of a fixed section; the documents of the run are made by then
 _LENGTH_KEYS = ("max_steps", "num_train_epochs")
 _WAYS_OUT = "Add --fresh to delete that run and start anew, or choose another folder: --run.output_dir FOLDER."
 
@@ -160,6 +161,7 @@ def _earlier_config(folder: RunFolder) -> TrainConfig:
 def _check_same_run(old: TrainConfig, new: TrainConfig, path: Path) -> str:
     """Refuses other settings than the earlier start's; returns the line of what makes the run longer, or ""."""
     length, changed = "", differences(old, new, _FIXED_SECTIONS)
+    changed = [line for line in changed if line.partition(":")[0] not in _FREE_KEYS]
     for line in differences(old, new, ("run",)):
         key = line.partition(":")[0].removeprefix("run.")
         if key in _LENGTH_KEYS and _is_more(getattr(old.run, key), getattr(new.run, key)):

@@ -81,9 +81,12 @@ def test_a_corpus_that_is_not_whole_is_refused(tmp_path):
 
 
 def test_a_corpus_of_an_earlier_version_is_refused_by_what_it_lacks(made, tmp_path):
-    for name, remove in {"turn_end_ids": lambda folder: _drop_key(folder / "corpus.json", "turn_end_ids"),
-                         "fully_learned": lambda folder: _drop_array(folder / "0" / "documents.npz", "fully_learned"),
-                         "learned.bool": lambda folder: (folder / "0" / "learned.bool").unlink()}.items():  # fmt: skip
+    removals = {
+        "turn_end_ids": lambda folder: _drop_key(folder / "corpus.json", "turn_end_ids"),
+        "manifest.json": lambda folder: next(folder.glob("cache/*/manifest.json")).unlink(),
+        "tokens.npy": lambda folder: next(folder.glob("cache/*/*/tokens.npy")).unlink(),
+    }
+    for name, remove in removals.items():
         folder = tmp_path / name
         shutil.copytree(made[0], folder)
         remove(folder)
@@ -95,10 +98,6 @@ def _drop_key(file, key):
     described = json.loads(file.read_text())
     del described[key]
     file.write_text(json.dumps(described))
-
-
-def _drop_array(file, key):
-    np.savez(file, **{name: array for name, array in np.load(file).items() if name != key})
 
 
 def test_a_file_or_folder_that_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch):

@@ -95,7 +95,14 @@ class LossConfig:
 
 
 #: The values of data.format, and which files of a folder are read where data.pattern is left out.
-FORMATS = {"text": "*.py", "docstrings": "*.py", "jsonl": "*.jsonl", "tokens": "*.npy", "datasets": "*.parquet"}
+FORMATS = {
+    "text": "*.py",
+    "docstrings": "*.py",
+    "jsonl": "*.jsonl",
+    "tokens": "*.npy",
+    "datasets": "*.parquet",
+    "parquet": "*.parquet",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,16 +114,16 @@ class TextConfig:
         pattern: file names that are read in the folder; left out, *.py, *.jsonl, *.npy or *.parquet, by format.
         format: text (a document per file), docstrings (of Python files: conversations that ask what a name is or does
             and answer with the start of its docstring), jsonl (a record per line, or per item of the array in a .json
-            file), tokens (.npy of ids, documents split by the end id) or datasets (Hugging Face's: a folder of
-            save_to_disk or of parquet, or a name on the Hub).
+            file; .gz and .zst are decompressed), tokens (.npy of ids, documents split by the end id), parquet (read by
+            pyarrow) or datasets (Hugging Face's: a folder of save_to_disk or of parquet, or a name on the Hub).
         split: with format datasets, the split that is read.
-        columns: with formats jsonl and datasets, which column of a record is which field: a table of text, messages,
-            prompt, completion, instruction, input, output, history, system, tools and chat_template_kwargs.
+        columns: with formats jsonl, parquet and datasets, which column of a record is which field: a table of text,
+            messages, prompt, completion, instruction, input, output, history, system, tools and chat_template_kwargs.
     """
 
     path: str = ""
     pattern: str | None = None
-    format: Literal["text", "docstrings", "jsonl", "tokens", "datasets"] = "text"
+    format: Literal["text", "docstrings", "jsonl", "tokens", "datasets", "parquet"] = "text"
     split: str = "train"
     columns: ColumnsConfig = ColumnsConfig()
 
@@ -128,9 +135,9 @@ class TextConfig:
         check.literals()
         if self.format not in ("text", "docstrings"):
             check(self.path != "", "path", f"the file or folder to read as {self.format}", given=("format",))
-        if self.format not in ("jsonl", "datasets"):
+        if self.format not in ("jsonl", "datasets", "parquet"):
             found = ", ".join(self.columns.given)
-            expected = f"none with format {self.format}: only records of jsonl and datasets have columns"
+            expected = f"none with format {self.format}: only records of jsonl, parquet and datasets have columns"
             check(not found, "columns", expected, found=found, given=("format",))
 
 
@@ -167,6 +174,8 @@ class DataConfig(TextConfig):
         heldout_rows: rows of held-out documents, evenly spread, that the held-out loss is computed on.
         eval_path: a file or folder whose documents are held out, instead of a share of the training documents; it is
             read as path is (of a mixture, as its first source).
+        cache_dir: a folder of tokenized documents that several runs share; left out, each run has its own.
+        num_proc: processes that tokenize; left out, one for each core, and with little text the trainer's own alone.
     """
 
     sources: tuple[SourceConfig, ...] = ()
@@ -179,11 +188,13 @@ class DataConfig(TextConfig):
     heldout_fraction: float = 0.05
     heldout_rows: int = 64
     eval_path: str = ""
+    cache_dir: str = ""
+    num_proc: int | None = None
 
     def __post_init__(self) -> None:
         with Checks(self) as check:
             self._check_text(check)
-            check.at_least(1, "batch_size", "heldout_rows")
+            check.at_least(1, "batch_size", "heldout_rows", "num_proc")
             default = DataConfig.heldout_fraction
             expected = "none with data.eval_path, which says what is held out. Leave one of the two out"
             both = self.eval_path and self.heldout_fraction != default

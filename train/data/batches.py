@@ -4,7 +4,6 @@ So a checkpoint needs no iterator state: a resumed run, on any number of hosts, 
 uninterrupted run would have read.
 """
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -15,55 +14,7 @@ import jax
 import numpy as np
 
 from qwen_moe_jax.rounding import ceil_div
-
-
-@dataclass(frozen=True)
-class Documents(Sequence):
-    """Documents of token ids, each a slice of one long array, which may be a memory-mapped file.
-
-    Attributes:
-        tokens: the ids of all documents, integer [total].
-        learned: whether a token is a target of the loss, bool [total].
-        starts, lengths: the slice of each document, int64 [documents].
-        fully_learned: whether every token is known to be a target; False where `learned` says it.
-        labels: of every token, int32 [total], where the objective labels tokens.
-    """
-
-    tokens: np.ndarray
-    learned: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-    fully_learned: bool = False
-    labels: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, number: int) -> np.ndarray:  # type: ignore[override]  # there are no slices of documents
-        return self.tokens[self._span(number)]
-
-    def learned_in(self, number: int) -> np.ndarray:
-        """Whether each token of a document is a target of the loss, bool."""
-        return self.learned[self._span(number)]
-
-    def labels_in(self, number: int) -> np.ndarray:
-        """The label of each token of a document, int32."""
-        return self.labels[self._span(number)]
-
-    def select(self, chosen: np.ndarray) -> "Documents":
-        """The documents that a mask or an array of numbers selects."""
-        return dataclasses.replace(self, starts=self.starts[chosen], lengths=self.lengths[chosen])
-
-    def _span(self, number: int) -> slice:
-        return slice(self.starts[number], self.starts[number] + self.lengths[number])
-
-
-def as_documents(arrays: Sequence[np.ndarray]) -> Documents:
-    """Documents of arrays of ids, all of which are targets of the loss."""
-    lengths = np.array([len(array) for array in arrays], np.int64)
-    tokens = np.concatenate([np.asarray(array) for array in arrays])
-    learned = np.ones(len(tokens), bool)
-    return Documents(tokens, learned, starts=np.cumsum(lengths) - lengths, lengths=lengths, fully_learned=True)
+from train.data.documents import AnyDocuments, Documents, ShardedDocuments, as_documents
 
 
 @jax.tree_util.register_dataclass
@@ -125,46 +76,38 @@ class Rows:
     and is 0 on padding, which only the last row can have; `positions_T` counts from 0 within each segment. A document
     that is longer than a row goes on in the next one as a new segment. `learned_T` is that of `Documents`.
 
-    A row is built on access, so that the documents may be larger than host memory.
+    A row is built on access: memory holds no row, and of documents in shards the index of a few.
     """
 
-    def __init__(self, documents: Documents, seq_len: int, name: str, numbers: np.ndarray | None = None) -> None:
-        """`numbers` selects some of the rows; None is all of them."""
+    def __init__(
+        self, documents: AnyDocuments, seq_len: int, name: str, left_out: np.ndarray = np.zeros(0, np.int64)
+    ) -> None:
+        """`left_out` are numbers of rows, in ascending order, that are none of these rows."""
         self.name = name
-        self._numbers = numbers
-        self._documents, self._seq_len = documents, seq_len
-        self._ends = np.cumsum(documents.lengths)  # offsets in the concatenation of all documents
-        self._total = int(self._ends[-1])
+        self._documents, self._seq_len, self._left_out = documents, seq_len, left_out
+        self._skips = left_out - np.arange(len(left_out))  # row n comes after those whose number here is at most n
 
     @property
     def num_tokens(self) -> int:
         """The tokens of all rows, without padding."""
-        if self._numbers is None:
-            return self._total
-        padding = len(self._all) * self._seq_len - self._total if len(self._all) - 1 in self._numbers else 0
-        return len(self._numbers) * self._seq_len - padding
+        total = self._documents.num_tokens
+        padding = -total % self._seq_len if self._num_all - 1 in self._left_out else 0
+        return total - len(self._left_out) * self._seq_len + padding
 
     @property
-    def _all(self) -> range:
-        return range(ceil_div(self._total, self._seq_len))
+    def _num_all(self) -> int:
+        return ceil_div(self._documents.num_tokens, self._seq_len)
 
     def __len__(self) -> int:
-        return len(self._all) if self._numbers is None else len(self._numbers)
+        return self._num_all - len(self._left_out)
 
     def __getitem__(self, number: int) -> Row:
-        if self._numbers is not None:
-            number = int(self._numbers[number])
-        start, stop = number * self._seq_len, min((number + 1) * self._seq_len, self._total)
-        first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
-        tokens, learned, lengths = [], [], []
-        for document in range(first, last + 1):
-            begins = self._ends[document] - self._documents.lengths[document]
-            piece = slice(max(start - begins, 0), stop - begins)
-            tokens.append(self._documents[document][piece])
-            learned.append(self._documents.learned_in(document)[piece])
-            lengths.append(len(tokens[-1]))
+        number += int(np.searchsorted(self._skips, number, side="right"))
+        start, stop = number * self._seq_len, min((number + 1) * self._seq_len, self._documents.num_tokens)
+        tokens, learned = zip(*self._documents.pieces(start, stop), strict=True)
+        lengths = [len(piece) for piece in tokens]
 
-        def to_row(pieces: list[np.ndarray], dtype: type) -> np.ndarray:
+        def to_row(pieces: Sequence[np.ndarray], dtype: type) -> np.ndarray:
             return np.pad(np.concatenate(pieces).astype(dtype), (0, self._seq_len - (stop - start)))
 
         return Row(
@@ -180,34 +123,38 @@ class Rows:
         Returns:
             These rows themselves, where all have one.
         """
-        has_target = np.cumsum(self._changes())[:-1] > 0
-        if has_target.all():
-            return self
-        return Rows(self._documents, self._seq_len, self.name, np.flatnonzero(has_target))
+        left_out, offset = [np.zeros(0, np.int64)], 0
+        last, last_has = -1, True  # the last row so far, and whether it has a target: the next block may go on in it
+        for block in self._documents.blocks():
+            has = self._have_target(block, offset)
+            numbers = offset // self._seq_len + np.arange(len(has))
+            if numbers[0] == last:
+                has[0] |= last_has
+            elif not last_has:
+                left_out.append(np.array([last]))
+            left_out.append(numbers[:-1][~has[:-1]])
+            last, last_has = int(numbers[-1]), bool(has[-1])
+            offset += block.num_tokens
+        if not last_has:
+            left_out.append(np.array([last]))
+        numbers = np.concatenate(left_out).astype(np.int64)
+        return Rows(self._documents, self._seq_len, self.name, numbers) if len(numbers) else self
 
-    def _changes(self) -> np.ndarray:
-        """Differences, from row to row, of the number of runs of targets; int64 [rows + 1]."""
-        documents, changes = self._documents, np.zeros(len(self._all) + 1, np.int64)
-        starts = self._ends - documents.lengths
-        if documents.fully_learned:
-            self._add_runs(changes, starts, self._ends, starts)
-            return changes
-        for number, start in enumerate(starts):
-            edges = np.flatnonzero(np.diff(np.concatenate([[False], documents.learned_in(number), [False]])))
-            self._add_runs(changes, start + edges[::2], start + edges[1::2], start)
-        return changes
-
-    def _add_runs(self, changes: np.ndarray, starts: np.ndarray, ends: np.ndarray, document_starts: np.ndarray) -> None:
-        """Adds runs of learned tokens [start, end), counted from the first token of all documents.
+    def _have_target(self, block: Documents, offset: int) -> np.ndarray:
+        """Whether the rows of a block that begins at an offset have a target in it, bool [rows].
 
         The first token of a document is no target, and neither is the first of a row.
         """
+        first_row = offset // self._seq_len
+        changes = np.zeros((offset + block.num_tokens - 1) // self._seq_len - first_row + 2, np.int64)
+        starts, ends, document_starts = (offset + found for found in block.learned_runs())
         first = np.maximum(starts, document_starts + 1)
         first += first % self._seq_len == 0
         rows, last_rows = first // self._seq_len, (ends - 2) // self._seq_len  # a row needs its second token, too
         holds = (first < ends) & (rows <= last_rows)
-        np.add.at(changes, rows[holds], 1)
-        np.add.at(changes, last_rows[holds] + 1, -1)
+        np.add.at(changes, rows[holds] - first_row, 1)
+        np.add.at(changes, last_rows[holds] + 1 - first_row, -1)
+        return np.cumsum(changes)[:-1] > 0
 
 
 def references(rows: Source, seed: int | str) -> grain.MapDataset:
@@ -252,7 +199,9 @@ def pack(documents: Sequence[np.ndarray], seq_len: int, name: str = "documents")
         documents: `Documents`, or arrays of ids, all of which are targets of the loss.
         name: of the source, for messages.
     """
-    return Rows(documents if isinstance(documents, Documents) else as_documents(documents), seq_len, name)
+    if not isinstance(documents, Documents | ShardedDocuments):
+        documents = as_documents(documents)
+    return Rows(documents, seq_len, name)
 
 
 def batch_of(rows: Sequence[Row]) -> Batch:

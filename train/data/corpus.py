@@ -21,12 +21,15 @@ from qwen_moe_jax.huggingface.fields import read_json
 from qwen_moe_jax.huggingface.hub import tokenizer_folder
 from qwen_moe_jax.inference.tokenizer import load_tokenizer
 from train.config import DataConfig, SourceConfig
+from train.data.cache import Entry, tokenized
 from train.data.encode import TEXTS, Encoder, Kind, vocab_size
+from train.data.fingerprints import text_fingerprint
 from train.data.lengths import LengthRule
-from train.data.parts import Part, hold_out, hold_out_all, open_part, write_part
+from train.data.parts import Part, describe_part, hold_out, hold_out_all, open_part
 from train.data.recognised import Recognised
 from train.data.sources import describe_source, read_records, texts_of
 from train.data.tokenizer import END_OF_TEXT, MESSAGE_END, copy_tokenizer, save_tokenizer, train_tokenizer
+from train.data.turn_ends import TurnEnds
 
 #: The folder of the documents of `data.eval_path` within a corpus.
 VALIDATION = "validation"
@@ -90,7 +93,7 @@ def load_corpus(folder: Path, config: DataConfig, kind: Kind = TEXTS) -> Corpus:
     So a resumed run reads the same rows, even if a source file or the Python version has changed since.
 
     Args:
-        folder: in the run's folder.
+        folder: in the run's folder. Documents are in its `cache`, or in `data.cache_dir`.
         config: what is read.
         kind: how records become examples.
 
@@ -99,26 +102,24 @@ def load_corpus(folder: Path, config: DataConfig, kind: Kind = TEXTS) -> Corpus:
         CheckpointError: the tokenizer or its chat template cannot be read.
     """
     if not folder.exists():
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        with _unreadable_sources(folder.parent):
+        partial = folder.with_name(folder.name + ".partial")  # an interrupted start leaves what it tokenized in it
+        with _unreadable_sources(folder.parent, *filter(None, [config.cache_dir])):
             _make_corpus(partial, config, kind)
         os.replace(partial, folder)
     try:
         described = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
-        parts = [open_part(folder / str(number), name) for number, name in enumerate(described["sources"])]
-        name = described.get("validation")  # absent without data.eval_path, and in corpora of earlier versions
-        validation = None if name is None else open_part(folder / VALIDATION, name)
-        end_id, turn_end_ids, notes = (described[key] for key in ("end_id", "turn_end_ids", "notes"))
+        end_id, turn_end_ids, notes, parts = (described[key] for key in ("end_id", "turn_end_ids", "notes", "parts"))
+        opened = {place: open_part(folder, part, part.pop("name")) for place, part in parts.items()}
+        validation = opened.pop(VALIDATION, None)
     except (FileNotFoundError, KeyError, json.JSONDecodeError) as error:
         raise ConfigError(
             f"{folder}: found {_what_is_missing(error)}, so an earlier version of this program made it, or a file was "
-            "changed. Add --fresh to start the run anew."
+            "changed, or this host does not see data.cache_dir. Add --fresh to start the run anew."
         ) from None
     forms = described.get("forms", [])  # absent where an earlier version made the corpus
     pad_id, summary = described.get("pad_id", end_id), described.get("summary", {})
     tokenizer = load_tokenizer(folder / "tokenizer")
-    return Corpus(tokenizer, end_id, turn_end_ids, parts, forms, notes, validation, pad_id, summary)
+    return Corpus(tokenizer, end_id, turn_end_ids, [*opened.values()], forms, notes, validation, pad_id, summary)
 
 
 def _what_is_missing(error: FileNotFoundError | KeyError | json.JSONDecodeError) -> str:
@@ -128,12 +129,14 @@ def _what_is_missing(error: FileNotFoundError | KeyError | json.JSONDecodeError)
 
 
 @contextmanager
-def _unreadable_sources(run: Path) -> Iterator[None]:
-    """Refuses a file or folder of the text that cannot be read; an error of the run's own files passes."""
+def _unreadable_sources(*own: str | Path) -> Iterator[None]:
+    """Refuses a file or folder of the text that cannot be read; an error of the run's `own` folders passes."""
     try:
         yield
     except OSError as error:
-        if not isinstance(error.filename, str | Path) or Path(error.filename).absolute().is_relative_to(run.absolute()):
+        if not isinstance(error.filename, str | Path):
+            raise
+        if any(Path(error.filename).absolute().is_relative_to(Path(folder).absolute()) for folder in own):
             raise
         raise ConfigError(
             f"data: {error.filename}: it cannot be read: {error.strerror}. Make it readable, or leave it out by "
@@ -142,38 +145,70 @@ def _unreadable_sources(run: Path) -> Iterator[None]:
 
 
 def _make_corpus(folder: Path, config: DataConfig, kind: Kind) -> None:
+    cache = Path(config.cache_dir).expanduser() if config.cache_dir else folder / "cache"
+    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     if config.tokenizer:
         copy_tokenizer(tokenizer_folder(config.tokenizer), folder / "tokenizer")
     else:
-        save_tokenizer(train_tokenizer(_texts(config, kind), config.vocab_size), folder / "tokenizer")
+        copy_tokenizer(_trained_tokenizer(cache, config, kind), folder / "tokenizer")
     tokenizer = load_tokenizer(folder / "tokenizer")
     end_id = end_of_text(tokenizer, folder / "tokenizer", config)
-    notes: list[str] = []
-    forms: list[str] = []
-    encoder = Encoder(tokenizer, end_id, folder / "tokenizer")
+    turn_ends = TurnEnds(tokenizer)
+    described: dict[str, Any] = {"end_id": end_id}
+    notes, forms, parts = list[str](), list[str](), dict[str, Any]()
     for place, source in _sources(config).items():
-        name, read = describe_source(source), list[str]()
-        recognised = Recognised(source.columns, kind.read)
-        records = read_records(source, config.megabytes, end_id, read.append, recognised)
-        lengths = LengthRule(config.too_long, config.seq_len, whole=kind.whole)
-        write_part(folder / place, lengths.apply(kind.examples(records, encoder)))
-        forms += recognised.notes(name)
-        notes += [f"read {how_much} of {name} (data.megabytes)" for how_much in read] + lengths.notes(name)
+        name = describe_source(source)
+        encoder = Encoder(tokenizer, end_id, folder / "tokenizer")
+        entry = tokenized(cache, source, config, kind, encoder, folder / "tokenizer")
         if place == VALIDATION:
-            hold_out_all(folder / place, config)
+            division = hold_out_all(entry, config)
         else:
-            hold_out(folder / place, name, config, whole=kind.whole)
-    sources = [describe_source(source) for source in config.mixture]
-    turn_ends = encoder.turn_ends
+            division = hold_out(entry, name, config, whole=kind.whole)
+        parts[place] = {"name": name, **describe_part(entry, folder, division)}
+        turn_ends.found.update(entry.turn_ends)
+        forms += entry.forms
+        notes += [f"read {how_much} of {name} (data.megabytes)" for how_much in entry.read]
+        notes += _length_notes(entry, config, kind, name)
     notes += turn_ends.notes()
-    described = {"end_id": end_id, "turn_end_ids": turn_ends.ids(), "sources": sources, "forms": forms, "notes": notes}
+    described |= {"turn_end_ids": turn_ends.ids(), "parts": parts, "forms": forms, "notes": notes}
     pad_token = _token(folder / "tokenizer", "pad_token")
     pad_id = None if pad_token is None else tokenizer.token_to_id(pad_token)
     described["pad_id"] = end_id if pad_id is None else pad_id
     described["summary"] = kind.summary()
-    if config.eval_path:
-        described["validation"] = config.eval_path
-    (folder / "corpus.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    (folder / "corpus.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    if not config.cache_dir:
+        _remove_others(cache, {Path(part["cache"]).name for part in parts.values()})
+
+
+def _trained_tokenizer(cache: Path, config: DataConfig, kind: Kind) -> Path:
+    """The folder in the cache of the tokenizer that is trained on the text of all sources."""
+    folder = cache / f"tokenizer-{text_fingerprint(config, kind)}"
+    if not folder.exists():
+        partial = cache / f".{folder.name}.{os.getpid()}.partial"
+        save_tokenizer(train_tokenizer(_texts(config, kind), config.vocab_size), partial)
+        try:
+            os.replace(partial, folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(partial)
+    return folder
+
+
+def _length_notes(entry: Entry, config: DataConfig, kind: Kind, name: str) -> list[str]:
+    lengths = LengthRule(config.too_long, config.seq_len, whole=kind.whole)
+    lengths.restore(entry.lengths)
+    if lengths.longest_kept is None:  # what is split is the same for rows of any length, and so is not counted before
+        arrays = (np.load(entry.folder / shard.name / "lengths.npy") for shard in entry.shards)
+        lengths.too_long = sum(int((array > config.seq_len).sum()) for array in arrays)
+    return lengths.notes(name)
+
+
+def _remove_others(cache: Path, used: set[str]) -> None:
+    """Removes what interrupted starts on other text have left in the run's own cache, and the trained tokenizer."""
+    for path in cache.iterdir():
+        if path.is_file():
+            path.unlink()
+        elif path.name not in used:
+            shutil.rmtree(path)
 
 
 def _sources(config: DataConfig) -> dict[str, SourceConfig]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -37,6 +37,11 @@ class Encoder:
         self._folder = folder
 
     @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return vocab_size(self.tokenizer)
+
+    @cached_property
     def template(self) -> ChatTemplate:
         """The chat template, loaded with the first conversation: tokenizers of base models have none."""
         return load_chat_template(self._folder)
@@ -53,27 +58,41 @@ class Encoder:
         return completion_document(completion, self.tokenizer, self.end_id)
 
 
+class Memory(Protocol):
+    """What the examples of a record depend on besides the record: the numbers of labels that came before, say."""
+
+    def state(self) -> dict[str, Any]:
+        """As JSON."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state`."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """What the records of an objective are.
 
     Attributes:
+        name: of the objective's records, with the settings on which their tokens depend.
         read: (record, place, columns) → what it is, as `read_record` does.
         examples: the examples of records.
         whole: whether a document has to stay in one row.
         summary: called once all were read: what the corpus notes of them, as JSON.
+        memory: what examples depend on besides their own record; None where each record is independent of the others,
+            so that several processes can read them.
     """
 
+    name: str
     read: Callable[..., Read]
     examples: Callable[[Iterable[Record], Encoder], Iterator[tuple[Record, Example]]]
     whole: bool = True
     summary: Callable[[], dict[str, Any]] = dict
+    memory: "Memory | None" = None
 
 
 def text_examples(records: Iterable[Record], encoder: Encoder) -> Iterator[tuple[Record, Example]]:
     """The documents of each record, for language modelling: texts, completions, conversations and token ids."""
-    tokenizer, end_id = encoder.tokenizer, encoder.end_id
-    size = vocab_size(tokenizer)
+    tokenizer, end_id, size = encoder.tokenizer, encoder.end_id, encoder.vocab_size
     records = iter(records)
     while group := list(islice(records, _BATCH_OF_TEXTS)):
         texts = [record.content for record in group if isinstance(record.content, str)]
@@ -110,4 +129,4 @@ def _checked_ids(ids: np.ndarray, place: str, vocab_size: int) -> np.ndarray:
 
 
 #: The records of language modelling.
-TEXTS = Kind(read_record, text_examples, whole=False)
+TEXTS = Kind("language modelling", read_record, text_examples, whole=False)

@@ -13,8 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from qwen_moe_jax.errors import ConfigError
 from train.config import TrainConfig
-from train.data.batches import Documents, Mixture, rows_of_devices
+from train.data.batches import Mixture, rows_of_devices
 from train.data.corpus import Corpus
+from train.data.documents import AnyDocuments
 from train.data.feed import BatchFeed, feed_of
 from train.data.parts import Part
 
@@ -46,7 +47,7 @@ class Examples:
     """The examples of one source; see `train.data.batches.Source`."""
 
     def __init__(
-        self, documents: Documents, per_example: int, numbers: dict[str, np.ndarray], seq_len: int, name: str
+        self, documents: AnyDocuments, per_example: int, numbers: dict[str, np.ndarray], seq_len: int, name: str
     ) -> None:
         """`numbers` are arrays [examples, …]; `per_example` is K."""
         self.name, self.numbers = name, numbers
@@ -55,7 +56,7 @@ class Examples:
     @property
     def num_tokens(self) -> int:
         """The tokens of all examples, without padding."""
-        return int(np.minimum(self._documents.lengths, self._seq_len).sum())
+        return sum(int(np.minimum(block.lengths, self._seq_len).sum()) for block in self._documents.blocks())
 
     def __len__(self) -> int:
         return len(self._documents) // self._per_example
@@ -68,7 +69,7 @@ class Examples:
             row.tokens_KT[k, : len(tokens)] = tokens
             row.real_KT[k, : len(tokens)] = True
             row.learned_KT[k, : len(tokens)] = self._documents.learned_in(document)[: self._seq_len]
-            if self._documents.labels is not None:
+            if self._documents.labelled:
                 row.labels_KT[k, : len(tokens)] = self._documents.labels_in(document)[: self._seq_len]
         row.numbers.update({name: values[number] for name, values in self.numbers.items()})
         return row

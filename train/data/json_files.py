@@ -1,13 +1,17 @@
-"""JSON lines, and the array of a .json file → values, each with its place in the file. UTF-8 or UTF-16."""
+"""JSON lines, and the array of a .json file → values, each with its place in the file.
+
+Files are UTF-8 or UTF-16, and may be compressed.
+"""
 
 import codecs
+import gzip
 import io
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qwen_moe_jax.text_files import decode_text, encoding_problem
 from train.data.messages import refuse
@@ -41,7 +45,7 @@ def read_json_file(file: Path) -> Iterator[Value]:
     Raises:
         ConfigError: bytes that are no text, or text that is no JSON, by file and line.
     """
-    with file.open("rb") as opened:
+    with _open(file) as opened:
         start = opened.read(64)
         opened.seek(0)
         if file.suffix == ".json" and start.replace(b"\0", b"").lstrip(_BEFORE_ARRAY).startswith(b"["):
@@ -50,6 +54,19 @@ def read_json_file(file: Path) -> Iterator[Value]:
             yield from _lines(io.BytesIO(decode(opened.read(), str(file)).encode("utf-8")), file)
         else:
             yield from _lines(opened, file)
+
+
+def _open(file: Path) -> BinaryIO:
+    """The file's content; that of a .gz or .zst file as it is read."""
+    if file.suffix == ".gz":
+        return gzip.open(file)  # type: ignore[return-value]
+    if file.suffix != ".zst":
+        return file.open("rb")
+    try:
+        import zstandard  # an optional dependency
+    except ImportError:
+        refuse(f"{file}: a .zst file needs zstandard, which is not installed: pip install zstandard.")
+    return io.BufferedReader(zstandard.open(file, "rb"))
 
 
 def decode(raw: bytes, place: str) -> str:

@@ -3,6 +3,7 @@
 A label is stored as the number of its name in `Labels.names`, in the order in which they came.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -122,7 +123,8 @@ def _text(
 def labelled_kind(settings: ClassificationConfig) -> Kind:
     """The records of a classifier; what the corpus notes of them is its `Labels`."""
     numbering = _Numbering(settings)
-    return Kind(reader(settings), numbering.examples, summary=numbering.summary)
+    name = f"labels {dataclasses.asdict(settings)}"
+    return Kind(name, reader(settings), numbering.examples, summary=numbering.summary, memory=numbering)
 
 
 class _Numbering:
@@ -147,6 +149,15 @@ class _Numbering:
                 continue
             numbers_of = {"label": self._label(content, record.place)}
             yield record, Example((text_document(content, encoder, record.place),), numbers_of)
+
+    def state(self) -> dict[str, Any]:
+        """The labels so far; see `train.data.encode.Memory`."""
+        return {"names": [*self._names], "problem_type": self._problem_type, "found": self._found}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See `train.data.encode.Memory`."""
+        self._names = {name: number for number, name in enumerate(state["names"])}
+        self._problem_type, self._found = state["problem_type"], state["found"]
 
     def summary(self) -> dict[str, Any]:
         """The fields of `Labels`."""

@@ -2,10 +2,9 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from train.data.chat import Example
-from train.data.sources import Record
 
 
 class LengthRule:
@@ -22,12 +21,27 @@ class LengthRule:
         self._rule, self._seq_len = "truncate" if whole and rule == "split" else rule, seq_len
         self.documents = self.too_long = self.longest = 0
 
-    def apply(self, examples: Iterable[tuple[Record, Example]]) -> Iterator[tuple[Record, Example]]:
-        """The examples to write. Split documents are left whole: packing continues them in the next row.
+    @property
+    def longest_kept(self) -> int | None:
+        """The tokens of the longest document that is kept whole; None: of any length."""
+        return None if self._rule == "split" else self._seq_len
+
+    def state(self) -> dict[str, int]:
+        """The counts, as JSON."""
+        return {"documents": self.documents, "too_long": self.too_long, "longest": self.longest}
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Goes on from a `state`."""
+        self.documents, self.too_long, self.longest = (state[key] for key in ("documents", "too_long", "longest"))
+
+    def apply(self, examples: Iterable[tuple[Any, Example]]) -> Iterator[tuple[Any, Example]]:
+        """The examples to write, each with what came with it.
+
+        Split documents are left whole: packing continues them in the next row.
 
         An example of which several documents are compared is left out where one of them has nothing learned any more.
         """
-        for record, example in examples:
+        for name, example in examples:
             self.documents += len(example.documents)
             longest = max(len(turns.ids) for turns in example.documents)
             self.longest = max(self.longest, longest)
@@ -40,7 +54,7 @@ class LengthRule:
                     if len(cut) > 1 and not all(turns.learned.any() for turns in cut):
                         continue
                     example = dataclasses.replace(example, documents=cut)
-            yield record, example
+            yield name, example
 
     def notes(self, source: str) -> list[str]:
         """What the start of a run says about the long documents; nothing where there are none."""

@@ -152,4 +152,4 @@ def _document(side: Completion | Conversation, encoder: Encoder, place: str) -> 
 
 
 #: The records of DPO and of reward models.
-PAIRS = Kind(read_preference, pair_examples)
+PAIRS = Kind("preferences", read_preference, pair_examples)

@@ -18,12 +18,15 @@ from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.storage.git_lfs import lfs_problem
 from train.config import FORMATS, SourceConfig
 from train.data.docstrings import questions_of
+from train.data.documents import FileArray
 from train.data.json_files import decode, read_json_file
 from train.data.messages import Conversation, refuse
 from train.data.recognised import Recognised
 from train.data.records import Completion
 
 _Say = Callable[[str], None]
+
+_IDS_AT_ONCE = 1 << 20
 
 # Left out of the standard library: installed packages, tests, generated tables and copies of other tools.
 _SKIPPED_IN_STDLIB = (
@@ -41,11 +44,13 @@ class Record:
             which has `texts`.
         place: the file and line, for messages.
         name: the same, relative to the source's folder; its hash decides whether the record is held out.
+        size: in the file, in bytes, about.
     """
 
     content: Any
     place: str
     name: str
+    size: int = 0
 
 
 def read_records(
@@ -100,7 +105,7 @@ def _read_texts(
     source: SourceConfig, remaining: float, end_id: int | None, truncated: _Say, recognised: Recognised
 ) -> Iterator[Record]:
     for file, name, text in _fitting_texts(source, remaining, truncated):
-        yield Record(text, str(file), name)
+        yield Record(text, str(file), name, file.stat().st_size)
 
 
 def _read_docstrings(
@@ -110,7 +115,7 @@ def _read_docstrings(
     for file, name, text in _fitting_texts(source, remaining, truncated):
         for asked, answer in questions_of(text, name, str(file)):
             messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-            yield Record(Conversation(messages), f"{file}, {asked}", f"{name}:{asked}")
+            yield Record(Conversation(messages), f"{file}, {asked}", f"{name}:{asked}", len(asked) + len(answer))
 
 
 def _fitting_texts(source: SourceConfig, remaining: float, truncated: _Say) -> Iterator[tuple[Path, str, str]]:
@@ -141,26 +146,76 @@ def _read_jsonl(
             read += value.size
             content = recognised.content(value.found, str(file), value.place)
             if content is not None:
-                yield Record(content, value.place, f"{name}:{value.number}")
+                yield Record(content, value.place, f"{name}:{value.number}", value.size)
 
 
 def _read_datasets(
     source: SourceConfig, remaining: float, end_id: int | None, truncated: _Say, recognised: Recognised
 ) -> Iterator[Record]:
-    rows = _open_dataset(source)
+    rows = open_dataset(source)
     for number, row in enumerate(rows):
         place = f"{source.path}, row {number} of {source.split}"
         content = recognised.content(dict(row), source.path, place)
         if content is None:
             continue
-        remaining -= len("".join(texts_of(content)).encode())
+        size = _text_size(content)
+        remaining -= size
         if remaining < 0:
             truncated(f"{number:,} of {len(rows):,} rows")
             return
-        yield Record(content, place, str(number))
+        yield Record(content, place, str(number), size)
 
 
-def _open_dataset(source: SourceConfig) -> Any:
+def _text_size(content: Any) -> int:
+    return len("".join(texts_of(content)).encode())
+
+
+def _read_parquet(
+    source: SourceConfig, remaining: float, end_id: int | None, truncated: _Say, recognised: Recognised
+) -> Iterator[Record]:
+    """The rows of parquet files, some at a time, so that memory holds a row group at most."""
+    parquet = _parquet()
+    files = files_of(source)
+    for number, (file, name) in enumerate(files):
+        row = 0
+        for rows in _rows_of(file, parquet):
+            for found in rows:
+                row += 1
+                place = f"{file}, row {row}"
+                content = recognised.content(found, str(file), place)
+                if content is None:
+                    continue
+                size = _text_size(content)
+                remaining -= size
+                if remaining < 0:
+                    truncated(f"{number} of {len(files)} files, and {row - 1:,} rows of {name}")
+                    return
+                yield Record(content, place, f"{name}:{row}", size)
+
+
+def _rows_of(file: Path, parquet: Any) -> Iterator[list[dict[str, Any]]]:
+    try:
+        with parquet.ParquetFile(file) as opened:
+            for rows in opened.iter_batches(batch_size=256):
+                yield rows.to_pylist()
+    except ValueError as error:  # pyarrow's errors of a file's content are ValueErrors
+        refuse(f"{file}: this is no parquet file ({error}).")
+
+
+def _parquet() -> Any:
+    try:
+        import pyarrow.parquet  # an optional dependency that is slow to import
+    except ImportError:
+        refuse("data.format: parquet needs pyarrow, which is not installed: pip install pyarrow.")
+    return pyarrow.parquet
+
+
+def open_dataset(source: SourceConfig) -> Any:
+    """The rows of a source of format datasets, as a `datasets.Dataset`.
+
+    Raises:
+        ConfigError: the library is missing or cannot open it.
+    """
     try:
         import datasets  # an optional dependency that is slow to import
     except ImportError:
@@ -187,21 +242,34 @@ def _read_tokens(
 ) -> Iterator[Record]:
     for file, name in files_of(source):
         try:
-            ids = np.load(file, mmap_mode="r")
+            ids: Any = np.load(file, mmap_mode="r")
         except (ValueError, OSError) as error:
             refuse(f"{file}: this is no .npy file ({error}), expected one array of token ids.")
         if not isinstance(ids, np.ndarray) or ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
             found = f"{ids.dtype} of shape {ids.shape}" if isinstance(ids, np.ndarray) else "several arrays"
             refuse(f"{file}: found {found}, expected one row of integer token ids.")
-        ends = np.flatnonzero(ids == end_id) + 1
-        stops = ends if ends.size and ends[-1] == len(ids) else [*ends, len(ids)]  # the last may lack its end
+        ids = FileArray(file)
         start = 0
-        for number, stop in enumerate(stops):
+        for number, stop in enumerate(_ends(ids, end_id)):
             if stop > start:
                 yield Record(
-                    ids[start:stop], f"{file}, document {number} (ids {start} to {stop - 1})", f"{name}:{number}"
+                    ids[start:stop],
+                    f"{file}, document {number} (ids {start} to {stop - 1})",
+                    f"{name}:{number}",
+                    (stop - start) * ids.dtype.itemsize,
                 )
             start = stop
+
+
+def _ends(ids: FileArray, end_id: int | None) -> Iterator[int]:
+    """Where documents end; the last may lack its end."""
+    stop = 0
+    for start in range(0, len(ids), _IDS_AT_ONCE):
+        for end in np.flatnonzero(ids[start : start + _IDS_AT_ONCE] == end_id):
+            stop = start + int(end) + 1
+            yield stop
+    if stop < len(ids):
+        yield len(ids)
 
 
 _READERS: dict[str, Callable[[SourceConfig, float, int | None, _Say, Recognised], Iterator[Record]]] = {
@@ -210,6 +278,7 @@ _READERS: dict[str, Callable[[SourceConfig, float, int | None, _Say, Recognised]
     "jsonl": _read_jsonl,
     "tokens": _read_tokens,
     "datasets": _read_datasets,
+    "parquet": _read_parquet,
 }
 
 

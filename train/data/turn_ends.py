@@ -14,12 +14,15 @@ class TurnEnds:
     A turn ends with a token of its own if that is a special token, such as <|im_end|>, </s> or <|eot_id|>. Any other
     added token counts if every turn ends with it: some tokenizers do not mark theirs as special, but a turn may also
     end with the </tool_call> of its content.
+
+    Attributes:
+        found: how often each token ended a turn.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._added = tokenizer.get_added_tokens_decoder()
-        self._found: Counter[int] = Counter()
+        self.found: Counter[int] = Counter()
 
     def add(self, turns: Turns) -> None:
         """Counts the last token of every learned run of a conversation."""
@@ -28,16 +31,16 @@ class TurnEnds:
             last = int(stop) - 1
             while last > start and self._is_blank(int(turns.ids[last])):
                 last -= 1
-            self._found[int(turns.ids[last])] += 1
+            self.found[int(turns.ids[last])] += 1
 
     def ids(self) -> list[int]:
         """The tokens that end turns, the most frequent first."""
-        added = [token for token, _ in self._found.most_common() if token in self._added]
-        return added if len(self._found) == 1 else [token for token in added if self._added[token].special]
+        added = [token for token, _ in self.found.most_common() if token in self._added]
+        return added if len(self.found) == 1 else [token for token in added if self._added[token].special]
 
     def notes(self) -> list[str]:
         """What the start of a run says about them; nothing without conversations."""
-        if not self._found:
+        if not self.found:
             return []
         names = [repr(self._tokenizer.id_to_token(token)) for token in self.ids()]
         if not names:

@@ -83,10 +83,9 @@ def fingerprint(config: TrainConfig, corpus: Corpus) -> str:
     digest.update(json.dumps(origin, sort_keys=True, default=str).encode())
     for part in {id(part): part for part in [*corpus.parts, *corpus.heldout_parts]}.values():
         for documents in (part.training, part.heldout):
-            digest.update(np.ascontiguousarray(documents.lengths).tobytes())
-            digest.update(np.ascontiguousarray(documents.starts).tobytes())
-        digest.update(np.ascontiguousarray(part.training.tokens).tobytes())
-        digest.update(np.ascontiguousarray(part.training.learned).tobytes())
+            for number in range(len(documents)):
+                digest.update(documents[number].tobytes())
+                digest.update(documents.learned_in(number).tobytes() + b"|")
     return digest.hexdigest()
 
 
