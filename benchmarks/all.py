@@ -7,7 +7,8 @@ process of its own and with pauses, until the budget of seconds is spent; a part
 `LONGEST_PART` keeps the rows it has reported so far.
 
 The table goes to `benchmarks/results/cpu-CLASS.md`, where CLASS is the widest instructions for matrix products that the
-processor has. `python benchmarks/all.py --summary` puts the ratios of all such files into docs/measurements.md.
+processor has. `python benchmarks/all.py --summary` puts the ratios of all such files into docs/measurements.md, and the
+most important ones into README.md.
 
 Needs torch and transformers (`pip install -e '.[test]'` on Python 3.11).
 """
@@ -31,7 +32,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parents[1] / "docs" / "measurements.md"
+PAGE, README = (Path(__file__).parents[1] / name for name in ("docs/measurements.md", "README.md"))
 #: Classes of processors by a flag of /proc/cpuinfo, the best first.
 CLASSES = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx512f": "avx512", "avx2": "avx2"}
 #: The lines before and after the summary in the page.
@@ -251,6 +252,49 @@ PARTS: dict[str, Callable[[Tell], None]] = {
 }
 
 
+TORCH, LLAMA = "transformers, grouped_mm", "llama.cpp"
+#: Rows of the README: what it says, the peer, and the rows of the files that are in its cells.
+README_ROWS = [
+    *(
+        (
+            f"decode, {dtype}, batch 1 / 8 / 32 (tokens/s)",
+            TORCH,
+            [f"decode, {dtype}, batch {n}, tokens/s" for n in (1, 8, 32)],
+        )
+        for dtype in ("float32", "bfloat16")
+    ),
+    *(
+        (
+            f"the same next to llama.cpp, {dtype}, batch 1 / 8",
+            LLAMA,
+            [f"decode, {dtype}, batch {n}, tokens/s" for n in (1, 8)],
+        )
+        for dtype in ("float32", "bfloat16")
+    ),
+    *(
+        (
+            f"prefill of 128 tokens, {dtype}, batch 1 / 8 / 32 (time)",
+            TORCH,
+            [f"prefill of 128 tokens, {dtype}, batch {n}, ms" for n in (1, 8, 32)],
+        )
+        for dtype in ("float32", "bfloat16")
+    ),
+    (
+        "train step, 115M parameters, float32 / bfloat16 (tokens/s)",
+        TORCH,
+        [f"train step of 4 × 512 tokens, {dtype}, dropless, tokens/s" for dtype in ("float32", "bfloat16")],
+    ),
+    *(
+        (
+            f"dropless block, {dtype}, forward / with backward (time)",
+            TORCH,
+            [f"dropless block, {dtype}, {kind}, ms" for kind in ("forward", "forward+backward")],
+        )
+        for dtype in ("float32", "bfloat16")
+    ),
+]
+
+
 def run_part(name: str, connection: Connection) -> None:
     """A part's rows, sent as they are measured, with the peak memory of this process where the row has none."""
 
@@ -330,21 +374,41 @@ def result_files() -> list[Path]:
     return [path for path in sorted(RESULTS.glob("cpu-*.md")) if path.stem.removeprefix("cpu-") in CLASSES.values()]
 
 
-def summary(files: list[Path]) -> str:
-    """The ratios of all classes, as a table in Markdown."""
-    if not files:
-        return "No processor has been measured this way yet.\n"
+def ratios_of(files: list[Path]) -> dict[tuple[str, str], dict[str, str]]:
+    """By row and peer, the ratio of each file, by the file's stem."""
     ratios: dict[tuple[str, str], dict[str, str]] = {}
     for file in files:
         for cells in re.findall(
             r"^\| ([^|]+) \| [\d.e+-]+ \| [\d.e+-]+ \| ([^|]+) \| ([\d.]+) \|", file.read_text(), re.M
         ):
             ratios.setdefault(cells[:2], {})[file.stem] = cells[2]
-    columns = [file.stem for file in files]
-    header = " | ".join(column.removeprefix("cpu-") for column in columns)
-    lines = [f"| what | theirs is | {header} |", "|---" * (2 + len(columns)) + "|"]
-    for (what, peer), found in ratios.items():
-        lines.append(f"| {what} | {peer} | {' | '.join(found.get(column, '–') for column in columns)} |")
+    return ratios
+
+
+def header_of(first: list[str], files: list[Path]) -> list[str]:
+    """The first lines of a table with a column for each file."""
+    cells = [*first, *(file.stem.removeprefix("cpu-") for file in files)]
+    return [f"| {' | '.join(cells)} |", "|---" * len(cells) + "|"]
+
+
+def summary(files: list[Path]) -> str:
+    """The ratios of all classes, as a table in Markdown."""
+    if not files:
+        return "No processor has been measured this way yet.\n"
+    lines = header_of(["what", "theirs is"], files)
+    for (what, peer), found in ratios_of(files).items():
+        lines.append(f"| {what} | {peer} | {' | '.join(found.get(file.stem, '–') for file in files)} |")
+    return "\n".join(lines) + "\n"
+
+
+def short_summary(files: list[Path]) -> str:
+    """The ratios of the README's rows: several of one kind in a row."""
+    ratios, lines = ratios_of(files), header_of(["ours ÷ theirs"], files)
+    for what, peer, rows in README_ROWS:
+        found = [ratios.get((row, peer), {}) for row in rows]
+        if any(found):
+            cells = [" / ".join(one.get(file.stem, "–") for one in found) for file in files]
+            lines.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -360,11 +424,13 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=720, metavar="SECONDS", help="for everything")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="in place of results/cpu-CLASS.md")
-    parser.add_argument("--summary", action="store_true", help="measure nothing: write the page's table anew")
+    parser.add_argument("--summary", action="store_true", help="measure nothing: write the tables of the pages anew")
     arguments = parser.parse_args()
     if arguments.summary:
-        text = summary(result_files())
-        PAGE.write_text(with_summary(PAGE.read_text(encoding="utf-8"), text), encoding="utf-8")
+        files = result_files()
+        texts = {PAGE: summary(files)} | ({README: short_summary(files)} if files else {})
+        for page, text in texts.items():
+            page.write_text(with_summary(page.read_text(encoding="utf-8"), text), encoding="utf-8")
         return
     from train_step import processor
 

@@ -31,3 +31,18 @@ def test_rows_of_two_processors_become_columns(tmp_path):
     table = benchmark.summary([tmp_path / "cpu-avx2.md", tmp_path / "cpu-amx.md"]).splitlines()
     assert table[0] == "| what | theirs is | avx2 | amx |"
     assert table[2:] == ["| decode, batch 1, tokens/s | theirs | 1.50 | 1.50 |", "| block, ms | limit | – | 0.50 |"]
+
+
+def test_the_readme_shows_rows_of_one_kind_together(tmp_path):
+    decode = [
+        benchmark.Row(what=f"decode, float32, batch {n}, tokens/s", ours=n, theirs=2, peer=benchmark.TORCH, spread=1)
+        for n in (1, 8)
+    ]
+    (tmp_path / "cpu-avx2.md").write_text(benchmark.report(decode, "a processor", 720, (0.1, 2.0)), encoding="utf-8")
+    table = benchmark.short_summary([tmp_path / "cpu-avx2.md"]).splitlines()
+    assert table[2:] == ["| decode, float32, batch 1 / 8 / 32 (tokens/s) | 0.50 / 4.00 / – |"]
+
+
+def test_the_readme_has_the_ratios_of_the_files():
+    page, files = (ROOT / "README.md").read_text(encoding="utf-8"), benchmark.result_files()
+    assert not files or benchmark.with_summary(page, benchmark.short_summary(files)) == page
