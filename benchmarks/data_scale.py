@@ -1,9 +1,9 @@
-"""Memory and time of a run on a large corpus: `python -m benchmarks.data_scale [MEGABYTES] [FOLDER]`.
+"""Memory and time of a run on a large corpus: `python -m benchmarks.data_scale text|ids MEGABYTES FOLDER`.
 
-Makes JSON lines of random words in FOLDER, and trains a small model on them: once with an empty cache, and once more
-with the tokenized documents of the first run. Prints the peak of the trainer's resident memory, the speed of
-tokenizing, and the seconds from the start of Python to the first step. Then a run is killed in the middle and started
-again: its weights have to be bit-equal to those of a run that was not.
+Makes JSON lines of random words, or an array of random token ids, in FOLDER, and trains a small model on them: once
+with an empty cache, and once more with the tokenized documents of the first run. Prints the peak of the trainer's
+resident memory, the speed of tokenizing, and the seconds from the start of Python to the first step. Then a run is
+killed in the middle and started again: its weights have to be bit-equal to those of a run that was not.
 """
 
 import json
@@ -15,6 +15,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import numpy as np
 
 CONFIG = """
 [model]
@@ -29,8 +31,8 @@ max_position_embeddings = 1024
 tie_word_embeddings = true
 
 [data]
-path = "{folder}/text.jsonl"
-format = "jsonl"
+path = "{folder}/{file}"
+format = "{format}"
 tokenizer = "{folder}/tokenizer"
 cache_dir = "{folder}/cache"
 megabytes = inf
@@ -57,6 +59,16 @@ def make_text(file: Path, megabytes: float) -> None:
         while written < megabytes * 1e6:
             chosen = draw.choices(words, weights, k=draw.randint(50, 600))
             written += opened.write(json.dumps({"text": " ".join(chosen)}) + "\n")
+
+
+def make_ids(file: Path, megabytes: float, vocab_size: int) -> None:
+    """Uint32 ids of documents of some 2,000 tokens, each of which ends with id 0."""
+    count, draw = int(megabytes * 1e6 / 4), np.random.default_rng(0)
+    ids = np.lib.format.open_memmap(file, "w+", np.uint32, (count,))
+    for start in range(0, count, 1 << 22):
+        part = draw.integers(3, vocab_size, min(1 << 22, count - start), np.uint32)
+        part[draw.random(len(part)) < 1 / 2000] = 0
+        ids[start : start + len(part)] = part
 
 
 def train(folder: Path, name: str, kill_after: int | None = None) -> dict[str, float]:
@@ -94,16 +106,19 @@ def _steps(output: Path) -> int:
     return metrics.read_bytes().count(b'"gradient_norm"') if metrics.exists() else 0
 
 
-def main(megabytes: float, folder: Path) -> None:
+def main(kind: str, megabytes: float, folder: Path) -> None:
     """Measures, and removes what it made."""
     from train.data.tokenizer import save_tokenizer, train_tokenizer
 
     folder.mkdir(parents=True)
     try:
-        make_text(folder / "text.jsonl", megabytes)
+        make_text(folder / "text.jsonl", megabytes if kind == "text" else 10)
         with (folder / "text.jsonl").open() as lines:
             save_tokenizer(train_tokenizer((next(lines) for _ in range(2000)), 4096), folder / "tokenizer")
-        (folder / "run.toml").write_text(CONFIG.format(folder=folder))
+        file, form = ("text.jsonl", "jsonl") if kind == "text" else ("ids.npy", "tokens")
+        if kind == "ids":
+            make_ids(folder / file, megabytes, 4096)
+        (folder / "run.toml").write_text(CONFIG.format(folder=folder, file=file, format=form))
         print(f"load {os.getloadavg()[0]:.1f}", flush=True)
         print("empty cache", train(folder, "cold"), flush=True)
         print("\n".join(line for line in (folder / "cold.log").read_text().splitlines() if "tokenizing" in line)[-400:])
@@ -117,4 +132,4 @@ def main(megabytes: float, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]) if sys.argv[1:] else 2000.0, Path(sys.argv[2] if sys.argv[2:] else "/tmp/data_scale"))
+    main(sys.argv[1], float(sys.argv[2]), Path(sys.argv[3]))

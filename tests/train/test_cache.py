@@ -23,7 +23,7 @@ from train.data.labels import labelled_kind
 from train.data.tokenizer import save_tokenizer, train_tokenizer
 
 WORDS = "the quick brown fox jumps over the lazy dog and is gone".split()
-RECORDS = 600
+RECORDS = 300
 WITHOUT_THOUGHTS = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -55,8 +55,8 @@ def data(source, **settings):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(shards, "TOKENS_OF_A_SHARD", 3000)
-    monkeypatch.setattr(workers, "_RECORDS_OF_A_GROUP", 50)
+    monkeypatch.setattr(shards, "TOKENS_OF_A_SHARD", 1500)
+    monkeypatch.setattr(workers, "_RECORDS_OF_A_GROUP", 25)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def test_an_interrupted_build_goes_on_after_its_last_whole_shard(source, whole, 
 
 
 def test_labels_keep_their_numbers_over_an_interruption_and_from_the_cache(source, tmp_path, monkeypatch, small_shards):
-    lines = [json.dumps({"text": " ".join(WORDS), "label": f"label {number // 40}"}) for number in range(600)]
+    lines = [json.dumps({"text": " ".join(WORDS), "label": f"label {number // 20}"}) for number in range(300)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     config = data(source, path=str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path / "cache"))
     expected = load_corpus(tmp_path / "expected", data(source, path=config.path), labelled_kind(ClassificationConfig()))
@@ -305,7 +305,7 @@ def _trainer(folder, config):
 def test_workers_end_with_a_trainer_that_is_killed(source, tmp_path):
     config = data(source, num_proc=2, path=str(tmp_path / "a.jsonl"))
     text = (source / "a.jsonl").read_text()
-    (tmp_path / "a.jsonl").write_text(text * 40)
+    (tmp_path / "a.jsonl").write_text(text * 80)
     trainer = multiprocessing.get_context("spawn").Process(target=_trainer, args=(tmp_path / "corpus", config))
     trainer.start()
     children = Path(f"/proc/{trainer.pid}/task/{trainer.pid}/children")

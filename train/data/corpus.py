@@ -103,8 +103,9 @@ def load_corpus(folder: Path, config: DataConfig, kind: Kind = TEXTS) -> Corpus:
     """
     if not folder.exists():
         partial = folder.with_name(folder.name + ".partial")  # an interrupted start leaves what it tokenized in it
-        with _unreadable_sources(folder.parent, *filter(None, [config.cache_dir])):
-            _make_corpus(partial, config, kind)
+        cache = Path(config.cache_dir).expanduser() if config.cache_dir else partial / "cache"
+        with _unreadable_sources(folder.parent, cache):
+            _make_corpus(partial, cache, config, kind)
         os.replace(partial, folder)
     try:
         described = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
@@ -144,8 +145,7 @@ def _unreadable_sources(*own: str | Path) -> Iterator[None]:
         ) from None
 
 
-def _make_corpus(folder: Path, config: DataConfig, kind: Kind) -> None:
-    cache = Path(config.cache_dir).expanduser() if config.cache_dir else folder / "cache"
+def _make_corpus(folder: Path, cache: Path, config: DataConfig, kind: Kind) -> None:
     shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     if config.tokenizer:
         copy_tokenizer(tokenizer_folder(config.tokenizer), folder / "tokenizer")

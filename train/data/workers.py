@@ -108,7 +108,12 @@ def num_workers(config: DataConfig, source: SourceConfig, kind: Kind, size: floa
     if kind.memory is not None or source.format == "tokens":
         return 1
     small = 0 < size < _WORTH_WORKERS or source.format == "docstrings"
-    return config.num_proc or (1 if small else len(os.sched_getaffinity(0)))
+    return config.num_proc or (1 if small else _cores())
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _OWN: tuple[Kind, Encoder] | None = None  # of a worker
