@@ -29,6 +29,10 @@ _MATRICES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 _MLP = re.compile(r"(model\.layers\.\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight")
 
 
+#: Matrices of an expert, of a shared expert and of a dense layer.
+MATRICES = ("gate", "up", "down")
+
+
 @dataclasses.dataclass(frozen=True)
 class FeedForward:
     """Names of the tensors of a layer's feed-forward part, under the names of `hub_parameters`.

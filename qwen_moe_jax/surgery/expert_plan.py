@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from qwen_moe_jax.config import MoEConfig
-from qwen_moe_jax.huggingface.sparse_families import FeedForward
+from qwen_moe_jax.huggingface.sparse_families import MATRICES, FeedForward
 from qwen_moe_jax.storage.arrays import ArrayTensor
+from qwen_moe_jax.storage.picked import Picked
 from qwen_moe_jax.storage.tensor import StoredTensor
-from qwen_moe_jax.surgery.slices import Picked, Redrawn, Scaled
-
-MATRICES = ("gate", "up", "down")
+from qwen_moe_jax.surgery.slices import Redrawn, Scaled
 
 
 @dataclasses.dataclass(frozen=True)

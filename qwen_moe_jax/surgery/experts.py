@@ -5,11 +5,10 @@ from collections import defaultdict
 
 import numpy as np
 
+from qwen_moe_jax.huggingface.sparse_families import MATRICES
 from qwen_moe_jax.surgery.names import expert_name, layer_of, ranges
 from qwen_moe_jax.surgery.result import Finding, Kind
 from qwen_moe_jax.surgery.sides import Match, Sides, find_match, read32
-
-_MATRICES = ("gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +68,7 @@ def _matrices(
     findings = []
     turned = [key for key, match in matches.items() if match.is_transposed]
     if turned:
-        kinds = [matrix for matrix in _MATRICES if any(key[0] == matrix for key in turned)]
+        kinds = [matrix for matrix in MATRICES if any(key[0] == matrix for key in turned)]
         findings.append(
             _finding("transposed", f"the {_listed(kinds)} matrices of experts are transposed", block, turned)
         )
@@ -82,8 +81,8 @@ def _matrices(
         words = "the gate and up matrices of experts are exchanged"
         findings.append(_finding("exchanged", words, block, exchanged))
     others = [key for key, source in sources.items() if key[0] != source[0] and key not in exchanged]
-    for matrix in _MATRICES:
-        for source in _MATRICES:
+    for matrix in MATRICES:
+        for source in MATRICES:
             keys = [key for key in others if key[0] == matrix and sources[key][0] == source]
             if keys:
                 words = f"the {matrix} matrices of experts are A's {source} matrices"
@@ -95,7 +94,7 @@ def _orders(
     block: Block, sources: dict[tuple[str, int], tuple[str, int]], different: list[tuple[str, int]]
 ) -> dict[str, dict[int, int]]:
     """For each kind of matrix, which expert of A each expert of B is; those of unknown origin are left out."""
-    found: dict[str, dict[int, int]] = {matrix: {} for matrix in _MATRICES}
+    found: dict[str, dict[int, int]] = {matrix: {} for matrix in MATRICES}
     unknown = set(different)
     for matrix, expert in block.names:
         if (matrix, expert) in sources:
@@ -112,7 +111,7 @@ def _reordered(block: Block, orders: dict[str, dict[int, int]], sides: Sides) ->
     if whole and moved["gate"]:
         return [_experts_moved(block, orders["gate"], moved["gate"], router, sides)]
     findings = []
-    for matrix in _MATRICES:
+    for matrix in MATRICES:
         if moved[matrix] and not whole:
             keys = [(matrix, expert) for expert in moved[matrix]]
             kind: Kind = "permuted alone" if _is_permutation(orders[matrix], block) else "experts repeated"
@@ -140,7 +139,7 @@ def _experts_moved(
     block: Block, order: dict[int, int], moved: dict[int, int], router: tuple[int, ...] | None, sides: Sides
 ) -> Finding:
     """Whole experts that are other experts of A: permuted, with the router or without, or repeated."""
-    keys = [(matrix, expert) for matrix in _MATRICES for expert in moved]
+    keys = [(matrix, expert) for matrix in MATRICES for expert in moved]
     if not _is_permutation(order, block):
         lost = sorted(set(block.experts) - set(order.values()))
         pairs = ", ".join(f"{expert} is A's {source}" for expert, source in list(moved.items())[:8])

@@ -18,12 +18,13 @@ from qwen_moe_jax.huggingface.convert import abstract_model, require_other_folde
 from qwen_moe_jax.huggingface.hub import local_folder
 from qwen_moe_jax.huggingface.sparse_families import FeedForward, sparse_layers, with_experts
 from qwen_moe_jax.huggingface.tensors import hub_parameters
+from qwen_moe_jax.storage.picked import Picked
 from qwen_moe_jax.storage.tensor import StoredTensor
 from qwen_moe_jax.surgery.calibration import ExpertStatistics, expert_statistics
 from qwen_moe_jax.surgery.clusters import Cluster, aligned_units, clusters
 from qwen_moe_jax.surgery.expert_plan import MATRICES
 from qwen_moe_jax.surgery.saliency import CALIBRATED, Method, by_chance, by_magnitude, by_statistics, strongest
-from qwen_moe_jax.surgery.slices import Picked, WeightedSum
+from qwen_moe_jax.surgery.slices import WeightedSum
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

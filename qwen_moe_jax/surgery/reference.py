@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from qwen_moe_jax.config import MoEConfig
-from qwen_moe_jax.huggingface.sparse_families import FeedForward
+from qwen_moe_jax.huggingface.sparse_families import MATRICES, FeedForward
 from qwen_moe_jax.nn.mlp import ACTIVATIONS
 from qwen_moe_jax.storage.tensor import StoredTensor
 
@@ -15,7 +15,7 @@ Observer = Callable[[int, np.ndarray, np.ndarray, np.ndarray], None]
 
 def dense(hidden_TD: np.ndarray, names: FeedForward, tensors: Mapping[str, StoredTensor]) -> np.ndarray:
     """Of a dense layer, [T, D]."""
-    return _swiglu(hidden_TD, [names.dense(matrix) for matrix in ("gate", "up", "down")], names, tensors)
+    return _swiglu(hidden_TD, [names.dense(matrix) for matrix in MATRICES], names, tensors)
 
 
 def sparse(
@@ -31,13 +31,13 @@ def sparse(
     for expert in range(moe.num_experts):
         rows = np.flatnonzero(weights_TE[:, expert])
         if len(rows):
-            each = [names.expert(expert, matrix) for matrix in ("gate", "up", "down")]
+            each = [names.expert(expert, matrix) for matrix in MATRICES]
             outputs = _swiglu(hidden_TD[rows], each, names, tensors)
             observe(expert, rows, weights_TE[rows, expert], outputs)
             total[rows] += weights_TE[rows, expert, None] * outputs
     if moe.shared_expert_intermediate_size:
         gate_T1 = _sigmoid(hidden_TD @ _read(names.shared_gate, tensors).T)
-        each = [names.shared(matrix) for matrix in ("gate", "up", "down")]
+        each = [names.shared(matrix) for matrix in MATRICES]
         total += gate_T1 * _swiglu(hidden_TD, each, names, tensors)
     return total
 

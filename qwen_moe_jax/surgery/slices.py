@@ -11,38 +11,6 @@ _DRAWN = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Picked(TensorView):
-    """Rows or columns of a matrix, in another order.
-
-    Attributes:
-        tensor: the matrix.
-        axis: 0 for rows, 1 for columns.
-        order: numbers of its rows or columns.
-    """
-
-    tensor: StoredTensor
-    axis: int
-    order: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shape = list(self.tensor.shape)
-        shape[self.axis] = len(self.order)
-        return tuple(shape)
-
-    def read_into(self, index: Index, out: np.ndarray) -> None:
-        wanted = self.order[index[self.axis]]
-        if self.axis == 1:
-            out[...] = self.tensor.read((index[0], slice(0, self.tensor.shape[1])))[:, wanted]
-            return
-        # Runs of neighbouring rows are read at once.
-        starts = np.flatnonzero(np.diff(wanted, prepend=wanted[:1] - 2) != 1)
-        for start, stop in zip(starts, [*starts[1:], len(wanted)], strict=True):
-            rows = slice(int(wanted[start]), int(wanted[start]) + int(stop - start))
-            out[start:stop] = self.tensor.read((rows, index[1]))
-
-
-@dataclasses.dataclass(frozen=True)
 class Scaled(TensorView):
     """A tensor times a number: multiplied in float32 and rounded to its dtype."""
 

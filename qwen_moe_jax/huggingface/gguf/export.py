@@ -1,7 +1,7 @@
 """A checkpoint → a GGUF file, block by block. The gguf library (extra `gguf`) writes the header, this file the tensors.
 
-Architectures: Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE, and Mixtral as "llama" with experts. What llama.cpp's graph of an
-architecture cannot express is refused by the field's name.
+Architectures: Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE, Mixtral as "llama" with experts, Qwen3-Next and Qwen3.5. What
+llama.cpp's graph of an architecture cannot express is refused by the field's name.
 """
 
 import dataclasses
@@ -17,16 +17,16 @@ import numpy as np
 from qwen_moe_jax.config import DTypeLike, ModelConfig
 from qwen_moe_jax.config.checks import dtype_name
 from qwen_moe_jax.errors import CheckpointError, ConfigError
-from qwen_moe_jax.huggingface.checkpoint import Checkpoint, open_checkpoint, problems_of, require_no_problems
+from qwen_moe_jax.huggingface.checkpoint import open_checkpoint, problems_of, require_no_problems
 from qwen_moe_jax.huggingface.convert import abstract_model
 from qwen_moe_jax.huggingface.fields import read_json
+from qwen_moe_jax.huggingface.gguf.metadata import add_metadata, architecture_of
 from qwen_moe_jax.huggingface.gguf.tensors import gguf_tensors
 from qwen_moe_jax.huggingface.gguf.tokenizer import Vocabulary, read_vocabulary
 from qwen_moe_jax.huggingface.hub import local_folder
 from qwen_moe_jax.huggingface.peft import merged, open_adapter
 from qwen_moe_jax.huggingface.tensors import hub_parameters
 from qwen_moe_jax.huggingface.unused_fields import say_once
-from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.storage.prefetch import prefetch
 from qwen_moe_jax.storage.progress import bytes_bar
 from qwen_moe_jax.storage.tensor import StoredTensor, blocks
@@ -34,14 +34,6 @@ from qwen_moe_jax.storage.tensor import StoredTensor, blocks
 if TYPE_CHECKING:
     import gguf
 
-#: Name of the architecture, and whether its top-k weights sum to one; None of a dense one.
-_ARCHITECTURES: dict[str, tuple[str, bool | None]] = {
-    "qwen2": ("qwen2", None),
-    "qwen3": ("qwen3", None),
-    "qwen2_moe": ("qwen2moe", False),
-    "qwen3_moe": ("qwen3moe", True),
-    "mixtral": ("llama", True),
-}
 _DTYPES = ("float32", "bfloat16", "float16")
 _BLOCK, _ALIGNMENT = 64 << 20, 32
 
@@ -68,9 +60,10 @@ def export_gguf(
         ConfigError: the gguf library is missing; a model that llama.cpp's architectures cannot express.
         CheckpointError: the folder does not load; the file differs from what was written.
     """
+    _require_library()
     dtype = None if dtype is None else dtype_name("dtype", dtype)
     checkpoint = open_checkpoint(local_folder(source, drop_mtp=True), drop_mtp=True)
-    architecture = _require_expressible(checkpoint)
+    architecture = architecture_of(checkpoint)
     require_no_problems(checkpoint.folder, problems_of(checkpoint, hub_parameters(abstract_model(checkpoint))))
     if adapter is not None:
         checkpoint = merged(checkpoint, open_adapter(adapter, checkpoint.config))
@@ -95,7 +88,7 @@ def export_gguf(
         partial.unlink(missing_ok=True)
 
 
-def _library() -> None:
+def _require_library() -> None:
     try:
         import gguf  # noqa: F401
     except ImportError:
@@ -104,41 +97,13 @@ def _library() -> None:
         ) from None
 
 
-def _require_expressible(checkpoint: Checkpoint) -> str:
-    """The architecture's name, if llama.cpp's graph of it is this model's."""
-    _library()
-    config, where = checkpoint.config, checkpoint.folder
-    name, renormalised = _ARCHITECTURES.get(config.model_type, ("", None))
-
-    def refuse(field: str, found: object, expected: str) -> ConfigError:
-        return ConfigError(f"{where}: {field}={found} cannot be written as GGUF: expected {expected}.")
-
-    if not name:
-        raise refuse("model_type", repr(config.model_type), f"one of {', '.join(_ARCHITECTURES)}")
-    if checkpoint.head is not CausalLM:
-        raise refuse("architectures", checkpoint.head.__name__, "a causal language model")
-    if config.moe is not None and config.moe.norm_topk_prob is not renormalised:
-        raise refuse("norm_topk_prob", config.moe.norm_topk_prob, f"{renormalised}, which llama.cpp takes for granted")
-    if config.moe is not None and any(kind.mlp == "dense" for kind in config.layers):
-        raise refuse("mlp_only_layers", "dense layers", "every layer to be sparse")
-    if any(kind.mixer != "full" for kind in config.layers):
-        raise refuse("use_sliding_window", True, "full attention in every layer")
-    if config.hidden_act != "silu":
-        raise refuse("hidden_act", repr(config.hidden_act), "'silu'")
-    if config.attention.o_bias:
-        raise refuse("attention_bias", True, "no bias of o_proj")
-    if config.rope.rope_type not in ("default", "linear"):
-        raise refuse("rope_type", repr(config.rope.rope_type), "'default' or 'linear'")
-    return name
-
-
 def _write_header(
     path: Path, architecture: str, config: ModelConfig, folder: Path, tensors: Mapping[str, StoredTensor]
 ) -> None:
     import gguf
 
     writer = gguf.GGUFWriter(None, architecture)
-    _add_metadata(writer, config, folder)
+    add_metadata(writer, config, folder)
     vocabulary = read_vocabulary(folder, config.vocab_size)
     if isinstance(vocabulary, str):
         say_once(f"{folder}: the GGUF file has no tokenizer: {vocabulary}.")
@@ -153,37 +118,6 @@ def _write_header(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-
-
-def _add_metadata(writer: "gguf.GGUFWriter", config: ModelConfig, folder: Path) -> None:
-    import gguf
-
-    kinds = {"float32": gguf.LlamaFileType.ALL_F32, "float16": gguf.LlamaFileType.MOSTLY_F16}
-    writer.add_type("model")
-    writer.add_name(folder.name)
-    writer.add_file_type(kinds.get(config.dtype, gguf.LlamaFileType.MOSTLY_BF16))
-    writer.add_block_count(len(config.layers))
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_vocab_size(config.vocab_size)
-    attention, moe = config.attention, config.moe
-    writer.add_head_count(attention.num_attention_heads)
-    writer.add_head_count_kv(attention.num_key_value_heads)
-    writer.add_key_length(attention.head_dim)
-    writer.add_value_length(attention.head_dim)
-    writer.add_rope_dimension_count(attention.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope.rope_theta)
-    if config.rope.rope_type == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(config.rope.factor)
-    if moe is not None:
-        writer.add_expert_count(moe.num_experts)
-        writer.add_expert_used_count(moe.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(moe.moe_intermediate_size)
-        if moe.shared_expert_intermediate_size:
-            writer.add_expert_shared_feed_forward_length(moe.shared_expert_intermediate_size)
 
 
 def _add_vocabulary(writer: "gguf.GGUFWriter", vocabulary: Vocabulary, config: ModelConfig, folder: Path) -> None:
