@@ -6,8 +6,9 @@ its answer has ended, and requests that arrive at random times (a Poisson proces
 continued greedily by 32 to 128. Every load goes on for `--before` seconds and then `--seconds`, which are measured.
 
 Printed are the new tokens of these seconds, the time to the first token and the time between tokens (tokens that come
-together share theirs), and what our engine alone does with the same streams without HTTP. After `--minutes`, no other
-row is begun.
+together share theirs), and what our engine alone does with the same streams without HTTP. Its `decoding` rows begin
+when all prompts are read and end before the first answer does; those of a session are the same without an engine: one
+batch of prompts, decoded 32 tokens a call. After `--minutes`, no other row is begun.
 
 Needs torch and transformers (`pip install -e '.[test]'` on Python 3.11).
 """
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -34,6 +35,9 @@ import mixture
 import tokenizers
 
 CLIENTS = (1, 8, 32)
+MAX_LENGTH = 512
+#: Of the `decoding` rows: tokens of every request before the measurement, and of the first that ends it.
+WARM_TOKENS, DECODED = 16, 370
 HUB_CONFIG = {**mixture.HUB_CONFIG, "initializer_range": 0.05}
 TINY = {
     **HUB_CONFIG, "vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16,
@@ -208,33 +212,88 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def raw_engine(folder: Path, arguments: argparse.Namespace, vocab_size: int, slots: int) -> str:
-    """The row of our engine without HTTP, as many requests at once as it has slots."""
-    import qwen_moe_jax as qmj
-    from qwen_moe_jax.compilation_cache import use_compilation_cache
-    from qwen_moe_jax.inference.engine import Engine
-    from qwen_moe_jax.inference.request import Request
+class Alone:
+    """Our engine without HTTP, with as many slots as the server: its programs are read from the server's cache."""
 
-    use_compilation_cache()
-    engine = Engine(qmj.from_pretrained(folder, dtype=arguments.dtype), slots=slots, max_length=512)
-    engine.compile()
-    asks, answers = draw(vocab_size, seed=slots), dict[int, Answer]()
-    running, steps, window = set[int](), 0, Window.of(arguments)
-    while (now := time.perf_counter()) < window.end:
-        for one in itertools.islice(asks, slots - len(running)):
-            config = qmj.GenerationConfig(max_new_tokens=one.tokens)
-            number = engine.submit(Request(token_ids=one.prompt, config=config))
-            answers[number] = Answer(time.perf_counter())
-            running.add(number)
-        chunks = engine.step()
-        steps += now in window
-        for chunk in chunks:
-            answers[chunk.request].times.append(time.perf_counter())
-            answers[chunk.request].counts.append(len(chunk.token_ids))
-            if chunk.finished:
-                running.discard(chunk.request)
-    begun = [answer for answer in answers.values() if answer.times]
-    return f"{figures(window, begun)} {1000 * arguments.seconds / steps:9.2f}"
+    def __init__(self, folder: Path, arguments: argparse.Namespace, vocab_size: int):
+        import qwen_moe_jax as qmj
+        from qwen_moe_jax.compilation_cache import use_compilation_cache
+
+        use_compilation_cache()
+        self._arguments, self._vocab_size = arguments, vocab_size
+        self._model = qmj.from_pretrained(folder, dtype=arguments.dtype)
+        self._engine = qmj.Engine(self._model, slots=arguments.slots, max_length=MAX_LENGTH)
+        self._engine.compile()
+
+    def loops(self, clients: int) -> str:
+        """The row of so many closed loops."""
+        asks, answers = draw(self._vocab_size, seed=clients), dict[int, Answer]()
+        running, steps, window = set[int](), 0, Window.of(self._arguments)
+        while (now := time.perf_counter()) < window.end:
+            for one in itertools.islice(asks, clients - len(running)):
+                number = self._submit(one.prompt, one.tokens)
+                answers[number] = Answer(time.perf_counter())
+                running.add(number)
+            chunks = self._engine.step()
+            steps += now in window
+            for chunk in chunks:
+                answers[chunk.request].times.append(time.perf_counter())
+                answers[chunk.request].counts.append(len(chunk.token_ids))
+                if chunk.finished:
+                    running.discard(chunk.request)
+        self._cancel(running)
+        begun = [answer for answer in answers.values() if answer.times]
+        return f"{figures(window, begun)} {1000 * self._arguments.seconds / steps:9.2f}"
+
+    def decoding(self, rows: int) -> str:
+        """The row of so many requests whose prompts are read: tokens/s, and milliseconds of a forward pass."""
+        running = [self._submit(prompt, MAX_LENGTH) for prompt in self._prompts(rows)]
+        got = dict.fromkeys(running, 0)
+        while min(got.values()) < WARM_TOKENS:
+            self._step(got)
+        start, before = time.perf_counter(), sum(got.values())
+        while time.perf_counter() < start + self._arguments.seconds / 4 and max(got.values()) < DECODED:
+            self._step(got)
+        rate = (sum(got.values()) - before) / (time.perf_counter() - start)
+        self._cancel(running)
+        return _rate(rate, rows)
+
+    def session(self, rows: int) -> str:
+        """The same figures of a session."""
+        import qwen_moe_jax as qmj
+        from qwen_moe_jax.inference.session import stream
+
+        times, tokens = [], 0
+        for _ in range(2):  # the first compiles
+            times, tokens = [], 0
+            configs = [qmj.GenerationConfig(max_new_tokens=1 + 3 * 32)] * rows
+            for chunk in stream(self._model, self._prompts(rows), configs):
+                times.append(time.perf_counter())
+                tokens += len(chunk.token_ids)
+        # The chunks of the first tokens come before any is decoded.
+        return _rate((tokens - rows) / (times[-1] - times[rows - 1]), rows)
+
+    def _prompts(self, rows: int) -> list[list[int]]:
+        chosen = random.Random(rows)
+        return [[chosen.randrange(self._vocab_size) for _ in range(128)] for _ in range(rows)]
+
+    def _submit(self, prompt: list[int], tokens: int) -> int:
+        import qwen_moe_jax as qmj
+
+        return self._engine.submit(qmj.Request(token_ids=prompt, config=qmj.GenerationConfig(max_new_tokens=tokens)))
+
+    def _step(self, got: dict[int, int]) -> None:
+        for chunk in self._engine.step():
+            got[chunk.request] += len(chunk.token_ids)
+
+    def _cancel(self, running: Iterable[int]) -> None:
+        for number in running:
+            self._engine.cancel(number)
+        self._engine.step()
+
+
+def _rate(rate: float, rows: int) -> str:
+    return f"{rate:9.1f} {1000 * rows / rate:49.2f}"
 
 
 class Report:
@@ -249,9 +308,14 @@ class Report:
         print(line, flush=True)
         self.lines.append(line)
 
+    @property
+    def has_time(self) -> bool:
+        """Whether another row may be begun."""
+        return time.perf_counter() < self._end
+
     def add(self, name: str, row: Callable[[], str]) -> None:
         """Measures a row."""
-        self.say(f"{name:29} {row() if time.perf_counter() < self._end else 'left out: the time was used up'}")
+        self.say(f"{name:29} {row() if self.has_time else 'left out: the time was used up'}")
 
 
 def main() -> None:
@@ -274,7 +338,7 @@ def main() -> None:
         make_checkpoint(folder, config)
         report.say(f"{'':29} {'tokens/s':>9} {'first p50':>9} {'p99':>9} {'next p50':>9} {'p99':>9} ms  ms/step")
         ours = ["-m", "qwen_moe_jax", "serve", str(folder), "--port", port, "--slots", str(arguments.slots)]
-        ours += ["--max-length", "512", "--embeddings", "off", "--dtype", arguments.dtype]
+        ours += ["--max-length", str(MAX_LENGTH), "--embeddings", "off", "--dtype", arguments.dtype]
         theirs = [str(here / "serve_transformers.py"), str(folder), port, arguments.dtype]
         for name, command in (("ours", ours), ("transformers", theirs)):
             if arguments.only in (None, name):
@@ -283,10 +347,12 @@ def main() -> None:
                         load = f"{clients:3} clients" if clients else f"{arguments.rate:4.1f} arrivals/s"
                         row = functools.partial(measured, url, arguments, vocab_size, clients)
                         report.add(f"{name:13} {load}", lambda row=row: asyncio.run(row()))
-        if arguments.only != "transformers":
-            for slots in CLIENTS[::-1]:
-                row = functools.partial(raw_engine, folder, arguments, vocab_size, slots)
-                report.add(f"engine alone  {slots:3} slots", row)
+        if arguments.only != "transformers" and report.has_time:
+            alone = Alone(folder, arguments, vocab_size)
+            rows = {"engine alone  {} clients": alone.loops, "engine alone  {} decoding": alone.decoding}
+            for name, measure in {**rows, "session       {} decoding": alone.session}.items():
+                for count in CLIENTS:
+                    report.add(name.format(f"{count:3}"), functools.partial(measure, count))
     if arguments.markdown:
         text = "\n".join(report.lines)
         arguments.markdown.write_text(f"# Serving\n\n```\n{text}\n```\n", encoding="utf-8")

@@ -208,15 +208,13 @@ class Start:
         from qwen_moe_jax.inference.engine import Engine
         from qwen_moe_jax.inference.programs import compilations
         from qwen_moe_jax.inference.progress import progress_bar
-        from qwen_moe_jax.inference.slot_memory import choose_slots
 
         arguments, service = self._arguments, self._service
         service.metrics.count_compilations()
         model = load_model(arguments)
         longest, tokens = service.limits.max_length, arguments.cache_tokens
-        slots = arguments.slots or choose_slots(model, longest, tokens)
         adapters = dict(arguments.adapters)
-        engine = Engine(model, slots=slots, max_length=longest, cache_tokens=tokens, adapters=adapters)
+        engine = Engine(model, slots=arguments.slots, max_length=longest, cache_tokens=tokens, adapters=adapters)
         service.limits = dataclasses.replace(service.limits, slots=engine.slots)
         self._describe(model, engine)
         with progress_bar("compiling") as advance:

@@ -35,6 +35,7 @@ from qwen_moe_jax.inference.scheduler import ChunkPlan, Scheduler, chunk_shapes
 from qwen_moe_jax.inference.session import check_request, new_tokens, token_list
 from qwen_moe_jax.inference.settings import needs_full, require_fitting, require_known_tokens
 from qwen_moe_jax.inference.slot_arrays import SlotArrays
+from qwen_moe_jax.inference.slot_memory import choose_slots
 from qwen_moe_jax.inference.slot_programs import PromptOutput
 from qwen_moe_jax.inference.tables import TableSizes
 from qwen_moe_jax.model.causal_lm import CausalLM
@@ -80,7 +81,8 @@ class Engine:
 
     Args:
         model: run in eval mode.
-        slots: requests that are served at once; rounded up to a multiple of the devices that share the batch.
+        slots: requests that are served at once; rounded up to a multiple of the devices that share the batch. None is
+            what fits into the memory that the model and its adapters leave free (`slot_memory.choose_slots`).
         max_length: the largest number of tokens of a request, prompt and answer.
         cache_tokens: tokens of all requests together for which there are keys and values; None is `max_length` for each
             slot. Rounded up to whole blocks, and to `max_length` on each of the devices that share the batch.
@@ -93,7 +95,7 @@ class Engine:
         adapters: folders of low-rank adapters by the names that `Request.adapter` has; not of routed experts.
 
     Raises:
-        RequestError: the model has no weights.
+        RequestError: the model has no weights, or not even one slot fits.
         ConfigError, CheckpointError: an adapter does not fit, or is one of routed experts; see `with_adapters`.
     """
 
@@ -101,7 +103,7 @@ class Engine:
         self,
         model: CausalLM,
         *,
-        slots: int,
+        slots: int | None,
         max_length: int,
         cache_tokens: int | None = None,
         cache_dtype: DTypeLike | None = None,
@@ -121,6 +123,7 @@ class Engine:
         self._model, self._sizes = model, sizes
         self._pace, self._steps_of_call = Pace(decode_steps), 1
         shards = batch_shards(model.mesh)
+        slots = choose_slots(model, max_length, cache_tokens) if slots is None else slots
         self.slots, self.max_length = round_up(slots, shards), max_length
         self._chunk_tokens = chunk = min(prefill_chunk, programs.prefill_length(max_length, model.config))
         shapes = chunk_shapes(programs.PREFILL_BUCKETS[1:], chunk, self.slots // shards)

@@ -13,6 +13,7 @@ from qwen_moe_jax.inference import programs
 from qwen_moe_jax.inference.blocks import BLOCK_SIZE
 from qwen_moe_jax.model.cache import Blocks, Cache, KeyValues, PagedKeyValues, RecurrentState
 from qwen_moe_jax.model.causal_lm import CausalLM
+from qwen_moe_jax.model.lora import matrices
 from qwen_moe_jax.rounding import ceil_div, round_up
 from qwen_moe_jax.sharding.rules import batch_shards
 from qwen_moe_jax.units import format_bytes
@@ -57,7 +58,7 @@ def engine_memory(
     chunk = min(prefill_chunk, programs.prefill_length(max_length, config))
     blocks = blocks_for(model, slots, max_length, cache_tokens)
     cache = programs.abstract_slots(model, slots, max_length, chunk, cache_dtype, blocks)
-    parts = [("weights", _bytes(model)), *_cache_parts(cache, slots, blocks)]
+    parts = [*loaded(model), *_cache_parts(cache, slots, blocks)]
     copies = round_up(slots if prefix_states is None else prefix_states, shards)
     if copies and has_row_states(model):
         least = Blocks(count=shards, size=blocks.size)
@@ -70,6 +71,13 @@ def engine_memory(
     width = max(config.intermediate_size or 0, routed)
     activations = max(chunk, own) * (8 * config.hidden_size + 3 * width) * jnp.dtype(model.execution.dtype).itemsize
     return [*parts, ("working memory (estimate)", logits + activations)]
+
+
+def loaded(model: CausalLM) -> list[tuple[str, int]]:
+    """Bytes on one device of a model's weights, and of its low-rank adapters, where it has any."""
+    adapted = [one.lora for one in matrices(model) if one.lora is not None]
+    weights = [("weights", _bytes(model) - _bytes(adapted))]
+    return [*weights, ("adapters", _bytes([[one.lora_A, one.lora_B] for one in adapted]))] if adapted else weights
 
 
 def slots_that_fit(model: CausalLM, max_length: int, available: int, **options: Any) -> int:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from qwen_moe_jax.inference.memory import engine_memory, slots_that_fit
+from qwen_moe_jax.inference.memory import loaded, slots_that_fit
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.sharding.distributed import broadcast
 from qwen_moe_jax.sharding.rules import batch_shards
@@ -19,6 +19,8 @@ MOST_SLOTS_ELSEWHERE = 128
 def choose_slots(model: CausalLM, max_length: int, cache_tokens: int | None = None) -> int:
     """As many slots as fit into `SHARE` of the memory that the loaded model leaves free, up to `MOST_SLOTS`.
 
+    Its adapters are loaded, too.
+
     The same in all processes.
 
     Raises:
@@ -30,8 +32,8 @@ def choose_slots(model: CausalLM, max_length: int, cache_tokens: int | None = No
     free = int(broadcast(str(free_bytes(mesh) or 0)))
     if not free:
         return most
-    [weights] = [size for name, size in engine_memory(model, slots=1, max_length=max_length) if name == "weights"]
-    return min(most, slots_that_fit(model, max_length, weights + int(free * SHARE), **options))
+    there = sum(size for _, size in loaded(model))
+    return min(most, slots_that_fit(model, max_length, there + int(free * SHARE), **options))
 
 
 def free_bytes(mesh: Mesh) -> int | None:

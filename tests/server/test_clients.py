@@ -3,6 +3,11 @@
 import asyncio
 import base64
 import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import openai
@@ -10,6 +15,7 @@ import pytest
 
 from tests.server.scripted import STOP, TOKENIZER, eventually
 
+ROOT = Path(__file__).parent.parent.parent
 HI = [{"role": "user", "content": "Hi"}]
 ADD = {
     "type": "function",
@@ -265,3 +271,13 @@ def test_embeddings(scripted, client, monkeypatch):
     assert np.frombuffer(base64.b64decode(raw.http_response.json()["data"][0]["embedding"]), "<f4").tolist() == [1, 0.5]
     with pytest.raises(openai.BadRequestError, match="input has 21 tokens, expected at most 20"):
         client.embeddings.create(model="tiny", input=[1] * 21)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("page", ["README.md", "docs/serving.md"])
+def test_the_curl_line_of_a_page_is_answered(scripted, page):
+    writes(scripted, " fox")
+    [line] = re.findall(r"^curl http://127.0.0.1:8000.*$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+    words = shlex.split(line.replace("http://127.0.0.1:8000", scripted.url))
+    answer = json.loads(subprocess.run([*words, "--silent", "--fail"], check=True, capture_output=True).stdout)
+    assert answer["choices"][0]["finish_reason"] == "stop" and answer["usage"]["completion_tokens"] > 0

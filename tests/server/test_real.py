@@ -17,6 +17,7 @@ from qwen_moe_jax.cli.serve import Start, prepare
 from qwen_moe_jax.inference.chat_template import load_chat_template
 from qwen_moe_jax.inference.embed import HiddenOf
 from qwen_moe_jax.inference.tokenizer import encode
+from qwen_moe_jax.model.lora import matrices
 from qwen_moe_jax.server.keys import ApiKeys
 from tests.cases import CASES
 from tests.server.scripted import STOP, TOKENIZER, VOCABULARY, Running
@@ -45,9 +46,23 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def real(folder):
+def adapted(folder, tmp_path_factory):
+    """The folder of an adapter, and the model that it is merged into."""
+    model, path = qmj.from_pretrained(folder), tmp_path_factory.mktemp("real") / "adapter"
+    qmj.add_lora(model, qmj.LoraConfig(r=2, lora_alpha=4.0, target_modules=("q_proj", "lm_head")), rngs=nnx.Rngs(1))
+    for matrix in matrices(model):
+        if matrix.lora is not None:
+            b = matrix.lora.lora_B
+            b.set_value(jnp.asarray(np.random.default_rng(2).normal(0, 0.3, b.shape), jnp.float32))
+    qmj.save_adapter(model, path)
+    qmj.merge_lora(model)
+    return path, model
+
+
+@pytest.fixture(scope="module")
+def real(folder, adapted):
     """A running server, as the command starts it, and a client."""
-    words = ["serve", str(folder), "--port", "0", "--slots", "4", "--no-cache"]
+    words = ["serve", str(folder), "--port", "0", "--slots", "4", "--no-cache", "--adapter", f"pirate={adapted[0]}"]
     arguments = command_line().parse_args(words)
     service = prepare(arguments, ApiKeys())
     start = Start(arguments, service)
@@ -98,6 +113,15 @@ def test_a_seed_gives_the_same_text_alone_and_among_others(real):
     for prompt, texts in zip(PROMPTS, together, strict=False):
         alone = complete(real, prompt=prompt, seed=3, temperature=1.0, top_p=0.9)
         assert alone.choices[0].text == texts[0] != texts[1]
+
+
+def test_a_request_names_the_adapter_that_answers(real, model, adapted):
+    assert {one.id for one in real.client.models.list().data} == {"tiny", "pirate"}
+    expected = qmj.generate(adapted[1], PROMPTS, max_new_tokens=12, tokenizer=TOKENIZER)
+    assert [choice.text for choice in complete(real, prompt=PROMPTS, model="pirate").choices] == expected
+    assert expected != qmj.generate(model, PROMPTS, max_new_tokens=12, tokenizer=TOKENIZER)
+    with pytest.raises(openai.NotFoundError, match="pirat"):
+        complete(real, prompt="x", model="pirat")
 
 
 def test_a_text_is_scored_as_by_score(real, model):
@@ -165,5 +189,6 @@ def test_the_start_says_what_is_served(real):
     rows = real.start.rows
     assert rows["model"].startswith("tiny: ") and "one device" in rows["model"]
     assert rows["slots"] == "4 of up to 96 tokens; 256 more may wait"
-    assert "weights" in rows["memory"] and "blocks of" in rows["memory"]
+    assert all(part in rows["memory"] for part in ("weights", "adapters", "blocks of"))
+    assert rows["adapters"] == "pirate"
     assert "every client that reaches the address" in rows["keys"]
