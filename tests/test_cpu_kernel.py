@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_moe_jax.nn.kernels import cpu
+from qwen_moe_jax.nn.quantised import quantise
 
 pytest.importorskip("llvmlite")
 
@@ -65,3 +66,20 @@ def test_without_llvmlite_it_is_not_available(monkeypatch):
     monkeypatch.setitem(sys.modules, "llvmlite", None)
     assert not cpu.is_available("float32", 32)
     cpu._target.cache_clear()
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 48), (4, 16), (4, 48)])
+def test_rows_meet_integers_as_they_meet_the_dequantised_floats(bits, group):
+    """Of [8, 7, 48] matrices; int4 in groups of 48 has no function."""
+    numbers = np.random.default_rng(1)
+    groups = 1 if bits == 8 else 48 // group
+    matrix = jax.tree.map(jnp.asarray, quantise(numbers.standard_normal((2, 4, 7, 48), np.float32), bits, groups, np))
+    assert cpu.is_available(cpu.format_of(matrix), 48) == (group == 16 or bits == 8)
+    if group == 48 and bits == 4:
+        return
+    x_RI = numbers.standard_normal((5, 48), np.float32)
+    matrices_G, sizes_G = np.array([6, 1], np.int32), np.array([2, 3], np.int32)
+    stacks = [cpu.arrays_of(matrix)]
+    [found] = cpu.picked_matmul(x_RI, stacks, jnp.asarray(matrices_G), jnp.asarray(sizes_G), cpu.format_of(matrix))
+    floats = np.asarray(matrix.dequantised("float32")).reshape(8, 7, 48)
+    np.testing.assert_allclose(found, expected(x_RI, floats, matrices_G, sizes_G), atol=1e-4)

@@ -7,7 +7,9 @@ from typing import Any
 import jax
 
 import qwen_moe_jax as qmj
+from qwen_moe_jax.huggingface.convert import convert
 from qwen_moe_jax.huggingface.generation_config import generation_config_to_hub
+from qwen_moe_jax.huggingface.load import load_model
 from qwen_moe_jax.huggingface.save import write_configs
 from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.sharding.distributed import is_process_zero, num_processes
@@ -33,7 +35,9 @@ def export(trained: Model, config: TrainConfig, folder: RunFolder, corpus: Corpu
             _save_tokenizer(folder, folder.adapter, corpus)
             generation = generation_config_to_hub(trained.generation_config, trained.config)
             write_configs(folder.adapter, {"generation_config.json": _without_nulls(generation)})
-    if config.run.export:
+    if config.run.export and config.execution.weights is not None:
+        trained = _export_over_floats(trained, config, folder, corpus)
+    elif config.run.export:
         if config.lora is not None:
             qmj.merge_lora(trained)
         if is_process_zero():
@@ -46,6 +50,29 @@ def export(trained: Model, config: TrainConfig, folder: RunFolder, corpus: Corpu
     prompt, count = config.run.sample_prompt, config.run.sample_tokens
     [sample] = qmj.generate(trained, [prompt], greedy, max_new_tokens=count, tokenizer=corpus.tokenizer)
     return str(sample)
+
+
+def _export_over_floats(trained: Model, config: TrainConfig, folder: RunFolder, corpus: Corpus) -> Model:
+    """Merges the exported adapter into the weights of the run's base, and loads the result.
+
+    The run's own weights are rounded to few bits, and the result is loaded in as few, since floats need not fit: one
+    process merges them tensor by tensor.
+    """
+    base, dtype, several = config.run.model_name_or_path, export_dtype(config, trained), num_processes() > 1
+    if several:
+        floats = load_model(type(trained), base, mesh=trained.mesh, dtype=dtype, drop_mtp=config.run.drop_mtp)
+        qmj.load_adapter(floats, folder.adapter)
+        qmj.merge_lora(floats)
+        qmj.save_pretrained(floats, folder.hub)
+    else:
+        convert(base, folder.hub, adapter=folder.adapter, dtype=dtype, drop_mtp=config.run.drop_mtp)
+    if is_process_zero():
+        _save_tokenizer(folder, folder.hub, corpus)
+        generation = generation_config_to_hub(trained.generation_config, trained.config)
+        write_configs(folder.hub, {"generation_config.json": _without_nulls(generation)})
+    return type(trained).from_pretrained(
+        folder.hub, mesh=trained.mesh if several else None, weights=config.execution.weights
+    )
 
 
 def export_dtype(config: TrainConfig, model: Model) -> str:

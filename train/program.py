@@ -15,6 +15,7 @@ from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.model.lora import is_adapter
 from qwen_moe_jax.nn.parameters import parameters_with_paths
+from qwen_moe_jax.nn.quantised import QuantisedParam
 from train.config import TrainConfig
 from train.objectives.chosen import objective_of
 from train.objectives.contract import Objective
@@ -67,7 +68,10 @@ class Program:
     @property
     def parameter_sizes(self) -> dict[str, int]:
         """The number of elements of each parameter by its path, without padding."""
-        return {path: math.prod(param.unpadded_shape) for path, param in parameters_with_paths(self.model)}
+        sizes = {}
+        for path, param in parameters_with_paths(self.model):
+            sizes[path] = param.numbers if isinstance(param, QuantisedParam) else math.prod(param.unpadded_shape)
+        return sizes
 
     def begin(self, params: Params) -> TrainState:
         """The state at step 0, sharded as `state`, from all parameters of the model."""

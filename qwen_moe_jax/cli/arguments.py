@@ -3,7 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from qwen_moe_jax.config import (
     DTYPES,
@@ -16,6 +16,7 @@ from qwen_moe_jax.config import (
 from qwen_moe_jax.config.checks import dtype_name
 from qwen_moe_jax.config.docs import first_sentence
 from qwen_moe_jax.config.execution import DISPATCHERS
+from qwen_moe_jax.config.weights import Weights
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.huggingface.hub import is_hub_name
 
@@ -48,6 +49,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, several_adapters: bo
     add_mesh_argument(group)
     add_sharding_argument(group)
     add_dtype_argument(group, "of weights and activations; the checkpoint's own if not given")
+    add_weights_argument(group)
     add_dispatch_argument(group)
     group.add_argument(
         "--capacity-factor",
@@ -82,6 +84,15 @@ def add_mesh_argument(group: argparse._ActionsContainer, text: str = "a mesh ove
 def add_dtype_argument(group: argparse._ActionsContainer, text: str) -> None:
     """`--dtype`, as the name of a dtype or None."""
     group.add_argument("--dtype", type=_dtype, metavar="DTYPE", help=f"{', '.join(DTYPES)}: {text}")
+
+
+def add_weights_argument(group: argparse._ActionsContainer) -> None:
+    """`--weights`."""
+    group.add_argument(
+        "--weights",
+        choices=get_args(Weights),
+        help="quantise the matrices of the layers while they are read: a quarter or an eighth of the bytes of float32",
+    )
 
 
 def add_dispatch_argument(group: argparse._ActionsContainer, default: str = "dropless") -> None:
@@ -152,7 +163,7 @@ def load_model(arguments: argparse.Namespace, generation: GenerationConfig | Non
     Raises:
         ConfigError, CheckpointError, ShardingError: as `from_pretrained` and `make_mesh`.
     """
-    settings = {"dtype": arguments.dtype, "dispatch": arguments.dispatch, "sharding": arguments.sharding}
+    settings = {name: getattr(arguments, name) for name in ("dtype", "weights", "dispatch", "sharding")}
     if arguments.capacity_factor is not None:
         if arguments.dispatch != "capacity":
             raise ConfigError("--capacity-factor has a meaning with --dispatch capacity only.")

@@ -11,6 +11,7 @@ from qwen_moe_jax.cli.arguments import (
     add_dtype_argument,
     add_mesh_argument,
     add_sharding_argument,
+    add_weights_argument,
 )
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.text import format_mesh
@@ -59,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_mesh_argument(parser, "a mesh over the target's devices: the product is their number")
     add_sharding_argument(parser)
     add_dtype_argument(parser, "of weights and activations; the config's if not given")
+    add_weights_argument(parser)
     add_dispatch_argument(parser)
     parser.add_argument(
         "--search",
@@ -94,7 +96,8 @@ def run(arguments: argparse.Namespace) -> None:
     from qwen_moe_jax.plan.output import show_plan, show_search
 
     config = ModelConfig.from_pretrained(config_file(arguments.model))
-    execution = ExecutionConfig(dtype=arguments.dtype, dispatch=arguments.dispatch, sharding=arguments.sharding)
+    settings = {name: getattr(arguments, name) for name in ("dtype", "weights", "dispatch", "sharding")}
+    execution = ExecutionConfig(**settings)
     name = Path(arguments.model).stem if Path(arguments.model).exists() else arguments.model
     prompt, context = arguments.prompt or PROMPT, arguments.context or CONTEXT
 

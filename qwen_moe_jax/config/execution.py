@@ -7,6 +7,7 @@ from typing import Literal
 from qwen_moe_jax.config.checks import Checks
 from qwen_moe_jax.config.dtypes import DTypeLike
 from qwen_moe_jax.config.sharding import SHARDING_RULES, ShardingRules
+from qwen_moe_jax.config.weights import SMALLEST_GROUP, WeightFormat, Weights
 from qwen_moe_jax.suggest import did_you_mean
 
 #: Names of dispatchers; `moe.dispatch.register_dispatcher` adds to them.
@@ -34,6 +35,11 @@ class ExecutionConfig:
         dtype: of activations and matmuls; None takes the checkpoint's. Logits are always float32. Any of the dtypes is
             given as anything `jnp.dtype` takes, and kept as its name.
         param_dtype: of the stored weights; None takes `dtype`.
+        weights: int8 or int4 store the matrices of the layers, routed experts included, rounded to integers with
+            scales, a quarter or an eighth of their bytes in float32; they are multiplied without a float copy of all.
+            Routers, norms, embedding, head, convolutions and decay rates stay as they are. Such weights are not
+            trained; adapters over them are. None stores floats.
+        weights_group_size: with weights int4, inputs of a matrix that share a scale.
         router_dtype: of the router's matmul; None takes `dtype`, as in transformers. float32 is more stable in bfloat16
             training, and routes a few tokens otherwise than transformers does.
         dispatch: how tokens reach their experts. dropless sorts them by expert and multiplies ragged groups; capacity
@@ -77,6 +83,8 @@ class ExecutionConfig:
 
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike | None = None
+    weights: Weights | None = None
+    weights_group_size: int = 64
     router_dtype: DTypeLike | None = None
     dispatch: str | None = None
     capacity_factor: float = 1.25
@@ -100,6 +108,13 @@ class ExecutionConfig:
         assert isinstance(self.sharding, ShardingRules)  # a name was replaced by its table
         return self.sharding
 
+    @property
+    def weight_format(self) -> WeightFormat | None:
+        """`weights` with its group size; None of floats."""
+        if self.weights is None:
+            return None
+        return WeightFormat(bits=8 if self.weights == "int8" else 4, group_size=self.weights_group_size)
+
     def __post_init__(self) -> None:
         with Checks(self) as check:
             if isinstance(self.sharding, str):
@@ -119,3 +134,5 @@ class ExecutionConfig:
             factor = self.buffer_factor
             check(factor is None or 1 <= factor < math.inf, "buffer_factor", "a number of at least 1, or None")
             check.at_least(1, "min_capacity", "group_size", "attention_block")
+            check.at_least(SMALLEST_GROUP, "weights_group_size")
+            check(self.weights_group_size % 2 == 0, "weights_group_size", "an even number: two are stored in a byte")

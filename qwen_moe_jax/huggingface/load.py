@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from qwen_moe_jax.config import DTypeLike, ExecutionConfig, GenerationConfig, ModelConfig
 from qwen_moe_jax.config.checks import dtype_name
+from qwen_moe_jax.config.weights import Weights
 from qwen_moe_jax.huggingface.checkpoint import (
     MTP,
     Checkpoint,
@@ -21,6 +22,7 @@ from qwen_moe_jax.huggingface.checkpoint import (
 )
 from qwen_moe_jax.huggingface.generation_config import read_generation_config
 from qwen_moe_jax.huggingface.hub import local_folder
+from qwen_moe_jax.huggingface.low_bit import float_parameters, stored_tensors
 from qwen_moe_jax.huggingface.peft import load_adapter
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters
 from qwen_moe_jax.huggingface.unused_fields import say_unused_fields
@@ -31,8 +33,8 @@ from qwen_moe_jax.storage.progress import bytes_bar
 from qwen_moe_jax.suggest import refuse_hub_arguments
 
 _ARGUMENTS = (
-    "mesh", "dtype", "param_dtype", "execution", "adapter", "generation_config", "drop_mtp", "rngs", "num_labels",
-    "revision", "token", "cache_dir",
+    "mesh", "dtype", "param_dtype", "weights", "execution", "adapter", "generation_config", "drop_mtp", "rngs",
+    "num_labels", "revision", "token", "cache_dir",
 )  # fmt: skip
 
 AnyModel = TypeVar("AnyModel", bound=Model)
@@ -47,6 +49,7 @@ def from_pretrained(
     mesh: Mesh | None = None,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike | None = None,
+    weights: Weights | None = None,
     execution: ExecutionConfig = ExecutionConfig(),
     adapter: str | PathLike[str] | None = None,
     generation_config: GenerationConfig | None = None,
@@ -67,7 +70,9 @@ def from_pretrained(
             the model, the host holds 400 to 650 MB, whatever its size.
         dtype: of activations and matmuls, anything that `jnp.dtype` takes; None keeps the checkpoint's.
         param_dtype: of the stored weights; None is `dtype`.
-        execution: how the model is run; the arguments `dtype` and `param_dtype` override its fields.
+        weights: "int8" or "int4" quantise the layers' matrices while they are read, so that the floats never exist
+            whole; see `ExecutionConfig.weights`. None is the execution's.
+        execution: how the model is run; the arguments `dtype`, `param_dtype` and `weights` override its fields.
         adapter: a folder of low-rank adapters in PEFT's layout, or its name on the Hub. They are kept separate from the
             weights; `merge_lora` adds them.
         generation_config: how text is generated; None reads generation_config.json, the adapter's if it has one.
@@ -93,6 +98,7 @@ def from_pretrained(
         mesh=mesh,
         dtype=dtype,
         param_dtype=param_dtype,
+        weights=weights,
         execution=execution,
         generation_config=generation_config,
         drop_mtp=drop_mtp,
@@ -114,6 +120,7 @@ def load_model(
     mesh: Mesh | None = None,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike | None = None,
+    weights: Weights | None = None,
     execution: ExecutionConfig = ExecutionConfig(),
     generation_config: GenerationConfig | None = None,
     drop_mtp: bool = False,
@@ -146,7 +153,9 @@ def load_model(
         checkpoint.config,
         rngs=None,
         mesh=mesh,
-        execution=dataclasses.replace(execution, dtype=dtype, param_dtype=param_dtype or dtype),
+        execution=dataclasses.replace(
+            execution, dtype=dtype, param_dtype=param_dtype or dtype, weights=weights or execution.weights
+        ),
         generation_config=generation_config or read_generation_config(checkpoint.folder, checkpoint.config),
     )
     own, others = _heads(abstract, checkpoint)
@@ -156,7 +165,7 @@ def load_model(
     # Another kind's head is not the problem of a folder that lacks the model's own.
     optional = others if lacks_head and (own or rngs is not None) else []
     wanted = [parameter for parameter in hub_parameters(abstract) if not isinstance(parameter.leaf, jax.Array)]
-    require_no_problems(checkpoint.folder, problems_of(checkpoint, wanted, optional))
+    require_no_problems(checkpoint.folder, problems_of(checkpoint, float_parameters(wanted), optional))
     read = iter(_read(checkpoint, wanted, Path(folder).name))
     arrays = [leaf if isinstance(leaf, jax.Array) else next(read) for leaf in jax.tree.leaves(abstract)]
     return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
@@ -181,6 +190,6 @@ def _heads(abstract: Model, checkpoint: Checkpoint) -> tuple[list[str], list[str
 
 def _read(checkpoint: Checkpoint, parameters: list[HubParameter], name: str) -> list[jax.Array]:
     abstract = [parameter.leaf for parameter in parameters]
-    tensors = [stacked_tensor(parameter, checkpoint.tensors) for parameter in parameters]
+    tensors = stored_tensors(parameters, lambda parameter: stacked_tensor(parameter, checkpoint.tensors))
     with bytes_bar(f"Loading {name}", local_bytes(abstract)) as advance:
         return place(tensors, abstract, advance)

@@ -25,6 +25,7 @@ from qwen_moe_jax.huggingface.checkpoint import Checkpoint, stacked_tensor
 from qwen_moe_jax.huggingface.generation_config import read_generation_config
 from qwen_moe_jax.huggingface.hub import adapter_folder
 from qwen_moe_jax.huggingface.layouts import EMBEDDING, HEAD, equal
+from qwen_moe_jax.huggingface.low_bit import float_parameters
 from qwen_moe_jax.huggingface.save import readable_tensors, write_configs
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters
 from qwen_moe_jax.model.base import Model
@@ -111,7 +112,7 @@ def load_adapter(model: Model, folder: str | PathLike[str]) -> None:
     parameters = {parameter.path: parameter for parameter in hub_parameters(model)}
     weights = {
         str(name): TensorSlice(DeviceTensor(parameter.leaf), parameter.window(index))
-        for parameter in parameters.values()
+        for parameter in float_parameters([*parameters.values()])
         for index, name in np.ndenumerate(parameter.names)
     }
     _require_fit(adapter, weights, model.config)

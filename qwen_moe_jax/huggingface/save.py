@@ -110,12 +110,17 @@ def configs_to_hub(model: Model) -> dict[str, dict[str, Any]]:
     """Content of config.json and generation_config.json, by file name.
 
     Raises:
-        ConfigError: the family cannot express the config; the model has adapters.
+        ConfigError: the family cannot express the config; the model has adapters, or weights in few bits.
     """
     if model.lora is not None:
         raise ConfigError(
             "the model has low-rank adapters, which a checkpoint cannot contain: save_adapter writes them alone, and "
             "after merge_lora the model can be saved."
+        )
+    if model.execution.weights is not None:
+        raise ConfigError(
+            f"the weights are {model.execution.weights}, rounded when they were loaded, and are not written: the "
+            "folder that they were read from has the model. save_adapter writes adapters that were trained over them."
         )
     head = next(suffix for suffix, head in HEADS.items() if isinstance(model, head))
     dtype = model.execution.param_dtype

@@ -30,6 +30,8 @@ RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
 _STACKED = re.compile(r"model\.layers\.segments\.(\d+)\.(\d+)\.(.+)")
 #: Parameters of a layer that is not stacked with others, that of the next-token head.
 _SINGLE = re.compile(r"(mtp\.layers\.\d+)\.(.+)")
+#: The arrays of a low-bit matrix, which files have as one of floats.
+_PART = re.compile(r"\.(integers|scales)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +106,7 @@ def natural_order(name: str) -> list[tuple[int, int | str]]:
 
 
 def _names(path: str, leaf: Any, model: Model, rename: Callable[[str], str]) -> np.ndarray:
+    path = _PART.sub("", path)
     stacked, single = _STACKED.fullmatch(path), _SINGLE.fullmatch(path)
     if stacked is not None:
         segment = model.model.layers.plan[int(stacked[1])]

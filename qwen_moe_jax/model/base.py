@@ -83,6 +83,7 @@ class Model(nnx.Module):
             dtype=self.execution.param_dtype,
             initializer_range=self.config.initializer_range,
             rngs=as_rngs(rngs),
+            weights=self.execution.weight_format,
         )
 
     def add_head(self, make: ParameterFactory) -> None:
@@ -176,6 +177,7 @@ class Model(nnx.Module):
         self.require_weights()
         if not self.deterministic:
             _check_trainable(self.config)
+            self._require_adapters_over_low_bits()
         if cache is not None:
             _check_cached(cache, inputs, math.prod(self.mesh.shape[axis] for axis in BATCH))
         with apart_from_callers_mesh(self.mesh):
@@ -207,6 +209,18 @@ class Model(nnx.Module):
         if isinstance(self.model.norm.weight.get_value(), jax.ShapeDtypeStruct):
             raise RequestError(
                 "this model is abstract, without weights (rngs=None): it can be compiled for, not run or saved."
+            )
+
+    def _require_adapters_over_low_bits(self) -> None:
+        """Refuses to train integers.
+
+        Raises:
+            ConfigError: the weights are in few bits, and there are no adapters.
+        """
+        if self.execution.weights is not None and self.lora is None:
+            raise ConfigError(
+                f"the weights are {self.execution.weights}, rounded to integers, which are not trained: train adapters "
+                "over them (add_lora), or load the model without weights=…, as floats."
             )
 
     def _checked_noise_key(self, noise_key: jax.Array | None) -> jax.Array | None:

@@ -23,6 +23,7 @@ from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.lora import LoraAdapter
 from qwen_moe_jax.nn.matmul import matmul_precision, weight_einsum
 from qwen_moe_jax.nn.parameters import ParameterFactory
+from qwen_moe_jax.nn.quantised import Quantised
 from qwen_moe_jax.nn.stacked import reads_in_place, stacked_matmul
 from qwen_moe_jax.sharding.explicit import with_explicit_axes
 from qwen_moe_jax.sharding.rules import BATCH, partition_spec
@@ -164,7 +165,7 @@ class CausalLM(Model):
     def add_head(self, make: ParameterFactory) -> None:
         """See `Model`."""
         sizes = (self.config.vocab_size, self.config.hidden_size)
-        self.lm_head = None if self.config.tie_word_embeddings else Linear("lm_head", TABLE, sizes, make)
+        self.lm_head = None if self.config.tie_word_embeddings else Linear("lm_head", TABLE, sizes, make.of_floats())
         if not hasattr(self, "mtp"):  # a head that is drawn anew leaves it as it is
             self.mtp = NextTokenHead(self.config, make) if self.config.num_mtp_layers else None
 
@@ -196,7 +197,9 @@ class CausalLM(Model):
     @property
     def table_VD(self) -> jax.Array:
         """The head's weight: the token table where they are tied."""
-        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
+        table = (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
+        assert not isinstance(table, Quantised)  # heads are floats
+        return table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -259,7 +262,7 @@ class TokenClassifier(Model):
     def add_head(self, make: ParameterFactory) -> None:
         """See `Model`."""
         sizes = (self.config.num_labels, self.config.hidden_size)
-        self.score = Linear("score", ("labels", "embed"), sizes, make, bias=True)
+        self.score = Linear("score", ("labels", "embed"), sizes, make.of_floats(), bias=True)
 
     def head(self, hidden_BTD: jax.Array, inputs: ModelInputs) -> jax.Array:
         """See `Model`."""
@@ -276,7 +279,7 @@ class SequenceClassifier(Model):
     def add_head(self, make: ParameterFactory) -> None:
         """See `Model`."""
         sizes = (self.config.num_labels, self.config.hidden_size)
-        self.score = Linear("score", ("labels", "embed"), sizes, make)
+        self.score = Linear("score", ("labels", "embed"), sizes, make.of_floats())
 
     def head(self, hidden_BTD: jax.Array, inputs: ModelInputs) -> jax.Array:
         """See `Model`."""

@@ -59,8 +59,9 @@ class GatedDeltaNet(nnx.Module):
         own = make.in_float32() if linear.float32_parameters else make
         self.in_proj_qkv = Linear(f"{name}.in_proj_qkv", into, (linear.conv_dim, width), make)
         self.in_proj_z = Linear(f"{name}.in_proj_z", into, (linear.value_dim, width), make)
-        self.in_proj_b = Linear(f"{name}.in_proj_b", into, (heads, width), make)
-        self.in_proj_a = Linear(f"{name}.in_proj_a", into, (heads, width), make)
+        # Strengths and decay rates are exponents, from a few rows each.
+        self.in_proj_b = Linear(f"{name}.in_proj_b", into, (heads, width), make.of_floats())
+        self.in_proj_a = Linear(f"{name}.in_proj_a", into, (heads, width), make.of_floats())
         self.conv1d = DepthwiseConv(f"{name}.conv1d", linear.conv_dim, linear.conv_kernel_dim, make)
         self.A_log = own.log_uniform(f"{name}.A_log", (heads,), ("heads",), LARGEST_RATE)
         self.dt_bias = make.ones(f"{name}.dt_bias", (heads,), ("heads",))

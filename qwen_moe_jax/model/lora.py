@@ -14,6 +14,7 @@ from qwen_moe_jax.moe.experts import MATRICES, Experts
 from qwen_moe_jax.nn.embedding import Embedding
 from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.lora import LoraAdapter
+from qwen_moe_jax.nn.quantised import QuantisedMatrix
 from qwen_moe_jax.suggest import did_you_mean
 
 #: What "all-linear" leaves out: the router, the gate of the shared expert, the token table and the head.
@@ -42,8 +43,9 @@ class Matrix:
 
     @property
     def parameter_path(self) -> str:
-        """The path of the matrix in the model."""
-        return self._layer + (self.path if isinstance(self.owner, Experts) else f"{self.path}.weight")
+        """The path of the matrix in the model; of one in few bits, of its integers."""
+        path = self._layer + (self.path if isinstance(self.owner, Experts) else f"{self.path}.weight")
+        return f"{path}.integers" if isinstance(self.weight, QuantisedMatrix) else path
 
     @property
     def lora_path(self) -> str:
@@ -58,7 +60,7 @@ class Matrix:
         return f"model.layers.segments.{self.segment}.{self.position}."
 
     @property
-    def weight(self) -> nnx.Param:
+    def weight(self) -> nnx.Param | QuantisedMatrix:
         """The matrix."""
         return getattr(self.owner, self.name) if isinstance(self.owner, Experts) else self.owner.weight
 
@@ -118,12 +120,19 @@ def merge_lora(model: Model) -> None:
     """Adds every adapter to its matrix, in float32 and rounded once, and leaves the model without adapters.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: it has none, or weights in few bits.
     """
     if model.lora is None:
         raise ConfigError("the model has no low-rank adapters to merge.")
+    if model.execution.weights is not None:
+        raise ConfigError(
+            f"the weights are {model.execution.weights}, in which adapters would be rounded away: save_adapter writes "
+            "them; merge them into the checkpoint loaded as floats (without weights=…), or by `qwen-moe-jax convert "
+            "--adapter`."
+        )
     for matrix in matrices(model):
         if matrix.lora is not None:
+            assert isinstance(matrix.weight, nnx.Param)  # of floats
             weight = matrix.weight.get_value()
             merge = jax.jit(_merged, donate_argnums=0, out_shardings=weight.sharding)
             matrix.weight.set_value(merge(weight, matrix.lora))

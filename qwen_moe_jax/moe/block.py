@@ -43,7 +43,8 @@ class SparseMoeBlock(nnx.Module):
         self, hidden_size: int, moe: MoEConfig, *, make: ParameterFactory, act: Activation = "silu", name: str = "mlp"
     ):
         width = hidden_size
-        self.gate = Linear(f"{name}.gate", ("router", "embed"), (moe.num_experts, width), make)
+        floats = make.of_floats()
+        self.gate = Linear(f"{name}.gate", ("router", "embed"), (moe.num_experts, width), floats)
         self.e_score_correction_bias = (
             make.untrained(f"{name}.e_score_correction_bias", (moe.num_experts,), ("router",))
             if moe.balancing_bias
@@ -53,7 +54,7 @@ class SparseMoeBlock(nnx.Module):
         shared = moe.shared_expert_intermediate_size
         self.shared_expert = MLP(f"{name}.shared_expert", width, shared, act, make) if shared else None
         self.shared_expert_gate = (
-            Linear(f"{name}.shared_expert_gate", ("router", "embed"), (1, width), make) if shared else None
+            Linear(f"{name}.shared_expert_gate", ("router", "embed"), (1, width), floats) if shared else None
         )
         self.moe = moe
         self.mesh = make.mesh

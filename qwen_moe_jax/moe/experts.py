@@ -32,6 +32,7 @@ from qwen_moe_jax.nn.kernels.cpu import reads_in_place
 from qwen_moe_jax.nn.matmul import WEIGHT_MATMUL, weight_einsum
 from qwen_moe_jax.nn.mlp import ACTIVATIONS
 from qwen_moe_jax.nn.parameters import ParameterFactory
+from qwen_moe_jax.nn.quantised import Quantised, Weight, quantised_einsum
 from qwen_moe_jax.sharding.rules import all_gather_weight, needs_gather, spec_of, with_single_axes
 
 #: The three matrices of an expert, with their logical axes.
@@ -50,8 +51,8 @@ NARROW_TOKENS = P(("data", "fsdp"), None, "expert", None)
 #: Rows of a buffer for each expert, up to which XLA's products take longer than reading the weights in place.
 FEW_ROWS = 64
 
-#: An array, how it is stored, and its logical axes.
-Matrix = tuple[jax.Array, P, tuple[str, ...]]
+#: A stored weight, the specs of its arrays, and its logical axes.
+Matrix = tuple[Weight, Any, tuple[str, ...]]
 Multiply = Callable[[jax.Array, Sequence[Matrix]], list[jax.Array]]
 
 
@@ -68,9 +69,9 @@ class ExpertWeights:
         act: between the matmuls.
     """
 
-    gate_proj: jax.Array
-    up_proj: jax.Array
-    down_proj: jax.Array
+    gate_proj: Weight
+    up_proj: Weight
+    down_proj: Weight
     lora: dict[str, tuple[jax.Array, jax.Array]]
     layer: jax.Array | None = None
     scaling: tuple[tuple[str, float], ...] = dataclasses.field(metadata={"static": True})
@@ -120,13 +121,15 @@ class ExpertWeights:
             array, spec, axes = matrix
 
             @functools.partial(jax.checkpoint, prevent_cse=False)
-            def product(x: jax.Array, weight: jax.Array) -> jax.Array:
-                layer = self.layer
+            def product(x: jax.Array, weight: Weight) -> jax.Array:
+                if isinstance(weight, Quantised):
+                    return _quantised_rows(x, weight, sizes_E, self.layer, spec, axes, backend)
+                layer, floats = self.layer, weight
                 if layer is not None and (weight.dtype != x.dtype or needs_gather(spec[-3:], axes)):
-                    weight, layer = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False), None
+                    floats, layer = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False), None
                 if layer is None:
-                    weight = all_gather_weight(weight.astype(x.dtype), spec[-3:], axes)
-                return grouped_matmul(x, weight, sizes_E, backend, layer)
+                    floats = all_gather_weight(floats.astype(x.dtype), spec[-3:], axes)
+                return grouped_matmul(x, floats, sizes_E, backend, layer)
 
             return checkpoint_name(product(x, array), WEIGHT_MATMUL)
 
@@ -179,7 +182,10 @@ class ExpertWeights:
         if _read_in_place(x_AI, matrices):
             return ragged_in_place(x_AI, [array for array, _, _ in matrices], index_A, jnp.ones_like(index_A))
 
-        def multiply(array: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array:
+        def multiply(array: Weight, spec: Any, axes: tuple[str, ...]) -> jax.Array:
+            if isinstance(array, Quantised):
+                own = _quantised_at(array, self.layer, experts_A, spec, axes)
+                return quantised_einsum("AI,AOI->AO", x_AI, own)
             if needs_gather(spec[-2:], axes[-2:]):  # whole first: each device may have chosen another expert
                 here = array if self.layer is None else jax.lax.dynamic_index_in_dim(array, self.layer, 0, False)
                 whole_EOI = all_gather_weight(here.astype(x_AI.dtype), spec[-3:], axes)
@@ -193,7 +199,9 @@ class ExpertWeights:
 
 def _read_in_place(x: jax.Array, matrices: Sequence[Matrix]) -> bool:
     """Whether `ragged_in_place` should multiply such rows with these arrays, as they are stored."""
-    gathered = any(needs_gather(spec[-3:], axes) for _, spec, axes in matrices)
+    gathered = any(
+        needs_gather((spec.integers if isinstance(spec, Quantised) else spec)[-3:], axes) for _, spec, axes in matrices
+    )
     return not gathered and reads_in_place(x.dtype, [array for array, _, _ in matrices])
 
 
@@ -207,9 +215,9 @@ class Experts(nnx.Module):
 
     def __init__(self, name: str, hidden_size: int, moe: MoEConfig, act: Activation, make: ParameterFactory):
         count, width = moe.num_experts, moe.moe_intermediate_size
-        self.gate_proj = make.normal(f"{name}.gate_proj", (count, width, hidden_size), MATRICES["gate_proj"])
-        self.up_proj = make.normal(f"{name}.up_proj", (count, width, hidden_size), MATRICES["up_proj"])
-        self.down_proj = make.normal(f"{name}.down_proj", (count, hidden_size, width), MATRICES["down_proj"])
+        self.gate_proj = make.matrix(f"{name}.gate_proj", (count, width, hidden_size), MATRICES["gate_proj"])
+        self.up_proj = make.matrix(f"{name}.up_proj", (count, width, hidden_size), MATRICES["up_proj"])
+        self.down_proj = make.matrix(f"{name}.down_proj", (count, hidden_size, width), MATRICES["down_proj"])
         self.lora: Any = nnx.Dict()
         self.layer_index: jax.Array | None = nnx.data(None)
         self.act = act
@@ -283,6 +291,49 @@ def layer_alone(experts: Experts) -> Experts:
     stacked = jax.tree.map(lambda x: x, experts)
     stacked.layer_index = None
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stacked)
+
+
+def _quantised_rows(
+    x: jax.Array,
+    weight: Quantised,
+    sizes_E: jax.Array,
+    layer: jax.Array | None,
+    spec: Quantised,
+    axes: tuple[str, ...],
+    backend: GroupedMatmul,
+) -> jax.Array:
+    """`grouped_matmul` with integers; the arguments are those of `ExpertWeights.on_rows`.
+
+    The kernel for CPUs dequantises an expert at a time, from the stack; the others multiply floats, those of a layer.
+    """
+    gathers = needs_gather(spec.integers[-3:], axes)
+    if layer is not None and (gathers or backend != "blocks"):
+        weight, layer = _layer_of(weight, layer), None
+    if gathers:
+        weight = weight.all_gathered(_of_experts(spec), axes)
+    whole = jax.tree.map(jax.lax.stop_gradient, weight)
+    return grouped_matmul(x, whole if backend == "blocks" else whole.dequantised(x.dtype), sizes_E, backend, layer)
+
+
+def _quantised_at(
+    weight: Quantised, layer: jax.Array | None, experts_A: jax.Array, spec: Quantised, axes: tuple[str, ...]
+) -> Quantised:
+    """The integers and scales of some experts, [A, …], gathered over fsdp where they are sharded over it."""
+    if needs_gather(spec.integers[-3:], axes):  # whole first: each device may have chosen another expert
+        whole = (weight if layer is None else _layer_of(weight, layer)).all_gathered(_of_experts(spec), axes)
+        return jax.tree.map(lambda array: array[experts_A], whole)
+    index_A = experts_A if layer is None else layer * weight.shape[-3] + experts_A
+    return jax.tree.map(lambda array: jnp.stack([matrix_at(array, index) for index in index_A]), weight)
+
+
+def _layer_of(weight: Quantised, layer: jax.Array) -> Quantised:
+    """One layer of stacked integers and scales, copied."""
+    return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, layer, keepdims=False), weight)
+
+
+def _of_experts(spec: Quantised) -> Quantised:
+    """The specs of one layer's arrays [E, …]."""
+    return Quantised(P(*spec.integers[-3:]), P(*spec.scales[-3:]))
 
 
 def _sorted_rows(

@@ -7,6 +7,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_moe_jax.nn.lora import LoraAdapter
 from qwen_moe_jax.nn.matmul import weight_einsum
 from qwen_moe_jax.nn.parameters import ParameterFactory
+from qwen_moe_jax.nn.quantised import Quantised
 from qwen_moe_jax.nn.stacked import layer_at, reads_in_place, stacked_matmul
 from qwen_moe_jax.sharding.rules import BATCH, gather_for_compute, partition_spec
 
@@ -29,7 +30,7 @@ class Linear(nnx.Module):
     def __init__(
         self, name: str, axes: tuple[str, str], sizes: tuple[int, int], make: ParameterFactory, *, bias: bool = False
     ):
-        self.weight = make.normal(f"{name}.weight", sizes, axes)
+        self.weight = make.matrix(f"{name}.weight", sizes, axes)
         self.bias = make.zeros(f"{name}.bias", sizes[:1], axes[:1]) if bias else None
         self.lora: LoraAdapter | None = nnx.data(None)  # `model.lora.add_lora` sets one
         self.layer_index: jax.Array | None = nnx.data(None)
@@ -54,6 +55,8 @@ class Linear(nnx.Module):
 def project(x_BTI: jax.Array, *linears: Linear) -> list[jax.Array]:
     """Several projections of the same activations, each as by itself; decoding on CPUs reads all in one call."""
     index, weights = linears[0].layer_index, [linear.weight[...] for linear in linears]
+    if len({isinstance(weight, Quantised) for weight in weights}) > 1:  # strengths and decay rates are floats
+        return [project(x_BTI, linear)[0] for linear in linears]
     if index is not None and reads_in_place(x_BTI, weights):
         found = stacked_matmul(x_BTI, weights, index, [linear.spec for linear in linears])
         products = [y_BTO.astype(x_BTI.dtype) for y_BTO in found]

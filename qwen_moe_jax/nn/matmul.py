@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from qwen_moe_jax.nn.quantised import Quantised, Weight, quantised_einsum
 from qwen_moe_jax.sharding.rules import gather_for_compute
 
 #: The name that remat policies know these products by.
@@ -26,7 +27,7 @@ def matmul_precision(dtype: jax.typing.DTypeLike) -> AbstractContextManager:
 def weight_einsum(
     letters: str,
     x: jax.Array,
-    weight: jax.Array,
+    weight: Weight,
     axes: tuple[str, ...],
     out: P,
     preferred_element_type: jax.typing.DTypeLike | None = None,
@@ -39,14 +40,16 @@ def weight_einsum(
     Args:
         letters: einsum letters of (activations, weight) -> result.
         x: activations.
-        weight: as stored.
+        weight: as stored; integers are multiplied by `quantised_einsum`, and have no gradient.
         axes: its logical axes.
         out: sharding of the result.
         preferred_element_type: of the result; None is that of `x`.
     """
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def multiply(x: jax.Array, weight: jax.Array) -> jax.Array:
+    def multiply(x: jax.Array, weight: Weight) -> jax.Array:
+        if isinstance(weight, Quantised):
+            return quantised_einsum(letters, x, weight.gathered(axes), out, preferred_element_type)
         used = gather_for_compute(weight.astype(x.dtype), *axes)
         return jnp.einsum(letters, x, used, out_sharding=out, preferred_element_type=preferred_element_type)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from qwen_moe_jax.config import ShardingRules
+from qwen_moe_jax.config.weights import WeightFormat
+from qwen_moe_jax.nn.quantised import Quantised, QuantisedMatrix, QuantisedParam, quantise, quantised_shapes, scale_axes
 from qwen_moe_jax.sharding.rules import padded_shape, parameter_sharding
 
 Kind = Literal["normal", "uniform", "log_uniform", "zeros", "ones"]
@@ -40,6 +43,7 @@ class ParameterFactory:
         rules: which mesh axes each logical axis is sharded over.
         stack: None, or the number of layers that share one stacked array [layers, …].
         variable: type of the variables, by which Flax's filters select them.
+        weights: how the matrices of layers are stored in few bits; None stores floats.
     """
 
     mesh: Mesh
@@ -49,6 +53,7 @@ class ParameterFactory:
     rules: ShardingRules = ShardingRules()
     stack: int | None = None
     variable: type[nnx.Variable] = nnx.Param
+    weights: WeightFormat | None = None
 
     def stacked(self, count: int) -> "ParameterFactory":
         """A factory whose parameters have a leading axis of `count` layers."""
@@ -57,6 +62,37 @@ class ParameterFactory:
     def in_float32(self) -> "ParameterFactory":
         """A factory of float32 parameters."""
         return dataclasses.replace(self, dtype="float32")
+
+    def of_floats(self) -> "ParameterFactory":
+        """A factory whose matrices are floats: of routers, heads and decay rates."""
+        return dataclasses.replace(self, weights=None)
+
+    def matrix(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param | QuantisedMatrix:
+        """`normal`, stored as `weights` says.
+
+        Raises:
+            ConfigError: its inputs do not divide into groups (`WeightFormat.groups`).
+            ShardingError: it does not divide over the mesh, or its groups do not.
+        """
+        drawn = self.normal(name, shape, axes)
+        if self.weights is None:
+            return drawn
+        axes, bits = drawn.axes, self.weights.bits
+        described = quantised_shapes(name, drawn.unpadded_shape, self.weights)
+        integers = self._part(f"{name} (integers)", described.integers, axes, math.prod(drawn.unpadded_shape))
+        scales = self._part(f"{name} (scales)", described.scales, scale_axes(axes, bits), 0)
+        if self.rngs is not None:
+            shardings = integers.get_value().sharding, scales.get_value().sharding
+            arrays = _quantise(bits, described.scales.shape[-2], shardings)(drawn.get_value())
+            integers.set_value(arrays[0])
+            scales.set_value(arrays[1])
+        return QuantisedMatrix(integers, scales, axes)
+
+    def _part(self, name: str, array: jax.ShapeDtypeStruct, axes: tuple[str, ...], numbers: int) -> QuantisedParam:
+        """An abstract parameter, not padded, that stores so many weights."""
+        sharding = parameter_sharding(name, array.shape, axes, self.mesh, self.rules)
+        stored = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+        return QuantisedParam(stored, axes=axes, spec=sharding.spec, unpadded_shape=array.shape, numbers=numbers)
 
     def normal(
         self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], zero_row: int | None = None
@@ -127,6 +163,15 @@ def parameters_with_paths(module: Any) -> Iterator[tuple[str, nnx.Variable]]:
     """
     for keys, param in jax.tree_util.tree_leaves_with_path(module, is_leaf=lambda node: isinstance(node, nnx.Variable)):
         yield jax.tree_util.keystr(keys, simple=True, separator="."), param
+
+
+@functools.cache
+def _quantise(bits: int, groups: int, shardings: tuple[Any, Any]) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    return jax.jit(lambda drawn: _parts(quantise(drawn, bits, groups)), out_shardings=shardings)
+
+
+def _parts(matrix: Quantised) -> tuple[jax.Array, jax.Array]:
+    return matrix.integers, matrix.scales
 
 
 @functools.cache

@@ -35,6 +35,7 @@ COMPUTE_AXES: Mapping[str, tuple[str, ...]] = {
     "router": (),
     "labels": (),
     "rank": (),  # of low-rank adapters
+    "group": (),  # of scales that count for all inputs of a quantised matrix
 }
 
 #: Logical axes whose size need not divide over the mesh: parameters are created with zeros after the last row, which

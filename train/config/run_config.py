@@ -179,6 +179,16 @@ class TrainConfig:
             expected = expected.replace("none", "0")
             check(not biased, "loss.router_bias_update_rate", expected, given=("lora",))
         expected = (
+            "it to be left out without a [lora] table and run.model_name_or_path: integers are not trained, adapters "
+            "over those of a checkpoint are"
+        )
+        holds = self.execution.weights is None or (self.lora is not None and self.run.model_name_or_path != "")
+        check(holds, "execution.weights", expected, given=("lora", "run.model_name_or_path"))
+        for table in ("classification", "reward"):
+            expected = f"it to be left out with a [{table}] table, whose head is exported with weights of floats"
+            holds = self.execution.weights is None or getattr(self, table) is None
+            check(holds, "execution.weights", expected, given=(table,))
+        expected = (
             "0 with run.export = true: a Hub folder cannot hold a balancing bias. Set run.export to false (the "
             "checkpoints hold the model), or the rate to 0"
         )

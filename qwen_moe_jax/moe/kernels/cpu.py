@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from qwen_moe_jax.nn.bits import as_bits, from_bits, rows_at
-from qwen_moe_jax.nn.kernels.cpu import picked_matmul
+from qwen_moe_jax.nn.kernels.cpu import arrays_of, format_of, picked_matmul
+from qwen_moe_jax.nn.quantised import Weight, as_matrix
 from qwen_moe_jax.rounding import next_power_of_two
 
 #: Rows of the longest and the shortest block where there is one length only, and of a buffer's end that may be read.
@@ -32,13 +33,14 @@ def tile_rows(rows: int) -> int:
 
 
 def ragged(
-    rows_RK: jax.Array, weights: jax.Array, sizes_E: jax.Array, *, transposed: bool, first: jax.Array | int = 0
+    rows_RK: jax.Array, weights: Weight, sizes_E: jax.Array, *, transposed: bool, first: jax.Array | int = 0
 ) -> jax.Array:
     """Each row times its expert's matrix.
 
     Args:
         rows_RK: rows sorted by expert, at least `tile_rows` of them past the last real one.
-        weights: [M, N, K] if `transposed` (a row is multiplied with the transpose), else [M, K, N].
+        weights: [M, N, K] if `transposed` (a row is multiplied with the transpose), else [M, K, N]; quantised ones are
+            dequantised a matrix at a time.
         sizes_E: rows of each expert.
         first: int32 []; of the M matrices, that of the first expert. The others' follow it.
 
@@ -54,7 +56,7 @@ def ragged(
         start, out_RN = state
         # The next one that has rows. Its matrix is copied, since XLA on CPUs multiplies with no slice: once is enough.
         expert = jnp.searchsorted(ends_E, start, side="right", method="compare_all")
-        matrix = rows_at(weights, first + expert, 1)[0]
+        matrix = as_matrix(jax.tree.map(lambda array: rows_at(array, first + expert, 1)[0], weights), rows_RK.dtype)
 
         def multiply(block: int, start: jax.Array, out_RN: jax.Array) -> jax.Array:
             rows_bK = rows_at(rows_RK, start, block)
@@ -74,7 +76,7 @@ def ragged(
 
 
 def ragged_in_place(
-    rows_RI: jax.Array, weights: Sequence[jax.Array], matrices_G: jax.Array, sizes_G: jax.Array
+    rows_RI: jax.Array, weights: Sequence[Weight], matrices_G: jax.Array, sizes_G: jax.Array
 ) -> list[jax.Array]:
     """Few rows times the transpose of their group's matrix in each of several stacks [..., O, I], read in place.
 
@@ -87,8 +89,8 @@ def ragged_in_place(
     Returns:
         [R, O] for each stack, in the dtype of the rows, and zeros past the last real one.
     """
-    stacks = [(weight.reshape(-1, *weight.shape[-2:]),) for weight in weights]
-    products = picked_matmul(rows_RI.astype(jnp.float32), stacks, matrices_G, sizes_G)
+    stacks = [arrays_of(weight) for weight in weights]
+    products = picked_matmul(rows_RI.astype(jnp.float32), stacks, matrices_G, sizes_G, format_of(weights[0]))
     return [product_RO.astype(rows_RI.dtype) for product_RO in products]
 
 
@@ -126,9 +128,10 @@ def outer(left_RO: jax.Array, right_RI: jax.Array, sizes_E: jax.Array) -> jax.Ar
     return from_bits(jax.lax.fori_loop(0, len(sizes_E), one_expert, out_EOI))
 
 
-def select_layer(weights: jax.Array, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+def select_layer(weights: Weight, layer: jax.Array) -> tuple[Weight, jax.Array]:
     """A layer of stacked weights [L, E, O, I], as weights and the number of its first one for `ragged`: no copy."""
-    return weights.reshape(-1, *weights.shape[2:]), layer * weights.shape[1]
+    flat = jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), weights)
+    return flat, layer * weights.shape[1]
 
 
 def matrix_at(weights: jax.Array, index: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from qwen_moe_jax.config import GroupedMatmul
 from qwen_moe_jax.moe.kernels import cpu
 from qwen_moe_jax.moe.kernels.cpu import tile_rows
 from qwen_moe_jax.nn.matmul import matmul_precision
+from qwen_moe_jax.nn.quantised import Quantised, Weight
 from qwen_moe_jax.rounding import round_up
 
 #: A backend is a module with `ragged` and `outer`, as `kernels/cpu.py` describes them, and `select_layer`.
@@ -27,7 +28,7 @@ def buffer_rows(rows: int) -> int:
 
 def grouped_matmul(
     rows_RI: jax.Array,
-    weights: jax.Array,
+    weights: Weight,
     sizes_E: jax.Array,
     backend: GroupedMatmul,
     layer: jax.Array | None = None,
@@ -40,7 +41,7 @@ def grouped_matmul(
     Args:
         rows_RI: rows sorted by expert, R of `buffer_rows`.
         weights: the experts' matrices in the Hub's [out, in] order, [E, O, I], or [L, E, O, I] with a `layer`; in the
-            dtype of the rows.
+            dtype of the rows; or, with "blocks", quantised ones, which have no gradient.
         sizes_E: int32, rows of each expert. Rows past their sum are the buffer's unused end.
         backend: one of `BACKENDS`.
         layer: int32 []; which of the stacked layers, where nothing is differentiated. None where they are not stacked.
@@ -58,21 +59,21 @@ def grouped_matmul(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped_matmul(
-    rows_RI: jax.Array, weights_EOI: jax.Array, sizes_E: jax.Array, backend: GroupedMatmul
-) -> jax.Array:
+def _grouped_matmul(rows_RI: jax.Array, weights_EOI: Weight, sizes_E: jax.Array, backend: GroupedMatmul) -> jax.Array:
     with matmul_precision(rows_RI.dtype):
         return _module(backend).ragged(rows_RI, weights_EOI, sizes_E, transposed=True)
 
 
-def _forward(rows_RI: jax.Array, weights_EOI: jax.Array, sizes_E: jax.Array, backend: GroupedMatmul):
+def _forward(rows_RI: jax.Array, weights_EOI: Weight, sizes_E: jax.Array, backend: GroupedMatmul):
     return _grouped_matmul(rows_RI, weights_EOI, sizes_E, backend), (rows_RI, weights_EOI, sizes_E)
 
 
-def _backward(backend: GroupedMatmul, saved: tuple[jax.Array, jax.Array, jax.Array], gradient_RO: jax.Array):
+def _backward(backend: GroupedMatmul, saved: tuple[jax.Array, Weight, jax.Array], gradient_RO: jax.Array):
     rows_RI, weights_EOI, sizes_E = saved
     with matmul_precision(rows_RI.dtype):
         of_rows_RI = _module(backend).ragged(gradient_RO, weights_EOI, sizes_E, transposed=False)
+        if isinstance(weights_EOI, Quantised):
+            return of_rows_RI.astype(rows_RI.dtype), None, None
         of_weights_EOI = _module(backend).outer(gradient_RO, rows_RI, sizes_E)
     return of_rows_RI.astype(rows_RI.dtype), of_weights_EOI.astype(weights_EOI.dtype), None
 

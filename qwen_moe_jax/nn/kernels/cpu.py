@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qwen_moe_jax.nn.quantised import Quantised, Weight
+
 #: I is a multiple of this.
 LANES = 16
 #: Numbers of all matrices of a product, from which on a call of a C function costs little.
@@ -34,15 +36,34 @@ def is_available(format: str, inputs: int) -> bool:
     return platform == "cpu" and inputs % LANES == 0 and _target(format) is not None
 
 
-def reads_in_place(dtype: jax.typing.DTypeLike, weights: Sequence[jax.Array]) -> bool:
+def reads_in_place(dtype: jax.typing.DTypeLike, weights: Sequence[Weight]) -> bool:
     """Whether activations of a dtype should be multiplied with these stacks [..., O, I] by `picked_matmul`.
 
-    Not if the matrices are small, nor if they are to be cast to the dtype first.
+    Not if the matrices are small, nor if they are stored in several formats, or are to be cast to the dtype first.
     """
     numbers = sum(weight.shape[-2] * weight.shape[-1] for weight in weights)
-    return numbers >= WORTH_A_CALL and all(
-        weight.dtype == dtype and is_available(weight.dtype.name, weight.shape[-1]) for weight in weights
+    return (
+        numbers >= WORTH_A_CALL
+        and len({format_of(weight) for weight in weights}) == 1
+        and all(
+            (isinstance(weight, Quantised) or weight.dtype == dtype)
+            and is_available(format_of(weight), weight.shape[-1])
+            for weight in weights
+        )
     )
+
+
+def format_of(weight: Weight) -> str:
+    """The name of a stored weight's format in `formats.FORMATS`, if it is there."""
+    if not isinstance(weight, Quantised):
+        return weight.dtype.name
+    return "int8" if weight.bits == 8 else f"int4_{weight.shape[-1] // weight.scales.shape[-2]}"
+
+
+def arrays_of(weight: Weight) -> tuple[jax.Array, ...]:
+    """The arrays [M, …] of stacked matrices [..., O, I], for `picked_matmul`."""
+    arrays = jax.tree.leaves(weight)
+    return tuple(array.reshape(-1, *array.shape[-2:]) for array in arrays)
 
 
 def picked_matmul(

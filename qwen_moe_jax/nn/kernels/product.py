@@ -50,7 +50,7 @@ def _write_block(
     sums = [[[Variable(code, FLOATS, zeros) for _ in range(count)] for _ in range(rows)] for _ in range(copies)]
 
     def add(column: Int, copy: int) -> None:
-        weights = [format.read(code, arrays, first + number, column, inputs) for number in range(count)]
+        weights = [format.read(code, arrays, first + number, column, inputs, width) for number in range(count)]
         for row in range(rows):
             x_row = code.read(x + (inputs * row + column) * 4, kind=FLOATS)
             for number in range(count):
