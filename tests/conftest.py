@@ -27,6 +27,8 @@ import pytest
 
 from tests.marks import mark
 
+jax.devices()  # starts the eight: else a plan for simulated devices, asked first, starts a number of its own
+
 
 def pytest_collection_modifyitems(items):
     for item in items:

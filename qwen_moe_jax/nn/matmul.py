@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.nn.quantised import Quantised, Weight, quantised_einsum
-from qwen_moe_jax.sharding.rules import gather_for_compute
+from qwen_moe_jax.sharding.rules import gather_for_matmul
 
 #: The name that remat policies know these products by.
 WEIGHT_MATMUL = "weight_matmul"
@@ -50,7 +50,7 @@ def weight_einsum(
     def multiply(x: jax.Array, weight: Weight) -> jax.Array:
         if isinstance(weight, Quantised):
             return quantised_einsum(letters, x, weight.gathered(axes), out, preferred_element_type)
-        used = gather_for_compute(weight.astype(x.dtype), *axes)
+        used = gather_for_matmul(weight.astype(x.dtype), *axes)
         return jnp.einsum(letters, x, used, out_sharding=out, preferred_element_type=preferred_element_type)
 
     return checkpoint_name(multiply(x, weight), WEIGHT_MATMUL)

@@ -46,7 +46,7 @@ def collectives_of(module: Module, mesh: Mapping[str, int], platform: str) -> tu
 
 def _collective(module: Module, run: Run, mesh: Mapping[str, int], platform: str) -> Collective | None:
     instruction = run.instruction
-    kind = instruction.opcode.removesuffix("-start")
+    kind = "reduce-scatter" if _scatters(run) else instruction.opcode.removesuffix("-start")
     if kind not in _KINDS:
         return None
     if kind == "collective-permute":
@@ -83,6 +83,17 @@ def _collective(module: Module, run: Run, mesh: Mapping[str, int], platform: str
         widened_from=narrower,
         source=instruction.source,
     )
+
+
+def _scatters(run: Run) -> bool:
+    """Whether it is an all-reduce of which each device takes its slice in the same fusion.
+
+    libtpu's compiler writes its reduce-scatters so, padded where shards are not whole tiles.
+    """
+    if not (run.fused and run.instruction.opcode == "all-reduce"):
+        return False
+    root = next((one for one in run.computation.values() if one.root), None)
+    return root is not None and root.opcode == "dynamic-slice" and root.operands[0] == run.instruction.name
 
 
 def replica_groups(instruction: Instruction, devices: int) -> list[list[int]]:

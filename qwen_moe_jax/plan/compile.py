@@ -38,7 +38,7 @@ from qwen_moe_jax.plan.result import (
 from qwen_moe_jax.plan.roofline import roofline_of
 from qwen_moe_jax.plan.targets import TargetRequest
 from qwen_moe_jax.sharding.mesh import AXES, make_mesh
-from qwen_moe_jax.sharding.rules import mesh_axes
+from qwen_moe_jax.sharding.rules import BATCH, mesh_axes
 from qwen_moe_jax.text import format_mesh
 
 
@@ -119,7 +119,8 @@ def plan_step(step: Step, request: TargetRequest, mesh: Mesh) -> Plan:
     program_flops: float | None = None
     roofline: Roofline | None = None
     if compiled is not None:
-        module = Module(compiled.as_text() or "", layer_repeats(step.config), step.open_loop_times)
+        text, balanced = compiled.as_text() or "", balanced_rows(step, sizes)
+        module = Module(text, layer_repeats(step.config), step.open_loop_times, balanced)
         collectives = collectives_of(module, sizes, request.platform)
         flops = module.matmul_flops()
         program_flops = None if flops is None else flops * target.devices
@@ -190,6 +191,14 @@ def group_of(name: str, tree: Any) -> Group:
 def layer_repeats(config: ModelConfig) -> frozenset[int]:
     """Trip counts of the scans over layers. A scan of a single step is no loop."""
     return frozenset(segment.repeats for segment in plan_segments(config.layers) if segment.repeats > 1)
+
+
+def balanced_rows(step: Step, mesh: Mapping[str, int]) -> int | None:
+    """Rows of one device's experts at a balanced load; None without experts."""
+    if step.config.moe is None:
+        return None
+    tokens = step.work.rows * step.work.tokens_per_row // step.work.accumulation_steps
+    return tokens * step.config.moe.num_experts_per_tok // math.prod(mesh[axis] for axis in BATCH)
 
 
 def _compile(

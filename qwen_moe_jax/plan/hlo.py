@@ -1,8 +1,8 @@
 """Parser of a compiled program's text: its instructions, how often each runs, and the FLOPs of its matrix products.
 
 XLA's own cost analysis counts the body of a loop once and says nothing of GPUs; here a loop's body counts as often as
-it runs. Rounds in which `dropless` serves rows beyond its buffers count as none, as with a balanced load. Shapes in the
-text are those of one device.
+it runs. `dropless` counts as with a balanced load: no rounds for rows beyond its buffers, and of these the rows that
+are filled. Shapes in the text are those of one device.
 """
 
 import dataclasses
@@ -37,6 +37,9 @@ _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 #: scores and the gradient of weights, again in both kernels; by these the gradient of queries, or of keys and values.
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 _SPLASH = re.compile(rf"{PRODUCT_FLOPS}(\d+).*\bsplash_mha_({'|'.join(_SPLASH_PRODUCTS)})_")
+
+#: The source of a TPU's grouped products, whose kernels pass over tiles without rows.
+_GROUPED = re.compile(r"\bjit\(t?gmm\)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,13 +137,22 @@ class Module:
         layer_repeats: the trip counts of the scans over layers, by which they are recognised.
         open_loop_times: the trip count of an outermost loop whose end depends on data: 1 where one of its iterations is
             the step. None: not known.
+        balanced_rows: that the experts of a device have at a balanced load, each time they are multiplied. None takes
+            buffers as filled.
     """
 
-    def __init__(self, text: str, layer_repeats: frozenset[int] = frozenset(), open_loop_times: int | None = None):
+    def __init__(
+        self,
+        text: str,
+        layer_repeats: frozenset[int] = frozenset(),
+        open_loop_times: int | None = None,
+        balanced_rows: int | None = None,
+    ):
         self.computations: dict[str, dict[str, Instruction]] = {}
         self._entry = ""
         self._layer_repeats = layer_repeats
         self._open_loop_times = open_loop_times
+        self._balanced_rows = balanced_rows
         current: dict[str, Instruction] = {}
         for line in _whole_lines(text):
             if line.endswith("{") and not line.startswith(" ") and (head := _HEAD.match(line)):
@@ -232,7 +244,7 @@ class Module:
     def _custom_flops(self, run: Run) -> float | None:
         instruction = run.instruction
         if stated := re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.attributes):
-            return float(stated[1])
+            return float(stated[1]) * self._filled(run)[1]
         if splash := _SPLASH.search(instruction.source):
             return float(splash[1]) * _SPLASH_PRODUCTS[splash[2]]
         target = instruction.attribute("custom_call_target") or ""
@@ -244,6 +256,21 @@ class Module:
             axes = [int(axis) for axis in re.findall(r"\d+", summed[1])]
             return 2.0 * math.prod(instruction.results[0].shape) * math.prod(left.shape[axis] for axis in axes)
         return None if "triton" in target or "tpu_custom_call" in target else 0.0
+
+    def _filled(self, run: Run) -> tuple[int, float]:
+        """The rows of a grouped product's buffer, and the share of them in tiles that are multiplied; (0, 1) of others.
+
+        The kernel's operands are the number of tiles that have rows, the experts' first rows [E + 1], for each tile
+        that may be needed its expert and its rows, and the matrices. Where an expert ends within a tile, the tile is
+        multiplied once more for the next one.
+        """
+        if self._balanced_rows is None or not _GROUPED.search(run.instruction.source):
+            return 0, 1.0
+        _, starts, tiles, *rest = self.operand_arrays(run)
+        rows = next(array.shape[0] for array in rest if len(array.shape) == 2)
+        experts = starts.shape[0] - 1
+        tile = rows // (tiles.shape[0] - experts + 1)
+        return rows, min(1.0, (self._balanced_rows + (experts - 1) * tile) / rows)
 
     def memory_bytes(self) -> float:
         """Bytes that a device's instructions read and write in a step, a fusion as one instruction.
@@ -273,12 +300,19 @@ class Module:
             return 2 * sum(array.traffic for array in update.results) if update else 0
         if instruction.opcode == "fusion":
             return self._moved_by_fusion(instruction)
-        stacked = instruction.opcode == "custom-call" and run.layers
+        if instruction.opcode != "custom-call":
+            return written + sum(array.traffic for array in self.operand_arrays(run))
+        rows, share = self._filled(run)
+
+        def counted(array: Array) -> int:
+            return int(array.traffic * share) if array.shape[:1] == (rows,) else array.traffic
+
+        moved = sum(map(counted, instruction.results))
         for name in instruction.operands:
             for array in computation[name].results if name in computation else ():
-                whole = stacked and array.shape and array.shape[0] % run.layers == 0 and _is_carried(run, name)
-                written += array.traffic // run.layers if whole else array.traffic
-        return written
+                layer = run.layers and array.shape and array.shape[0] % run.layers == 0 and _is_carried(run, name)
+                moved += array.traffic // run.layers if layer else counted(array)
+        return moved
 
     def _moved_by_fusion(self, fusion: Instruction) -> int:
         fused = self.computations.get(_bare(fusion.attribute("calls")), {})

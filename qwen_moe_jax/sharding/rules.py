@@ -175,14 +175,61 @@ def all_gather_weight(weight: jax.Array, spec: P, axes: Sequence[str]) -> jax.Ar
         axes: its logical axes.
     """
     for dimension, (entry, axis) in enumerate(zip(spec, axes, strict=True)):
-        if over := _to_gather(entry, axis):
-            weight = jax.lax.all_gather(weight, over, axis=dimension, tiled=True)
+        for name in reversed(_to_gather(entry, axis)):  # one after the other: see `_gathers`
+            weight = jax.lax.all_gather(weight, name, axis=dimension, tiled=True)
     return weight
 
 
 def gather_for_compute(weight: jax.Array, *axes: str) -> jax.Array:
     """Gathers a stored weight for the layer that multiplies with it (the all-gather of fully sharded training)."""
+    entries = [mesh_axes(entry) for entry in spec_of(weight)]
+    for dimension, name in _gathers(spec_of(weight), axes):
+        entries[dimension] = entries[dimension][: entries[dimension].index(name)]
+        weight = jax.sharding.reshard(weight, P(*map(_entry, entries)))
     return jax.sharding.reshard(weight, partition_spec(axes))
+
+
+def gather_for_matmul(weight: jax.Array, *axes: str) -> jax.Array:
+    """`gather_for_compute` for a weight that is multiplied with activations sharded over `BATCH`.
+
+    The type of the result says that the devices hold the same (`reduced`), and so that of its gradient says that they
+    hold parts to be summed (`unreduced`): the gradient reaches the shards by reduce-scatters. From a replicated weight
+    it would come back replicated, by an all-reduce of twice the bytes, which only some of XLA's compilers improve.
+    Axes of the batch that it is not sharded over are summed last, when only shards are left.
+    """
+    spec, wanted = spec_of(weight), partition_spec(axes)
+    summed = set(BATCH) - {name for entry in wanted for name in mesh_axes(entry)}
+    gathers = _gathers(spec, axes)
+
+    def gather(shard: jax.Array) -> jax.Array:
+        for dimension, name in gathers:
+            shard = jax.lax.all_gather(shard, name, axis=dimension, tiled=True, to="reduced")
+        return shard
+
+    before = P(*spec, reduced=summed - {name for entry in spec for name in mesh_axes(entry)})
+    weight = jax.sharding.reshard(weight, before)
+    if gathers:
+        over = {name for _, name in gathers}
+        entries = [tuple(name for name in mesh_axes(entry) if name not in over) for entry in spec]
+        after = P(*map(_entry, entries), reduced=before.reduced | over)
+        weight = jax.shard_map(gather, in_specs=before, out_specs=after)(weight)
+    return jax.sharding.reshard(weight, P(*wanted, reduced=summed))
+
+
+def _gathers(spec: P, axes: Sequence[str]) -> list[tuple[int, str]]:
+    """Over which mesh axes a weight is gathered, one after the other: (dimension, mesh axis), the minor ones first.
+
+    One all-gather over several mesh axes is no ring in a TPU's network: libtpu's compiler makes it an all-reduce of
+    twice the bytes, where one axis after the other sends little more than once what arrives. Mesh axes of one device
+    are left out, and dimensions that no axes after those of the layer's arithmetic are to be gathered of.
+    """
+    size = jax.sharding.get_abstract_mesh().shape
+    found = []
+    for dimension, (entry, wanted) in enumerate(zip(spec, partition_spec(axes), strict=True)):
+        stored, kept = mesh_axes(entry), mesh_axes(wanted)
+        if stored[: len(kept)] == kept:
+            found += [(dimension, name) for name in reversed(stored[len(kept) :]) if size[name] > 1]
+    return found
 
 
 def _num_shards(axis: str, table: Mapping[str, tuple[str, ...]], mesh: Mesh) -> int:

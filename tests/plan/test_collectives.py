@@ -74,3 +74,45 @@ def test_a_loop_that_does_not_say_is_not_guessed():
     [gather] = collectives_of(Module(text), MESH, "tpu")
     assert gather.count is None and Module(text).matmul_flops() is None
     assert collectives_of(Module(text, open_loop_times=1), MESH, "tpu")[0].count == 1
+
+
+def test_an_all_reduce_sliced_in_its_fusion_is_a_reduce_scatter():
+    text = """HloModule x
+
+%fused (x.1: f32[30,16]) -> f32[8,16] {
+  %x.1 = f32[30,16]{1,0} parameter(0)
+  %zero.1 = f32[] constant(0)
+  %padded = f32[32,16]{1,0} pad(%x.1, %zero.1), padding=0_2x0_0
+  %r = f32[32,16]{1,0} all-reduce(%padded), replica_groups=[2,4]<=[8], to_apply=%add
+  %i = s32[] constant(0)
+  ROOT %own = f32[8,16]{1,0} dynamic-slice(%r, %i, %i), dynamic_slice_sizes={8,16}
+}
+
+ENTRY %main (a: f32[30,16]) -> f32[8,16] {
+  %a = f32[30,16]{1,0} parameter(0)
+  %whole = f32[30,16]{1,0} all-reduce(%a), replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %out = f32[8,16]{1,0} fusion(%whole), kind=kCustom, calls=%fused
+}
+"""
+    found = {one.kind: one.bytes for one in collectives_of(Module(text), MESH, "tpu")}
+    assert found == {"all-reduce": 2 * 30 * 16 * 4 * 3 // 4, "reduce-scatter": 32 * 16 * 4 * 3 // 4}
+
+
+def test_a_grouped_product_counts_the_tiles_that_a_balanced_load_fills():
+    text = """HloModule x
+
+ENTRY %main (n: s32[], first: s32[5], tiles: s32[19], x: bf16[2048,64], w: bf16[4,32,64]) -> bf16[2048,32] {
+  %n = s32[] parameter(0)
+  %first = s32[5]{0} parameter(1)
+  %tiles = s32[19]{0} parameter(2)
+  %x = bf16[2048,64]{1,0} parameter(3)
+  %w = bf16[4,32,64]{2,1,0} parameter(4)
+  ROOT %y = bf16[2048,32]{1,0} custom-call(%n, %first, %tiles, %x, %w), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(step)/jit(gmm)/pallas_call"}, backend_config={"cost_estimate":{"flops":"8388608"}}
+}
+"""
+    filled = (1024 + 3 * 128) / 2048  # 16 tiles of 128 rows, and three that are multiplied for two experts
+    module, whole = Module(text, balanced_rows=1024), Module(text)
+    assert whole.matmul_flops() == 8388608 and module.matmul_flops() == 8388608 * filled
+    rows, others = 2048 * (64 + 32) * 2, 4 * 32 * 64 * 2 + (1 + 5 + 19) * 4
+    assert whole.memory_bytes() == rows + others and module.memory_bytes() == rows * filled + others

@@ -84,12 +84,13 @@ def test_the_exchange_sends_what_theory_says(capacity):
     assert sum(one.count for one in sent) == 4 * LAYERS
 
 
-def test_gradients_of_experts_are_summed_over_data_alone(capacity):
+def test_gradients_are_summed_over_data_as_shards(capacity):
     whole = EXPERTS // 4 * 32 * WIDTH * 4  # one matrix of a device's experts in a layer
+    dense = (4 * WIDTH + EXPERTS) * WIDTH * 4 // 4  # a device's shards of the attention's four and of the router's
     [summed] = [
         one for one in capacity.collectives if one.kind == "all-reduce" and one.axes == ("data",) and one.in_layers
     ]
-    assert summed.bytes_per_step == 2 * (3 * whole) // 2 * LAYERS
+    assert summed.bytes_per_step == 2 * (3 * whole + dense) // 2 * LAYERS
 
 
 def test_flops_are_the_models_where_nothing_is_added():

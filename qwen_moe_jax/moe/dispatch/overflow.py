@@ -58,7 +58,7 @@ def _rounds(serve, integers, x_TD, weights_TA, arrays):
     def add(state):
         turn, sum_TD = state
         served_TD = serve(turn, experts_TA, fixed, x_TD, weights_TA, arrays)
-        return turn + 1, sum_TD + served_TD.astype(sum_TD.dtype)
+        return turn + 1, sum_TD + jax.lax.optimization_barrier(served_TD).astype(sum_TD.dtype)
 
     start = jnp.int32(1), jnp.zeros(x_TD.shape, jnp.result_type(x_TD, weights_TA))
     with jax.named_scope(SCOPE):
@@ -76,7 +76,9 @@ def _rounds_backward(serve, saved, gradients):
     def add(state):
         turn, sums = state
         served_TD, pull = jax.vjp(lambda *inputs: serve(turn, experts_TA, fixed, *inputs), x_TD, weights_TA, arrays)
-        parts = pull(of_served_TD.astype(served_TD.dtype))
+        # XLA would move the reductions over the mesh out of the loop, to its end: there they run in every step, over
+        # sums of zeros where no round was needed. It does not move them past a barrier.
+        parts = jax.lax.optimization_barrier(pull(of_served_TD.astype(served_TD.dtype)))
         return turn + 1, jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, parts)
 
     # Tokens' gradients are small: float32 costs nothing. Those of weights are kept in their own dtype.
