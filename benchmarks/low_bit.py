@@ -75,7 +75,7 @@ def step_seconds(models: dict[str, qmj.CausalLM], batch: int, rounds: int) -> di
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def decoding(batches: list[int], rounds: int) -> None:
+def decoding(batches: list[int], rounds: int, formats: list[str]) -> None:
     """Prints a row for each batch and format."""
     speed = bandwidth()
     print(f"bandwidth {speed / 1e9:.1f} GB/s, load {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores")
@@ -83,7 +83,7 @@ def decoding(batches: list[int], rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = qmj.ModelConfig.from_pretrained(mixture.HUB_CONFIG)
         qmj.save_pretrained(qmj.CausalLM(config, rngs=0), folder)
-        models = {name: qmj.from_pretrained(folder, **settings) for name, settings in FORMATS.items()}
+        models = {name: qmj.from_pretrained(folder, **FORMATS[name]) for name in formats}
     for batch in batches:
         for name, seconds in step_seconds(models, batch, rounds).items():
             whole, read = bytes_of_step(models[name], batch)
@@ -112,11 +112,12 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="a finished run, in place of decoding")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=[*FORMATS], help="of decoding")
     arguments = parser.parse_args()
     if arguments.run is not None:
         losses(arguments.run)
     else:
-        decoding(arguments.batch, arguments.rounds)
+        decoding(arguments.batch, arguments.rounds, arguments.formats)
 
 
 if __name__ == "__main__":

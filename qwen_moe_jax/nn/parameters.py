@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from qwen_moe_jax.config import ShardingRules
 from qwen_moe_jax.config.weights import WeightFormat
+from qwen_moe_jax.errors import ShardingError
 from qwen_moe_jax.nn.quantised import Quantised, QuantisedMatrix, QuantisedParam, quantise, quantised_shapes, scale_axes
 from qwen_moe_jax.sharding.rules import padded_shape, parameter_sharding
 
@@ -90,7 +91,10 @@ class ParameterFactory:
 
     def _part(self, name: str, array: jax.ShapeDtypeStruct, axes: tuple[str, ...], numbers: int) -> QuantisedParam:
         """An abstract parameter, not padded, that stores so many weights."""
-        sharding = parameter_sharding(name, array.shape, axes, self.mesh, self.rules)
+        try:
+            sharding = parameter_sharding(name, array.shape, axes, self.mesh, self.rules)
+        except ShardingError as error:
+            raise ShardingError(f"{error} A smaller weights_group_size makes more groups of int4.") from None
         stored = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
         return QuantisedParam(stored, axes=axes, spec=sharding.spec, unpadded_shape=array.shape, numbers=numbers)
 

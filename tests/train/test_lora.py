@@ -121,3 +121,30 @@ def test_the_table_of_adapters_reads_as_it_is_written():
     tables = {"model": {"model_type": "qwen3"}, "lora": {"r": 8, "target_modules": ["q_proj", "experts"]}}
     settings = build_config(tables, ["--lora.lora_alpha=16"], source="a test").lora
     assert (settings.r, settings.lora_alpha, settings.target_modules) == (8, 16.0, ("q_proj", "experts"))
+
+
+def test_a_run_trains_adapters_over_int4_and_exports_them_over_the_floats(runs, tmp_path):
+    """QLoRA: `hub/` is the base in float32 with the adapter added, not the rounded weights."""
+    config, base, _, _ = runs
+    settings = "--execution.weights=int4", "--execution.weights_group_size=16", "--run.max_steps=2"
+    code, _, complaint = start(config, tmp_path / "run", *settings)
+    assert code == 0, complaint
+    [start_of] = [record["start"] for record in metrics(tmp_path / "run") if "start" in record]
+    assert start_of["trained_parameters"] == 2 * (2 * (32 + 32) + 4 * 3 * 2 * (32 + 16))
+    merged = qmj.from_pretrained(base, adapter=tmp_path / "run" / "adapter")
+    qmj.merge_lora(merged)
+    exported = dict(hub_arrays(qmj.from_pretrained(tmp_path / "run" / "hub")))
+    for name, array in hub_arrays(merged):
+        assert_near(exported[name], array, 1e-6, name)
+
+
+@pytest.mark.parametrize(
+    ("tables", "expected"),
+    [
+        ({"execution": {"weights": "int4"}}, "execution.weights.*without a .lora. table"),
+        ({"execution": {"weights": "int3"}}, "execution.weights.*int8"),
+    ],
+)
+def test_integers_without_adapters_are_refused(tables, expected):
+    with pytest.raises(qmj.ConfigError, match=expected):
+        build_config({"model": {"model_type": "qwen3"}} | tables, [], source="a test")
