@@ -4,9 +4,11 @@ Compiles one SwiGLU block of Qwen3-30B-A3B's experts for 8192 tokens, by `groupe
 and its attention for one row of 4096 tokens, in blocks and by splash, and prints what XLA says of each program. Nothing
 runs, so there are no times. The extras `plan` and `plan-gpu` bring the compilers for TPUs and for NVIDIA GPUs; a target
 whose compiler is missing is named and left out. `python benchmarks/compile_kernels.py attention` compiles attention
-alone, `experts` the experts.
+alone, `experts` the experts, `rule` the gated delta rule of Qwen3.5-35B-A3B for a row as long, and
+`rule:tpu:v6e:2x2:64` for another TPU and number of value heads.
 """
 
+import functools
 import math
 import re
 import sys
@@ -18,6 +20,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.attention_kernels.blockwise import Blocks, attend_in_blocks
+from qwen_moe_jax.attention_kernels.delta_rule import chunk_gated_delta_rule, chunk_size_for
+from qwen_moe_jax.attention_kernels.delta_rule_tpu import pallas_gated_delta_rule
 from qwen_moe_jax.attention_kernels.splash import LANES, attend_by_splash
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.moe.kernels import nvidia, tpu
@@ -169,6 +173,48 @@ def attention() -> None:
             )
 
 
+def compile_rule(device: jax.Device, rule: Callable, value_heads: int, backward: bool) -> jax.stages.Compiled:
+    """One row of the gated delta rule by 16 key heads, all heads of 128, and the gradients of its inputs."""
+
+    def run(q, k, v, g, beta, ids):
+        if not backward:
+            return rule(q, k, v, g, beta, ids, None)[0]
+        out, pull = jax.vjp(lambda *inputs: rule(*inputs, ids, None)[0], q, k, v, g, beta)
+        return out, pull(out)
+
+    _, array = alone(device)
+    keys, values, numbers = array(1, T, 16, 128), array(1, T, value_heads, 128), array(1, T, value_heads)
+    decays, ids = array(1, T, value_heads, dtype=jnp.float32), array(1, T, dtype=jnp.int32)
+    return jax.jit(run).lower(keys, keys, values, decays, numbers, ids).compile()
+
+
+def rule(target: str = "tpu:v5p:2x2x1", value_heads: str = "32") -> None:
+    """Prints the table of the gated delta rule; of fusions, the time that the compiler estimates at 1.75 GHz."""
+    try:
+        device = parse_target(target).devices()[0]
+    except ConfigError as error:
+        print(f"\n{target}: left out; {error}")
+        return
+    print(f"jax {jax.__version__}; bfloat16, {T} tokens, 16 key and {value_heads} value heads of 128; {target}\n")
+    print("| method | pass | kernels | GFLOPs of products | GB read and written | fusions, ms | temporaries, MiB |")
+    print("|---|---|---|---|---|---|---|")
+    in_chunks = functools.partial(chunk_gated_delta_rule, chunk_size=chunk_size_for("tpu"))
+    for method, one in (("chunks", in_chunks), ("pallas", pallas_gated_delta_rule)):
+        for name, backward in (("forward", False), ("forward + backward", True)):
+            compiled = compile_rule(device, one, int(value_heads), backward)
+            module, cycles = Module(compiled.as_text()), 0.0
+            for run in module.runs:
+                estimate = re.search(r'"estimated_cycles":"(\d{1,14})"', run.instruction.attributes)
+                if estimate and not run.fused:
+                    cycles += int(estimate[1]) * (run.times or 0)
+            print(
+                f"| {method} | {name} | {kernels(compiled)} | {module.matmul_flops() / 1e9:.1f} | "
+                f"{module.memory_bytes() / 1e9:.2f} | {cycles / 1.75e6:.2f} | "
+                f"{compiled.memory_analysis().temp_size_in_bytes / 2**20:.0f} |",
+                flush=True,
+            )
+
+
 def experts() -> None:
     """Prints a table of the experts for each target."""
     print(f"jax {jax.__version__}; bfloat16, {ROWS} rows, D {D}, F {F}, E {E}")
@@ -196,5 +242,7 @@ def experts() -> None:
 
 
 if __name__ == "__main__":
-    for part in sys.argv[1:] or ("experts", "attention"):
-        {"experts": experts, "attention": attention}[part]()
+    for part in sys.argv[1:] or ("experts", "attention", "rule"):
+        name, _, settings = part.partition(":")
+        target, _, heads = settings.rpartition(":")
+        {"experts": experts, "attention": attention, "rule": rule}[name](*filter(None, (target, heads)))

@@ -1,1 +1,1 @@
-"""Attention and the gated delta rule as pure functions on one device's arrays, by XLA and by JAX's splash kernels."""
+"""Attention and the gated delta rule as pure functions on one device's arrays, by XLA and by Pallas kernels."""

@@ -197,7 +197,7 @@ def _backward(length: int, saved, gradients):
         of_inputs = jax.tree.map(lambda x, part: _with_chunk(x, part, index), of_inputs, of_chunk)
         return (of_state_BKHGP, of_inputs), None
 
-    runs = _runs(run_BT, length)
+    runs = chunk_runs(run_BT, length)
     chunks = np.arange(runs.run_nBC.shape[0]), runs, states_nBKHGP
     start = of_state_BKHGP, jax.tree.map(jnp.zeros_like, all_inputs)
     with matmul_precision(jnp.float32):
@@ -220,7 +220,7 @@ def _over_chunks(inputs: _Inputs, run_BT: jax.Array, state_BKHGP: jax.Array, len
         out_BnCKGP = _with_chunk(out_BnCKGP, out_BCKGP.astype(inputs.v_BTKGP.dtype), index)
         return (after_BKHGP, out_BnCKGP), state_BKHGP if keep_states else None
 
-    runs = _runs(run_BT, length)
+    runs = chunk_runs(run_BT, length)
     start = state_BKHGP, jnp.zeros_like(all_inputs.v_BTKGP)
     with matmul_precision(jnp.float32):
         chunks = np.arange(runs.run_nBC.shape[0]), runs
@@ -301,7 +301,7 @@ def _by_value_head(state_BKGHP: jax.Array) -> jax.Array:
     return state_BKGHP.reshape(batch, key_heads * shared, *sizes)
 
 
-def _runs(run_BT: jax.Array, length: int) -> _Runs:
+def chunk_runs(run_BT: jax.Array, length: int) -> _Runs:
     """The runs in chunks. The state before the first chunk is of run 0, others of the last run so far."""
     batch, tokens = run_BT.shape
     count = -(-tokens // length)

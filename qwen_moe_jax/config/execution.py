@@ -21,6 +21,7 @@ DropPolicy = Literal["position", "probs"]
 Exchange = Literal["all_gather", "all_to_all", "ragged_all_to_all"]
 GroupedMatmul = Literal["blocks", "megablox", "triton"]
 Attention = Literal["blocks", "splash"]
+LinearAttention = Literal["chunks", "pallas"]
 RoutingMode = Literal["learned", "balanced"]
 Remat = Literal["none", "full", "dots", "exchange"]
 
@@ -71,6 +72,9 @@ class ExecutionConfig:
         attention_block: tokens of the longest block of queries and of keys whose scores exist at a time, for "splash"
             128 at least (and 1024 at most on a v5p: scores of 2048 do not fit into its vector memory). None takes 128
             on CPUs and 512 elsewhere.
+        linear_attention: the kernel of the gated delta rule over more than one token: chunks (any device), matmuls in
+            XLA's operations, or pallas (TPU, bfloat16 or float32, head sizes in multiples of 128), a kernel that keeps
+            states and chunks in on-chip memory. None takes pallas where it runs.
         remat: what the backward pass recomputes, per layer: none, full (the whole layer from its input), exchange (all
             but what came over the `expert` axis) or dots (all but that, attention and the matmuls with weights).
             Weights gathered over fsdp are gathered again in any case.
@@ -99,6 +103,7 @@ class ExecutionConfig:
     routing: RoutingMode = "learned"
     attention: Attention | None = None
     attention_block: int | None = None
+    linear_attention: LinearAttention | None = None
     remat: Remat = "none"
     sharding: ShardingRules | str = ShardingRules()
 

@@ -2,13 +2,16 @@
 
 import dataclasses
 
-from qwen_moe_jax.config import CapacityBy, Exchange, ExecutionConfig, GroupedMatmul, MoEConfig
+from qwen_moe_jax.config import CapacityBy, Exchange, ExecutionConfig, GroupedMatmul, LinearAttentionConfig, MoEConfig
 from qwen_moe_jax.config.execution import BUFFER_FACTOR
 from qwen_moe_jax.errors import ConfigError, ShardingError
 from qwen_moe_jax.rounding import previous_power_of_two
 
 #: Splash kernels take blocks in multiples of a TPU's vector register.
 SPLASH_MULTIPLE = 128
+
+#: The kernel of the gated delta rule takes heads in multiples of a TPU's matrix unit.
+RULE_MULTIPLE = 128
 
 #: "einsum" is chosen where its masks cost at most this share of the experts' own matmuls.
 EINSUM_SHARE = 1 / 3
@@ -24,7 +27,13 @@ def einsum_cost(group_size: int, moe_intermediate_size: int) -> float:
 
 
 def resolve(
-    execution: ExecutionConfig, moe: MoEConfig | None, *, expert_shards: int, platform: str, training: bool
+    execution: ExecutionConfig,
+    moe: MoEConfig | None,
+    *,
+    expert_shards: int,
+    platform: str,
+    training: bool,
+    linear: LinearAttentionConfig | None = None,
 ) -> ExecutionConfig:
     """The same execution with no setting None.
 
@@ -36,12 +45,14 @@ def resolve(
         expert_shards: size of the mesh axis `expert`.
         platform: of the devices (`jax.Device.platform`).
         training: whether the model is in training mode.
+        linear: linear attention of the model; None where no layer has it.
 
     Raises:
         ShardingError: the exchange needs a collective that CPUs do not have.
         ConfigError: the attention kernels do not run on these devices.
     """
     execution = resolve_attention(execution, platform)
+    execution = resolve_linear_attention(execution, linear, platform)
     if not training:
         execution = dataclasses.replace(execution, capacity_factor=execution.eval_capacity_factor)
     if moe is None:
@@ -109,7 +120,7 @@ def resolve_attention(execution: ExecutionConfig, platform: str) -> ExecutionCon
     Raises:
         ConfigError: the splash kernels do not run on this platform, in this dtype or with such short blocks.
     """
-    kernels = platform == "tpu" and execution.dtype in ("bfloat16", "float32")
+    kernels = _has_tpu_kernels(execution, platform)
     block = execution.attention_block or attention_block(platform)
     attention = execution.attention or ("splash" if kernels and block >= SPLASH_MULTIPLE else "blocks")
     if attention == "splash":
@@ -124,3 +135,34 @@ def resolve_attention(execution: ExecutionConfig, platform: str) -> ExecutionCon
                 "its blocks are multiples: leave it open, or use attention='blocks'."
             )
     return dataclasses.replace(execution, attention=attention, attention_block=block)
+
+
+def resolve_linear_attention(
+    execution: ExecutionConfig, linear: LinearAttentionConfig | None, platform: str
+) -> ExecutionConfig:
+    """The same execution with the kernel of the gated delta rule chosen.
+
+    Args:
+        execution: with its dtype.
+        linear: linear attention of the model; None where no layer has it.
+        platform: of the devices (`jax.Device.platform`).
+
+    Raises:
+        ConfigError: the Pallas kernel does not run on this platform, in this dtype or with heads of these sizes.
+    """
+    kernels = _has_tpu_kernels(execution, platform)
+    sizes = (linear.key_head_dim, linear.value_head_dim) if linear else ()
+    fits = kernels and bool(sizes) and not any(size % RULE_MULTIPLE for size in sizes)
+    chosen = execution.linear_attention or ("pallas" if fits else "chunks")
+    if chosen == "pallas" and sizes and not fits:
+        raise ConfigError(
+            f"linear_attention='pallas' found devices of the platform {platform!r}, dtype={execution.dtype!r} and "
+            f"heads of {sizes[0]} (keys) and {sizes[1]} (values), expected TPUs, bfloat16 or float32, and multiples "
+            f"of {RULE_MULTIPLE}: use 'chunks', which computes the same, or leave it open."
+        )
+    return dataclasses.replace(execution, linear_attention=chosen)
+
+
+def _has_tpu_kernels(execution: ExecutionConfig, platform: str) -> bool:
+    """Whether attention kernels of TPUs run there in the dtype of the execution."""
+    return platform == "tpu" and execution.dtype in ("bfloat16", "float32")

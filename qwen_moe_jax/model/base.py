@@ -198,6 +198,7 @@ class Model(nnx.Module):
             expert_shards=self.mesh.shape["expert"],
             platform=self.mesh.devices.flat[0].platform,
             training=not self.deterministic,
+            linear=self.config.linear_attention,
         )
 
     def require_weights(self) -> None:

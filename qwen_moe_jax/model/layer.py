@@ -78,7 +78,7 @@ class DecoderLayer(nnx.Module):
         """
         normed_BTD = self.input_layernorm(hidden_BTD)
         if self.linear_attn is not None:
-            mixed_BTD, cache = self.linear_attn(normed_BTD, context, cache)
+            mixed_BTD, cache = self.linear_attn(normed_BTD, context, execution, cache)
         else:
             mixed_BTD, cache = self.self_attn(normed_BTD, context, self.sliding_window, execution, cache)
         hidden_BTD = hidden_BTD + mixed_BTD

@@ -20,7 +20,8 @@ from qwen_moe_jax.attention_kernels.delta_rule import (
     chunk_size_for,
     recurrent_gated_delta_rule,
 )
-from qwen_moe_jax.config import LinearAttentionConfig, ModelConfig
+from qwen_moe_jax.attention_kernels.delta_rule_tpu import pallas_gated_delta_rule
+from qwen_moe_jax.config import ExecutionConfig, LinearAttentionConfig, ModelConfig
 from qwen_moe_jax.model.attention import split_heads
 from qwen_moe_jax.model.cache import (
     COLUMNS,
@@ -42,6 +43,8 @@ from qwen_moe_jax.sharding.rules import BATCH, gather_for_compute, require_whole
 
 #: The largest initial decay rate, exp(A_log), as transformers draws it.
 LARGEST_RATE = 16.0
+
+_Rule = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 class GatedDeltaNet(nnx.Module):
@@ -71,13 +74,18 @@ class GatedDeltaNet(nnx.Module):
         self.chunk_size = chunk_size_for(make.mesh.devices.flat[0].platform)
 
     def __call__(
-        self, hidden_BTD: jax.Array, context: TokenContext, cache: LayerCache | None = None
+        self,
+        hidden_BTD: jax.Array,
+        context: TokenContext,
+        execution: ExecutionConfig,
+        cache: LayerCache | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """The layer's output [B, T, D], and the cache with the new tokens, where there is one.
 
         Args:
             hidden_BTD: normalised hidden states.
             context: segments of the tokens.
+            execution: with no setting None.
             cache: of the previous tokens, one text a row. None: all tokens are given.
         """
         with jax.named_scope("linear_attention"):
@@ -90,6 +98,7 @@ class GatedDeltaNet(nnx.Module):
                 b_BTN,
                 a_BTN,
                 context,
+                execution,
                 before,
                 keep_steps=cache is not None and isinstance(cache.stored, RecurrentSteps),
             )
@@ -106,6 +115,7 @@ class GatedDeltaNet(nnx.Module):
         b_BTN: jax.Array,
         a_BTN: jax.Array,
         context: TokenContext,
+        execution: ExecutionConfig,
         before: tuple[jax.Array, jax.Array, jax.Array] | None,
         *,
         keep_steps: bool,
@@ -122,8 +132,8 @@ class GatedDeltaNet(nnx.Module):
         weight_C1W = gather_for_compute(self.conv1d.weight[...], *self.conv1d.axes)
         A_log_N, dt_bias_N = (gather_for_compute(param[...], "heads") for param in (self.A_log, self.dt_bias))
         one_step = before is not None and qkv_BTC.shape[1] == 1
-        mix = _mix_by_steps if keep_steps else functools.partial(_mix, one_step=one_step)
-        local = functools.partial(mix, linear=self.linear, act=ACTIVATIONS[self.act], chunk_size=self.chunk_size)
+        mix = _mix_by_steps if keep_steps else functools.partial(_mix, rule=None if one_step else self._rule(execution))
+        local = functools.partial(mix, linear=self.linear, act=ACTIVATIONS[self.act])
         rows, head = P(BATCH, None, "tensor"), P("tensor")
         given = None if before is None else (STATE, COLUMNS, P(BATCH))
         returned = None if before is None else (STATES if keep_steps else STATE, COLUMNS)
@@ -134,6 +144,12 @@ class GatedDeltaNet(nnx.Module):
             check_vma=False,
         )(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before)
 
+    def _rule(self, execution: ExecutionConfig) -> _Rule:
+        """The gated delta rule over more than one token."""
+        if execution.linear_attention == "pallas":
+            return pallas_gated_delta_rule
+        return functools.partial(chunk_gated_delta_rule, chunk_size=self.chunk_size)
+
 
 class DepthwiseConv(nnx.Module):
     """The weight [C, 1, W] of a causal convolution of every channel by itself, in torch's layout, without a bias."""
@@ -143,17 +159,15 @@ class DepthwiseConv(nnx.Module):
         self.weight = make.normal(f"{name}.weight", (channels, 1, taps), self.axes)
 
 
-def _mix(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before, *, linear, act, chunk_size, one_step):
-    """`GatedDeltaNet._mixed` on one device's arrays."""
+def _mix(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before, *, linear, act, rule: _Rule | None):
+    """`GatedDeltaNet._mixed` on one device's arrays; `rule` is that over several tokens, None for one."""
     state_BNHH, columns_BWC, new_B = (None, None, None) if before is None else before
     qkv_BTC, columns_BWC = causal_conv1d(qkv_BTC, weight_C1W[:, 0].astype(qkv_BTC.dtype), ids_BT, columns_BWC)
     q_BTKH, k_BTKH, v_BTNH = _by_head(act(qkv_BTC), linear)
     beta_BTN = jax.nn.sigmoid(b_BTN)
     time_BTN = jax.nn.softplus(a_BTN.astype(jnp.float32) + dt_bias_N.astype(jnp.float32))
     log_decay_BTN = -jnp.exp(A_log_N.astype(jnp.float32)) * time_BTN
-    rule: Callable[..., tuple[jax.Array, jax.Array]]
-    rule = functools.partial(chunk_gated_delta_rule, chunk_size=chunk_size)
-    if one_step:
+    if rule is None:
         rule = functools.partial(recurrent_gated_delta_rule, new_B=new_B)
     elif before is not None:
         state_BNHH = jnp.where(new_B[:, None, None, None], 0, state_BNHH)
@@ -161,13 +175,12 @@ def _mix(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before, 
     return mixed_BTNH, None if before is None else (state_BNHH, columns_BWC)
 
 
-def _mix_by_steps(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before, *, linear, act, chunk_size):
+def _mix_by_steps(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before, *, linear, act):
     """`_mix` token by token; instead of the last state, the state [B, T, N, H, H] after each, and the inputs."""
     mixed, states, rest = [], [], (weight_C1W, A_log_N, dt_bias_N)
-    settings = {"linear": linear, "act": act, "chunk_size": chunk_size}
     for token in range(qkv_BTC.shape[1]):
         qkv, b, a, ids = (x[:, token : token + 1] for x in (qkv_BTC, b_BTN, a_BTN, ids_BT))
-        mixed_B1NH, after = _mix(qkv, b, a, ids, *rest, before, one_step=True, **settings)
+        mixed_B1NH, after = _mix(qkv, b, a, ids, *rest, before, linear=linear, act=act, rule=None)
         before = (*after, before[2] & (ids[:, 0] == 0))
         mixed.append(mixed_B1NH)
         states.append(after[0])
