@@ -253,7 +253,7 @@ def _backward_kernel(
 
     chunk, real = _read(sizes, q, k, v, g, beta, states[0, 0]), _column(runs[0, 0, 0:1]) >= 0
     of_results = tuple(jnp.where(real, x, 0) for x in _by_head(of_out, sizes))
-    _, pull = jax.vjp(functools.partial(_one_chunk, runs=runs[0, 0]), chunk)
+    pull = jax.vjp(functools.partial(_one_chunk, runs=runs[0, 0]), chunk)[1]
     [found] = pull((of_results, tuple(carried[head] for head in range(sizes.shared))))
     of_q[0], of_k[0] = found.q.astype(of_q.dtype), found.k.astype(of_k.dtype)
     for head in range(sizes.shared):
