@@ -48,7 +48,8 @@ class StepMetrics:
         loss: what is minimised: the terms times their coefficients.
         terms: those of the objective by name, without coefficients; of language modelling, `cross_entropy` (the mean
             over the targets, in nats), `z_loss` (the mean squared logsumexp of the logits), `balance_loss`, `router_z`
-            (the z-loss of the router's logits) and, where it is trained, `mtp_loss` (the next-token head's).
+            (the z-loss of the router's logits) and, where it is trained, `mtp_loss` (the next-token head's) and
+            `mtp_balance_loss` (of its router).
         gradient_norm: over all trained parameters, before clipping.
         tokens: real tokens, without padding.
         learned_tokens: the targets of the loss; a step without any changes nothing but the step number.

@@ -18,6 +18,7 @@ from qwen_moe_jax.model.mtp import NextTokenHead, following
 from qwen_moe_jax.model.output import TokenLosses
 from qwen_moe_jax.model.rotary import rotary_tables
 from qwen_moe_jax.moe.replay import Replay, Without
+from qwen_moe_jax.moe.stats import RouterStats
 from qwen_moe_jax.nn.embedding import TABLE, without_padding
 from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.lora import LoraAdapter
@@ -67,7 +68,7 @@ class CausalLM(Model):
             targets_BT: integers [B, T], needed; the token that should follow each one. The loss of a target outside the
                 vocabulary is NaN: mask it where it has no meaning.
             chunk: tokens of each row in a chunk; None lets a device hold 256 MiB of logits.
-            mtp: also return `mtp_losses`, those of the next-token head.
+            mtp: also return `mtp_losses` and `mtp_router`, those of the next-token head.
             temperature: what the logits are divided by, as in sampling.
             entropy: also return `entropy`, that of the distribution of each token.
             output_router_logits: also return `router.trace`, as `__call__` does.
@@ -117,7 +118,7 @@ class CausalLM(Model):
 
         def run(model: CausalLM, tokens_BT, hidden_BTD, token_mask_BT, cache):
             execution, inputs = model.execution_in_use, _cached_inputs(tokens_BT, token_mask_BT, cache)
-            states_BTD, cache = model.mtp_states(inputs, inputs.tokens_BT, hidden_BTD, execution, cache)
+            states_BTD, cache, _ = model.mtp_states(inputs, inputs.tokens_BT, hidden_BTD, execution, cache)
             last_BD = token_at(states_BTD, jnp.sum(token_mask_BT, axis=1) - 1)
             return model.head_of_few(last_BD[:, None], inputs)[:, 0], last_BD, cache
 
@@ -132,7 +133,7 @@ class CausalLM(Model):
         hidden_BTD: jax.Array,
         execution: ExecutionConfig,
         cache: Cache | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[jax.Array, Cache | None, RouterStats | None]:
         """The next-token head on explicitly sharded arrays: see `NextTokenHead.__call__`.
 
         Args:
@@ -215,18 +216,19 @@ class LossesOf(ReadOut):
         """See `ReadOut`."""
         assert isinstance(model, CausalLM)
         log_probs_BT, logsumexp_BT, entropy_BT = self._log_probs(model, out.hidden_BTD, inputs.targets_BT)
-        mtp_losses_BT = None
+        mtp_losses_BT, mtp_stats = None, None
         if self.mtp:
             next_BT, follows_BT = following(inputs.tokens_BT, inputs.segment_ids_BT)
             targets_BT, _ = following(inputs.targets_BT, inputs.segment_ids_BT)
             own = dataclasses.replace(inputs, segment_ids_BT=jnp.where(follows_BT, inputs.segment_ids_BT, 0))
-            states_BTD, _ = model.mtp_states(own, next_BT, out.hidden_BTD, model.execution_in_use)
+            states_BTD, _, mtp_stats = model.mtp_states(own, next_BT, out.hidden_BTD, model.execution_in_use)
             mtp_losses_BT = -self._log_probs(model, states_BTD, targets_BT)[0]
         return TokenLosses(
             losses=-log_probs_BT,
             logsumexp=logsumexp_BT,
             router=router_output(out),
             mtp_losses=mtp_losses_BT,
+            mtp_router=None if mtp_stats is None else jax.tree.map(lambda x: x[None], mtp_stats),
             entropy=entropy_BT,
         )
 

@@ -16,6 +16,7 @@ from qwen_moe_jax.model.cache import Cache, LayerCache
 from qwen_moe_jax.model.decoder import SAVEABLE
 from qwen_moe_jax.model.inputs import TokenContext
 from qwen_moe_jax.model.layer import DecoderLayer, LayerOutput
+from qwen_moe_jax.moe.stats import RouterStats
 from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.norm import rms_norm
 from qwen_moe_jax.nn.parameters import ParameterFactory
@@ -45,8 +46,9 @@ class NextTokenHead(nnx.Module):
         context: TokenContext,
         execution: ExecutionConfig,
         cache: Cache | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """The states [B, T, D] for the output head, and the cache with the new tokens, where there is one.
+    ) -> tuple[jax.Array, Cache | None, RouterStats | None]:
+        """The states [B, T, D] for the output head, the cache with the new tokens, where there is one, and what the
+        layer's router did, where it is sparse.
 
         Args:
             embedded_BTD: embedding of the token after each one.
@@ -60,7 +62,8 @@ class NextTokenHead(nnx.Module):
             mixed_BTD = self.fc(jnp.concatenate(pair, axis=-1))
             [layer] = self.layers
             if cache is None:
-                return self.norm(_with_remat(layer, mixed_BTD, context, execution).hidden_BTD), None
+                out = _with_remat(layer, mixed_BTD, context, execution)
+                return self.norm(out.hidden_BTD), None, out.stats
             [[stored]] = cache.segments
             out = layer(
                 mixed_BTD,
@@ -70,7 +73,7 @@ class NextTokenHead(nnx.Module):
             )
             new_B = jnp.sum(context.token_mask_BT, axis=1, dtype=jnp.int32)
             cache = Cache(segments=((out.cache.stored,),), lengths_B=cache.lengths_B + new_B)
-            return self.norm(out.hidden_BTD), cache
+            return self.norm(out.hidden_BTD), cache, out.stats
 
 
 def following(x_BT: jax.Array, segment_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

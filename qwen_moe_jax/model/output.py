@@ -72,6 +72,8 @@ class TokenLosses:
             part of the next-token head.
         mtp_losses: float32 [B, T], where the next-token head's were asked for; -log p of the target of the token after
             each one. Those of a token without another after it in its segment have no meaning.
+        mtp_router: what the next-token head's router did, likewise, stacked [1, …] as the stats of one sparse layer;
+            None where the head is dense.
         entropy: float32 [B, T], where it was asked for; of the distribution of each token, in nats, without a gradient.
     """
 
@@ -79,6 +81,7 @@ class TokenLosses:
     logsumexp: jax.Array
     router: RouterOutput | None = None
     mtp_losses: jax.Array | None = None
+    mtp_router: RouterStats | None = None
     entropy: jax.Array | None = None
 
     def first_rows(self, batch: int) -> "TokenLosses":

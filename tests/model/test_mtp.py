@@ -11,6 +11,8 @@ import pytest
 import qwen_moe_jax as qmj
 from qwen_moe_jax.model.base import LogitsOf
 from qwen_moe_jax.model.cache import abstract_mtp_cache, empty_cache
+from qwen_moe_jax.moe.losses import load_balancing_loss
+from qwen_moe_jax.nn.parameters import parameters_with_paths
 from tests.cases import CASES, HYBRID_CASES
 from tests.distance import assert_near
 from tests.subject import on_mesh
@@ -104,3 +106,21 @@ def test_gradients_do_not_depend_on_remat():
     expected = jax.tree.leaves(gradients("none"))
     for found, wanted in zip(jax.tree.leaves(gradients("full")), expected, strict=True):
         assert_near(found, wanted, 1e-4, "gradient")
+
+
+def test_the_heads_router_is_counted_over_the_tokens_that_have_another_after_them():
+    """And its load-balancing loss reaches the head's router."""
+    model, ids_BT = model_of(), np.array([[1, 1, 1, 2, 2, 0, 3, 0]])
+
+    @jax.jit
+    def gradient(model):
+        def balance(model):
+            out = model.token_losses(np.ones_like(ids_BT), np.ones_like(ids_BT), ids_BT, mtp=True)
+            return load_balancing_loss(out.mtp_router), out.mtp_router.tokens
+
+        return jax.grad(balance, has_aux=True)(model)
+
+    found, tokens = gradient(model)
+    assert tokens.tolist() == [3]
+    gate = dict(parameters_with_paths(found))["mtp.layers.0.mlp.gate.weight"].get_value()
+    assert np.abs(gate).max() > 0

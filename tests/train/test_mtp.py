@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import qwen_moe_jax as qmj
+from qwen_moe_jax.moe.stats import RouterStats
 from tests.train.test_language_modelling import DENSE, scored
 from train.config import LossConfig
 from train.data.batches import batch_at, pack
@@ -70,6 +71,32 @@ def test_its_targets_are_those_of_the_next_token_within_a_document():
     loss = training_loss(out, batch, whole_batch(batch, 1), LossConfig(router_aux_loss_coef=0.0, mtp_coef=0.3))
     np.testing.assert_allclose(loss.mtp, losses[mask].mean(), rtol=1e-6)
     np.testing.assert_allclose(loss.total, loss.cross_entropy + 0.3 * loss.mtp, rtol=1e-6)
+    assert "mtp_balance_loss" not in loss.terms
+
+
+@pytest.mark.parametrize("kind", ["pooled", "global_batch", "sequence"])
+def test_its_routers_balancing_loss_is_weighed_as_those_of_other_layers_are(kind):
+    """A balanced router's loss, of four experts of which two are chosen, is 2, and 1 by DeepSeek-V3's formula."""
+    batch = batch_at(pack([np.arange(1, 8)], 5), step=0, batch_size=2, seed=0)
+    stats = RouterStats(
+        tokens=jnp.array([8]),
+        tokens_per_expert=jnp.full((1, 4), 4),
+        dropped_per_expert=jnp.zeros((1, 4), jnp.int32),
+        rounds=jnp.ones(1, jnp.int32),
+        probs_per_expert=jnp.full((1, 4), 2.0),
+        squared_logsumexp=jnp.zeros(1),
+        sequences=jnp.array([2]),
+        sequence_balance=jnp.full(1, 2.0),
+        entropy=jnp.zeros(1),
+        max_logit=jnp.zeros(1),
+    )
+    zeros = np.zeros(batch.tokens_BT.shape, np.float32)
+    out = scored(batch, np.zeros((*zeros.shape, 11), np.float32))
+    out = dataclasses.replace(out, mtp_losses=jnp.asarray(zeros), mtp_router=stats)
+    config = LossConfig(router_aux_loss_coef=0.5, mtp_coef=0.3, load_balancing_type=kind)
+    loss = training_loss(out, batch, whole_batch(batch, 1), config)
+    assert float(loss.terms["mtp_balance_loss"]) == (1 if kind == "sequence" else 2)
+    assert float(loss.total - loss.cross_entropy) == pytest.approx(0.5 * float(loss.mtp_balance), rel=1e-5)
 
 
 def test_a_model_without_the_head_is_refused():

@@ -18,7 +18,7 @@ from train.data.corpus import Corpus
 from train.data.corpus import load_corpus as load_text_corpus
 from train.data.feed import BatchFeed, make_feed
 from train.objectives.contract import Description, HeldoutSum, WholeBatch, abstract
-from train.objectives.router import resolve_router_losses, router_losses
+from train.objectives.router import mtp_balance_loss, resolve_router_losses, router_losses
 
 description = Description(name="language modelling", table="", model_class=CausalLM, loss="cross_entropy")
 
@@ -35,6 +35,7 @@ class Loss:
         balance: the load-balancing loss of kind `loss.load_balancing_type`; 0 for a dense model.
         router_z: the z-loss of the router's logits; 0 for a dense model.
         mtp: the mean cross entropy of the next-token head over its targets; None where it is not trained.
+        mtp_balance: the load-balancing loss of its router; None where it is not trained or dense.
     """
 
     total: jax.Array
@@ -43,11 +44,13 @@ class Loss:
     balance: jax.Array
     router_z: jax.Array
     mtp: jax.Array | None
+    mtp_balance: jax.Array | None
 
     @property
     def terms(self) -> dict[str, jax.Array]:
         """The terms by their names in the metrics."""
-        trained = {} if self.mtp is None else {"mtp_loss": self.mtp}
+        head = {"mtp_loss": self.mtp, "mtp_balance_loss": self.mtp_balance}
+        trained = {name: value for name, value in head.items() if value is not None}
         router = {"balance_loss": self.balance, "router_z": self.router_z}
         return {"cross_entropy": self.cross_entropy, "z_loss": self.z, **router, **trained}
 
@@ -151,10 +154,19 @@ def training_loss(out: TokenLosses, batch: Batch, whole: WholeBatch, config: Los
     z = sum_over_targets(out.logsumexp**2, batch) / targets
     router = router_losses(out.router, whole, config)
     total = cross_entropy + config.z_loss_coef * z + router.total
-    mtp = None
+    mtp = mtp_balance = None
     if config.mtp_coef:
         mtp = jnp.sum(out.mtp_losses, where=mtp_mask(batch)) / jnp.maximum(whole.mtp_targets, 1)
         total += config.mtp_coef * mtp
+        if out.mtp_router is not None:
+            mtp_balance = mtp_balance_loss(out.mtp_router, whole, config.load_balancing_type)
+            total += config.router_aux_loss_coef * mtp_balance
     return Loss(
-        total=total, cross_entropy=cross_entropy, z=z, balance=router.balance, router_z=router.router_z, mtp=mtp
+        total=total,
+        cross_entropy=cross_entropy,
+        z=z,
+        balance=router.balance,
+        router_z=router.router_z,
+        mtp=mtp,
+        mtp_balance=mtp_balance,
     )

@@ -53,6 +53,18 @@ def router_losses(router: RouterOutput | None, whole: WholeBatch, config: LossCo
     return RouterLosses(balance, router_z, total)
 
 
+def mtp_balance_loss(stats: RouterStats, whole: WholeBatch, kind: str) -> jax.Array:
+    """The load-balancing loss of the next-token head's router, over the tokens that have another after them.
+
+    It is weighed with `router_aux_loss_coef` by itself, and not with the head's own coefficient: in Megatron-LM, which
+    sums over layers, the head's is one more of them (`moe/router.py`, `attach_and_log_load_balancing_loss`).
+    transformers does not train the head. Over micro-batches, the losses of pooled and global_batch are averaged.
+    """
+    if kind == "sequence":
+        return sequence_loss(dataclasses.replace(stats, sequences=whole.sequences))
+    return load_balancing_loss(stats) / whole.micro_batches  # of one layer, pooled or not is the same
+
+
 def resolve_router_losses(config: LossConfig, model: ModelConfig) -> LossConfig:
     """The same settings with the model's coefficient filled in.
 

@@ -13,8 +13,9 @@ ASIDES = ("evaluation", "rollout", "sample", "checkpoint", "profile", "reference
 
 #: Keys of every record of a step, and of language modelling's.
 _OF_EVERY_STEP = frozenset(
-    "step finite loss z_loss balance_loss router_z mtp_loss gradient_norm learning_rate dropped load_imbalance tokens "
-    "learned_tokens step_seconds data_seconds tokens_per_second tokens_per_second_per_device mfu".split()
+    "step finite loss z_loss balance_loss router_z mtp_loss mtp_balance_loss gradient_norm learning_rate dropped "
+    "load_imbalance tokens learned_tokens step_seconds data_seconds tokens_per_second tokens_per_second_per_device "
+    "mfu".split()
 )
 
 
