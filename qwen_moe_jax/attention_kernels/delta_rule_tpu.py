@@ -1,13 +1,13 @@
 """The gated delta rule in chunks on TPUs, by a Pallas kernel whose state never leaves the core's vector memory.
 
 As in `delta_rule.py`, whose formulas these are; there, XLA writes each of some fifty small arrays of a chunk to the
-chip's memory and reads it back. Here a step of the kernel's grid is one chunk of one key head and its value heads, and
-chunks follow one another in the grid's last axis, so that the state waits for the next of them where it is. The
-backward kernel goes through the chunks in reverse, computes each again from the state before it, and differentiates it
-there and then: it is JAX's own gradient of the same function.
+chip's memory and reads it back. Here a step of the kernel's grid is one chunk of a key head and of its value heads,
+four at most, and chunks follow one another in the grid's last axis, so that the state waits for the next of them where
+it is. The backward kernel goes through the chunks in reverse, computes each again from the state before it, and
+differentiates it there and then: it is JAX's own gradient of the same function.
 
 Letters of this file are those of `delta_rule.py`: n chunks of a row, C tokens of a chunk, K key heads, G value heads
-that share a key head, N = K * G value heads, H size of a key head, P size of a value head.
+of a step, N value heads, H size of a key head, P size of a value head.
 """
 
 import functools
@@ -30,6 +30,10 @@ LANES = 128
 #: Rows of a vector register of float32.
 SUBLANES = 8
 
+#: Value heads of a step of the grid, at most: the backward kernel of eight asks for more vector memory than XLA gives a
+#: kernel on a v5p.
+TOGETHER = 4
+
 
 class _Inputs(NamedTuple):
     """What the rule reads of tokens, as the kernels take it."""
@@ -37,12 +41,12 @@ class _Inputs(NamedTuple):
     q: jax.Array  # [B, T, K * H]
     k: jax.Array  # [B, T, K * H]
     v: jax.Array  # [B, T, N * P]
-    g: jax.Array  # float32 [B, K, n, G, C]
-    beta: jax.Array  # float32 [B, K, n, G, C]
+    g: jax.Array  # float32 [B, groups, n, G, C]
+    beta: jax.Array  # float32 [B, groups, n, G, C]
 
 
 class _Chunk(NamedTuple):
-    """One chunk of one key head and its G value heads, float32."""
+    """One chunk of one key head and G value heads, float32."""
 
     states: tuple[jax.Array, ...]  # G of [H, P]
     q: jax.Array  # [C, H]
@@ -55,10 +59,11 @@ class _Chunk(NamedTuple):
 class _Sizes(NamedTuple):
     """What an instance of the kernels is made for."""
 
-    key_heads: int
-    shared: int  # value heads of a key head
+    groups: int  # of value heads, each a step of the grid
+    shared: int  # value heads of a group, which share a key head
     key_size: int
     value_size: int
+    groups_of_key: int  # groups that share a key head
     interpret: bool
 
 
@@ -94,14 +99,15 @@ def pallas_gated_delta_rule(
         initial_state_BNHP = jnp.zeros((batch, heads, key_size, value_size), jnp.float32)
     if tokens == 0:
         return v_BTNP, initial_state_BNHP
-    shared = heads // key_heads
+    shared = next(size for size in range(TOGETHER, 0, -1) if heads // key_heads % size == 0)
+    groups = heads // shared
 
     def rows(x_BTN: jax.Array) -> jax.Array:
         x_BTN = jnp.pad(x_BTN.astype(jnp.float32), ((0, 0), (0, -tokens % LANES), (0, 0)))
-        return x_BTN.reshape(batch, -1, LANES, key_heads, shared).transpose(0, 3, 1, 4, 2)
+        return x_BTN.reshape(batch, -1, LANES, groups, shared).transpose(0, 3, 1, 4, 2)
 
     q, k, v = (x.reshape(batch, tokens, -1) for x in (q_BTKH, k_BTKH, v_BTNP))
-    sizes = _Sizes(key_heads, shared, key_size, value_size, interpret)
+    sizes = _Sizes(groups, shared, key_size, value_size, groups // key_heads, interpret)
     inputs = _Inputs(q, k, v, rows(g_BTN), rows(beta_BTN))
     out, state_BNHP = _rule(inputs, _runs(segment_ids_BT), initial_state_BNHP.astype(jnp.float32), sizes)
     return out.reshape(v_BTNP.shape), state_BNHP
@@ -135,8 +141,17 @@ def _forward(inputs: _Inputs, runs: jax.Array, state_BNHP: jax.Array, sizes: _Si
 def _backward(sizes: _Sizes, saved, gradients):
     inputs, runs, states = saved
     of_out, of_state_BNHP = gradients
-    *of_inputs, of_state_BNHP = _run_backward(inputs, runs, states, of_out, of_state_BNHP, sizes)
-    return _Inputs(*of_inputs), None, of_state_BNHP
+    of_q, of_k, *others, of_state_BNHP = _run_backward(inputs, runs, states, of_out, of_state_BNHP, sizes)
+    of_q, of_k = (_sum_of_groups(x, of, sizes) for x, of in ((inputs.q, of_q), (inputs.k, of_k)))
+    return _Inputs(of_q, of_k, *others), None, of_state_BNHP
+
+
+def _sum_of_groups(x: jax.Array, of_x: jax.Array, sizes: _Sizes) -> jax.Array:
+    """The gradient of queries or keys [B, T, K * H], of those that the groups of value heads pass on."""
+    if sizes.groups_of_key == 1:
+        return of_x
+    parts = of_x.reshape(*x.shape[:2], -1, sizes.groups_of_key, sizes.key_size)
+    return jnp.sum(parts, axis=3).astype(x.dtype).reshape(x.shape)
 
 
 _rule.defvjp(_forward, _backward)
@@ -159,14 +174,17 @@ def _run_forward(inputs: _Inputs, runs: jax.Array, state_BNHP: jax.Array, sizes:
 
 
 def _run_backward(inputs: _Inputs, runs: jax.Array, states: jax.Array, of_out, of_state_BNHP, sizes: _Sizes):
-    """The gradients of the inputs and of the initial state."""
+    """The gradients of the inputs and of the initial state; queries' and keys' of each group of value heads."""
+    keys = _shape_of(inputs.q)
+    if sizes.groups_of_key > 1:
+        keys = jax.ShapeDtypeStruct((*keys.shape[:2], keys.shape[2] * sizes.groups_of_key), jnp.float32)
     specs = _Specs(sizes, runs.shape[1], reverse=True)
     return _call(
         functools.partial(_backward_kernel, sizes),
         specs,
         [specs.runs, *specs.inputs, specs.states, specs.values, specs.state],
-        [*specs.inputs, specs.state],
-        [*map(_shape_of, (*inputs, of_state_BNHP))],
+        [specs.of_keys, specs.of_keys, *specs.inputs[2:], specs.state],
+        [keys, keys, *map(_shape_of, (*inputs[2:], of_state_BNHP))],
         flops=_chunk_flops(sizes) + _gradient_flops(sizes),
     )(runs, *inputs, states, of_out, of_state_BNHP)
 
@@ -176,15 +194,19 @@ def _shape_of(x: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 class _Specs:
-    """Which block of an array a step of the grid [B, K, n] reads or writes."""
+    """Which block of an array a step of the grid [B, groups, n] reads or writes."""
 
     def __init__(self, sizes: _Sizes, chunks: int, reverse: bool):
         def at(chunk):
             return chunks - 1 - chunk if reverse else chunk
 
-        shared, key_size, value_size = sizes[1:4]
+        def key_of(group):
+            return group if groups_of_key == 1 else jax.lax.div(group, jnp.int32(groups_of_key))
+
+        shared, key_size, value_size, groups_of_key = sizes[1:5]
         self.sizes = sizes
-        keys = pl.BlockSpec((1, LANES, key_size), lambda b, k, n: (b, at(n), k))
+        keys = pl.BlockSpec((1, LANES, key_size), lambda b, k, n: (b, at(n), key_of(k)))
+        self.of_keys = pl.BlockSpec((1, LANES, key_size), lambda b, k, n: (b, at(n), k))
         heads = pl.BlockSpec((1, 1, 1, shared, LANES), lambda b, k, n: (b, k, at(n), 0, 0))
         self.values = pl.BlockSpec((1, LANES, shared * value_size), lambda b, k, n: (b, at(n), k))
         self.inputs = keys, keys, self.values, heads, heads
@@ -194,11 +216,11 @@ class _Specs:
 
 
 def _call(kernel, specs: _Specs, in_specs: list, out_specs: list, out_shape: list, flops: int):
-    """`pallas_call` over the grid [B, K, n], with the state of a key head's value heads carried along n."""
+    """`pallas_call` over the grid [B, groups, n], with the state of a group's value heads carried along n."""
     sizes = specs.sizes
 
     def run(runs: jax.Array, *arrays: jax.Array) -> Any:
-        grid = runs.shape[0], sizes.key_heads, runs.shape[1]
+        grid = runs.shape[0], sizes.groups, runs.shape[1]
         steps = grid[0] * grid[1] * grid[2]
         moved = sum(x.size * x.dtype.itemsize for x in (runs, *arrays, *out_shape))
         return pl.pallas_call(
