@@ -20,6 +20,7 @@ Letters of this file besides the package's: O outputs, I inputs, `G` groups of i
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from types import EllipsisType, ModuleType
 from typing import Any
@@ -235,8 +236,12 @@ def quantised_einsum(
         out: sharding of the result; None inside a shard_map.
         preferred_element_type: of the result; None is that of `x`.
     """
-    weight = jax.tree.map(jax.lax.stop_gradient, weight)
-    dtype = preferred_element_type or x.dtype
+    return _einsum(letters, out, jnp.dtype(preferred_element_type or x.dtype), x, weight)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _einsum(letters: str, out: P | None, dtype: jnp.dtype, x: jax.Array, weight: Quantised) -> jax.Array:
+    """`quantised_einsum`; its backward pass dequantises again, whatever a remat policy would keep."""
     _, matrix, result = letters.replace("->", ",").split(",")
     if weight.bits == 4 or not set(matrix[:-1]) <= set(result):
         product = jnp.einsum(
@@ -247,3 +252,18 @@ def quantised_einsum(
     scales = jnp.squeeze(weight.scales, -2)
     new = tuple(position for position, letter in enumerate(result) if letter not in matrix)
     return (sums * jnp.expand_dims(scales, new)).astype(dtype)
+
+
+def _einsum_forward(letters: str, out: P | None, dtype: jnp.dtype, x: jax.Array, weight: Quantised):
+    return _einsum(letters, out, dtype, x, weight), (x, weight)
+
+
+def _einsum_backward(letters: str, out: P | None, dtype: jnp.dtype, saved: tuple[jax.Array, Quantised], gradient):
+    x, weight = saved
+    # As in the forward pass, outside of whose context this is traced: float32 is multiplied in float32.
+    with jax.default_matmul_precision("highest" if x.dtype == jnp.float32 else None):
+        _, pull = jax.vjp(lambda x: _einsum.fun(letters, out, dtype, x, weight), x)
+        return pull(gradient)[0], None
+
+
+_einsum.defvjp(_einsum_forward, _einsum_backward)
