@@ -9,7 +9,7 @@ import jax
 
 from qwen_moe_jax.errors import CheckpointError, ConfigError
 from qwen_moe_jax.huggingface.files import is_weights
-from qwen_moe_jax.huggingface.hub import explained, hub_model
+from qwen_moe_jax.huggingface.hub import HubModel, explained, hub_model, is_hub_name
 from qwen_moe_jax.huggingface.model_card import CARD, ModelCard, complete_summary
 from qwen_moe_jax.huggingface.model_card import model_card as card_text
 from qwen_moe_jax.huggingface.save import save_pretrained
@@ -63,7 +63,7 @@ def push_to_hub(
         create_pr=create_pr,
         model_card=model_card,
     )
-    hub_model(repo_id)
+    _repository(repo_id)
     if folder is None and jax.process_count() > 1:
         raise ConfigError("push_to_hub under several processes needs folder=…, a folder that all hosts see.")
     with tempfile.TemporaryDirectory() as temporary:
@@ -104,7 +104,7 @@ def push_folder(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     folder = Path(folder)
-    model = hub_model(repo_id, token=token, revision=revision)
+    model = _repository(repo_id, token=token, revision=revision)
     files = _uploaded(folder)
     card = None if CARD in files or _is_adapter(folder) else card_text(folder, model_card, name=model.name)
     api = HfApi(token=token)
@@ -126,6 +126,14 @@ def push_folder(
             create_pr=create_pr,
         )
     return done.pr_url or done.commit_url
+
+
+def _repository(repo_id: str, *, token: str | None = None, revision: str | None = None) -> HubModel:
+    if not is_hub_name(repo_id):
+        raise CheckpointError(
+            f"{repo_id}: is not the name of a repository on the Hub; expected owner/model or owner/model@branch."
+        )
+    return hub_model(repo_id, token=token, revision=revision)
 
 
 def _is_adapter(folder: Path) -> bool:
