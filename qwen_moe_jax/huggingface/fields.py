@@ -26,7 +26,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_text(path))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file. A checkpoint folder needs one.") from None
+        exported = path.parent / "hub"
+        run = f" The model of this training run is in {exported}." if (exported / path.name).is_file() else ""
+        raise ConfigError(f"{path}: no such file. A checkpoint folder needs one.{run}") from None
     except (ValueError, OSError) as error:
         if (problem := lfs_problem(path)) is not None:
             raise ConfigError(f"{path}: {problem}.") from None

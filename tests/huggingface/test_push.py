@@ -148,6 +148,16 @@ def test_a_folder_that_does_not_load_is_not_uploaded(hub, folder, tmp_path, caps
     assert "no such folder" in capsys.readouterr().err
 
 
+def test_a_run_given_instead_of_its_export_is_refused_with_the_folder_of_that(run, capsys):
+    assert main(["push", str(run), NAME]) == 2
+    assert f"The model of this training run is in {run / 'hub'}." in capsys.readouterr().err
+
+
+def test_what_cannot_be_a_repository_is_refused_with_the_form_of_one(folder, capsys):
+    assert main(["push", str(folder), "my-model"]) == 2
+    assert "my-model: is not the name of a repository on the Hub; expected owner/model" in capsys.readouterr().err
+
+
 def test_without_the_right_to_write_the_way_out_is_a_token(hub, folder, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert main(["push", str(folder), NAME]) == 2
