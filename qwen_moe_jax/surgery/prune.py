@@ -72,7 +72,10 @@ def prune(
     """
     require_choice("method", method, Method)
     if method in CALIBRATED and tokens is None:
-        raise RequestError(f"method={method!r} is measured on a text: pass tokens, or take 'magnitude' or 'random'.")
+        raise RequestError(
+            f"method={method!r} is measured on a text: give one (--calibrate FILE; from Python, tokens), or take "
+            "method 'magnitude' or 'random'."
+        )
     checkpoint, moe = _opened(source, target, num_experts, num_experts_per_tok)
     layers = sparse_layers(checkpoint.config)
     if method in CALIBRATED:

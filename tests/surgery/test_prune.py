@@ -162,7 +162,7 @@ def test_the_commands_calibrate_and_report_what_it_costs(tmp_path, capsys):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["prune", "--experts", "6"], "method='reap' is measured on a text"),
+        (["prune", "--experts", "6"], "method='reap' is measured on a text: give one (--calibrate FILE"),
         (["prune", "--experts", "8", "--method", "random"], "num_experts=8: expected 1 to 7"),
         (["prune", "--experts", "1", "--method", "random", "--top-k", "2"], "num_experts_per_tok=2"),
         (["merge", "--experts", "4"], "--calibrate is missing"),
