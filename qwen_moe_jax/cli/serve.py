@@ -235,9 +235,10 @@ class Start:
         from qwen_moe_jax.inference.memory import format_memory
 
         mesh = ", ".join(f"{axis}={size}" for axis, size in model.mesh.shape.items() if size > 1) or "one device"
+        weights = "" if model.execution.weights is None else f"{model.execution.weights} weights, "
         self.rows["model"] = (
             f"{self._service.name}: {format_count(model.config.num_parameters())} parameters, "
-            f"{model.execution.dtype}, {mesh}"
+            f"{model.execution.dtype}, {weights}{mesh}"
         )
         waiting = self._service.limits.max_waiting
         self.rows["slots"] = f"{engine.slots} of up to {engine.max_length} tokens; {waiting} more may wait"

@@ -127,8 +127,9 @@ def test_a_run_trains_adapters_over_int4_and_exports_them_over_the_floats(runs, 
     """QLoRA: `hub/` is the base in float32 with the adapter added, not the rounded weights."""
     config, base, _, _ = runs
     settings = "--execution.weights=int4", "--execution.weights_group_size=16", "--run.max_steps=2"
-    code, _, complaint = start(config, tmp_path / "run", *settings)
+    code, output, complaint = start(config, tmp_path / "run", *settings)
     assert code == 0, complaint
+    assert "; weights int4\n" in output
     [start_of] = [record["start"] for record in metrics(tmp_path / "run") if "start" in record]
     assert start_of["trained_parameters"] == 2 * (2 * (32 + 32) + 4 * 3 * 2 * (32 + 16))
     merged = qmj.from_pretrained(base, adapter=tmp_path / "run" / "adapter")

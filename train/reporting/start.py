@@ -141,10 +141,11 @@ def introduction(start: Start, epochs: float) -> str:
     """The start in three lines, for the terminal; `epochs` are those of all steps."""
     mesh = format_mesh(start.mesh)
     bytes_needed, split = sum(start.memory.values()), start.memory
+    weights = f"; weights {low_bit}" if (low_bit := start.execution.get("weights")) else ""
     objective = "" if start.objective == "language modelling" else f"{start.objective}; "
     return (
         f"{objective}parameters: {start.parameters_in_words}; "
-        f"{start.devices} {start.device_kind} device(s): {mesh}; dispatch {start.execution['dispatch']}\n"
+        f"{start.devices} {start.device_kind} device(s): {mesh}; dispatch {start.execution['dispatch']}{weights}\n"
         f"{format_bytes(bytes_needed)} per device without activations: "
         f"{', '.join(f'{name} {format_bytes(size)}' for name, size in split.items())}\n"
         f"{start.text_tokens / 1e6:.2f}M tokens of text, {epochs:.1f} epochs of steps of {start.tokens_per_step} tokens"
