@@ -130,7 +130,7 @@ class _Experts(Collector):
         if loads is None:
             return
         name = "qwen_moe_jax_dropped_tokens"
-        yield CounterMetricFamily(name, "Choices of an expert that had no room for the token.", value=loads.dropped)
+        yield CounterMetricFamily(name, "Choices of an expert whose capacity was exceeded.", value=loads.dropped)
         imbalance = GaugeMetricFamily(
             "qwen_moe_jax_expert_imbalance",
             "Tokens of a layer's busiest expert over the mean of its experts, since the start; 1 is balance.",

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from qwen_moe_jax.server.errors import invalid
-from qwen_moe_jax.suggest import did_you_mean
+from qwen_moe_jax.suggest import similar
 
 #: The most alternatives to a token that are returned, as in OpenAI's API.
 MOST_LOGPROBS = 20
@@ -329,8 +329,9 @@ def _problem(kind: type[BaseModel], error: Mapping[str, Any]) -> tuple[str, str]
         return path, f"{path}: {error['ctx']['text']}."
     path = _dotted(error["loc"])
     if error["type"] == "extra_forbidden":
-        known = kind.model_fields if len(error["loc"]) == 1 else ()
-        return path, f"{path}: there is no such field; {did_you_mean(str(error['loc'][-1]), known)}leave it out."
+        near = similar(str(error["loc"][-1]), kind.model_fields, count=1) if len(error["loc"]) == 1 else ()
+        suggestion = f"Did you mean {near[0]!r}?" if near else "Leave it out."
+        return path, f"{path}: there is no such field. {suggestion}"
     if error["type"] == "missing":
         return path, f"{path}: is missing."
     found = f"found {error['input']!r:.60}: " if error["type"] != "value_error" else ""

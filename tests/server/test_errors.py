@@ -44,7 +44,7 @@ TEXT = {"model": "tiny", "prompt": "x"}
     [
         ("chat/completions", {}, "messages", "is missing"),
         ("chat/completions", {**CHAT, "messages": []}, "messages", "at least 1"),
-        ("chat/completions", {**CHAT, "temprature": 1}, "temprature", "did you mean 'temperature'"),
+        ("chat/completions", {**CHAT, "temprature": 1}, "temprature", "Did you mean 'temperature'?"),
         ("chat/completions", {**CHAT, "temperature": "hot"}, "temperature", "found 'hot'"),
         ("chat/completions", {**CHAT, "temperature": -1}, "temperature", "greater than or equal to 0"),
         ("chat/completions", {**CHAT, "messages": [{"role": "bob"}]}, "messages[0].role", "'system'"),
