@@ -151,7 +151,8 @@ def _is_part_of(one: Collective, arrays: Sequence[PlacedArray], plan: Plan) -> b
             size // math.prod(plan.mesh[axis] for axis in axes if axis not in one.axes)
             for size, axes in zip(array.shape, array.spec, strict=True)
         ]
-        if _sizes(one.shape) in (_sizes(shape), _sizes(shape[1:])):
+        layer = shape[1:] if not array.spec[0] else shape  # a first axis that is sharded is the experts'
+        if _sizes(one.shape) in (_sizes(shape), _sizes(layer)):
             return True
     return False
 
@@ -190,8 +191,6 @@ def _flops(plan: Plan) -> Iterator[Remark]:
             causes.append('dispatch = "dense" runs every expert on every token')
         if plan.work.execution.get("dispatch") == "capacity":
             causes.append("capacity_factor and one-hot einsums (group_size) cost their share")
-        if plan.work.execution.get("dispatch") == "dropless" and (plan.work.execution.get("buffer_factor") or 1) > 1:
-            causes.append("the experts' kernels count all rows of their buffers, filled or not")
         if plan.work.purpose == "decode":
             causes.append("a single query meets the keys of all heads, so that the cache is read once")
         elif plan.work.purpose == "prefill":

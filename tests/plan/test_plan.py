@@ -17,7 +17,7 @@ from qwen_moe_jax.plan.remarks import remarks_on
 from qwen_moe_jax.plan.result import Collective, Memory
 from qwen_moe_jax.plan.table import print_plan
 from qwen_moe_jax.plan.targets import parse_target
-from tests.plan import golden
+from tests.plan import golden, samples
 from train.config import build_config
 from train.main import main
 from train.plan import plan_training, planned_model
@@ -174,6 +174,13 @@ def test_gathered_experts_are_remarked_on_and_nothing_is_where_there_are_none(ca
     )  # fmt: skip
     worse = dataclasses.replace(capacity, collectives=(*capacity.collectives, gathered))
     assert "gathered experts" in {remark.about for remark in remarks_on(worse)}
+    # A dense weight of the shape of one expert, as of a shared expert next to experts that no layer axis precedes.
+    spec = (("expert",), ("tensor",), ("fsdp",))
+    single = samples.placed("mtp.layers.0.mlp.experts.gate_proj", (256, 512, 2048), spec, 10**6)
+    group = dataclasses.replace(samples.PARAMETERS, arrays=(single,))
+    shared = samples.collective(axes=("expert",), shape=(1, 512, 64))
+    hybrid = samples.plan(memory=samples.memory(groups=(group,)), collectives=(shared,))
+    assert "gathered experts" not in {remark.about for remark in remarks_on(hybrid)}
 
 
 def test_json_has_every_field_and_what_follows_from_them(capacity):
