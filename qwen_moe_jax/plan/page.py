@@ -244,7 +244,7 @@ def _request(plan: Plan) -> dict[str, str]:
         request["cache length"] = f"{work.context:,} tokens a row"
     if work.accumulation_steps > 1:
         request["micro-batches"] = str(work.accumulation_steps)
-    request["dtypes"] = f"weights {work.param_dtype}, activations {work.dtype}"
+    request["dtypes"] = f"weights {work.weights}, activations {work.dtype}"
     return request
 
 

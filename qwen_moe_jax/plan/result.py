@@ -95,6 +95,12 @@ class Work:
         """New tokens of a step, over all devices."""
         return self.rows * self.tokens_per_row
 
+    @property
+    def weights(self) -> str:
+        """What the weights are stored as, in words: a dtype, and the bits of the matrices where they are quantised."""
+        low_bit = self.execution.get("weights")
+        return self.param_dtype if low_bit is None else f"{low_bit} and {self.param_dtype}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlacedArray:

@@ -31,7 +31,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     parts = f" in {work.accumulation_steps} micro-batches" if work.accumulation_steps > 1 else ""
     console.print(
         f"{_PURPOSES[work.purpose]}: {work.rows:,} rows × {work.tokens_per_row:,} tokens{context}{parts}; "
-        f"{work.dtype}, weights {work.param_dtype}; {_execution(plan)}",
+        f"{work.dtype}, weights {work.weights}; {_execution(plan)}",
         markup=False,
         soft_wrap=True,
     )

@@ -177,3 +177,10 @@ def test_a_page_is_written_whole(tmp_path):
     write_plan_page(plan(), tmp_path / "plan.html")
     assert (tmp_path / "plan.html").read_text(encoding="utf-8") == plan_page(plan())
     assert [path.name for path in tmp_path.iterdir()] == ["plan.html"]
+
+
+def test_the_page_says_in_how_many_bits_the_weights_are_stored():
+    work = plan().work
+    low_bit = plan(work=dataclasses.replace(work, execution={**work.execution, "weights": "int4"}))
+    assert "weights float32, activations bfloat16" in plan_page(plan())
+    assert "weights int4 and float32, activations bfloat16" in plan_page(low_bit)
