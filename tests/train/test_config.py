@@ -98,7 +98,7 @@ def build(tables=None, *overrides):
             {"run": {"gradient_accumulation_steps": 3}},
             ["run.gradient_accumulation_steps", "found 3", "a divisor of 16"],
         ),
-        ({"run": {"nonfinite": "stopp"}}, ["run.nonfinite", "did you mean 'stop'"]),
+        ({"run": {"nonfinite": "stopp"}}, ["run.nonfinite", "did you mean 'stop'?"]),
         ({"run": {"max_skipped": -1}}, ["run.max_skipped", "-1", "0 or more"]),
         ({"run": {"seed": datetime.date(2026, 1, 1)}}, ["run.seed: found '2026-01-01' (text), expected an integer"]),
         (
@@ -115,6 +115,7 @@ def test_a_wrong_config_is_refused_by_naming_the_key_what_was_found_and_what_was
     for part in parts:
         assert part in str(refusal.value)
     assert str(refusal.value).startswith("some.toml: ") and "\n" not in str(refusal.value)
+    assert "?." not in str(refusal.value)
 
 
 def test_all_problems_are_reported_at_once_each_on_its_line():

@@ -82,7 +82,9 @@ def build_config(tables: dict[str, Any], overrides: list[str], source: str) -> T
         across = [KeyProblem.of(problem) for problem in error.problems]
         problems += [problem for problem in across if not problem.follows_from(wrong)]
     if problems:
-        lines = [f"{options.get(dotted(one.path[:2]), f'{source}: {one.key}')}: {one.text}." for one in problems]
+        keys = [options.get(dotted(one.path[:2]), f"{source}: {one.key}") for one in problems]
+        texts = [one.text if one.text.endswith("?") else f"{one.text}." for one in problems]
+        lines = [f"{key}: {text}" for key, text in zip(keys, texts, strict=True)]
         raise ConfigError("\n".join(dict.fromkeys(lines)))
     return config
 
