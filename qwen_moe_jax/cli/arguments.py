@@ -125,7 +125,10 @@ def add_host_arguments(parser: argparse.ArgumentParser) -> None:
         help="one of several processes of a TPU pod slice, a Slurm or an Open MPI job, which JAX recognises",
     )
     group.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="elsewhere: host of process 0 and a free port; needs both:"
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="where JAX recognises none of these: host of process 0 and a free port. --num-processes and --process-id "
+        "have to be given, too",
     )
     group.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
     group.add_argument("--process-id", type=int, metavar="I", help="the number of this one, from 0")

@@ -98,8 +98,9 @@ def calibration_rows(arguments: argparse.Namespace) -> "np.ndarray | None":
     rows = min(len(tokens), arguments.calibration_tokens) // window if window > 0 else 0
     if not rows:
         raise RequestError(
-            f"{arguments.calibrate}: {len(tokens):,} tokens, of which {arguments.calibration_tokens:,} are read, "
-            f"expected at least a row of {window:,} (--window)."
+            f"{arguments.calibrate}: found {len(tokens):,} token{'s' * (len(tokens) != 1)}, of which at most "
+            f"{arguments.calibration_tokens:,} are read (--calibration-tokens); expected at least a row of {window:,} "
+            "(--window). Give a longer text or a smaller window."
         )
     return np.array(tokens[: rows * window], np.int32).reshape(rows, window)
 
