@@ -78,9 +78,12 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 
 def use(hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch, token: str | None = None) -> None:
-    """Makes huggingface_hub ask this Hub, with an empty cache of its own."""
+    """Makes huggingface_hub ask this Hub, emptied and not asked anything yet, with an empty cache of its own."""
     from huggingface_hub import constants
 
+    hub.repositories.clear()
+    hub.requests.clear()
+    hub.fail = None
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))

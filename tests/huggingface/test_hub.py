@@ -29,9 +29,6 @@ def server():
 def hub(server, tmp_path, monkeypatch):
     """The Hub with nothing asked of it yet, and an empty cache."""
     use(server, tmp_path / "cache", monkeypatch)
-    server.repositories.clear()
-    server.requests.clear()
-    server.fail = None
     return server
 
 

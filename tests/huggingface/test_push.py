@@ -30,8 +30,6 @@ def server():
 @pytest.fixture
 def hub(server, tmp_path, monkeypatch):
     use(server, tmp_path / "cache", monkeypatch, TOKEN)
-    server.repositories.clear()
-    server.fail = None
     return server
 
 

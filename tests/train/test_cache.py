@@ -172,7 +172,7 @@ def test_an_interrupted_build_goes_on_after_its_last_whole_shard(source, whole, 
     partial = folder.with_name("corpus.partial")
     assert len(shard_folders(partial)) == 4  # and one of them has a temporary name
     [second] = partial.glob("cache/*/000002/tokens.npy")
-    second.write_bytes(second.read_bytes()[:-4] + b"\1\1\1\1")  # a disk that lies: it is made anew
+    second.write_bytes(second.read_bytes()[:-4] + b"\1\1\1\1")  # damaged on the disk: it is made anew
     before = {path: path.stat().st_ino for path in partial.glob("cache/*/*/tokens.npy")}
     same(load_corpus(folder, data(source)), whole)
     after = {partial / path.relative_to(folder): path.stat().st_ino for path in folder.glob("cache/*/*/tokens.npy")}
@@ -310,7 +310,7 @@ def test_workers_end_with_a_trainer_that_is_killed(source, tmp_path):
     trainer.start()
     children = Path(f"/proc/{trainer.pid}/task/{trainer.pid}/children")
     if not children.exists():
-        pytest.skip("no list of a process's children")
+        pytest.skip("finds the workers in /proc/PID/task/PID/children, which this kernel does not have")
     until = time.monotonic() + 60
     while len(found := children.read_text().split()) < 2 and time.monotonic() < until:
         time.sleep(0.01)
