@@ -1,7 +1,7 @@
 """GGUF files against llama.cpp: logits and greedy tokens of random models of every family, in float32.
 
     pip install llama-cpp-python gguf
-    python -m benchmarks.gguf
+    python -m benchmarks.llama_logits
 
 Each model is written as a Hub folder, exported, and opened by llama.cpp; the logits of a text of random tokens and the
 greedy tokens are compared with those of this package, which the test suite compares with transformers'.
