@@ -132,7 +132,9 @@ def run(arguments: argparse.Namespace) -> int:
         start.say(address_of(listening))
 
     service.runner.heartbeat = HEARTBEAT if several else None
-    code = asyncio.run(serve(service, start.load, listening, drain_seconds=arguments.drain_seconds, on_ready=ready))
+    seconds = arguments.drain_seconds
+    serving = serve(service, start.load, listening, drain_seconds=seconds, on_ready=ready, say=start.say_row)
+    code = asyncio.run(serving)
     if code:
         end_all_processes(code, "the engine of process 0 has failed")
     return code
@@ -252,9 +254,13 @@ class Start:
     def say(self, address: str) -> None:
         """Prints the table."""
         self.rows["address"] = f"{address}/v1"
-        width = max(map(len, self.rows))
         for name, text in self.rows.items():
-            print(f"{name:{width}}  {text}", file=sys.stderr, flush=True)
+            self.say_row(name, text)
+
+    def say_row(self, name: str, text: str) -> None:
+        """Prints a row of the table, or one that follows it."""
+        width = max(map(len, self.rows))
+        print(f"{name:{width}}  {text}", file=sys.stderr, flush=True)
 
 
 def _name_of(folder: Path) -> str:

@@ -93,7 +93,11 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _unrouted(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    text = {404: "there is no such path", 405: f"the method {request.method} is not allowed here"}
+    paths = ", ".join(route.path for route in request.app.routes if "{" not in route.path)
+    text = {
+        404: f"there is no such path; expected one of {paths}",
+        405: f"the method {request.method} is not allowed here",
+    }
     message = f"{request.url.path}: {text.get(error.status_code, error.detail)}."
     return ApiError(error.status_code, message).response()
 

@@ -56,6 +56,7 @@ async def serve(
     drain_seconds: float = 30.0,
     failed_seconds: float = FAILED_SECONDS,
     on_ready: Callable[[], None] = lambda: None,
+    say: Callable[[str, str], None] = lambda name, text: None,
     stop: asyncio.Event | None = None,
 ) -> int:
     """Serves until a signal (SIGTERM, SIGINT), or `stop`, and returns the exit code.
@@ -69,6 +70,7 @@ async def serve(
         listening: of `bind`.
         failed_seconds: seconds for which /health reports a failure of the engine before the end.
         on_ready: called when the model can be used.
+        say: called with name and text of a line when a drain begins ("draining") and when it has ended ("ended").
 
     Raises:
         Exception: what `load` has raised.
@@ -91,10 +93,7 @@ async def serve(
         await asyncio.wait([serving, *events], return_when=asyncio.FIRST_COMPLETED)
         failure = service.runner.failure
         if failure is None:
-            service.life.drain()
-            if not await service.life.until_idle(drain_seconds):
-                service.runner.give_up("the server has ended before the answer.")
-                await service.life.until_idle(_FLUSH_SECONDS)
+            await _drain(service, drain_seconds, say)
         elif service.runner.engine is not None:
             await asyncio.wait(events[:1], timeout=failed_seconds)
         server.should_exit = True
@@ -105,6 +104,25 @@ async def serve(
     if failure is not None and service.runner.engine is None:
         raise failure
     return 0 if failure is None else ENGINE_FAILED
+
+
+async def _drain(service: Service, seconds: float, say: Callable[[str, str], None]) -> None:
+    """Refuses new requests, and waits for those that are being answered."""
+    running = service.life.active
+    service.life.drain()
+    if running:
+        say("draining", f"{_requests(running)} may take {seconds:g} s more, and new ones are refused")
+    left = 0
+    if not await service.life.until_idle(seconds):
+        left = service.life.active
+        service.runner.give_up("the server has ended before the answer.")
+        await service.life.until_idle(_FLUSH_SECONDS)
+    cut_off = f", {left} cut off" if left else ""
+    say("ended", f"{_requests(running - left)} answered since the signal{cut_off}")
+
+
+def _requests(count: int) -> str:
+    return "1 request" if count == 1 else f"{count} requests"
 
 
 class _Server(uvicorn.Server):

@@ -88,7 +88,8 @@ def test_what_loading_raises_ends_the_server(tmp_path):
 
 
 def test_a_drain_lets_requests_end_and_refuses_new_ones(tmp_path, engine):
-    server = Running(service_of(tmp_path), engine, drain_seconds=60).ready()
+    lines = {}
+    server = Running(service_of(tmp_path), engine, drain_seconds=60, say=lines.__setitem__).ready()
     background = InBackground(server.url)
     eventually(lambda: engine.steps > 3)
     server.signal()
@@ -98,15 +99,19 @@ def test_a_drain_lets_requests_end_and_refuses_new_ones(tmp_path, engine):
     assert refused.json()["error"]["code"] == "draining"
     assert background.answer.json()["choices"][0]["text"] == LONG
     assert server.join() == 0
+    assert lines["draining"].startswith("1 request may take 60 s more")
+    assert lines["ended"] == "1 request answered since the signal"
 
 
 def test_a_drain_has_an_end(tmp_path, engine):
     engine.delay = 0.05
-    server = Running(service_of(tmp_path), engine, drain_seconds=0.1).ready()
+    lines = {}
+    server = Running(service_of(tmp_path), engine, drain_seconds=0.1, say=lines.__setitem__).ready()
     whole, streamed = InBackground(server.url), InBackground(server.url, stream=True)
     eventually(lambda: engine.load.active_slots == 2 and engine.steps > 9)
     server.signal()
     assert server.join() == 0
+    assert lines["ended"] == "0 requests answered since the signal, 2 cut off"
     assert whole.answer.status_code == 503 and whole.answer.json()["error"]["code"] == "draining"
     *events, last = [line for line in streamed.answer.text.split("\n\n") if line]
     assert events and json.loads(last.removeprefix("data: "))["error"]["code"] == "draining"
