@@ -106,7 +106,7 @@ def _train(config: TrainConfig, folder: RunFolder) -> None:
             if best is not None and best.step not in (None, last_step):
                 state, heldout = loop.restore_best()
 
-    trained = nnx.merge(program.eval_graph, merge(state.params, fixed))
+    trained = nnx.merge(program.eval_graph, merge(state.evaluated, fixed))
     with write_errors(folder.path, "the export"):
         sample = export(trained, config, folder, corpus)
         if is_process_zero():
@@ -226,7 +226,7 @@ class Loop:
     def _evaluate(self, done: int, state: TrainState) -> Mapping[str, float]:
         program = self.program
         with self.report.aside("evaluation"):
-            params = merge(state.params, self.fixed)
+            params = merge(state.evaluated, self.fixed)
             heldout = self.feed.evaluate(done, params) or heldout_metrics(
                 program.eval_step, params, self.feed.heldout, program.objective
             )
@@ -237,7 +237,7 @@ class Loop:
 
     def _sample(self, done: int, state: TrainState) -> None:
         if self.sampler is not None:
-            self.sampler.sample(done, merge(state.params, self.fixed), self.report)
+            self.sampler.sample(done, merge(state.evaluated, self.fixed), self.report)
 
     def _save(self, done: int, state: TrainState, is_best: bool) -> None:
         with self.report.aside("checkpoint"):

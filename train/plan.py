@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -57,8 +58,13 @@ def rollout_step(config: TrainConfig, program: Program, name: str) -> Step:
     model = nnx.merge(program.eval_graph, merge(program.state.params, program.fixed))
     rows = config.grpo.rollout_batch_size or config.data.batch_size
     step = decode_step_of(model, name, rows=rows, max_length=config.data.seq_len)
-    kept = {"optimizer state": (program.state.optimizer, program.state.step)}
-    return dataclasses.replace(step, groups={**step.groups, **kept})
+    return dataclasses.replace(step, groups={**step.groups, **_kept_by_optimizer(program)})
+
+
+def _kept_by_optimizer(program: Program) -> dict[str, Any]:
+    state = program.state
+    average = {} if state.ema is None else {"averaged weights": state.ema}
+    return {"optimizer state": (state.optimizer, state.step), **average}
 
 
 def search_training(config: TrainConfig, target: str) -> Search:
@@ -91,7 +97,7 @@ def training_step(config: TrainConfig, program: Program, name: str) -> Step:
         arguments=(program.state, program.fixed, program.batch),
         groups={
             "parameters": merge(program.state.params, program.fixed),
-            "optimizer state": (program.state.optimizer, program.state.step),
+            **_kept_by_optimizer(program),
             "batch": program.batch,
         },
         config=model.config,

@@ -101,6 +101,8 @@ def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> 
         raise ConfigError(f"optimizer.frozen: {[*config.optimizer.frozen]} leaves no parameter to train.")
     optimizer = make_optimizer(config.optimizer, config.run.steps, stack_axes(model))
     shardings = state_shardings(trained, optimizer, mesh)
+    if config.optimizer.ema_decay is not None:
+        shardings = dataclasses.replace(shardings, ema=shardings.params)
     return Program(
         objective=objective,
         model=model,
@@ -116,6 +118,7 @@ def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> 
             config.run.seed,
             config.run.gradient_accumulation_steps,
             objective,
+            config.optimizer.ema_decay,
         ),
         eval_step=make_eval_step(eval_graph, objective),
         optimizer=optimizer,

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qwen_moe_jax.model.balancing import update_balancing_biases
 from qwen_moe_jax.moe.stats import RouterStats, sum_stats
 from train.config import LossConfig
+from train.ema import first_average, next_average
 from train.objectives import language_modelling
 from train.objectives.contract import LossTerms, Objective, WholeBatch
 from train.parameters import Params, merge, select
@@ -31,11 +32,20 @@ class TrainState:
         step: the number of finished steps, int32 scalar.
         params: the trained parameters.
         optimizer: the optimizer's state, the moments of the trained parameters.
+        ema: the moving average of the trained parameters (`train.ema`), float32; None in a run without one.
     """
 
     step: jax.Array
     params: Params
     optimizer: optax.OptState
+    ema: Params | None = None
+
+    @property
+    def evaluated(self) -> Params:
+        """What is evaluated, sampled from and exported: the average in the parameters' dtypes, or without one they."""
+        if self.ema is None:
+            return self.params
+        return jax.tree.map(lambda mean, param: mean.astype(param.dtype), self.ema, self.params)
 
 
 @jax.tree_util.register_dataclass
@@ -112,14 +122,16 @@ def abstract_state(params: Params, optimizer: optax.GradientTransformation, shar
         params: the trained parameters, as `jax.ShapeDtypeStruct`s with shardings.
     """
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    shapes = TrainState(step=step, params=params, optimizer=jax.eval_shape(optimizer.init, params))
+    ema = None if shardings.ema is None else jax.eval_shape(first_average, params)
+    shapes = TrainState(step=step, params=params, optimizer=jax.eval_shape(optimizer.init, params), ema=ema)
     return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, shardings)
 
 
 def initial_state(params: Params, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
-    """The state at step 0: the given parameters, and moments of zero sharded by `shardings`."""
+    """The state at step 0: the given parameters, moments of zero sharded by `shardings`, and their average there."""
     moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(params)
-    return TrainState(step=jax.device_put(jnp.int32(0), shardings.step), params=params, optimizer=moments)
+    ema = None if shardings.ema is None else jax.jit(first_average, out_shardings=shardings.ema)(params)
+    return TrainState(step=jax.device_put(jnp.int32(0), shardings.step), params=params, optimizer=moments, ema=ema)
 
 
 def make_train_step(
@@ -130,6 +142,7 @@ def make_train_step(
     seed: int,
     accumulation_steps: int = 1,
     objective: Objective = language_modelling,
+    ema_decay: float | None = None,
 ) -> TrainStep:
     """The jitted step `(state, fixed, batch) → (state, metrics)`.
 
@@ -144,6 +157,7 @@ def make_train_step(
         seed: of the router's jitter, which depends on (seed, step) only, and so is the same after a restart.
         accumulation_steps: the number of micro-batches, which are in memory one after the other.
         objective: what is minimised (`train.objectives`).
+        ema_decay: of the average, where the state has one.
     """
 
     def loss_and_stats(
@@ -203,11 +217,11 @@ def make_train_step(
             model = nnx.merge(graphdef, merge(params, fixed))
             model = update_balancing_biases(model, stats, loss_config.router_bias_update_rate)
             params = select(nnx.to_pure_dict(nnx.state(model)), like=params)
+        ema = None if ema_decay is None else next_average(state.ema, params, state.step + 1, ema_decay)
         is_update = metrics.finite & (whole.targets > 0)
-        params, moments = jax.tree.map(
-            lambda new, old: jnp.where(is_update, new, old), (params, moments), (state.params, state.optimizer)
-        )
-        return TrainState(step=state.step + 1, params=params, optimizer=moments), metrics
+        new = TrainState(step=state.step, params=params, optimizer=moments, ema=ema)
+        kept = jax.tree.map(lambda new, old: jnp.where(is_update, new, old), new, state)
+        return dataclasses.replace(kept, step=state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, shardings.step))
 

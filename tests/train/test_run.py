@@ -368,6 +368,7 @@ def test_a_stopped_run_goes_on_to_bit_equal_parameters_and_metrics(finished, con
 def test_a_finished_run_goes_on_for_more_epochs_with_its_moments_as_if_it_had_been_longer(config_file, tmp_path):
     """Under a schedule that is constant but for the last step's end, so that both lengths have the same rates."""
     words = ["--optimizer.schedule=wsd", "--optimizer.decay_steps=1", "--run.eval_steps=9", "--run.sample_steps=0"]
+    words += ["--optimizer.ema_decay=0.9"]
     longer, whole = tmp_path / "longer", tmp_path / "whole"
     code, output, complaint = start(config_file, longer, *words, "--run.num_train_epochs=0.02")
     assert code == 0, complaint

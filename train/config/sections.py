@@ -239,6 +239,8 @@ class OptimizerConfig:
         beta2: decay rate of the second moment; adafactor's follows the step, 1 - step^-0.8.
         max_grad_norm: gradients with a larger norm, over all parameters, are scaled down to it.
         mu_dtype: of the first moment, float32 or bfloat16; left out, that of the parameters.
+        ema_decay: of a moving average of the trained weights in float32, as 0.999; evaluations, samples and the export
+            take it in place of the last weights. Left out, there is none.
         frozen: regular expressions; parameters with matching names on the Hub are not trained and have no moments.
     """
 
@@ -253,6 +255,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     max_grad_norm: float = 1.0
     mu_dtype: DTypeLike | None = None
+    ema_decay: float | None = None
     frozen: tuple[str, ...] = ()
 
     def warmup_of(self, max_steps: int) -> int:
@@ -265,6 +268,8 @@ class OptimizerConfig:
             for field in ("learning_rate", "max_grad_norm"):
                 check(getattr(self, field) > 0, field, ABOVE_ZERO)
             check(self.warmup_steps >= 0, "warmup_steps", NOT_NEGATIVE)
+            if self.ema_decay is not None:
+                check(0 < self.ema_decay < 1, "ema_decay", "between 0 and 1, as 0.999")
             if self.schedule == "wsd":
                 found = self.decay_steps
                 check(

@@ -104,6 +104,7 @@ def start_of(
     device_kind = jax.devices()[0].device_kind
     trained_bytes = bytes_per_device(state.params)
     execution = model.execution_in_use
+    average = {} if state.ema is None else {"averaged weights": bytes_per_device(state.ema)}
     parameters, active = model.config.num_parameters(), model.config.num_active_parameters()
     if not isinstance(model, qmj.CausalLM):  # another head than the config counts
         whole = sum(program.parameter_sizes.values())
@@ -133,7 +134,7 @@ def start_of(
         loss_term=description.loss,
         shown=[*description.shown],
         captions=dict(description.captions),
-        other_bytes=other_bytes,
+        other_bytes={**average, **other_bytes},
     )
 
 
