@@ -14,6 +14,7 @@ where G query heads do.
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,6 @@ class Blocks:
         return ids_BT.reshape(batch, self.count, self.length).transpose(1, 0, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend_in_blocks(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array, blocks: Blocks
 ) -> jax.Array:
@@ -105,79 +105,193 @@ def attend_in_blocks(
     Returns:
         [B, T, N, H] in the dtype of the queries.
     """
-    return _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, blocks)[0]
+    pairs = jnp.asarray(np.tile(blocks.pairs(), 2))
+    return attend_pairs(q_BTNH, k_BTKH, v_BTKH, (segment_ids_BT, segment_ids_BT), pairs, blocks, blocks)
 
 
-def _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, blocks: Blocks):
-    kv_heads = k_BTKH.shape[2]
-    q_nBKMH, k_nBKCH, v_nBKCH = (_split(blocks, x, kv_heads) for x in (q_BTNH, k_BTKH, v_BTKH))
-    ids_nBC = blocks.split_ids(segment_ids_BT)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def attend_pairs(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segment_ids: tuple[jax.Array, jax.Array],
+    pairs_P4: jax.Array,
+    blocks: Blocks,
+    key_blocks: Blocks,
+) -> jax.Array:
+    """`attend_in_blocks` of some blocks of a row with others, in any order.
 
-    def meet(state, pair):
-        largest_nBKM, sum_nBKM, mixed_nBKMH = state
-        i, j = pair
-        scores_BKMC = _scores(blocks, _at(q_nBKMH, i), _at(k_nBKCH, j), ids_nBC, i, j)
-        before_BKM = _at(largest_nBKM, i)
+    Args:
+        q_BTNH: queries.
+        k_BSKH: keys.
+        v_BSKH: values.
+        segment_ids: of the queries and of the keys, int32 [B, T] and [B, S].
+        pairs_P4: int32; of each pair of blocks to be computed the block of queries and the block of keys, as they are
+            stored, and then both as they are numbered in the row. Each query sees at least one key.
+        blocks: of the queries; its window counts.
+        key_blocks: of the keys, of the same length.
+    """
+    return _forward(q_BTNH, k_BSKH, v_BSKH, segment_ids, pairs_P4, blocks, key_blocks)[0]
+
+
+class Met(NamedTuple):
+    """What blocks of queries keep of the keys they have met: the largest score, and the two sums; float32."""
+
+    largest_nBKM: jax.Array
+    sum_nBKM: jax.Array
+    mixed_nBKMH: jax.Array
+
+    @classmethod
+    def nothing(cls, q_nBKMH: jax.Array) -> "Met":
+        """Before the first key."""
+        per_query = q_nBKMH.shape[:-1]
+        return cls(jnp.full(per_query, UNSEEN), jnp.zeros(per_query), jnp.zeros(q_nBKMH.shape))
+
+    def result(self) -> tuple[jax.Array, jax.Array]:
+        """The weighted means of the values [n, B, K, M, H], and the logarithm of each query's sum."""
+        return self.mixed_nBKMH / self.sum_nBKM[..., None], self.largest_nBKM + jnp.log(self.sum_nBKM)
+
+
+class Arrays(NamedTuple):
+    """Keys and values in blocks, with their segments."""
+
+    k_nBKCH: jax.Array
+    v_nBKCH: jax.Array
+    ids_nBC: jax.Array
+
+
+def meet(met: Met, q_nBKMH: jax.Array, ids_nBC: jax.Array, keys: Arrays, pairs_P4: jax.Array, blocks: Blocks) -> Met:
+    """Queries in blocks meet the keys of the pairs; see `attend_pairs`."""
+
+    def step(met: Met, pair: jax.Array) -> tuple[Met, None]:
+        i, j = pair[0], pair[1]
+        scores_BKMC = _scores(
+            blocks, _at(q_nBKMH, i), _at(keys.k_nBKCH, j), (_at(ids_nBC, i), _at(keys.ids_nBC, j)), pair
+        )
+        before_BKM = _at(met.largest_nBKM, i)
         largest_BKM = jnp.maximum(before_BKM, jnp.max(scores_BKMC, axis=-1))
         shrink_BKM = jnp.exp(before_BKM - largest_BKM)
         weights_BKMC = jnp.exp(scores_BKMC - largest_BKM[..., None])
-        sum_BKM = shrink_BKM * _at(sum_nBKM, i) + jnp.sum(weights_BKMC, axis=-1)
-        values_BKMH = _product("BKMC,BKCH->BKMH", weights_BKMC.astype(v_BTKH.dtype), _at(v_nBKCH, j))
-        mixed_BKMH = shrink_BKM[..., None] * _at(mixed_nBKMH, i) + values_BKMH
-        return (_put(largest_nBKM, largest_BKM, i), _put(sum_nBKM, sum_BKM, i), _put(mixed_nBKMH, mixed_BKMH, i)), None
+        sum_BKM = shrink_BKM * _at(met.sum_nBKM, i) + jnp.sum(weights_BKMC, axis=-1)
+        values_BKMH = _product("BKMC,BKCH->BKMH", weights_BKMC.astype(keys.v_nBKCH.dtype), _at(keys.v_nBKCH, j))
+        mixed_BKMH = shrink_BKM[..., None] * _at(met.mixed_nBKMH, i) + values_BKMH
+        new = (largest_BKM, sum_BKM, mixed_BKMH)
+        return Met(*(_put(x, value, i) for x, value in zip(met, new, strict=True))), None
 
-    per_query = q_nBKMH.shape[:-1]
-    nothing = jnp.full(per_query, UNSEEN), jnp.zeros(per_query), jnp.zeros(q_nBKMH.shape)
-    (largest_nBKM, sum_nBKM, mixed_nBKMH), _ = jax.lax.scan(meet, nothing, jnp.asarray(blocks.pairs()))
-    out_nBKMH = (mixed_nBKMH / sum_nBKM[..., None]).astype(q_BTNH.dtype)
-    out_BTNH = checkpoint_name(blocks.join(out_nBKMH, q_BTNH.shape[1]).reshape(q_BTNH.shape), ATTENDED)
-    logsumexp_nBKM = checkpoint_name(largest_nBKM + jnp.log(sum_nBKM), ATTENDED)
-    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, out_BTNH, logsumexp_nBKM)
+    return jax.lax.scan(step, met, pairs_P4)[0]
 
 
-def _backward(blocks: Blocks, saved, gradient_BTNH):
-    q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, out_BTNH, logsumexp_nBKM = saved
-    _, tokens, kv_heads, head_dim = k_BTKH.shape
-    gradient_BTNH = jnp.where((segment_ids_BT != 0)[..., None, None], gradient_BTNH, 0)
-    arrays = q_BTNH, k_BTKH, v_BTKH, gradient_BTNH, out_BTNH
-    q_nBKMH, k_nBKCH, v_nBKCH, gradient_nBKMH, out_nBKMH = (_split(blocks, x, kv_heads) for x in arrays)
-    ids_nBC = blocks.split_ids(segment_ids_BT)
-    # How much a query's weights would grow together; they sum to one, so each grows by what it does beyond this.
-    together_nBKM = jnp.sum(gradient_nBKMH.astype(jnp.float32) * out_nBKMH.astype(jnp.float32), axis=-1)
+class Queries(NamedTuple):
+    """What the backward pass reads of queries in blocks.
 
-    def meet(state, pair):
-        of_q_nBKMH, of_k_nBKCH, of_v_nBKCH = state
-        i, j = pair
-        q_BKMH, k_BKCH, gradient_BKMH = _at(q_nBKMH, i), _at(k_nBKCH, j), _at(gradient_nBKMH, i)
-        scores_BKMC = _scores(blocks, q_BKMH, k_BKCH, ids_nBC, i, j)
-        weights_BKMC = jnp.exp(scores_BKMC - _at(logsumexp_nBKM, i)[..., None])
-        of_weights_BKMC = _product("BKMH,BKCH->BKMC", gradient_BKMH, _at(v_nBKCH, j))
-        of_scores_BKMC = weights_BKMC * (of_weights_BKMC - _at(together_nBKM, i)[..., None]) * head_dim**-0.5
-        weights_BKMC, of_scores_BKMC = weights_BKMC.astype(v_BTKH.dtype), of_scores_BKMC.astype(q_BTNH.dtype)
+    Attributes:
+        q_nBKMH: queries.
+        gradient_nBKMH: of their results, zeros for padding.
+        together_nBKM: how much a query's weights would grow together; they sum to one, so each grows by what it does
+            beyond this.
+        logsumexp_nBKM: as `Met.result` gives it.
+        ids_nBC: segments.
+    """
+
+    q_nBKMH: jax.Array
+    gradient_nBKMH: jax.Array
+    together_nBKM: jax.Array
+    logsumexp_nBKM: jax.Array
+    ids_nBC: jax.Array
+
+    @classmethod
+    def of(cls, q_BTNH, out_BTNH, logsumexp_nBKM, gradient_BTNH, ids_BT, blocks: Blocks, kv_heads: int) -> "Queries":
+        """From arrays [B, T, …]."""
+        gradient_BTNH = jnp.where((ids_BT != 0)[..., None, None], gradient_BTNH, 0)
+        q_nBKMH, out_nBKMH, gradient_nBKMH = (split(blocks, x, kv_heads) for x in (q_BTNH, out_BTNH, gradient_BTNH))
+        together_nBKM = jnp.sum(gradient_nBKMH.astype(jnp.float32) * out_nBKMH.astype(jnp.float32), axis=-1)
+        return cls(q_nBKMH, gradient_nBKMH, together_nBKM, logsumexp_nBKM, blocks.split_ids(ids_BT))
+
+
+#: Gradients of queries, keys and values in blocks, float32.
+Gradients = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def no_gradients(q_nBKMH: jax.Array, k_nBKCH: jax.Array, v_nBKCH: jax.Array) -> Gradients:
+    """Zeros of their shapes."""
+    of_q, of_k, of_v = (jnp.zeros(x.shape, jnp.float32) for x in (q_nBKMH, k_nBKCH, v_nBKCH))
+    return of_q, of_k, of_v
+
+
+def meet_backward(sums: Gradients, queries: Queries, keys: Arrays, pairs_P4: jax.Array, blocks: Blocks) -> Gradients:
+    """Adds the gradients of the pairs to those of queries, keys and values."""
+    scale = queries.q_nBKMH.shape[-1] ** -0.5
+
+    def step(sums: Gradients, pair: jax.Array) -> tuple[Gradients, None]:
+        of_q_nBKMH, of_k_nBKCH, of_v_nBKCH = sums
+        i, j = pair[0], pair[1]
+        q_BKMH, k_BKCH, gradient_BKMH = _at(queries.q_nBKMH, i), _at(keys.k_nBKCH, j), _at(queries.gradient_nBKMH, i)
+        scores_BKMC = _scores(blocks, q_BKMH, k_BKCH, (_at(queries.ids_nBC, i), _at(keys.ids_nBC, j)), pair)
+        weights_BKMC = jnp.exp(scores_BKMC - _at(queries.logsumexp_nBKM, i)[..., None])
+        of_weights_BKMC = _product("BKMH,BKCH->BKMC", gradient_BKMH, _at(keys.v_nBKCH, j))
+        of_scores_BKMC = weights_BKMC * (of_weights_BKMC - _at(queries.together_nBKM, i)[..., None]) * scale
+        weights_BKMC, of_scores_BKMC = weights_BKMC.astype(keys.v_nBKCH.dtype), of_scores_BKMC.astype(q_BKMH.dtype)
         of_q_BKMH = _product("BKMC,BKCH->BKMH", of_scores_BKMC, k_BKCH)
         of_k_BKCH = _product("BKMC,BKMH->BKCH", of_scores_BKMC, q_BKMH)
         of_v_BKCH = _product("BKMC,BKMH->BKCH", weights_BKMC, gradient_BKMH)
         return (_add(of_q_nBKMH, of_q_BKMH, i), _add(of_k_nBKCH, of_k_BKCH, j), _add(of_v_nBKCH, of_v_BKCH, j)), None
 
-    nothing = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q_nBKMH, k_nBKCH, v_nBKCH))
-    of_all, _ = jax.lax.scan(meet, nothing, jnp.asarray(blocks.pairs()))
-    inputs = q_BTNH, k_BTKH, v_BTKH
-    of_inputs = (blocks.join(x, tokens).reshape(like.shape) for x, like in zip(of_all, inputs, strict=True))
-    return *(x.astype(q_BTNH.dtype) for x in of_inputs), None
+    return jax.lax.scan(step, sums, pairs_P4)[0]
 
 
-attend_in_blocks.defvjp(_forward, _backward)
+def _forward(q_BTNH, k_BSKH, v_BSKH, segment_ids, pairs_P4, blocks: Blocks, key_blocks: Blocks):
+    kv_heads = k_BSKH.shape[2]
+    q_nBKMH = split(blocks, q_BTNH, kv_heads)
+    keys = keys_in_blocks(key_blocks, k_BSKH, v_BSKH, segment_ids[1])
+    met = meet(Met.nothing(q_nBKMH), q_nBKMH, blocks.split_ids(segment_ids[0]), keys, pairs_P4, blocks)
+    out_nBKMH, logsumexp_nBKM = met.result()
+    out_nBKMH = out_nBKMH.astype(q_BTNH.dtype)
+    out_BTNH = checkpoint_name(blocks.join(out_nBKMH, q_BTNH.shape[1]).reshape(q_BTNH.shape), ATTENDED)
+    logsumexp_nBKM = checkpoint_name(logsumexp_nBKM, ATTENDED)
+    return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, segment_ids, pairs_P4, out_BTNH, logsumexp_nBKM)
+
+
+def _backward(blocks: Blocks, key_blocks: Blocks, saved, gradient_BTNH):
+    q_BTNH, k_BSKH, v_BSKH, segment_ids, pairs_P4, out_BTNH, logsumexp_nBKM = saved
+    queries = Queries.of(
+        q_BTNH, out_BTNH, logsumexp_nBKM, gradient_BTNH, segment_ids[0], blocks, kv_heads=k_BSKH.shape[2]
+    )
+    keys = keys_in_blocks(key_blocks, k_BSKH, v_BSKH, segment_ids[1])
+    nothing = no_gradients(queries.q_nBKMH, keys.k_nBKCH, keys.v_nBKCH)
+    of_q, of_k, of_v = meet_backward(nothing, queries, keys, pairs_P4, blocks)
+    of_inputs = (
+        into.join(x, like.shape[1]).reshape(like.shape).astype(like.dtype)
+        for into, x, like in ((blocks, of_q, q_BTNH), (key_blocks, of_k, k_BSKH), (key_blocks, of_v, v_BSKH))
+    )
+    return *of_inputs, None, None
+
+
+attend_pairs.defvjp(_forward, _backward)
+
+
+def keys_in_blocks(blocks: Blocks, k_BSKH: jax.Array, v_BSKH: jax.Array, ids_BS: jax.Array) -> Arrays:
+    """Keys and values in blocks."""
+    kv_heads = k_BSKH.shape[2]
+    return Arrays(split(blocks, k_BSKH, kv_heads), split(blocks, v_BSKH, kv_heads), blocks.split_ids(ids_BS))
 
 
 def _scores(
-    blocks: Blocks, q_BKMH: jax.Array, k_BKCH: jax.Array, ids_nBC: jax.Array, i: jax.Array, j: jax.Array
+    blocks: Blocks, q_BKMH: jax.Array, k_BKCH: jax.Array, ids: tuple[jax.Array, jax.Array], pair: jax.Array
 ) -> jax.Array:
-    """Scaled scores [B, K, M, C] of the i-th block's queries with the j-th block's keys, `UNSEEN` where one is not."""
+    """Scaled scores [B, K, M, C] of a block of queries with a block of keys, `UNSEEN` where a key is not seen.
+
+    Args:
+        blocks: of the row.
+        q_BKMH: queries.
+        k_BKCH: keys.
+        ids: segments of both, [B, C].
+        pair: see `attend_pairs`.
+    """
     scores_BKMC = _product("BKMH,BKCH->BKMC", q_BKMH, k_BKCH) * q_BKMH.shape[-1] ** -0.5
     within_C = jnp.arange(blocks.length)
-    distance_CC = (i * blocks.length + within_C)[:, None] - (j * blocks.length + within_C)
+    distance_CC = (pair[2] * blocks.length + within_C)[:, None] - (pair[3] * blocks.length + within_C)
     near_CC = distance_CC >= 0 if blocks.window is None else (distance_CC >= 0) & (distance_CC < blocks.window)
-    query_ids_BC, key_ids_BC = _at(ids_nBC, i), _at(ids_nBC, j)
+    query_ids_BC, key_ids_BC = ids
     seen_BCC = near_CC & (query_ids_BC[:, :, None] == key_ids_BC[:, None, :]) & (key_ids_BC != 0)[:, None, :]
     batch, kv_heads, queries, length = scores_BKMC.shape
     scores_BKGCC = scores_BKMC.reshape(batch, kv_heads, queries // length, length, length)
@@ -190,7 +304,7 @@ def _product(letters: str, left: jax.Array, right: jax.Array) -> jax.Array:
         return jnp.einsum(letters, left, right, preferred_element_type=jnp.float32)
 
 
-def _split(blocks: Blocks, x_BTNH: jax.Array, kv_heads: int) -> jax.Array:
+def split(blocks: Blocks, x_BTNH: jax.Array, kv_heads: int) -> jax.Array:
     """Heads apart by the key head that they share, then in blocks."""
     batch, tokens, heads, width = x_BTNH.shape
     return blocks.split(x_BTNH.reshape(batch, tokens, kv_heads, heads // kv_heads, width))

@@ -7,6 +7,7 @@ which family it belongs to.
 from qwen_moe_jax.config.dtypes import DTYPES, Dtype, DTypeLike
 from qwen_moe_jax.config.execution import (
     CapacityBy,
+    ContextParallel,
     DropPolicy,
     Exchange,
     ExecutionConfig,
@@ -35,6 +36,7 @@ __all__ = [
     "Activation",
     "AttentionConfig",
     "CapacityBy",
+    "ContextParallel",
     "DropPolicy",
     "Dtype",
     "Exchange",

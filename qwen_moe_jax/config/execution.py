@@ -22,6 +22,7 @@ Exchange = Literal["all_gather", "all_to_all", "ragged_all_to_all"]
 GroupedMatmul = Literal["blocks", "megablox", "triton"]
 Attention = Literal["blocks", "splash"]
 LinearAttention = Literal["chunks", "pallas"]
+ContextParallel = Literal["all_gather", "ring"]
 RoutingMode = Literal["learned", "balanced"]
 Remat = Literal["none", "full", "dots", "exchange"]
 
@@ -75,6 +76,11 @@ class ExecutionConfig:
         linear_attention: the kernel of the gated delta rule over more than one token: chunks (any device), matmuls in
             XLA's operations, or pallas (TPU, bfloat16 or float32, head sizes in multiples of 128), a kernel that keeps
             states and chunks in on-chip memory. None takes pallas where it runs.
+        context_parallel: how queries meet the keys of the other devices of the mesh axis `context`. all_gather brings
+            keys and values of whole rows to every device; ring passes each device's part around, so that a device
+            holds two parts at a time. None takes all_gather where keys and values of a row are no more than a device's
+            own queries and results: on at most as many devices as query heads share a key head. Sliding windows that
+            are shorter than a chunk take only the keys before it, under both.
         remat: what the backward pass recomputes, per layer: none, full (the whole layer from its input), exchange (all
             but what came over the `expert` axis) or dots (all but that, attention and the matmuls with weights).
             Weights gathered over fsdp are gathered again in any case.
@@ -104,6 +110,7 @@ class ExecutionConfig:
     attention: Attention | None = None
     attention_block: int | None = None
     linear_attention: LinearAttention | None = None
+    context_parallel: ContextParallel | None = None
     remat: Remat = "none"
     sharding: ShardingRules | str = ShardingRules()
 

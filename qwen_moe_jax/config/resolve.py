@@ -2,7 +2,15 @@
 
 import dataclasses
 
-from qwen_moe_jax.config import CapacityBy, Exchange, ExecutionConfig, GroupedMatmul, LinearAttentionConfig, MoEConfig
+from qwen_moe_jax.config import (
+    CapacityBy,
+    ContextParallel,
+    Exchange,
+    ExecutionConfig,
+    GroupedMatmul,
+    LinearAttentionConfig,
+    MoEConfig,
+)
 from qwen_moe_jax.config.execution import BUFFER_FACTOR
 from qwen_moe_jax.errors import ConfigError, ShardingError
 from qwen_moe_jax.rounding import previous_power_of_two
@@ -34,6 +42,8 @@ def resolve(
     platform: str,
     training: bool,
     linear: LinearAttentionConfig | None = None,
+    context_shards: int = 1,
+    queries_per_key: int = 1,
 ) -> ExecutionConfig:
     """The same execution with no setting None.
 
@@ -46,13 +56,18 @@ def resolve(
         platform: of the devices (`jax.Device.platform`).
         training: whether the model is in training mode.
         linear: linear attention of the model; None where no layer has it.
+        context_shards: size of the mesh axis `context`.
+        queries_per_key: query heads that share a key head.
 
     Raises:
         ShardingError: the exchange needs a collective that CPUs do not have.
         ConfigError: the attention kernels do not run on these devices.
     """
-    execution = resolve_attention(execution, platform)
-    execution = resolve_linear_attention(execution, linear, platform)
+    execution = resolve_attention(execution, platform, context_shards)
+    execution = resolve_linear_attention(execution, linear, platform, context_shards)
+    if context_shards > 1:
+        cheaper: ContextParallel = "all_gather" if context_shards <= queries_per_key else "ring"
+        execution = dataclasses.replace(execution, context_parallel=execution.context_parallel or cheaper)
     if not training:
         execution = dataclasses.replace(execution, capacity_factor=execution.eval_capacity_factor)
     if moe is None:
@@ -110,16 +125,25 @@ def attention_block(platform: str) -> int:
     return 128 if platform == "cpu" else 512
 
 
-def resolve_attention(execution: ExecutionConfig, platform: str) -> ExecutionConfig:
+def resolve_attention(execution: ExecutionConfig, platform: str, context_shards: int = 1) -> ExecutionConfig:
     """The same execution with no setting of attention None.
 
     Args:
         execution: with its dtype.
         platform: of the devices (`jax.Device.platform`).
+        context_shards: size of the mesh axis `context`.
 
     Raises:
-        ConfigError: the splash kernels do not run on this platform, in this dtype or with such short blocks.
+        ConfigError: the splash kernels do not run on this platform, in this dtype, over this mesh or with such short
+            blocks.
     """
+    if context_shards > 1:
+        if execution.attention == "splash":
+            raise ConfigError(
+                f"attention='splash' found with context={context_shards} in the mesh, expected 'blocks', which "
+                "computes the same: the kernels of splash take queries and keys in the order of a row. Leave it open."
+            )
+        execution = dataclasses.replace(execution, attention="blocks")
     kernels = _has_tpu_kernels(execution, platform)
     block = execution.attention_block or attention_block(platform)
     attention = execution.attention or ("splash" if kernels and block >= SPLASH_MULTIPLE else "blocks")
@@ -138,7 +162,7 @@ def resolve_attention(execution: ExecutionConfig, platform: str) -> ExecutionCon
 
 
 def resolve_linear_attention(
-    execution: ExecutionConfig, linear: LinearAttentionConfig | None, platform: str
+    execution: ExecutionConfig, linear: LinearAttentionConfig | None, platform: str, context_shards: int = 1
 ) -> ExecutionConfig:
     """The same execution with the kernel of the gated delta rule chosen.
 
@@ -146,13 +170,20 @@ def resolve_linear_attention(
         execution: with its dtype.
         linear: linear attention of the model; None where no layer has it.
         platform: of the devices (`jax.Device.platform`).
+        context_shards: size of the mesh axis `context`.
 
     Raises:
-        ConfigError: the Pallas kernel does not run on this platform, in this dtype or with heads of these sizes.
+        ConfigError: the Pallas kernel does not run on this platform, in this dtype, over this mesh or with heads of
+            these sizes.
     """
+    if context_shards > 1 and execution.linear_attention == "pallas":
+        raise ConfigError(
+            f"linear_attention='pallas' found with context={context_shards} in the mesh, expected 'chunks', which "
+            "computes the same and passes states over that axis: leave it open."
+        )
     kernels = _has_tpu_kernels(execution, platform)
     sizes = (linear.key_head_dim, linear.value_head_dim) if linear else ()
-    fits = kernels and bool(sizes) and not any(size % RULE_MULTIPLE for size in sizes)
+    fits = kernels and context_shards == 1 and bool(sizes) and not any(size % RULE_MULTIPLE for size in sizes)
     chosen = execution.linear_attention or ("pallas" if fits else "chunks")
     if chosen == "pallas" and sizes and not fits:
         raise ConfigError(

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from qwen_moe_jax.config.checks import Checks
 
-MeshAxis = Literal["data", "fsdp", "expert", "tensor"]
+MeshAxis = Literal["data", "fsdp", "expert", "context", "tensor"]
 #: The axes of a mesh, in this order.
 MESH_AXES: tuple[str, ...] = get_args(MeshAxis)
 
@@ -51,12 +51,13 @@ class ShardingRules:
 
 #: By what is gathered for a layer. "expert+fsdp", the default, stores no weight twice except over `data`; "fsdp" and
 #: "expert" shard dense weights over one axis and replicate them over the other; "expert+tensor" gathers nothing, as
-#: suits inference.
+#: suits inference. "expert+fsdp+context" shards weights over `context` besides, whose devices otherwise all have them.
 SHARDING_RULES: dict[str, ShardingRules] = {
     "expert+fsdp": ShardingRules(),
     "fsdp": ShardingRules(embed=("fsdp",)),
     "expert": ShardingRules(embed=("expert",), expert_embed=()),
     "expert+tensor": ShardingRules(embed=(), expert_embed=()),
+    "expert+fsdp+context": ShardingRules(embed=("fsdp", "expert", "context"), expert_embed=("fsdp", "context")),
 }
 
 #: The rules that commands which run a model forward start with: decoding would gather the same weights for every token.

@@ -14,6 +14,7 @@ from qwen_moe_jax.model.base import Model, ReadOut, token_at
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.model.decoder import DecoderOutput
 from qwen_moe_jax.model.inputs import ModelInputs, checked_inputs
+from qwen_moe_jax.sharding.positions import RowOrder
 from qwen_moe_jax.sharding.rules import BATCH
 
 Pooling = Literal["mean", "last"]
@@ -92,6 +93,10 @@ class EmbeddingOutput:
     def first_rows(self, batch: int) -> "EmbeddingOutput":
         """The same without the rows of padding that filled the mesh."""
         return EmbeddingOutput(embedding_BD=self.embedding_BD[:batch])
+
+    def restored(self, order: RowOrder) -> "EmbeddingOutput":
+        """The same: rows have no order."""
+        return self
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Grouped-query self-attention over packed, padded, possibly sliding sequences."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +9,16 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.attention_kernels.blockwise import Blocks, attend_in_blocks
+from qwen_moe_jax.attention_kernels.context import attend_over_context
 from qwen_moe_jax.attention_kernels.splash import LANES, attend_by_splash
 from qwen_moe_jax.config import ExecutionConfig, ModelConfig
-from qwen_moe_jax.model.cache import HEADS, LayerCache, cached_attention, update_cache
+from qwen_moe_jax.model.cache import LayerCache, cached_attention, update_cache
 from qwen_moe_jax.model.inputs import TokenContext
 from qwen_moe_jax.model.rotary import apply_rotary
 from qwen_moe_jax.nn.linear import Linear, project
 from qwen_moe_jax.nn.norm import rms_norm
 from qwen_moe_jax.nn.parameters import ParameterFactory
-from qwen_moe_jax.sharding.rules import BATCH, require_whole_heads
+from qwen_moe_jax.sharding.rules import BATCH, require_whole_heads, tokens_spec, with_single_axes
 
 
 class Attention(nnx.Module):
@@ -63,7 +65,7 @@ class Attention(nnx.Module):
         with jax.named_scope("attention"):
             q_BTNH, gate_BTNH, k_BTKH, v_BTKH = self._projected(hidden_BTD, context)
             if cache is None:
-                mixed_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, context.segment_ids_BT, sliding_window, execution)
+                mixed_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, context, sliding_window, execution)
             else:
                 cache = update_cache(cache, k_BTKH, v_BTKH, context.token_mask_BT)
                 mixed_BTNH = cached_attention(q_BTNH, cache, context.token_mask_BT, sliding_window)
@@ -91,22 +93,36 @@ class Attention(nnx.Module):
 def split_heads(x_BTO: jax.Array, head_dim: int) -> jax.Array:
     """The rows of a projection by head, [B, T, rows / head_dim, head_dim]; heads are sharded over `tensor`."""
     batch, length, rows = x_BTO.shape
-    return jnp.reshape(x_BTO, (batch, length, rows // head_dim, head_dim), out_sharding=HEADS)
+    return jnp.reshape(x_BTO, (batch, length, rows // head_dim, head_dim), out_sharding=tokens_spec("tensor", None))
 
 
 def attend(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    segment_ids_BT: jax.Array,
+    context: TokenContext,
     sliding_window: int | None,
     execution: ExecutionConfig,
 ) -> jax.Array:
-    """Causal attention within segments, of each device's own rows and heads: it needs no collective."""
-    method, multiple = {"blocks": (attend_in_blocks, 1), "splash": (attend_by_splash, LANES)}[execution.attention]
+    """Causal attention within segments, of each device's own rows and heads.
+
+    It needs no collective, but for keys and values over `context` where positions are sharded over it.
+    """
+    heads = tokens_spec("tensor", None)
+    if context.order is not None:
+        over = functools.partial(
+            attend_over_context, order=context.order, window=sliding_window, method=execution.context_parallel
+        )
+        specs = (heads, heads, heads, P(BATCH, None))
+        return jax.shard_map(over, in_specs=specs, out_specs=heads, check_vma=False)(
+            q_BTNH, k_BTKH, v_BTKH, context.row_segment_ids_BT
+        )
+    methods: dict[str, tuple[Callable[..., jax.Array], int]]
+    methods = {"blocks": (attend_in_blocks, 1), "splash": (attend_by_splash, LANES)}
+    method, multiple = methods[execution.attention]
     blocks = Blocks.of(q_BTNH.shape[1], execution.attention_block, sliding_window, multiple)
-    specs = (HEADS, HEADS, HEADS, P(BATCH, None))
+    # A gradient is summed over the axes that no spec names: over one device that is nothing, but a copy.
+    in_specs = tuple(map(with_single_axes, (heads, heads, heads, P(BATCH, None))))
     local = functools.partial(method, blocks=blocks)
-    return jax.shard_map(local, in_specs=specs, out_specs=HEADS, check_vma=False)(
-        q_BTNH, k_BTKH, v_BTKH, segment_ids_BT
-    )
+    inputs = map(jax.sharding.reshard, (q_BTNH, k_BTKH, v_BTKH, context.segment_ids_BT), in_specs)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=False)(*inputs)

@@ -14,18 +14,18 @@ from jax.sharding import PartitionSpec as P
 from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, LoraConfig, ModelConfig
 from qwen_moe_jax.config.resolve import resolve
 from qwen_moe_jax.errors import ConfigError, RequestError, ShardingError
-from qwen_moe_jax.model.cache import Cache
+from qwen_moe_jax.model.cache import Cache, require_whole_rows
 from qwen_moe_jax.model.decoder import Decoder, DecoderOutput
-from qwen_moe_jax.model.inputs import INPUT_SPECS, ModelInputs, checked_inputs, pad_rows
+from qwen_moe_jax.model.inputs import ModelInputs, checked_inputs, in_order, input_specs, pad_rows
 from qwen_moe_jax.model.output import ModelOutput, RouterOutput
 from qwen_moe_jax.moe.losses import router_losses
 from qwen_moe_jax.moe.replay import Replay, Without, forced_routing
-from qwen_moe_jax.moe.router import forced_specs
 from qwen_moe_jax.nn.matmul import matmul_precision
 from qwen_moe_jax.nn.parameters import ParameterFactory, as_rngs
 from qwen_moe_jax.sharding.explicit import apart_from_callers_mesh, with_explicit_axes
 from qwen_moe_jax.sharding.mesh import checked_mesh
-from qwen_moe_jax.sharding.rules import BATCH, stored
+from qwen_moe_jax.sharding.positions import RowOrder
+from qwen_moe_jax.sharding.rules import BATCH, CONTEXT, positions_axis, spec_of, stored, tokens_spec
 from qwen_moe_jax.suggest import missing_attribute, refuse_hub_arguments
 
 
@@ -100,6 +100,10 @@ class Model(nnx.Module):
     def head_of_few(self, hidden_BTD: jax.Array, inputs: ModelInputs) -> jax.Array:
         """`head` where nothing is differentiated, for a few tokens at a time: of decoding."""
         return self.head(hidden_BTD, inputs)
+
+    def prepared(self, inputs: ModelInputs) -> ModelInputs:
+        """The inputs with what the head reads of whole rows, before their positions are sharded."""
+        return inputs
 
     @classmethod
     def from_pretrained(cls, folder: str | PathLike[str], **kwargs: Any) -> Self:
@@ -179,6 +183,7 @@ class Model(nnx.Module):
             _check_trainable(self.config)
             self._require_adapters_over_low_bits()
         if cache is not None:
+            require_whole_rows(self.mesh)
             _check_cached(cache, inputs, math.prod(self.mesh.shape[axis] for axis in BATCH))
         with apart_from_callers_mesh(self.mesh):
             return _forward(self, inputs, cache, self._checked_noise_key(noise_key), read_out=read_out)
@@ -196,10 +201,23 @@ class Model(nnx.Module):
             self.execution,
             self.config.moe,
             expert_shards=self.mesh.shape["expert"],
+            context_shards=self.mesh.shape[CONTEXT],
+            queries_per_key=self.config.attention.num_attention_heads // self.config.attention.num_key_value_heads,
             platform=self.mesh.devices.flat[0].platform,
             training=not self.deterministic,
             linear=self.config.linear_attention,
         )
+
+    def row_order(self, length: int, *, noise: bool = False) -> RowOrder | None:
+        """The positions that each device of `context` has of rows of this length; None where it has one device.
+
+        Linear layers read a row in its order, and noise is drawn in it: with one of them it stays.
+        """
+        shards, execution = self.mesh.shape[CONTEXT], self.execution_in_use
+        if shards == 1:
+            return None
+        contiguous = noise or any(kind.mixer == "linear" for kind in self.config.layers)
+        return RowOrder.of(length, shards, zigzag=not contiguous, longest=execution.attention_block)
 
     def require_weights(self) -> None:
         """Refuses an abstract model (`rngs=None`).
@@ -251,8 +269,12 @@ class ReadOut:
     output_router_logits: bool = False
     output_hidden_states: bool = False
 
+    def prepared(self, model: Model, inputs: ModelInputs) -> ModelInputs:
+        """The inputs with what else is read of whole rows, before their positions are sharded."""
+        return inputs
+
     def __call__(self, model: Model, out: DecoderOutput, inputs: ModelInputs) -> Any:
-        """The result, of explicitly sharded arrays; it has a method `first_rows`."""
+        """The result, of explicitly sharded arrays; it has the methods `first_rows` and `restored`."""
         raise NotImplementedError
 
 
@@ -260,17 +282,24 @@ class ReadOut:
 class LogitsOf(ReadOut):
     """Reads out the head's logits, with what else of the forward pass was asked for; see `Model.__call__`."""
 
+    def prepared(self, model: Model, inputs: ModelInputs) -> ModelInputs:
+        """See `ReadOut`."""
+        return model.prepared(inputs)
+
     def __call__(self, model: Model, out: DecoderOutput, inputs: ModelInputs) -> ModelOutput:
         """See `ReadOut`."""
         hidden_BTD, hidden_states = out.hidden_BTD, None
         if self.output_hidden_states:
             # A single row has two spellings of its sharding on a single device.
-            parts = (jax.sharding.reshard(x, P(None, BATCH, None, None)) for x in (out.inputs_LBTD, hidden_BTD[None]))
+            spec = P(None, *tokens_spec(None))
+            parts = (jax.sharding.reshard(x, spec) for x in (out.inputs_LBTD, hidden_BTD[None]))
             hidden_states = jnp.concatenate([*parts])
         if inputs.logits_at_B is not None:
-            hidden_BTD = token_at(hidden_BTD, inputs.logits_at_B)[:, None]
+            hidden_BTD = copies_of(token_at(hidden_BTD, inputs.logits_at_B))
         with jax.named_scope("head"):
             logits = (model.head if out.cache is None else model.head_of_few)(hidden_BTD, inputs)
+        if inputs.logits_at_B is not None and logits.ndim == 3:
+            logits = first_copy(logits)
         return ModelOutput(logits=logits, router=router_output(out), hidden_states=hidden_states, cache=out.cache)
 
 
@@ -286,6 +315,8 @@ def _forward(
     """Pads the batch to the mesh, runs the model on explicitly sharded arrays, and takes the padding off again."""
     batch, num_shards = inputs.tokens_BT.shape[0], math.prod(model.mesh.shape[axis] for axis in BATCH)
     padded = pad_rows(inputs, num_shards, cached=cache is not None)
+    order = model.row_order(inputs.tokens_BT.shape[1], noise=noise_key is not None)
+    prepared = in_order(read_out.prepared(model, padded), order)
 
     def run(model: Model, inputs: ModelInputs, cache: Cache | None, noise_key: jax.Array | None) -> Any:
         out = model.model(
@@ -298,9 +329,10 @@ def _forward(
         )
         return read_out(model, out, inputs)
 
-    specs = (_specs_of(padded), None if cache is None else cache.specs(), P())
+    specs = (input_specs(prepared, model.mesh), None if cache is None else cache.specs(), P())
     with matmul_precision(model.execution.dtype):
-        out = with_explicit_axes(run, model.mesh, specs)(model, padded, cache, noise_key)
+        out = with_explicit_axes(run, model.mesh, specs)(model, prepared, cache, noise_key)
+    out = out if order is None else out.restored(order)
     return out if padded.tokens_BT.shape[0] == batch else out.first_rows(batch)
 
 
@@ -313,15 +345,24 @@ def router_output(out: DecoderOutput) -> RouterOutput | None:
 
 def token_at(x_BTD: jax.Array, index_B: jax.Array) -> jax.Array:
     """One token of each row, [B, D]; a masked sum, since a gather along T would have to name its sharding."""
-    chosen_BT1 = (jnp.arange(x_BTD.shape[1]) == index_B[:, None])[..., None]
+    index_T = jax.sharding.reshard(jnp.arange(x_BTD.shape[1]), P(positions_axis()))
+    chosen_BT1 = (index_T == index_B[:, None])[..., None]
     return jnp.sum(jnp.where(chosen_BT1, x_BTD, 0), axis=1)
 
 
-def _specs_of(inputs: ModelInputs) -> ModelInputs:
-    """`INPUT_SPECS` of the arrays there are."""
-    present = {field.name: getattr(inputs, field.name) is not None for field in dataclasses.fields(inputs)}
-    specs = dataclasses.replace(INPUT_SPECS, **{name: None for name, there in present.items() if not there})
-    return dataclasses.replace(specs, forced=forced_specs(inputs.forced, stacked=True))
+def copies_of(x_BD: jax.Array) -> jax.Array:
+    """A token of each row as activations [B, X, D]: one copy for each of the X devices of `context`."""
+    shape = len(x_BD), jax.sharding.get_abstract_mesh().shape[CONTEXT], x_BD.shape[1]
+    if shape[1] == 1:
+        return x_BD[:, None]
+    return jax.sharding.reshard(jnp.broadcast_to(x_BD[:, None], shape), tokens_spec(None))
+
+
+def first_copy(x_BXV: jax.Array) -> jax.Array:
+    """What became of `copies_of`, [B, 1, V]."""
+    if positions_axis() is None:
+        return x_BXV
+    return jax.sharding.reshard(x_BXV, P(BATCH, None, *spec_of(x_BXV)[2:]))[:, :1]
 
 
 def _check_cached(cache: Cache, inputs: ModelInputs, num_shards: int) -> None:

@@ -27,10 +27,11 @@ from qwen_moe_jax.attention_kernels.cached import (
     write_slots,
 )
 from qwen_moe_jax.config import LayerKind, ModelConfig
+from qwen_moe_jax.errors import ShardingError
 from qwen_moe_jax.model.segments import plan_segments
 from qwen_moe_jax.nn.bits import as_bits, from_bits
 from qwen_moe_jax.rounding import ceil_div
-from qwen_moe_jax.sharding.rules import BATCH
+from qwen_moe_jax.sharding.rules import BATCH, CONTEXT
 
 #: Keys and values [L, B, S, K, H] are sharded as their rows and heads are: attention needs no collective.
 STORED: Any = P(None, BATCH, None, "tensor", None)
@@ -173,6 +174,19 @@ class LayerCache(Generic[Kept]):
     table_BM: jax.Array | None = None
 
 
+def require_whole_rows(mesh: Mesh) -> None:
+    """Refuses a cache on a mesh that shards positions: a step of decoding is one token of each row.
+
+    Raises:
+        ShardingError: the mesh axis `context` has several devices.
+    """
+    if mesh.shape[CONTEXT] > 1:
+        raise ShardingError(
+            f"a cache was asked for on a mesh with context={mesh.shape[CONTEXT]}: its keys are not sharded over "
+            "positions. Generate on a mesh with context=1; the same devices serve as data, expert or tensor."
+        )
+
+
 def slots(config: ModelConfig, kind: LayerKind, max_length: int, max_write: int) -> int:
     """Slots S of attention: one for each of `max_length` tokens, or, sliding, for a window and `max_write` tokens more.
 
@@ -211,7 +225,11 @@ def abstract_cache(
         max_write: tokens that are written in one step at most.
         dtype: of keys, values and the columns of convolutions; the state of linear layers is float32.
         blocks: in which full layers keep keys and values; None gives every row `max_length` slots.
+
+    Raises:
+        ShardingError: the mesh shards positions (`context`).
     """
+    require_whole_rows(mesh)
     attention, linear = config.attention, config.linear_attention
     dtype = stored_dtype(dtype, mesh.devices.flat[0].platform)
 

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import ExecutionConfig
 from qwen_moe_jax.errors import RequestError
-from qwen_moe_jax.model.base import Model, ReadOut, router_output, token_at
+from qwen_moe_jax.model.base import Model, ReadOut, first_copy, router_output, token_at
 from qwen_moe_jax.model.cache import Cache
 from qwen_moe_jax.model.cross_entropy import target_log_probs
 from qwen_moe_jax.model.decoder import DecoderOutput
@@ -27,11 +27,13 @@ from qwen_moe_jax.nn.parameters import ParameterFactory
 from qwen_moe_jax.nn.quantised import Quantised
 from qwen_moe_jax.nn.stacked import reads_in_place, stacked_matmul
 from qwen_moe_jax.sharding.explicit import with_explicit_axes
-from qwen_moe_jax.sharding.rules import BATCH, partition_spec
+from qwen_moe_jax.sharding.rules import BATCH, partition_spec, tokens_spec
 from qwen_moe_jax.suggest import refuse_hub_arguments
 
-#: Sharding of logits [B, T, V].
-LOGITS = P(BATCH, None, *partition_spec(TABLE[:1]))
+
+def _logits_spec() -> P:
+    """The partition spec of logits [B, T, V]."""
+    return tokens_spec(*partition_spec(TABLE[:1]))
 
 
 class CausalLM(Model):
@@ -148,7 +150,12 @@ class CausalLM(Model):
             config.rope, config.rotary_dim, config.max_position_embeddings, inputs.positions_BT, dtype
         )
         embedded_BTD = self.model.embed_tokens(jnp.where(inputs.segment_ids_BT != 0, next_BT, 0), dtype)
-        context = TokenContext(segment_ids_BT=inputs.segment_ids_BT, rotary=rotary)
+        context = TokenContext(
+            segment_ids_BT=inputs.segment_ids_BT,
+            rotary=rotary,
+            row_segment_ids_BT=inputs.row_segment_ids_BT,
+            order=inputs.order,
+        )
         return self.mtp(embedded_BTD, hidden_BTD, context, execution, cache)
 
     def require_mtp(self, what: str) -> None:
@@ -173,7 +180,7 @@ class CausalLM(Model):
     def head(self, hidden_BTD: jax.Array, inputs: ModelInputs) -> jax.Array:
         """See `Model`."""
         # float32 results from the dtype of the model: the logits are not rounded once more.
-        product_BTV = weight_einsum("BTD,VD->BTV", hidden_BTD, self.table_VD, TABLE, LOGITS, jnp.float32)
+        product_BTV = weight_einsum("BTD,VD->BTV", hidden_BTD, self.table_VD, TABLE, _logits_spec(), jnp.float32)
         return self._logits(hidden_BTD, product_BTV)
 
     def head_of_few(self, hidden_BTD: jax.Array, inputs: ModelInputs) -> jax.Array:
@@ -181,12 +188,12 @@ class CausalLM(Model):
         stack = self.table_VD[None]
         if not reads_in_place(hidden_BTD, [stack]):
             return self.head(hidden_BTD, inputs)
-        return self._logits(hidden_BTD, stacked_matmul(hidden_BTD, [stack], jnp.int32(0), [LOGITS])[0])
+        return self._logits(hidden_BTD, stacked_matmul(hidden_BTD, [stack], jnp.int32(0), [_logits_spec()])[0])
 
     def _logits(self, hidden_BTD: jax.Array, logits_BTV: jax.Array) -> jax.Array:
         """The products with the table, with what the adapter adds, without padding."""
         if self.lora_head is not None:
-            added_BTV = self.lora_head(hidden_BTD, "BTD,VD->BTV", "BTr", P(BATCH, None, None), LOGITS)
+            added_BTV = self.lora_head(hidden_BTD, "BTD,VD->BTV", "BTr", tokens_spec(None), _logits_spec())
             logits_BTV = logits_BTV + added_BTV.astype(jnp.float32)
         return without_padding(logits_BTV, self.config.vocab_size)
 
@@ -212,17 +219,34 @@ class LossesOf(ReadOut):
     temperature: float = 1.0
     entropy: bool = False
 
+    def prepared(self, model: Model, inputs: ModelInputs) -> ModelInputs:
+        """See `ReadOut`."""
+        if not self.mtp:
+            return inputs
+        next_tokens_BT, is_followed_BT = following(inputs.tokens_BT, inputs.segment_ids_BT)
+        next_targets_BT, _ = following(inputs.targets_BT, inputs.segment_ids_BT)
+        return dataclasses.replace(
+            inputs,
+            next_tokens_BT=next_tokens_BT,
+            next_targets_BT=next_targets_BT,
+            is_followed_BT=is_followed_BT.astype(jnp.int32),
+        )
+
     def __call__(self, model: Model, out: DecoderOutput, inputs: ModelInputs) -> TokenLosses:
         """See `ReadOut`."""
         assert isinstance(model, CausalLM)
         log_probs_BT, logsumexp_BT, entropy_BT = self._log_probs(model, out.hidden_BTD, inputs.targets_BT)
         mtp_losses_BT, mtp_stats = None, None
         if self.mtp:
-            next_BT, follows_BT = following(inputs.tokens_BT, inputs.segment_ids_BT)
-            targets_BT, _ = following(inputs.targets_BT, inputs.segment_ids_BT)
-            own = dataclasses.replace(inputs, segment_ids_BT=jnp.where(follows_BT, inputs.segment_ids_BT, 0))
-            states_BTD, _, mtp_stats = model.mtp_states(own, next_BT, out.hidden_BTD, model.execution_in_use)
-            mtp_losses_BT = -self._log_probs(model, states_BTD, targets_BT)[0]
+            own = dataclasses.replace(
+                inputs,
+                segment_ids_BT=inputs.segment_ids_BT * inputs.is_followed_BT,
+                row_segment_ids_BT=inputs.row_followed_ids_BT,
+            )
+            states_BTD, _, mtp_stats = model.mtp_states(
+                own, inputs.next_tokens_BT, out.hidden_BTD, model.execution_in_use
+            )
+            mtp_losses_BT = -self._log_probs(model, states_BTD, inputs.next_targets_BT)[0]
         return TokenLosses(
             losses=-log_probs_BT,
             logsumexp=logsumexp_BT,
@@ -284,8 +308,12 @@ class SequenceClassifier(Model):
         self.score = Linear("score", ("labels", "embed"), sizes, make.of_floats())
 
     def head(self, hidden_BTD: jax.Array, inputs: ModelInputs) -> jax.Array:
+        """See `Model`; the hidden states are those of one token of each row."""
+        return first_copy(self.score(hidden_BTD))[:, 0].astype(jnp.float32)
+
+    def prepared(self, inputs: ModelInputs) -> ModelInputs:
         """See `Model`."""
         pad = self.config.pad_token_id
         token_mask_BT = inputs.segment_ids_BT != 0 if pad is None else inputs.tokens_BT != pad
         last_B = jnp.max(jnp.where(token_mask_BT, jnp.arange(token_mask_BT.shape[1]), 0), axis=1)
-        return self.score(token_at(hidden_BTD, last_B)[:, None])[:, 0].astype(jnp.float32)
+        return dataclasses.replace(inputs, logits_at_B=last_B)

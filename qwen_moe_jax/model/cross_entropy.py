@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.nn.embedding import TABLE
 from qwen_moe_jax.nn.lora import LoraAdapter
-from qwen_moe_jax.sharding.rules import BATCH, all_gather_weight, spec_of
+from qwen_moe_jax.sharding.rules import all_gather_weight, spec_of, tokens_spec, with_single_axes
 
 #: How many logits (float32, 256 MiB) a device may hold at a time. The gradient of the table is accumulated once per
 #: chunk: smaller chunks would spend their time on that.
@@ -45,7 +45,7 @@ def target_log_probs(
     accumulated over the chunks in float32, and rounded to that dtype once.
 
     Args:
-        hidden_BTD: B over `BATCH`.
+        hidden_BTD: sharded as `tokens_spec` says.
         table_VD: as stored; rows from `vocab_size` on are padding and count nowhere.
         targets_BT: int32; one outside the vocabulary becomes NaN.
         vocab_size: of the model.
@@ -59,12 +59,12 @@ def target_log_probs(
         float32 [B, T] each.
     """
     # Each of the X devices of `tensor` computes with its shard of the vocabulary.
-    per_shard_XBT = P("tensor", BATCH, None)
+    per_shard_XBT = P("tensor", *tokens_spec())
     # Factors of the logits: hidden states and table; and those of the head's adapter, A x and B.
     hidden, tables = [hidden_BTD], [table_VD]
     axes: list[tuple[str, ...]] = [TABLE]
     if lora is not None:
-        hidden.append(lora.narrowed(hidden_BTD, "BTD,rD->BTr", P(BATCH, None, None)))
+        hidden.append(lora.narrowed(hidden_BTD, "BTD,rD->BTr", tokens_spec(None)))
         tables.append(lora.lora_B[...])
         axes.append(lora.b_axes)
     table_specs = [spec_of(table) for table in tables]
@@ -77,14 +77,16 @@ def target_log_probs(
         temperature=temperature,
         entropy=entropy,
     )
+    tokens = with_single_axes(tokens_spec(None))
+    hidden = [jax.sharding.reshard(x_BTD, tokens) for x_BTD in hidden]
     parts_XBT = jax.shard_map(
         device_log_probs,
-        in_specs=([P(BATCH, None, None)] * len(hidden), table_specs, P(BATCH, None)),
+        in_specs=([tokens] * len(hidden), table_specs, tokens_spec()),
         out_specs=(per_shard_XBT,) * (3 if entropy else 2),
         check_vma=False,
     )(hidden, tables, targets_BT)
     # X numbers per token, gathered on every device.
-    target_XBT, logsumexp_XBT, *means_XBT = (jax.sharding.reshard(x, P(None, BATCH, None)) for x in parts_XBT)
+    target_XBT, logsumexp_XBT, *means_XBT = (jax.sharding.reshard(x, P(None, *tokens_spec())) for x in parts_XBT)
     logsumexp_BT = jax.nn.logsumexp(logsumexp_XBT, axis=0)
     entropy_BT = None
     if entropy:

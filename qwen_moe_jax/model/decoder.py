@@ -94,7 +94,7 @@ class Decoder(nnx.Module):
         keep_trace: bool = False,
         keep_inputs: bool = False,
     ) -> DecoderOutput:
-        """Runs the decoder on explicitly sharded arrays, B over `BATCH`.
+        """Runs the decoder on explicitly sharded arrays.
 
         Args:
             inputs: tokens, segment ids and positions, and what is prescribed to the routers.
@@ -117,7 +117,12 @@ class Decoder(nnx.Module):
             hidden_BTD = self.embed_tokens(tokens_BT, dtype, differentiable=cache is None)
         out = self.layers(
             hidden_BTD,
-            TokenContext(segment_ids_BT=inputs.segment_ids_BT, rotary=rotary),
+            TokenContext(
+                segment_ids_BT=inputs.segment_ids_BT,
+                rotary=rotary,
+                row_segment_ids_BT=inputs.row_segment_ids_BT,
+                order=inputs.order,
+            ),
             execution,
             cache=cache,
             noise_key=noise_key,

@@ -6,12 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.errors import RequestError
 from qwen_moe_jax.model.rotary import RotaryTables
-from qwen_moe_jax.moe.router import ForcedRouting
-from qwen_moe_jax.sharding.rules import BATCH
+from qwen_moe_jax.moe.router import ForcedRouting, forced_specs
+from qwen_moe_jax.sharding.positions import RowOrder
+from qwen_moe_jax.sharding.rules import BATCH, tokens_spec
 
 
 @jax.tree_util.register_dataclass
@@ -25,6 +27,11 @@ class ModelInputs:
         positions_BT: of each token in its text; None where a cache gives them.
         targets_BT: the token that should follow each one, where losses are asked for.
         logits_at_B: the one token of each row whose logits are asked for; None for all.
+        next_tokens_BT, next_targets_BT, is_followed_BT: for a next-token head: token and target of the token after each
+            one, and 1 where that is of its segment, else 0.
+        row_segment_ids_BT, row_followed_ids_BT: `segment_ids_BT` of whole rows on every device of `context`; the second
+            0 where a token is not followed. None where `context` has one device.
+        order: the positions that [B, T] are sharded by; None where `context` has one device.
         forced: what is prescribed to the routers, stacked [L_sparse, …] in layer order; None where nothing is.
     """
 
@@ -33,19 +40,24 @@ class ModelInputs:
     positions_BT: jax.Array | None = None
     targets_BT: jax.Array | None = None
     logits_at_B: jax.Array | None = None
+    next_tokens_BT: jax.Array | None = None
+    next_targets_BT: jax.Array | None = None
+    is_followed_BT: jax.Array | None = None
+    row_segment_ids_BT: jax.Array | None = None
+    row_followed_ids_BT: jax.Array | None = None
+    order: RowOrder | None = dataclasses.field(default=None, metadata={"static": True})
     forced: ForcedRouting | None = None
 
 
-#: How they are sharded: rows over the mesh axes that share the batch.
-_SPEC_BT: Any = P(BATCH, None)
-_SPEC_B: Any = P(BATCH)
-INPUT_SPECS = ModelInputs(
-    tokens_BT=_SPEC_BT,
-    segment_ids_BT=_SPEC_BT,
-    positions_BT=_SPEC_BT,
-    targets_BT=_SPEC_BT,
-    logits_at_B=_SPEC_B,
-)
+def input_specs(inputs: ModelInputs, mesh: Mesh) -> ModelInputs:
+    """How they are sharded: rows over the mesh axes that share the batch, positions over `context`."""
+    whole_rows = ("logits_at_B", "row_segment_ids_BT", "row_followed_ids_BT")
+    specs: dict[str, Any] = {}
+    for field in dataclasses.fields(inputs):
+        spec = P(BATCH) if field.name in whole_rows else tokens_spec(mesh=mesh)
+        specs[field.name] = None if getattr(inputs, field.name) is None else spec
+    specs |= {"forced": forced_specs(inputs.forced, stacked=True, mesh=mesh), "order": inputs.order}
+    return ModelInputs(**specs)
 
 
 @jax.tree_util.register_dataclass
@@ -56,10 +68,13 @@ class TokenContext:
     Attributes:
         segment_ids_BT: int32; tokens attend within their own segment; 0 is padding.
         rotary: cosines and sines of the tokens' positions.
+        row_segment_ids_BT, order: see `ModelInputs`.
     """
 
     segment_ids_BT: jax.Array
     rotary: RotaryTables
+    row_segment_ids_BT: jax.Array | None = None
+    order: RowOrder | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def token_mask_BT(self) -> jax.Array:
@@ -121,6 +136,30 @@ def pad_rows(inputs: ModelInputs, num_shards: int, *, cached: bool) -> ModelInpu
     if forced is not None and forced.experts is not None and missing:
         forced = dataclasses.replace(forced, experts=jnp.pad(forced.experts, [(0, 0), (0, missing), (0, 0), (0, 0)]))
     return dataclasses.replace(inputs, forced=forced)
+
+
+def in_order(inputs: ModelInputs, order: RowOrder | None) -> ModelInputs:
+    """The inputs, padded and stored in this order; None is that of the rows. Call it outside of explicit axes.
+
+    The arrays are a few integers for each token. On the devices of `context` they are whole, and each takes its part.
+    """
+    if order is None:
+        return inputs
+    forced, logits_at_B = inputs.forced, inputs.logits_at_B
+    inputs = jax.tree.map(order.store, dataclasses.replace(inputs, forced=None, logits_at_B=None))
+    if logits_at_B is not None:
+        logits_at_B = jnp.asarray(order.stored_at())[logits_at_B]
+    if forced is not None and forced.experts is not None:
+        forced = dataclasses.replace(forced, experts=order.store(forced.experts, axis=2))
+    ids_BT, is_followed_BT = inputs.segment_ids_BT, inputs.is_followed_BT
+    return dataclasses.replace(
+        inputs,
+        forced=forced,
+        logits_at_B=logits_at_B,
+        row_segment_ids_BT=ids_BT,
+        row_followed_ids_BT=None if is_followed_BT is None else ids_BT * is_followed_BT,
+        order=order,
+    )
 
 
 def positions_in_segments(segment_ids_BT: jax.Array) -> jax.Array:

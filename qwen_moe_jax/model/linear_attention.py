@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.attention_kernels.causal_conv import causal_conv1d
+from qwen_moe_jax.attention_kernels.context_delta import Parts, columns_before, delta_rule_over_context
 from qwen_moe_jax.attention_kernels.delta_rule import (
     chunk_gated_delta_rule,
     chunk_size_for,
@@ -39,7 +40,7 @@ from qwen_moe_jax.nn.linear import Linear, project
 from qwen_moe_jax.nn.mlp import ACTIVATIONS
 from qwen_moe_jax.nn.norm import GatedRMSNorm
 from qwen_moe_jax.nn.parameters import ParameterFactory
-from qwen_moe_jax.sharding.rules import BATCH, gather_for_compute, require_whole_heads
+from qwen_moe_jax.sharding.rules import BATCH, gather_for_compute, require_whole_heads, tokens_spec, with_single_axes
 
 #: The largest initial decay rate, exp(A_log), as transformers draws it.
 LARGEST_RATE = 16.0
@@ -125,7 +126,8 @@ class GatedDeltaNet(nnx.Module):
         Before the tokens, besides state and columns, it is known which rows are new: their state counts as zeros.
         With `keep_steps`, the state after each token and what entered the convolution at each instead.
 
-        They are computed on each device's own rows and heads: it needs no collective.
+        They are computed on each device's own rows and heads: it needs no collective, but for columns and states over
+        `context` where positions are sharded over it.
         """
         # With a cache, a row is one text.
         ids_BT = context.segment_ids_BT if before is None else context.token_mask_BT.astype(jnp.int32)
@@ -134,12 +136,31 @@ class GatedDeltaNet(nnx.Module):
         one_step = before is not None and qkv_BTC.shape[1] == 1
         mix = _mix_by_steps if keep_steps else functools.partial(_mix, rule=None if one_step else self._rule(execution))
         local = functools.partial(mix, linear=self.linear, act=ACTIVATIONS[self.act])
-        rows, head = P(BATCH, None, "tensor"), P("tensor")
+        rows, head = with_single_axes(tokens_spec("tensor")), with_single_axes(P("tensor"))
+        qkv_BTC, b_BTN, a_BTN = (jax.sharding.reshard(x, rows) for x in (qkv_BTC, b_BTN, a_BTN))
+        taps = with_single_axes(P("tensor", None, None))
+        weight_C1W = jax.sharding.reshard(weight_C1W, taps)
+        A_log_N, dt_bias_N = (jax.sharding.reshard(x, head) for x in (A_log_N, dt_bias_N))
+        if context.order is not None:
+            over = functools.partial(
+                _mix_over_context,
+                linear=self.linear,
+                act=ACTIVATIONS[self.act],
+                chunk_size=self.chunk_size,
+                shards=context.order.shards,
+            )
+            mixed_BTNH = jax.shard_map(
+                over,
+                in_specs=(rows, rows, rows, P(BATCH, None), taps, head, head),
+                out_specs=tokens_spec("tensor", None),
+                check_vma=False,
+            )(qkv_BTC, b_BTN, a_BTN, context.row_segment_ids_BT, weight_C1W, A_log_N, dt_bias_N)
+            return mixed_BTNH, None
         given = None if before is None else (STATE, COLUMNS, P(BATCH))
         returned = None if before is None else (STATES if keep_steps else STATE, COLUMNS)
         return jax.shard_map(
             local,
-            in_specs=(rows, rows, rows, P(BATCH, None), P("tensor", None, None), head, head, given),
+            in_specs=(rows, rows, rows, P(BATCH, None), taps, head, head, given),
             out_specs=(HEADS, returned),
             check_vma=False,
         )(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before)
@@ -163,16 +184,35 @@ def _mix(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before, 
     """`GatedDeltaNet._mixed` on one device's arrays; `rule` is that over several tokens, None for one."""
     state_BNHH, columns_BWC, new_B = (None, None, None) if before is None else before
     qkv_BTC, columns_BWC = causal_conv1d(qkv_BTC, weight_C1W[:, 0].astype(qkv_BTC.dtype), ids_BT, columns_BWC)
-    q_BTKH, k_BTKH, v_BTNH = _by_head(act(qkv_BTC), linear)
-    beta_BTN = jax.nn.sigmoid(b_BTN)
-    time_BTN = jax.nn.softplus(a_BTN.astype(jnp.float32) + dt_bias_N.astype(jnp.float32))
-    log_decay_BTN = -jnp.exp(A_log_N.astype(jnp.float32)) * time_BTN
+    inputs = _inputs_of_rule(act(qkv_BTC), b_BTN, a_BTN, A_log_N, dt_bias_N, linear)
     if rule is None:
         rule = functools.partial(recurrent_gated_delta_rule, new_B=new_B)
     elif before is not None:
         state_BNHH = jnp.where(new_B[:, None, None, None], 0, state_BNHH)
-    mixed_BTNH, state_BNHH = rule(q_BTKH, k_BTKH, v_BTNH, log_decay_BTN, beta_BTN, ids_BT, state_BNHH)
+    mixed_BTNH, state_BNHH = rule(*inputs, ids_BT, state_BNHH)
     return mixed_BTNH, None if before is None else (state_BNHH, columns_BWC)
+
+
+def _mix_over_context(
+    qkv_BTC, b_BTN, a_BTN, row_ids_BS, weight_C1W, A_log_N, dt_bias_N, *, linear, act, chunk_size, shards
+):
+    """`_mix` of one device's part of rows that are sharded over `context`; `row_ids_BS` are of whole rows."""
+    parts = Parts.of(row_ids_BS, shards)
+    columns_BWC = columns_before(qkv_BTC, parts, weight_C1W.shape[-1] - 1)
+    qkv_BTC, _ = causal_conv1d(qkv_BTC, weight_C1W[:, 0].astype(qkv_BTC.dtype), parts.own(), columns_BWC)
+    inputs = _inputs_of_rule(act(qkv_BTC), b_BTN, a_BTN, A_log_N, dt_bias_N, linear)
+    return delta_rule_over_context(inputs, parts, chunk_size=chunk_size)
+
+
+_RuleInputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def _inputs_of_rule(qkv_BTC, b_BTN, a_BTN, A_log_N, dt_bias_N, linear: LinearAttentionConfig) -> _RuleInputs:
+    """Queries, keys, values, logarithms of the decay and betas, from what leaves the convolution and projections."""
+    time_BTN = jax.nn.softplus(a_BTN.astype(jnp.float32) + dt_bias_N.astype(jnp.float32))
+    log_decay_BTN = -jnp.exp(A_log_N.astype(jnp.float32)) * time_BTN
+    q_BTKH, k_BTKH, v_BTNH = _by_head(qkv_BTC, linear)
+    return q_BTKH, k_BTKH, v_BTNH, log_decay_BTN, jax.nn.sigmoid(b_BTN)
 
 
 def _mix_by_steps(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before, *, linear, act):

@@ -8,6 +8,7 @@ import jax
 from qwen_moe_jax.model.cache import Cache
 from qwen_moe_jax.moe.losses import RouterLosses
 from qwen_moe_jax.moe.stats import RouterStats, RouterTrace
+from qwen_moe_jax.sharding.positions import RowOrder
 
 
 @jax.tree_util.register_dataclass
@@ -29,6 +30,10 @@ class RouterOutput:
     def first_rows(self, batch: int) -> "RouterOutput":
         """The same without the rows of padding that filled the mesh."""
         return dataclasses.replace(self, trace=jax.tree.map(lambda x: x[:, :batch], self.trace))
+
+    def restored(self, order: RowOrder) -> "RouterOutput":
+        """The same with tokens in the order of their rows."""
+        return dataclasses.replace(self, trace=jax.tree.map(lambda x: order.restore(x, axis=2), self.trace))
 
 
 @jax.tree_util.register_dataclass
@@ -57,6 +62,16 @@ class ModelOutput:
             logits=self.logits[:batch],
             router=_first_rows(self.router, batch),
             hidden_states=None if self.hidden_states is None else self.hidden_states[:, :batch],
+        )
+
+    def restored(self, order: RowOrder) -> "ModelOutput":
+        """The same with tokens in the order of their rows; logits of all tokens are those of this many."""
+        of_all = self.logits.ndim == 3 and self.logits.shape[1] == order.padded
+        return dataclasses.replace(
+            self,
+            logits=order.restore(self.logits) if of_all else self.logits,
+            router=None if self.router is None else self.router.restored(order),
+            hidden_states=None if self.hidden_states is None else order.restore(self.hidden_states, axis=2),
         )
 
 
@@ -94,6 +109,12 @@ class TokenLosses:
             mtp_losses=None if self.mtp_losses is None else self.mtp_losses[:batch],
             entropy=None if self.entropy is None else self.entropy[:batch],
         )
+
+    def restored(self, order: RowOrder) -> "TokenLosses":
+        """The same with tokens in the order of their rows."""
+        router, tokens = self.router, dataclasses.replace(self, router=None)
+        router = None if router is None else router.restored(order)
+        return dataclasses.replace(jax.tree.map(order.restore, tokens), router=router)
 
 
 def _first_rows(router: RouterOutput | None, batch: int) -> Any:

@@ -21,7 +21,7 @@ from qwen_moe_jax.nn.matmul import matmul_precision
 from qwen_moe_jax.nn.mlp import MLP
 from qwen_moe_jax.nn.parameters import ParameterFactory
 from qwen_moe_jax.sharding.explicit import has_explicit_axes, with_explicit_axes
-from qwen_moe_jax.sharding.rules import BATCH
+from qwen_moe_jax.sharding.rules import BATCH, CONTEXT, tokens_spec
 
 
 class SparseMoeBlock(nnx.Module):
@@ -70,7 +70,8 @@ class SparseMoeBlock(nnx.Module):
         """Runs the block.
 
         Args:
-            hidden_BTD: normalised hidden states; B a multiple of the devices that share the batch.
+            hidden_BTD: normalised hidden states; B a multiple of the devices that share the batch, T one of
+                those that share its positions.
             token_mask_BT: False for padding, which is routed nowhere. None: there is no padding.
             execution: how it is run. Of ordinary arrays the dtype is that of the hidden states, and what is None is
                 chosen as in training; of explicitly sharded ones, nothing may be None (`config.resolve`).
@@ -86,7 +87,7 @@ class SparseMoeBlock(nnx.Module):
         if not has_explicit_axes(self.mesh):
             return self._on_ordinary_arrays(hidden_BTD, token_mask_BT, execution, noise_key, forced)
         if token_mask_BT is None:
-            token_mask_BT = jnp.ones(hidden_BTD.shape[:2], bool, out_sharding=P(BATCH, None))
+            token_mask_BT = jnp.ones(hidden_BTD.shape[:2], bool, out_sharding=tokens_spec())
         if noise_key is not None:
             hidden_BTD = jitter(hidden_BTD, noise_key, self.moe.router_jitter_noise)
         with jax.named_scope("router"):
@@ -130,11 +131,12 @@ class SparseMoeBlock(nnx.Module):
         forced: ForcedRouting | None,
     ) -> tuple[jax.Array, stats.RouterStats, stats.RouterTrace]:
         shape, width = jnp.shape(hidden_BTD), self.gate.weight.shape[-1]
-        num_shards = math.prod(self.mesh.shape[axis] for axis in BATCH)
-        if len(shape) != 3 or shape[2] != width or shape[0] % num_shards:
+        num_shards, parts = math.prod(self.mesh.shape[axis] for axis in BATCH), self.mesh.shape[CONTEXT]
+        if len(shape) != 3 or shape[2] != width or shape[0] % num_shards or shape[1] % parts:
+            length = f", length one of the {parts} of the mesh axis {CONTEXT}" if parts > 1 else ""
             raise RequestError(
                 f"the hidden states have shape {shape}, expected [batch, length, {width}], batch a multiple of the "
-                f"{num_shards} devices of the mesh axes {', '.join(BATCH)}."
+                f"{num_shards} devices of the mesh axes {', '.join(BATCH)}{length}."
             )
         execution = resolve(
             dataclasses.replace(execution, dtype=hidden_BTD.dtype.name, param_dtype=None),
@@ -168,5 +170,6 @@ def _with_explicit_axes(
         with matmul_precision(hidden_BTD.dtype):
             return block(hidden_BTD, token_mask_BT, execution, noise_key, forced)
 
-    specs = (P(BATCH, None, None), P(BATCH, None), P(), forced_specs(forced))
-    return with_explicit_axes(run, block.mesh, specs)(block, hidden_BTD, token_mask_BT, noise_key, forced)
+    mesh = block.mesh
+    specs = (tokens_spec(None, mesh=mesh), tokens_spec(mesh=mesh), P(), forced_specs(forced, mesh=mesh))
+    return with_explicit_axes(run, mesh, specs)(block, hidden_BTD, token_mask_BT, noise_key, forced)

@@ -14,8 +14,6 @@ from jax.sharding import PartitionSpec as P
 from qwen_moe_jax.config import Activation, GroupedMatmul, MoEConfig
 from qwen_moe_jax.moe.dispatch.overflow import serve_overflow
 from qwen_moe_jax.moe.dispatch.rows import (
-    GATHERED_TOKENS,
-    SLOTS,
     AllTokens,
     Assignments,
     Rows,
@@ -24,7 +22,9 @@ from qwen_moe_jax.moe.dispatch.rows import (
     SortedRows,
     add_device_axis,
     drop_device_axis,
+    gathered_spec,
     per_device,
+    slots_spec,
 )
 from qwen_moe_jax.moe.kernels.cpu import matrix_at, ragged_in_place
 from qwen_moe_jax.moe.kernels.grouped_matmul import grouped_matmul
@@ -41,12 +41,6 @@ MATRICES = {
     "up_proj": ("expert", "ffn", "expert_embed"),
     "down_proj": ("expert", "expert_embed", "ffn"),
 }
-
-#: Sharding of slots [E, G, C, F] and of all tokens [B, T, E, F] between an expert's matmuls, and of
-#: [B, T, E, r] between those of an adapter.
-WIDE_SLOTS = P("expert", ("data", "fsdp"), None, "tensor")
-WIDE_TOKENS = P(("data", "fsdp"), None, "expert", "tensor")
-NARROW_TOKENS = P(("data", "fsdp"), None, "expert", None)
 
 #: Rows of a buffer for each expert, up to which XLA's products take longer than reading the weights in place.
 FEW_ROWS = 64
@@ -261,21 +255,21 @@ class Experts(nnx.Module):
         )
 
     def _per_slot(self, x_EGCD: jax.Array) -> jax.Array:
-        """Each expert on its own slots: [E, G, C, D] to the same, E over `expert` and G over data and fsdp."""
-        between = "EGCr", SLOTS
-        gate_EGCF = self._times("gate_proj", "EGCD,EFD->EGCF", x_EGCD, *between, WIDE_SLOTS)
-        up_EGCF = self._times("up_proj", "EGCD,EFD->EGCF", x_EGCD, *between, WIDE_SLOTS)
+        """Each expert on its own slots: [E, G, C, D] to the same, sharded as `slots_spec` says."""
+        between = "EGCr", slots_spec()
+        gate_EGCF = self._times("gate_proj", "EGCD,EFD->EGCF", x_EGCD, *between, slots_spec("tensor"))
+        up_EGCF = self._times("up_proj", "EGCD,EFD->EGCF", x_EGCD, *between, slots_spec("tensor"))
         hidden_EGCF = ACTIVATIONS[self.act](gate_EGCF) * up_EGCF
-        return self._times("down_proj", "EGCF,EDF->EGCD", hidden_EGCF, *between, SLOTS)
+        return self._times("down_proj", "EGCF,EDF->EGCD", hidden_EGCF, *between, slots_spec())
 
     def _all_experts(self, x_BTD: jax.Array, weights_BTE: jax.Array) -> jax.Array:
-        """All experts on all tokens, weighted and summed: [B, T, D] to the same, B over data and fsdp."""
-        between = "BTEr", NARROW_TOKENS
-        gate_BTEF = self._times("gate_proj", "BTD,EFD->BTEF", x_BTD, *between, WIDE_TOKENS)
-        up_BTEF = self._times("up_proj", "BTD,EFD->BTEF", x_BTD, *between, WIDE_TOKENS)
+        """All experts on all tokens, weighted and summed: [B, T, D] to the same, sharded as `gathered_spec` says."""
+        between = "BTEr", gathered_spec("expert", None)
+        gate_BTEF = self._times("gate_proj", "BTD,EFD->BTEF", x_BTD, *between, gathered_spec("expert", "tensor"))
+        up_BTEF = self._times("up_proj", "BTD,EFD->BTEF", x_BTD, *between, gathered_spec("expert", "tensor"))
         hidden_BTEF = ACTIVATIONS[self.act](gate_BTEF) * up_BTEF
         weighted_BTEF = (hidden_BTEF * weights_BTE[..., None]).astype(x_BTD.dtype)
-        return self._times("down_proj", "BTEF,EDF->BTD", weighted_BTEF, *between, GATHERED_TOKENS)
+        return self._times("down_proj", "BTEF,EDF->BTD", weighted_BTEF, *between, gathered_spec(None))
 
     def _times(self, name: str, letters: str, x: jax.Array, narrow: str, narrow_spec: P, out: P) -> jax.Array:
         """A matrix times `x`, in explicitly sharded arrays; `narrow` are the letters between an adapter's A and B."""

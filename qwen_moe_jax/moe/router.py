@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import MoEConfig, RoutingMode
-from qwen_moe_jax.sharding.rules import BATCH
+from qwen_moe_jax.sharding.rules import tokens_spec
 
 
 @jax.tree_util.register_dataclass
@@ -98,20 +99,23 @@ def route(
         )
 
     # Every device routes its own tokens: partitioning top_k over tokens would gather the scores instead.
-    tokens: Any = P(BATCH, None)
-    choices: Any = P(BATCH, None, None)
+    tokens: Any = tokens_spec()
+    choices: Any = tokens_spec(None)
     out = Routing(experts_BTA=choices, weights_BTA=choices, probs_BTE=choices, token_mask_BT=tokens)
     specs = (choices, tokens, P(), forced_specs(forced))
     return jax.shard_map(local, in_specs=specs, out_specs=out)(logits_BTE, token_mask_BT, bias_E, forced)
 
 
-def forced_specs(forced: ForcedRouting | None, *, stacked: bool = False) -> Any:
-    """How what is prescribed is sharded: tokens as all tokens are. `stacked`: it has a leading axis of layers."""
+def forced_specs(forced: ForcedRouting | None, *, stacked: bool = False, mesh: Mesh | None = None) -> Any:
+    """How what is prescribed is sharded: tokens as all tokens are. `stacked`: it has a leading axis of layers.
+
+    `mesh` is that of the tokens; None is the mesh of the program that is traced.
+    """
     if forced is None:
         return None
     layers = (None,) if stacked else ()
     return ForcedRouting(
-        experts=None if forced.experts is None else _spec(*layers, BATCH, None, None),
+        experts=None if forced.experts is None else _spec(*layers, *tokens_spec(None, mesh=mesh)),
         without=None if forced.without is None else _spec(),
     )
 
@@ -174,7 +178,7 @@ def jitter(hidden_BTD: jax.Array, noise_key: jax.Array, amount: float) -> jax.Ar
 
     Source: `MixtralSparseMoeBlock` of transformers 5 in training mode.
     """
-    spec = P(BATCH, None, None)
+    spec = tokens_spec(None)
     noise_BTD = jax.random.uniform(noise_key, hidden_BTD.shape, jnp.float32, 1 - amount, 1 + amount, out_sharding=spec)
     return hidden_BTD * noise_BTD.astype(hidden_BTD.dtype)
 

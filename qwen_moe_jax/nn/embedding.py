@@ -1,5 +1,7 @@
 """The token table [V, D]: looked up at the input and, where tied, multiplied with at the output."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,7 +11,7 @@ from qwen_moe_jax.nn.bits import as_bits, from_bits
 from qwen_moe_jax.nn.lora import LoraAdapter
 from qwen_moe_jax.nn.matmul import weight_einsum
 from qwen_moe_jax.nn.parameters import ParameterFactory
-from qwen_moe_jax.sharding.rules import BATCH, mesh_axes, spec_of
+from qwen_moe_jax.sharding.rules import BATCH, mesh_axes, positions_axis, spec_of, tokens_spec
 
 #: Logical axes of the token table and of the output head.
 TABLE = ("vocab", "embed")
@@ -44,11 +46,13 @@ class Embedding(nnx.Module):
         another token, which is not.
         """
         rows, columns = spec_of(self.weight[...])
-        batch = tuple(axis for axis in BATCH if axis not in (*mesh_axes(rows), *mesh_axes(columns))) or None
+        over = {*mesh_axes(rows), *mesh_axes(columns)}
+        batch = tuple(axis for axis in BATCH if axis not in over) or None
+        positions = None if positions_axis() in over else positions_axis()
         is_known_BT = (tokens_BT >= 0) & (tokens_BT < self.weight.unpadded_shape[0])
         tokens_BT = jnp.where(is_known_BT, tokens_BT, self.weight.shape[0])
-        tokens_BT = jax.sharding.reshard(tokens_BT, P(batch, None))
-        sliced = P(batch, None, columns)
+        tokens_BT = jax.sharding.reshard(tokens_BT, P(batch, positions))
+        sliced = P(batch, positions, columns)
         table_VD, missing = self.weight[...], jnp.nan
         if not differentiable and table_VD.dtype == jnp.bfloat16:
             # In a loop, all of the table would be reinterpreted before it.
@@ -59,15 +63,15 @@ class Embedding(nnx.Module):
         if self.padding_idx is not None:
             frozen_BT1 = (tokens_BT == self.padding_idx)[..., None]
             hidden_BTD = jnp.where(frozen_BT1, jax.lax.stop_gradient(hidden_BTD), hidden_BTD)
-        hidden_BTD = jax.sharding.reshard(hidden_BTD, P(BATCH, None, None))
+        hidden_BTD = jax.sharding.reshard(hidden_BTD, tokens_spec(None))
         if self.lora is None:
             return hidden_BTD
         rows_BTr = self.lora.lora_B.at[tokens_BT].get(
-            out_sharding=P(batch, None, None), mode="fill", fill_value=jnp.nan
+            out_sharding=P(batch, positions, None), mode="fill", fill_value=jnp.nan
         )
-        rows_BTr = self.lora.scaled(jax.sharding.reshard(rows_BTr.astype(dtype), P(BATCH, None, None)))
+        rows_BTr = self.lora.scaled(jax.sharding.reshard(rows_BTr.astype(dtype), tokens_spec(None)))
         return hidden_BTD + weight_einsum(
-            "BTr,rD->BTD", rows_BTr, self.lora.lora_A[...], self.lora.a_axes, P(BATCH, None, None)
+            "BTr,rD->BTD", rows_BTr, self.lora.lora_A[...], self.lora.a_axes, tokens_spec(None)
         )
 
 
@@ -79,5 +83,9 @@ def without_padding(logits_BTV: jax.Array, vocab_size: int) -> jax.Array:
     """
     if logits_BTV.shape[-1] == vocab_size:
         return logits_BTV
-    divides = logits_BTV.shape[1] % jax.sharding.get_abstract_mesh().shape["tensor"] == 0
-    return jax.sharding.reshard(logits_BTV, P(BATCH, "tensor" if divides else None, None))[..., :vocab_size]
+    shape = jax.sharding.get_abstract_mesh().shape
+    divides = logits_BTV.shape[1] % (shape["context"] * shape["tensor"]) == 0
+    positions: Any = positions_axis()
+    if divides:
+        positions = (positions, "tensor") if positions else "tensor"
+    return jax.sharding.reshard(logits_BTV, P(BATCH, positions, None))[..., :vocab_size]

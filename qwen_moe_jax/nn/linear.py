@@ -9,7 +9,7 @@ from qwen_moe_jax.nn.matmul import weight_einsum
 from qwen_moe_jax.nn.parameters import ParameterFactory
 from qwen_moe_jax.nn.quantised import Quantised
 from qwen_moe_jax.nn.stacked import layer_at, reads_in_place, stacked_matmul
-from qwen_moe_jax.sharding.rules import BATCH, gather_for_compute, partition_spec
+from qwen_moe_jax.sharding.rules import gather_for_compute, partition_spec, tokens_spec
 
 
 class Linear(nnx.Module):
@@ -43,7 +43,7 @@ class Linear(nnx.Module):
     @property
     def spec(self) -> P:
         """The sharding of the result."""
-        return P(BATCH, None, *partition_spec(self.axes[:1]))
+        return tokens_spec(*partition_spec(self.axes[:1]))
 
     def of_layer(self, index: jax.Array) -> "Linear":
         """One layer of this stack of projections, whose weight is not copied out of it."""
@@ -72,7 +72,7 @@ def project(x_BTI: jax.Array, *linears: Linear) -> list[jax.Array]:
 def _with_additions(x_BTI: jax.Array, y_BTO: jax.Array, linear: Linear) -> jax.Array:
     """A product, with what the adapter adds, and the bias."""
     if linear.lora is not None:
-        y_BTO = y_BTO + linear.lora(x_BTI, "BTI,OI->BTO", "BTr", P(BATCH, None, None), linear.spec)
+        y_BTO = y_BTO + linear.lora(x_BTI, "BTI,OI->BTO", "BTr", tokens_spec(None), linear.spec)
     if linear.bias is not None:
         y_BTO = y_BTO + gather_for_compute(linear.bias[...].astype(x_BTI.dtype), linear.axes[0])
     return y_BTO

@@ -99,7 +99,7 @@ def target_mesh(request: TargetRequest, sizes: Mapping[str, int]) -> Mesh:
 def _proposals(sizes: Mapping[str, int], devices: int) -> list[str]:
     """Meshes of so many devices that differ from this one in a single axis, as values of `--mesh`."""
     found = []
-    for axis in ("fsdp", "data", "expert"):
+    for axis in ("fsdp", "data", "expert", "context"):
         others = math.prod(size for name, size in sizes.items() if name != axis)
         if devices % others == 0:
             changed = {**{name: sizes.get(name, 1) for name in AXES}, axis: devices // others}

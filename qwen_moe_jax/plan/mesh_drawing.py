@@ -30,7 +30,8 @@ def mesh_svg(mesh: Mapping[str, int]) -> Markup:
     """The drawing. Classes `axis0`, `axis1`, … colour the axes by their order in the mesh.
 
     Args:
-        mesh: sizes of the axes, outermost first; at most four of them larger than 1.
+        mesh: sizes of the axes, outermost first. Of five that are larger than 1, the outermost is left out: its other
+            devices are like those that are drawn.
     """
     return render_markup("mesh.svg.j2", TEMPLATES, _Layout(mesh).drawing())
 

@@ -60,7 +60,7 @@ def _other_sharding(plan: Plan) -> str:
 
 
 def _batch_ways(plan: Plan) -> int:
-    return math.prod(size for axis, size in plan.mesh.items() if axis != "tensor")
+    return math.prod(size for axis, size in plan.mesh.items() if axis not in ("context", "tensor"))
 
 
 def _replicated(plan: Plan) -> Iterator[Remark]:

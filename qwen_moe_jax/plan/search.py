@@ -33,11 +33,15 @@ from qwen_moe_jax.plan.result import Group, PlacedArray, Plan, Target, Work
 from qwen_moe_jax.plan.roofline import network_of
 from qwen_moe_jax.plan.work import check_rows
 from qwen_moe_jax.sharding.mesh import AXES
-from qwen_moe_jax.sharding.rules import BATCH
+from qwen_moe_jax.sharding.rules import BATCH, CONTEXT
 from qwen_moe_jax.text import format_mesh
 
 OutlineOf = Callable[[dict[str, int]], "Outline"]
 CompilePlan = Callable[[dict[str, int]], Plan]
+
+
+#: Tokens of the shortest part of a row that a search gives to a device.
+SHORTEST_PART = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,9 +233,13 @@ def draft_meshes(
         ShardingError: none divides.
     """
     drafts, refused = [], []
+    work: Work | None = None
     for mesh in meshes_of(target.devices):
+        if mesh[CONTEXT] > 1 and work is not None and not _splits_rows(work, mesh[CONTEXT]):
+            continue
         try:
             outline = outline_of(dict(mesh))
+            work = outline.work
             check_rows(outline.work.rows, mesh, outline.work.accumulation_steps)
         except ShardingError as error:
             refused.append((mesh, str(error)))
@@ -243,6 +251,11 @@ def draft_meshes(
         raise _nothing_divides(target, refused)
 
     return sorted(drafts, key=_promise), refused
+
+
+def _splits_rows(work: Work, ways: int) -> bool:
+    """Whether rows are long enough to be sharded so many ways: a cache is not, and short parts save no memory."""
+    return not work.context and work.tokens_per_row >= ways * SHORTEST_PART
 
 
 def in_turns(drafts: Sequence[Draft], at_once: int = 2) -> list[Draft]:
@@ -272,7 +285,7 @@ def _promise(draft: Draft) -> tuple[float, ...]:
 
 
 def meshes_of(devices: int) -> Iterator[dict[str, int]]:
-    """All meshes of exactly so many devices.
+    """All meshes of exactly so many devices, those with whole rows first.
 
     Raises:
         ConfigError: there are none.
@@ -280,10 +293,10 @@ def meshes_of(devices: int) -> Iterator[dict[str, int]]:
     if devices < 1:
         raise ConfigError(f"search: found {devices} devices, expected at least one.")
     divisors = [size for size in range(1, devices + 1) if devices % size == 0]
-    for data, fsdp, expert in itertools.product(divisors, repeat=3):
-        if devices % (data * fsdp * expert) == 0:
-            tensor = devices // (data * fsdp * expert)
-            yield dict(zip(AXES, (data, fsdp, expert, tensor), strict=True))
+    for context, data, fsdp, expert in itertools.product(divisors, repeat=4):
+        if devices % (data * fsdp * expert * context) == 0:
+            tensor = devices // (data * fsdp * expert * context)
+            yield dict(zip(AXES, (data, fsdp, expert, context, tensor), strict=True))
 
 
 def draft_of(outline: Outline, mesh: Mapping[str, int], target: Target, networks: Sequence[Network]) -> Draft:
@@ -331,12 +344,12 @@ def _passes(work: Work) -> int:
 def _gathered_over(array: PlacedArray, mesh: Mapping[str, int]) -> tuple[str, ...]:
     """The axes over which a stored weight is gathered for its layer; routed experts stay on theirs."""
     sharded = {axis for axes in array.spec for axis in axes if mesh[axis] > 1}
-    gathered = ("fsdp",) if ".experts." in f".{array.name}." else ("fsdp", "expert")
+    gathered = ("fsdp", CONTEXT) if ".experts." in f".{array.name}." else ("fsdp", "expert", CONTEXT)
     return tuple(axis for axis in gathered if axis in sharded)
 
 
 def _num_shards(axes: Sequence[str], mesh: Mapping[str, int]) -> int:
-    return math.prod(mesh[axis] for axis in axes)
+    return math.prod(mesh.get(axis, 1) for axis in axes)
 
 
 def _parameters(outline: Outline) -> Group:
@@ -360,16 +373,19 @@ def _traffic(outline: Outline, mesh: Mapping[str, int]) -> dict[tuple[str, ...],
         send(axes, times * _used_bytes(array, work) * (_num_shards(axes, mesh) - 1))
         if training:
             sharded = {axis for axes in array.spec for axis in axes}
-            copies = tuple(axis for axis in BATCH if axis not in sharded and mesh[axis] > 1)
+            copies = tuple(axis for axis in (*BATCH, CONTEXT) if axis not in sharded and mesh.get(axis, 1) > 1)
             ways = _num_shards(copies, mesh)
             send(copies, work.accumulation_steps * 2 * _used_bytes(array, work) * (ways - 1) / ways)
 
-    tokens = work.tokens / _num_shards(BATCH, mesh)
+    tokens = work.tokens / _num_shards((*BATCH, CONTEXT), mesh)
     hidden = tokens * config.hidden_size * _width(work.dtype)
     layers, sparse = len(config.layers), sum(kind.mlp == "sparse" for kind in config.layers)
     if mesh["expert"] > 1 and sparse:
         # To the experts and back, in each pass.
         send(("expert",), 2 * _passes(work) * sparse * hidden * _exchanged(outline, mesh["expert"]))
+    if mesh.get(CONTEXT, 1) > 1:
+        attending = sum(kind.mixer != "linear" for kind in config.layers)
+        send((CONTEXT,), attending * tokens * _keys_sent(outline, mesh))
     if mesh["tensor"] > 1:
         # Sums over the parts of a hidden row: after o_proj and down_proj, and backward before q, k, v, gate and up.
         attention, mlp = (4, 3) if training else (1, 1)
@@ -377,6 +393,18 @@ def _traffic(outline: Outline, mesh: Mapping[str, int]) -> dict[tuple[str, ...],
         rows = (mlp + again) * (layers - sparse + sparse * _rows_per_token(outline)) + (attention + again) * layers
         send(("tensor",), hidden * rows * 2 * (mesh["tensor"] - 1) / mesh["tensor"])
     return {axes: round(size) for axes, size in sent.items()}
+
+
+def _keys_sent(outline: Outline, mesh: Mapping[str, int]) -> float:
+    """Bytes that a device sends over `context` for each of its tokens in a layer; see `attention_kernels.context`."""
+    work, attention, others = outline.work, outline.config.attention, mesh[CONTEXT] - 1
+    numbers = 2 * attention.num_key_value_heads * attention.head_dim / mesh["tensor"]
+    sent = numbers * _width(work.dtype) * others
+    if work.purpose != "train":
+        return sent
+    ring = work.execution.get("context_parallel") == "ring"
+    gradients = numbers * _width("float32") * mesh[CONTEXT] if ring else sent
+    return _passes(work) * sent + gradients
 
 
 def _exchanged(outline: Outline, ways: int) -> float:
@@ -410,7 +438,7 @@ def _workspace(outline: Outline, mesh: Mapping[str, int], platform: str) -> int:
     attention, tensor = config.attention, mesh["tensor"]
     width = _width(work.dtype)
     rows = work.rows / work.accumulation_steps / _num_shards(BATCH, mesh)
-    tokens = rows * work.tokens_per_row
+    tokens = rows * work.tokens_per_row / mesh.get(CONTEXT, 1)
     heads = attention.num_attention_heads * attention.head_dim / tensor
     # Scores in float32, and their exponentials: of all that is in a cache, or of a block of queries and one of keys,
     # unless splash keeps these on the chip.

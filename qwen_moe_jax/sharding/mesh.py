@@ -1,4 +1,4 @@
-"""The mesh: four named axes, any of which may be 1, over real or simulated devices."""
+"""The mesh: five named axes, any of which may be 1, over real or simulated devices."""
 
 from collections.abc import Sequence
 
@@ -17,12 +17,19 @@ AXES = MESH_AXES
 
 
 def make_mesh(
-    *, data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    *,
+    data: int = 1,
+    fsdp: int = 1,
+    expert: int = 1,
+    context: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh of `data * fsdp * expert * tensor` devices, for models to be placed on.
+    """A mesh of `data * fsdp * expert * context * tensor` devices, for models to be placed on.
 
-    Tokens are split over data, fsdp and expert; routed experts over expert; attention heads, MLP widths and the
-    vocabulary over tensor; what remains of every weight over fsdp (and expert, for the dense weights).
+    Rows are split over data, fsdp and expert, and the positions of each row over context; routed experts over expert;
+    attention heads, MLP widths and the vocabulary over tensor; what remains of every weight over fsdp (and expert, for
+    the dense weights).
 
     Its axes are `Auto`: outside a model, arrays on it behave like any JAX array (index, differentiate and optimise them
     freely). The models themselves compute with explicit sharding inside.
@@ -32,7 +39,7 @@ def make_mesh(
     Raises:
         ShardingError: there are fewer devices than the mesh needs.
     """
-    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "context": context, "tensor": tensor}
     for axis, size in sizes.items():
         if size < 1:
             raise ShardingError(f"make_mesh: {axis}={size} is not a size: expected a positive integer.")

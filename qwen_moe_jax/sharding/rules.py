@@ -20,6 +20,9 @@ from qwen_moe_jax.errors import ShardingError
 #: The mesh axes that the batch is sharded over, in this order.
 BATCH = ("data", "fsdp", "expert")
 
+#: The mesh axis that the positions of each row are sharded over.
+CONTEXT = "context"
+
 #: The mesh axes of each logical axis during a layer; the layers' arithmetic is written for these.
 COMPUTE_AXES: Mapping[str, tuple[str, ...]] = {
     "layers": (),
@@ -47,6 +50,37 @@ PADDED_AXES = ("vocab",)
 def batch_shards(mesh: Mesh) -> int:
     """The number of devices that share the batch: its rows are a multiple of it."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def positions_axis(mesh: Mesh | None = None) -> str | None:
+    """The mesh axis of positions, of `mesh` or in the program that is traced; None where it has one device.
+
+    Explicit axes tell an array whose sharding names an axis of one device from an array whose sharding does not. Steps
+    of single tokens, and whatever else knows nothing of the axis, are written without it.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape if mesh is None else mesh.shape
+    return CONTEXT if shape[CONTEXT] > 1 else None
+
+
+def tokens_spec(*rest: str | None, mesh: Mesh | None = None) -> P:
+    """The partition spec of activations [B, T, …]; `rest` is of the axes after T, `mesh` as in `positions_axis`."""
+    return P(BATCH, positions_axis(mesh), *rest)
+
+
+def token_shards() -> int:
+    """The number of devices that share the tokens of a batch in the program that is traced."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in (*BATCH, CONTEXT))
+
+
+def group_axes(*, without_expert: bool = False) -> tuple[str, ...]:
+    """The mesh axes of groups of tokens, [G, …], in the program that is traced.
+
+    `expert` is the last, so that it can be left out (`without_expert`) by an exchange over that axis alone.
+    """
+    context = positions_axis()
+    axes = ("data", "fsdp") if context is None else ("data", "fsdp", context)
+    return axes if without_expert else (*axes, "expert")
 
 
 def stored(rules: ShardingRules) -> Mapping[str, tuple[str, ...]]:
@@ -190,7 +224,7 @@ def gather_for_compute(weight: jax.Array, *axes: str) -> jax.Array:
 
 
 def gather_for_matmul(weight: jax.Array, *axes: str) -> jax.Array:
-    """`gather_for_compute` for a weight that is multiplied with activations sharded over `BATCH`.
+    """`gather_for_compute` for a weight that is multiplied with activations sharded as `tokens_spec` says.
 
     The type of the result says that the devices hold the same (`reduced`), and so that of its gradient says that they
     hold parts to be summed (`unreduced`): the gradient reaches the shards by reduce-scatters. From a replicated weight
@@ -198,7 +232,7 @@ def gather_for_matmul(weight: jax.Array, *axes: str) -> jax.Array:
     Axes of the batch that it is not sharded over are summed last, when only shards are left.
     """
     spec, wanted = spec_of(weight), partition_spec(axes)
-    summed = set(BATCH) - {name for entry in wanted for name in mesh_axes(entry)}
+    summed = {*BATCH, *mesh_axes(positions_axis())} - {name for entry in wanted for name in mesh_axes(entry)}
     gathers = _gathers(spec, axes)
 
     def gather(shard: jax.Array) -> jax.Array:

@@ -201,7 +201,7 @@ def test_checkpoint_without_any_such_token(folder, tmp_path):
 
 def test_mesh_and_names(folder, harness):
     sharded = Harness.from_folder(folder, data=2, expert=2)
-    assert dict(sharded._model.mesh.shape) == {"data": 2, "fsdp": 1, "expert": 2, "tensor": 1}
+    assert dict(sharded._model.mesh.shape) == {"data": 2, "fsdp": 1, "expert": 2, "context": 1, "tensor": 1}
     [(found, _)], [(expected, _)] = (one.loglikelihood(requests((PROMPT, " jumps"))) for one in (sharded, harness))
     assert found == pytest.approx(expected, rel=1e-5)
     assert harness.tokenizer_name.endswith("__tiny")

@@ -95,6 +95,6 @@ def test_a_run_s_step_is_searched_with_the_compiler(tmp_path, capsys):
     page = tmp_path / "plan.html"
     assert train([str(config), "--plan", "cpu:1", "--search", "--html", str(page)]) == 0, capsys.readouterr().err
     captured = capsys.readouterr()
-    assert "Best: --mesh.data 1 --mesh.fsdp 1 --mesh.expert 1 --mesh.tensor 1" in captured.out
+    assert "Best: --mesh.data 1 --mesh.fsdp 1 --mesh.expert 1 --mesh.context 1 --mesh.tensor 1" in captured.out
     assert "compiling 1 of 1: one device" in captured.err
     assert "simulated CPU" in page.read_text(encoding="utf-8")

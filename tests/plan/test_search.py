@@ -101,7 +101,7 @@ def test_all_meshes_of_so_many_devices_are_tried_once(devices):
     assert all(math.prod(mesh.values()) == devices for mesh in meshes)
     every = [sizes for sizes in range(1, devices + 1) if devices % sizes == 0]
     assert {mesh["expert"] for mesh in meshes} == set(every)
-    assert len(meshes) == {1: 1, 6: 16, 8: 20}[devices]
+    assert len(meshes) == {1: 1, 6: 25, 8: 35}[devices]
 
 
 def test_no_devices_are_refused():

@@ -119,7 +119,7 @@ def test_a_mesh_of_the_users_own_making_gives_what_one_device_gives(name, one_de
     sizes, axes, types = OWN_MESHES[name]
     mesh = jax.make_mesh(sizes, axes, axis_types=types)
     model = build(mesh, dispatch="dropless")
-    assert set(model.mesh.axis_names) == {"data", "fsdp", "expert", "tensor"}
+    assert set(model.mesh.axis_names) == {"data", "fsdp", "expert", "context", "tensor"}
     assert list(model.mesh.devices.flat) == list(mesh.devices.flat)
     assert all(model.mesh.shape[axis] == size for axis, size in zip(axes, sizes, strict=True))
     (loss, logits_BTV), gradients = one_device
@@ -180,7 +180,9 @@ def test_too_few_devices_are_reported_with_both_numbers():
 
 def test_a_mesh_with_an_unknown_axis_is_refused_with_the_known_ones():
     mesh = jax.make_mesh((2, 1), ("experts", "data"), axis_types=(AUTO, AUTO))
-    message = r"axes \('experts', 'data'\): 'experts' is unknown; did you mean 'expert'\? .*data, fsdp, expert, tensor"
+    message = (
+        r"axes \('experts', 'data'\): 'experts' is unknown; did you mean 'expert'\? .*data, fsdp, .*context, tensor"
+    )
     with pytest.raises(qmj.ShardingError, match=message):
         build(mesh)
 

@@ -117,7 +117,7 @@ def test_experts_that_do_not_divide_are_named_before_anything_else(axes):
     [
         (
             lambda: qmj.ShardingRules(embed=("fdsp",)),
-            r"embed=\('fdsp',\) is not supported: .*data, fsdp, expert, tensor",
+            r"embed=\('fdsp',\) is not supported: .*data, fsdp, expert, context, tensor",
         ),
         (lambda: qmj.ShardingRules(embed=("fsdp", "fsdp")), "each once"),
         (lambda: qmj.ShardingRules(heads=("fsdp", "tensor")), '"tensor" first'),

@@ -403,7 +403,13 @@ def test_the_options_of_the_other_commands_are_keys_here_and_keys_come_before_th
     words += ["--sharding", "fsdp", "--mesh.simulated=false", "--data.batch_size=8", "--plan", "cpu:4"]
     assert main(["configs/train/tiny.toml", *words]) == 0
     [config] = seen
-    assert config.mesh.sizes == {"data": 1, "fsdp": 1, "expert": 4, "tensor": 1}  # the file's data=2 is gone
+    assert config.mesh.sizes == {
+        "data": 1,
+        "fsdp": 1,
+        "expert": 4,
+        "context": 1,
+        "tensor": 1,
+    }  # the file's data=2 is gone
     assert (config.execution.dispatch, config.execution.capacity_factor) == ("capacity", 2.0)
     assert (config.execution.dtype, config.execution.param_dtype) == ("bfloat16", "float32")
     assert config.execution.sharding == SHARDING_RULES["fsdp"]

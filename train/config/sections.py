@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from qwen_moe_jax.config import DTypeLike
+from qwen_moe_jax.config import MESH_AXES, DTypeLike
 from qwen_moe_jax.config.checks import Checks
 from train.config.columns import ColumnsConfig
 
@@ -28,24 +28,26 @@ class MeshConfig:
         data: devices that share the batch and hold a copy of everything else.
         fsdp: devices that share the batch and split the weights.
         expert: devices that share the batch and split the experts.
+        context: devices that share the positions of each row; see docs/long-context.md.
         tensor: devices that split attention heads, the width of feed-forward layers and the vocabulary.
-        simulated: simulate data x fsdp x expert x tensor devices on this machine's CPU.
+        simulated: simulate data x fsdp x expert x context x tensor devices on this machine's CPU.
     """
 
     data: int = 1
     fsdp: int = 1
     expert: int = 1
+    context: int = 1
     tensor: int = 1
     simulated: bool = False
 
     def __post_init__(self) -> None:
         with Checks(self) as check:
-            check.at_least(1, "data", "fsdp", "expert", "tensor")
+            check.at_least(1, "data", "fsdp", "expert", "context", "tensor")
 
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes of the axes by name, as `qmj.make_mesh` takes them."""
-        return {"data": self.data, "fsdp": self.fsdp, "expert": self.expert, "tensor": self.tensor}
+        return {axis: getattr(self, axis) for axis in MESH_AXES}
 
     @property
     def batch_shards(self) -> int:
@@ -55,7 +57,7 @@ class MeshConfig:
     @property
     def devices(self) -> int:
         """The number of devices of the mesh."""
-        return self.batch_shards * self.tensor
+        return self.batch_shards * self.context * self.tensor
 
 
 @dataclass(frozen=True, kw_only=True)

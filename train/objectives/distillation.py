@@ -31,6 +31,7 @@ from qwen_moe_jax.model.cross_entropy import MAX_LOGITS
 from qwen_moe_jax.model.decoder import DecoderOutput
 from qwen_moe_jax.model.inputs import ModelInputs, checked_inputs
 from qwen_moe_jax.model.output import RouterOutput
+from qwen_moe_jax.sharding.positions import RowOrder
 from train.config import DistillationConfig, LossConfig, TrainConfig
 from train.data.batches import Batch, blank_batch
 from train.data.corpus import Corpus, load_corpus
@@ -90,6 +91,10 @@ class Hidden:
     def first_rows(self, batch: int) -> "Hidden":
         """The same without the rows of padding that filled the mesh."""
         return dataclasses.replace(self, hidden=self.hidden[:batch])
+
+    def restored(self, order: RowOrder) -> "Hidden":
+        """The same with tokens in the order of their rows."""
+        return dataclasses.replace(self, hidden=order.restore(self.hidden))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ class Dispatcher(Protocol):
     """The two functions of a dispatcher."""
 
     def dispatch(self, hidden_BTD: jax.Array, routing: Routing, execution: ExecutionConfig) -> tuple[Rows, Any]:
-        """Tokens, B sharded over `BATCH`, to rows on their experts' devices, and the plan of the way back."""
+        """Tokens, sharded as `tokens_spec` says, to rows on their experts' devices, and the plan of the way back."""
 
     def combine(self, rows: Any, plan: Any) -> tuple[jax.Array, Drops]:
         """The experts' results to each token's weighted sum [B, T, D], and which assignments were dropped."""

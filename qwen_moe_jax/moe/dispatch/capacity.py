@@ -22,13 +22,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import DropPolicy, ExecutionConfig
-from qwen_moe_jax.moe.dispatch.rows import EXCHANGED, SLOTS, RowPlan, Slots, from_rows, plan_rows, ranks, to_rows
+from qwen_moe_jax.moe.dispatch.rows import EXCHANGED, RowPlan, Slots, from_rows, plan_rows, ranks, slots_spec, to_rows
 from qwen_moe_jax.moe.router import Routing
 from qwen_moe_jax.moe.stats import Drops, no_drops
-from qwen_moe_jax.sharding.rules import BATCH
-
-#: Sharding of slots [E, G, C, D] on the devices of their tokens, which fill them.
-TOKEN_SLOTS = P(None, BATCH, None, None)
+from qwen_moe_jax.sharding.rules import BATCH, CONTEXT, group_axes, token_shards, tokens_spec
 
 
 def expert_capacity(
@@ -72,14 +69,14 @@ def dispatch(hidden_BTD: jax.Array, routing: Routing, execution: ExecutionConfig
     """Moves tokens to their experts' slots, as far as there are any.
 
     Args:
-        hidden_BTD: tokens, B sharded over `BATCH`.
+        hidden_BTD: tokens, sharded as `tokens_spec` says.
         routing: their experts and weights.
         execution: `capacity_factor`, `min_capacity`, `group_size`, `drop_policy` and `capacity_by` are read. Fewer
             tokens on a device than `group_size` are one group.
     """
     batch, length, _ = hidden_BTD.shape
     num_experts, chosen = routing.probs_BTE.shape[-1], routing.experts_BTA.shape[-1]
-    local_tokens = batch * length // _num_shards(hidden_BTD)
+    local_tokens = batch * length // token_shards()
     group_size = min(execution.group_size, local_tokens)
     capacity = expert_capacity(group_size, chosen, num_experts, execution.capacity_factor, execution.min_capacity)
     slot_GgA = _assign(
@@ -92,13 +89,13 @@ def dispatch(hidden_BTD: jax.Array, routing: Routing, execution: ExecutionConfig
     full_BTA = routing.token_mask_BT[..., None] & (_out_of_groups(slot_GgA, batch, length) >= capacity)
     move = _fill_by_einsum if execution.capacity_by == "einsum" else _fill_by_index
     x_EGCD, moved = move(hidden_BTD, routing, slot_GgA, capacity=capacity)
-    x_EGCD = checkpoint_name(jax.sharding.reshard(x_EGCD, SLOTS), EXCHANGED)  # an all-to-all
+    x_EGCD = checkpoint_name(jax.sharding.reshard(x_EGCD, slots_spec()), EXCHANGED)  # an all-to-all
     return Slots(x_EGCD=x_EGCD), CapacityPlan(moved=moved, routing=routing, full_BTA=full_BTA)
 
 
 def combine(rows: Slots, plan: CapacityPlan) -> tuple[jax.Array, Drops]:
     """Each token's weighted sum over the experts that had a slot for it [B, T, D], and what was dropped."""
-    y_EGCD = checkpoint_name(jax.sharding.reshard(rows.x_EGCD, TOKEN_SLOTS), EXCHANGED)  # an all-to-all
+    y_EGCD = checkpoint_name(jax.sharding.reshard(rows.x_EGCD, _token_slots()), EXCHANGED)  # an all-to-all
     if isinstance(plan.moved, EinsumPlan):
         combined_BTD = _empty_by_einsum(y_EGCD, plan.routing.weights_BTA, plan.moved)
     else:
@@ -116,7 +113,7 @@ def _assign(
         first_gA = None if drop_policy == "position" else -weights_gA.astype(jnp.float32).reshape(-1)
         return ranks(keys_gA.reshape(-1), num_experts, first_gA).reshape(experts_gA.shape)
 
-    tokens, choices = P(BATCH, None), P(BATCH, None, None)
+    tokens, choices = _groups_spec(2), _groups_spec(3)
     local = jax.shard_map(jax.vmap(of_group), in_specs=(choices, choices, tokens), out_specs=choices, check_vma=False)
     return local(experts_GgA, jax.lax.stop_gradient(weights_GgA), token_mask_Gg)
 
@@ -151,19 +148,13 @@ def _empty_by_einsum(y_EGCD: jax.Array, weights_BTA: jax.Array, plan: EinsumPlan
     return _out_of_groups(jnp.einsum("GgEC,EGCD->GgD", mask_GgEC, y_EGCD), batch, length)
 
 
-#: Sharding of a `RowPlan` of the tokens of each device.
-_ROWS: Any = P(BATCH)
-_TOKENS: Any = P(BATCH, None)
-ROW_PLAN = RowPlan(assignment_R=_ROWS, row_TA=_TOKENS)
-
-
 def _fill_by_index(
     hidden_BTD: jax.Array, routing: Routing, slot_GgA: jax.Array, *, capacity: int
 ) -> tuple[jax.Array, RowPlan]:
     """The same slots by a gather, as rows [E * G * C] of each device."""
     width = hidden_BTD.shape[-1]
     num_experts, chosen = routing.probs_BTE.shape[-1], routing.experts_BTA.shape[-1]
-    groups_here = slot_GgA.shape[0] // _num_shards(hidden_BTD)
+    groups_here = slot_GgA.shape[0] // token_shards()
     rows = num_experts * groups_here * capacity
 
     def fill(hidden_BTD, experts_BTA, token_mask_BT, slot_GgA):
@@ -175,29 +166,41 @@ def _fill_by_index(
         x_RD = to_rows(hidden_BTD.reshape(-1, width), plan)
         return x_RD.reshape(num_experts, groups_here, capacity, width), plan
 
-    tokens = P(BATCH, None, None)
-    return jax.shard_map(fill, in_specs=(tokens, tokens, P(BATCH, None), tokens), out_specs=(TOKEN_SLOTS, ROW_PLAN))(
+    tokens = tokens_spec(None)
+    in_specs, out_specs = (tokens, tokens, tokens_spec(), _groups_spec(3)), (_token_slots(), _row_plan_spec())
+    return jax.shard_map(fill, in_specs=in_specs, out_specs=out_specs)(
         hidden_BTD, routing.experts_BTA, routing.token_mask_BT, slot_GgA
     )
 
 
 def _empty_by_index(y_EGCD: jax.Array, weights_BTA: jax.Array, plan: RowPlan) -> jax.Array:
     """The weighted sums [B, T, D], by gathers."""
-    _, length, chosen = weights_BTA.shape
-    width = y_EGCD.shape[-1]
+    chosen, width = weights_BTA.shape[-1], y_EGCD.shape[-1]
 
     def empty(y_EGCD, weights_BTA, plan):
         combined_TD = from_rows(y_EGCD.reshape(-1, width), weights_BTA.reshape(-1, chosen), plan)
-        return combined_TD.reshape(-1, length, width)
+        return combined_TD.reshape(*weights_BTA.shape[:2], width)
 
-    tokens = P(BATCH, None, None)
-    return jax.shard_map(empty, in_specs=(TOKEN_SLOTS, tokens, ROW_PLAN), out_specs=tokens)(y_EGCD, weights_BTA, plan)
+    tokens = tokens_spec(None)
+    in_specs = (_token_slots(), tokens, _row_plan_spec())
+    return jax.shard_map(empty, in_specs=in_specs, out_specs=tokens)(y_EGCD, weights_BTA, plan)
 
 
-def _num_shards(x: jax.Array) -> int:
-    """Over how many devices the tokens are split."""
-    shape = jax.typeof(x).sharding.mesh.shape
-    return math.prod(shape[axis] for axis in BATCH)
+def _groups_spec(ndim: int) -> P:
+    """The partition spec of an array [G, …]."""
+    return P(group_axes(), *[None] * (ndim - 1))
+
+
+def _token_slots() -> P:
+    """The partition spec of slots [E, G, C, D] on the devices of their tokens, which fill them."""
+    return P(None, group_axes(), None, None)
+
+
+def _row_plan_spec() -> Any:
+    """That of a `RowPlan` of the tokens of each device."""
+    rows: Any = _groups_spec(1)
+    tokens: Any = _groups_spec(2)
+    return RowPlan(assignment_R=rows, row_TA=tokens)
 
 
 def _into_groups(x: jax.Array, group_size: int) -> jax.Array:
@@ -209,17 +212,17 @@ def _into_groups(x: jax.Array, group_size: int) -> jax.Array:
         rows = jnp.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1))
         return rows.reshape(-1, group_size, *rows.shape[1:])
 
-    spec = P(BATCH, *[None] * (x.ndim - 1))
-    return jax.shard_map(local, in_specs=spec, out_specs=spec)(x)
+    specs = tokens_spec(*[None] * (x.ndim - 2)), _groups_spec(x.ndim)
+    return jax.shard_map(local, in_specs=specs[0], out_specs=specs[1])(x)
 
 
 def _out_of_groups(x_GgD: jax.Array, batch: int, length: int) -> jax.Array:
     """The inverse of `_into_groups`."""
-    local_batch = batch // _num_shards(x_GgD)
+    shape = jax.sharding.get_abstract_mesh().shape
+    local_batch, local_length = batch // math.prod(shape[axis] for axis in BATCH), length // shape[CONTEXT]
 
     def local(x_GgD: jax.Array) -> jax.Array:
         rows = x_GgD.reshape(-1, x_GgD.shape[-1])
-        return rows[: local_batch * length].reshape(local_batch, length, -1)
+        return rows[: local_batch * local_length].reshape(local_batch, local_length, -1)
 
-    spec = P(BATCH, None, None)
-    return jax.shard_map(local, in_specs=spec, out_specs=spec)(x_GgD)
+    return jax.shard_map(local, in_specs=_groups_spec(3), out_specs=tokens_spec(None))(x_GgD)

@@ -42,7 +42,7 @@ from qwen_moe_jax.moe.dispatch.rows import (
 from qwen_moe_jax.moe.kernels.grouped_matmul import buffer_rows
 from qwen_moe_jax.moe.router import Routing
 from qwen_moe_jax.moe.stats import Drops, no_drops
-from qwen_moe_jax.sharding.rules import BATCH, with_single_axes
+from qwen_moe_jax.sharding.rules import CONTEXT, token_shards, tokens_spec, with_single_axes
 
 #: Where no `buffer_factor` is given, buffers of up to this many rows are sized for the worst case: 4 MiB in bfloat16 at
 #: a hidden size of 2048.
@@ -94,7 +94,7 @@ def dispatch(
     """Sends every token to its experts' devices, as far as it fits into the first round.
 
     Args:
-        hidden_BTD: tokens, B sharded over `BATCH`.
+        hidden_BTD: tokens, sharded as `tokens_spec` says.
         routing: their experts and weights.
         execution: `buffer_factor`, `exchange` and `grouped_matmul` are read.
 
@@ -122,9 +122,9 @@ def dispatch(
         rows = dataclasses.replace(rows, overflow=Overflow(tokens=tokens, rounds_X=rounds, exchange=buffers))
         return add_device_axis((rows, plan)), rounds
 
-    tokens = P(BATCH, None, None)
+    tokens = tokens_spec(None)
     inputs = hidden_BTD, routing.experts_BTA, routing.weights_BTA, routing.token_mask_BT
-    specs = jax.tree.map(with_single_axes, (tokens, tokens, tokens, P(BATCH, None)))
+    specs = jax.tree.map(with_single_axes, (tokens, tokens, tokens, tokens_spec()))
     (rows, first), rounds = jax.shard_map(local, in_specs=specs, out_specs=(per_device(), P()), check_vma=False)(
         *jax.tree.map(jax.sharding.reshard, inputs, specs)
     )
@@ -133,7 +133,7 @@ def dispatch(
 
 def combine(rows: SortedRows | SingleToken, plan: DroplessPlan) -> tuple[jax.Array, Drops]:
     """Each token's weighted sum over its experts [B, T, D]. Nothing is dropped."""
-    length = plan.routing.experts_BTA.shape[1]
+    length = plan.routing.experts_BTA.shape[1] // jax.sharding.get_abstract_mesh().shape[CONTEXT]
 
     def local(rows, first):
         rows, first = drop_device_axis((rows, first))
@@ -145,7 +145,10 @@ def combine(rows: SortedRows | SingleToken, plan: DroplessPlan) -> tuple[jax.Arr
     # Partial sums over `tensor` leave as a leading axis and are summed outside, where the sum and its gradient are in
     # the types. Kernels do not say over which axes their results vary, so that is not checked.
     sums_XBTD = jax.shard_map(
-        local, in_specs=(per_device(), per_device()), out_specs=P("tensor", BATCH, None, None), check_vma=False
+        local,
+        in_specs=(per_device(), per_device()),
+        out_specs=P("tensor", *tokens_spec(None)),
+        check_vma=False,
     )(rows, plan.first)
     return jnp.sum(sums_XBTD, axis=0), dataclasses.replace(no_drops(plan.routing), rounds=plan.rounds)
 
@@ -183,10 +186,9 @@ class Buffers:
     @classmethod
     def of(cls, hidden_BTD: jax.Array, routing: Routing, execution: ExecutionConfig) -> "Buffers":
         """The buffers for these tokens on the mesh in their type."""
-        shape = jax.sharding.get_abstract_mesh().shape
         batch, length, chosen = routing.experts_BTA.shape
-        tokens = batch * length // math.prod(shape[axis] for axis in BATCH)
-        num_experts, num_shards = routing.probs_BTE.shape[-1], shape["expert"]
+        tokens = batch * length // token_shards()
+        num_experts, num_shards = routing.probs_BTE.shape[-1], jax.sharding.get_abstract_mesh().shape["expert"]
         senders = num_shards if execution.exchange == "all_gather" else 1
         sizes = tokens * senders, chosen, num_experts, num_shards
         factor, worst = execution.buffer_factor, tokens * num_shards * min(chosen, num_experts // num_shards)

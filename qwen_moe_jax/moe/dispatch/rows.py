@@ -15,15 +15,20 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.nn.bits import as_bits, from_bits
-
-#: Sharding of slots [E, G, C, D] on their experts' devices.
-SLOTS = P("expert", ("data", "fsdp"), None, None)
-
-#: Sharding of tokens [B, T, D] gathered over `expert`, for dispatchers that bring every token to every expert.
-GATHERED_TOKENS = P(("data", "fsdp"), None, None)
+from qwen_moe_jax.sharding.rules import group_axes, positions_axis
 
 #: The name that remat policies know the arrays by that came over the `expert` axis.
 EXCHANGED = "exchanged"
+
+
+def slots_spec(width: str | None = None) -> P:
+    """The partition spec of slots [E, G, C, D] on their experts' devices, in the program that is traced."""
+    return P("expert", group_axes(without_expert=True), None, width)
+
+
+def gathered_spec(*rest: str | None) -> P:
+    """That of tokens [B, T, …] gathered over `expert`, for dispatchers that bring every token to every expert."""
+    return P(("data", "fsdp"), positions_axis(), *rest)
 
 
 @jax.tree_util.register_dataclass
@@ -32,7 +37,7 @@ class Slots:
     """A fixed number of slots per expert and group of tokens.
 
     Attributes:
-        x_EGCD: what is in them, E sharded over `expert` and G over data and fsdp (`SLOTS`); zeros in empty ones.
+        x_EGCD: what is in them, E sharded over `expert` and G as `slots_spec` says; zeros in empty ones.
     """
 
     x_EGCD: jax.Array
@@ -44,7 +49,7 @@ class AllTokens:
     """Every token for every expert.
 
     Attributes:
-        x_BTD: tokens, B sharded over data and fsdp (`GATHERED_TOKENS`); after the experts, the weighted sums.
+        x_BTD: tokens, sharded as `gathered_spec` says; after the experts, the weighted sums.
         weights_BTE: what each expert counts for a token, E sharded over `expert`; 0 for one that it did not choose.
     """
 

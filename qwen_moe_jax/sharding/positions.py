@@ -1,0 +1,78 @@
+"""Which positions of a row each device of the mesh axis `context` has.
+
+A query sees the keys before it, so that the end of a row is more work than its start. Under *zig-zag* a row is split
+into twice as many chunks as there are devices, and device x of X has chunk x and chunk 2X - 1 - x: as many pairs of a
+query and a key as any other device has (Megatron-LM, and Llama 3, arXiv 2407.21783). *Contiguous* gives device x the
+x-th part, for layers that read a row in its order.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowOrder:
+    """The order in which a row's positions are stored, sharded over `context` in equal parts.
+
+    Attributes:
+        length: positions of a row.
+        shards: X, devices of the axis.
+        chunks: chunks of a device: 2 under zig-zag, 1 where its positions are contiguous.
+        count: blocks of a chunk.
+        block: positions of a block, the unit of attention.
+    """
+
+    length: int
+    shards: int
+    chunks: int
+    count: int
+    block: int
+
+    @classmethod
+    def of(cls, length: int, shards: int, *, zigzag: bool, longest: int, multiple: int = 1) -> "RowOrder":
+        """The order with the fewest blocks that are not longer than `longest`, and multiples of `multiple`."""
+        chunks = 2 if zigzag else 1
+        chunk = math.ceil(length / (shards * chunks))
+        count = math.ceil(chunk / (longest - longest % multiple))
+        block = math.ceil(chunk / count)
+        return cls(length=length, shards=shards, chunks=chunks, count=count, block=block + -block % multiple)
+
+    @property
+    def local(self) -> int:
+        """Positions of a device."""
+        return self.chunks * self.count * self.block
+
+    @property
+    def padded(self) -> int:
+        """Positions of a row, with the padding at its end that makes the parts equal."""
+        return self.shards * self.local
+
+    def chunks_of(self, device: int) -> list[int]:
+        """The chunks of a device, numbered from the start of the row."""
+        return [device, 2 * self.shards - 1 - device][: self.chunks]
+
+    def blocks_of(self, device: int) -> list[int]:
+        """The blocks of a device, numbered from the start of the row."""
+        return [chunk * self.count + number for chunk in self.chunks_of(device) for number in range(self.count)]
+
+    def positions(self) -> np.ndarray:
+        """The position in the row of each stored one, int32 [padded]."""
+        blocks = [block for device in range(self.shards) for block in self.blocks_of(device)]
+        return (np.array(blocks, np.int32)[:, None] * self.block + np.arange(self.block, dtype=np.int32)).reshape(-1)
+
+    def stored_at(self) -> np.ndarray:
+        """Where each position of the row is stored, int32 [padded]: the inverse of `positions`."""
+        return np.argsort(self.positions()).astype(np.int32)
+
+    def store(self, x: jax.Array, axis: int = 1) -> jax.Array:
+        """An array in the row's order in the order of storage, padded with zeros."""
+        padding = [(0, self.padded - self.length) if number == axis else (0, 0) for number in range(x.ndim)]
+        return jnp.take(jnp.pad(x, padding), self.positions(), axis=axis)
+
+    def restore(self, x: jax.Array, axis: int = 1) -> jax.Array:
+        """The inverse of `store`, without the padding."""
+        return jnp.take(x, self.stored_at()[: self.length], axis=axis)
