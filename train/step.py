@@ -206,8 +206,8 @@ def make_train_step(
             gradient_norm=gradient_norm,
             tokens=whole.tokens,
             learned_tokens=whole.targets,
-            assignments=jnp.int32(0) if stats is None else jnp.sum(stats.tokens_per_expert),
-            dropped=jnp.int32(0) if stats is None else jnp.sum(stats.dropped_per_expert),
+            assignments=jnp.int32(0) if stats is None else jnp.sum(stats.tokens_per_expert, dtype=jnp.int32),
+            dropped=jnp.int32(0) if stats is None else jnp.sum(stats.dropped_per_expert, dtype=jnp.int32),
             load_imbalance=jnp.float32(0) if stats is None else jnp.max(stats.load_imbalance),
             router=stats,
         )

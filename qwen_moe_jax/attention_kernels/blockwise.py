@@ -145,7 +145,8 @@ class Met(NamedTuple):
     def nothing(cls, q_nBKMH: jax.Array) -> "Met":
         """Before the first key."""
         per_query = q_nBKMH.shape[:-1]
-        return cls(jnp.full(per_query, UNSEEN), jnp.zeros(per_query), jnp.zeros(q_nBKMH.shape))
+        largest_nBKM, sum_nBKM = jnp.full(per_query, UNSEEN, jnp.float32), jnp.zeros(per_query, jnp.float32)
+        return cls(largest_nBKM, sum_nBKM, jnp.zeros(q_nBKMH.shape, jnp.float32))
 
     def result(self) -> tuple[jax.Array, jax.Array]:
         """The weighted means of the values [n, B, K, M, H], and the logarithm of each query's sum."""
@@ -288,7 +289,7 @@ def _scores(
         pair: see `attend_pairs`.
     """
     scores_BKMC = _product("BKMH,BKCH->BKMC", q_BKMH, k_BKCH) * q_BKMH.shape[-1] ** -0.5
-    within_C = jnp.arange(blocks.length)
+    within_C = jnp.arange(blocks.length, dtype=jnp.int32)
     distance_CC = (pair[2] * blocks.length + within_C)[:, None] - (pair[3] * blocks.length + within_C)
     near_CC = distance_CC >= 0 if blocks.window is None else (distance_CC >= 0) & (distance_CC < blocks.window)
     query_ids_BC, key_ids_BC = ids

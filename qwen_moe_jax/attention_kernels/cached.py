@@ -38,9 +38,9 @@ def write_slots(
         token_mask_BT: False for padding, which is not written.
     """
     num_slots = store_LBSKH.shape[2]
-    slot_BT = (lengths_B[:, None] + jnp.arange(x_BTKH.shape[1])) % num_slots
+    slot_BT = (lengths_B[:, None] + jnp.arange(x_BTKH.shape[1], dtype=jnp.int32)) % num_slots
     slot_BT = jnp.where(token_mask_BT, slot_BT, num_slots)  # outside: not written
-    row_B1 = jnp.arange(x_BTKH.shape[0])[:, None]
+    row_B1 = jnp.arange(x_BTKH.shape[0], dtype=jnp.int32)[:, None]
     x_BTKH = _as_stored(x_BTKH, store_LBSKH)
     return store_LBSKH.at[layer, row_B1, slot_BT].set(x_BTKH, mode="drop", unique_indices=True)
 
@@ -60,7 +60,7 @@ def write_blocks(
 ) -> jax.Array:
     """`write_slots` into blocks: `table_BM` int32 has those of each row, one for every S tokens."""
     num_blocks, size = store_LPSKH.shape[1:3]
-    position_BT = lengths_B[:, None] + jnp.arange(x_BTKH.shape[1])
+    position_BT = lengths_B[:, None] + jnp.arange(x_BTKH.shape[1], dtype=jnp.int32)
     index_BT = jnp.minimum(position_BT // size, table_BM.shape[1] - 1)
     block_BT = jnp.where(token_mask_BT, jnp.take_along_axis(table_BM, index_BT, axis=1), num_blocks)
     x_BTKH = _as_stored(x_BTKH, store_LPSKH)
@@ -94,9 +94,9 @@ def attend_cached(
     )
     num_slots, length = keys_BSKH.shape[1], q_BTNH.shape[1]
     # Slot s has the last position that is s modulo the slots; negative where nothing was written yet.
-    last_B1 = lengths_B[:, None] + jnp.sum(token_mask_BT, axis=1, keepdims=True) - 1
-    position_BS = last_B1 - (last_B1 - jnp.arange(num_slots)) % num_slots
-    query_BT = lengths_B[:, None] + jnp.arange(length)
+    last_B1 = lengths_B[:, None] + jnp.sum(token_mask_BT, axis=1, keepdims=True, dtype=jnp.int32) - 1
+    position_BS = last_B1 - (last_B1 - jnp.arange(num_slots, dtype=jnp.int32)) % num_slots
+    query_BT = lengths_B[:, None] + jnp.arange(length, dtype=jnp.int32)
     distance_BTS = query_BT[:, :, None] - position_BS[:, None, :]
     seen_BTS = (distance_BTS >= 0) & (position_BS >= 0)[:, None, :]
     if sliding_window is not None:
@@ -152,8 +152,8 @@ def attend_blocks(
     size, length = keys_LPSKH.shape[2], q_BTNH.shape[1]
     group = max(min(GATHERED // size, table_BM.shape[1]), 1)
     table_BM = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % group)))
-    end_B = lengths_B + jnp.sum(token_mask_BT, axis=1)
-    query_BT = lengths_B[:, None] + jnp.arange(length)
+    end_B = lengths_B + jnp.sum(token_mask_BT, axis=1, dtype=jnp.int32)
+    query_BT = lengths_B[:, None] + jnp.arange(length, dtype=jnp.int32)
     attend = _add_one_query if length == 1 else _add_many_queries
     tokens = group * size
 
@@ -163,7 +163,7 @@ def attend_blocks(
             from_bits(x[layer, block_BG]).reshape(q_BTNH.shape[0], tokens, *x.shape[3:]).astype(q_BTNH.dtype)
             for x in (keys_LPSKH, values_LPSKH)
         )
-        position_S = index * tokens + jnp.arange(tokens)
+        position_S = index * tokens + jnp.arange(tokens, dtype=jnp.int32)
         seen_BTS = (position_S <= query_BT[:, :, None]) & (position_S < end_B[:, None, None])
         return attend(carry, q_BTNH, keys_BSKH, values_BSKH, seen_BTS)
 

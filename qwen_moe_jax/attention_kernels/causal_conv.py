@@ -101,7 +101,7 @@ def _last_slots(run_BT: jax.Array, before: int) -> tuple[jax.Array, jax.Array]:
     """Where the last tokens are in (columns, row), [B, W - 1], and whether the next one may see them."""
     run_BS = jnp.pad(run_BT, ((0, 0), (before, 0)))
     last_B1 = jnp.max(run_BT, axis=1, keepdims=True, initial=0)
-    slot_BW = jnp.sum(run_BT != PADDING, axis=1, keepdims=True) + jnp.arange(before)
+    slot_BW = jnp.sum(run_BT != PADDING, axis=1, keepdims=True, dtype=jnp.int32) + jnp.arange(before, dtype=jnp.int32)
     return slot_BW, jnp.take_along_axis(run_BS, slot_BW, axis=1) == last_B1
 
 
@@ -126,7 +126,7 @@ def _gradients(run_BT, x_BTC, weight_CW, columns_BWC, of_y_BTC, of_last_BWC):
     def of_seen(run_BL: jax.Array, of_y_BSC: jax.Array, run_BS: jax.Array) -> jax.Array:
         """Gradient of inputs, of the sums of the tokens from the first of them on that see them."""
         reach = [(before - tap, before - tap + run_BL.shape[1]) for tap in range(before + 1)]
-        of_x_BLC = jnp.zeros((*run_BL.shape, channels))
+        of_x_BLC = jnp.zeros((*run_BL.shape, channels), jnp.float32)
         for (start, end), weight_C in zip(reach, weight_WC, strict=True):
             same_BL1 = (run_BS[:, start:end] == run_BL)[..., None]
             of_x_BLC += jnp.where(same_BL1, of_y_BSC[:, start:end] * weight_C, 0)
@@ -150,16 +150,19 @@ def _gradients(run_BT, x_BTC, weight_CW, columns_BWC, of_y_BTC, of_last_BWC):
         of_x_BnLC = jax.lax.dynamic_update_index_in_dim(of_x_BnLC, of_x_BLC, index, axis=1)
         return (of_x_BnLC, of_weight_WC, of_y_BLC[:, :before], run_BL[:, :before]), None
 
-    nothing_BWC, nobody_BW = jnp.zeros((batch, before, channels)), jnp.full((batch, before), PADDING)
+    nothing_BWC, nobody_BW = (
+        jnp.zeros((batch, before, channels), jnp.float32),
+        jnp.full((batch, before), PADDING, jnp.int32),
+    )
     start = jnp.zeros_like(x_BnLC), jnp.zeros_like(weight_WC), nothing_BWC, nobody_BW
-    carry, _ = jax.lax.scan(block, start, np.arange(count), reverse=True)
+    carry, _ = jax.lax.scan(block, start, np.arange(count, dtype=np.int32), reverse=True)
     of_x_BnLC, of_weight_WC, of_next_BWC, run_next_BW = carry
     of_x_BTC = from_bits(of_x_BnLC.reshape(batch, -1, channels)[:, :tokens])
     behind = jnp.concatenate([nothing_BWC, of_next_BWC], 1), jnp.concatenate([nobody_BW, run_next_BW], 1)
     of_columns_BWC = of_seen(jnp.zeros_like(nobody_BW), *behind).astype(columns_BWC.dtype)
 
     slot_BW, stays_BW = _last_slots(run_BT, before)
-    of_last_BWC, row_B1 = jnp.where(stays_BW[..., None], of_last_BWC, 0), jnp.arange(batch)[:, None]
+    of_last_BWC, row_B1 = jnp.where(stays_BW[..., None], of_last_BWC, 0), jnp.arange(batch, dtype=jnp.int32)[:, None]
     in_row_BW, in_columns_BW = jnp.where(slot_BW < before, tokens, slot_BW - before), slot_BW
     of_x_BTC = of_x_BTC.at[row_B1, in_row_BW].add(of_last_BWC, mode="drop")
     of_columns_BWC = of_columns_BWC.at[row_B1, in_columns_BW].add(of_last_BWC, mode="drop")

@@ -70,7 +70,7 @@ def columns_before(x_BTC: jax.Array, parts: Parts, count: int) -> jax.Array:
     """
     last_XBWC = jax.lax.all_gather(_last_inputs(x_BTC, parts.own(), count), CONTEXT)
     columns_BWC, before = jnp.zeros_like(last_XBWC[0]), []
-    slot_1W = jnp.arange(count)[None]
+    slot_1W = jnp.arange(count, dtype=jnp.int32)[None]
     for part, last_BWC in enumerate(last_XBWC):
         before.append(_where(parts.goes_on_XB[part], columns_BWC))
         earlier_BWC = _where(parts.is_one_XB[part], before[-1])
@@ -94,7 +94,8 @@ def delta_rule_over_context(
     q_BTKH, k_BTKH, v_BTNP, g_BTN, beta_BTN = inputs
     (batch, _, value_heads, value_size), key_size = v_BTNP.shape, k_BTKH.shape[-1]
     wide_BTNP = jnp.pad(v_BTNP.astype(jnp.float32), ((0, 0), (0, 0), (0, 0), (0, key_size)))
-    start_HP = jnp.concatenate([jnp.zeros((key_size, value_size)), jnp.eye(key_size)], axis=1)
+    zeros_HP, eye_HH = jnp.zeros((key_size, value_size), jnp.float32), jnp.eye(key_size, dtype=jnp.float32)
+    start_HP = jnp.concatenate([zeros_HP, eye_HH], axis=1)
     start_BNHP = jnp.broadcast_to(start_HP, (batch, value_heads, *start_HP.shape))
     out_BTNP, after_BNHP = chunk_gated_delta_rule(
         q_BTKH, k_BTKH, wide_BTNP, g_BTN, beta_BTN, parts.own(), start_BNHP, chunk_size=chunk_size
@@ -114,7 +115,7 @@ def _last_inputs(x_BTC: jax.Array, ids_BT: jax.Array, count: int) -> jax.Array:
     run_BT = runs_of(ids_BT)
     in_last_BT = (run_BT != PADDING) & (run_BT == jnp.max(run_BT, axis=1, keepdims=True))
     behind_BT = jnp.cumsum(in_last_BT[:, ::-1], axis=1)[:, ::-1]  # of a token, itself included
-    is_slot_BWT = in_last_BT[:, None] & (behind_BT[:, None] == count - jnp.arange(count)[None, :, None])
+    is_slot_BWT = in_last_BT[:, None] & (behind_BT[:, None] == count - jnp.arange(count, dtype=jnp.int32)[None, :, None])
     found_BWC = jnp.take_along_axis(x_BTC, jnp.argmax(is_slot_BWT, axis=-1)[..., None], axis=1)
     return jnp.where(jnp.any(is_slot_BWT, axis=-1)[..., None], found_BWC, 0)
 

@@ -51,7 +51,7 @@ def _inverse(lower_XCC: jax.Array) -> jax.Array:
     *_, length, _ = lower_XCC.shape
     block, blocks_XmJJ = 1, _diagonal_blocks(lower_XCC, SMALLEST_BLOCK)
     row, column = np.indices((SMALLEST_BLOCK, SMALLEST_BLOCK))
-    inverse_XmJJ = jnp.eye(SMALLEST_BLOCK)
+    inverse_XmJJ = jnp.eye(SMALLEST_BLOCK, dtype=jnp.float32)
     while block < SMALLEST_BLOCK:
         below = (row // block % 2 == 1) & (row // block == column // block + 1)
         part_XmJJ = jnp.where(below, blocks_XmJJ, 0)

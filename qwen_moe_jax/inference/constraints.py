@@ -150,7 +150,7 @@ def _mask_repeated_ngrams(
     logits_BV: jax.Array, size_B: jax.Array, history_BL: jax.Array, length_B: jax.Array
 ) -> jax.Array:
     """Masks every token that followed the last n - 1 tokens before."""
-    index_L = jnp.arange(history_BL.shape[1])
+    index_L = jnp.arange(history_BL.shape[1], dtype=jnp.int32)
     # Position p repeats an n-gram if the n - 1 tokens before p are the last n - 1 tokens of the text.
     repeats_BL = (size_B[:, None] > 0) & (index_L < length_B[:, None]) & (index_L >= size_B[:, None] - 1)
 

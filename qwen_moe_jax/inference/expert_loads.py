@@ -63,7 +63,7 @@ def no_counts(config: ModelConfig) -> Counters | None:
 
 def chosen_by(experts_BTLA: jax.Array, token_mask_BT: jax.Array, num_experts: int) -> jax.Array:
     """Real tokens that chose each expert, int32 [L, E]."""
-    is_chosen_BTLAE = experts_BTLA[..., None] == jnp.arange(num_experts)
+    is_chosen_BTLAE = experts_BTLA[..., None] == jnp.arange(num_experts, dtype=jnp.int32)
     return jnp.sum(is_chosen_BTLAE & token_mask_BT[:, :, None, None, None], axis=(0, 1, 3), dtype=jnp.int32)
 
 

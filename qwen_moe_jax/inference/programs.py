@@ -264,7 +264,7 @@ class _Chosen:
         top: tuple[jax.Array, jax.Array] | None,
     ) -> "_Chosen":
         """One more token in the rows that go on, and what belongs to it."""
-        is_slot_BC = goes_B[:, None] & (jnp.arange(self.token_BC.shape[1]) == self.count_B[:, None])
+        is_slot_BC = goes_B[:, None] & (jnp.arange(self.token_BC.shape[1], dtype=jnp.int32) == self.count_B[:, None])
         new: dict[str, jax.Array | None] = {"token_BC": token_B, "log_prob_BC": log_prob_B, "experts_BCLA": read_BLA}
         if top is not None:
             new["top_BCK"], new["top_log_prob_BCK"] = top
@@ -345,7 +345,7 @@ def _next_logits(
     Where they are asked for, also the tokens' experts [B, T, L_sparse, A], packed, and the choices that were dropped
     in each row, int32 [B].
     """
-    token_mask_BT = jnp.arange(tokens_BT.shape[1]) < count_B[:, None]
+    token_mask_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32) < count_B[:, None]
     out = model(tokens_BT, token_mask_BT, cache=cache, logits_at=count_B - 1, output_router_logits=return_routing)
     if not return_routing:
         return out.logits[:, 0], out.cache, None, None

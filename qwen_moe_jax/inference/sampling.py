@@ -102,7 +102,9 @@ def advance(state: SamplingState, token_B: jax.Array, alive_B: jax.Array) -> Sam
         counts_BV = add_rows(counts_BV, token_B[:, None], alive_B[:, None].astype(jnp.int32))
     history_BL = state.history_BL
     if history_BL is not None:
-        is_next_BL = jnp.arange(history_BL.shape[1]) == (state.prompt_length_B + state.generated_B)[:, None]
+        is_next_BL = (
+            jnp.arange(history_BL.shape[1], dtype=jnp.int32) == (state.prompt_length_B + state.generated_B)[:, None]
+        )
         history_BL = jnp.where(is_next_BL & alive_B[:, None], token_B[:, None], history_BL)
     shifted_BW = jnp.concatenate([state.recent_BW, token_B[:, None]], axis=1)[:, 1:]
     return dataclasses.replace(

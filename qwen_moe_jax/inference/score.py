@@ -276,10 +276,12 @@ def _predicted(
     model: CausalLM, inputs_BT: jax.Array, targets_BT: jax.Array, lengths_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Of each target, its log-probability after its input, and whether no token is more probable."""
-    token_mask_BT = jnp.arange(inputs_BT.shape[1]) < lengths_B[:, None]  # padding takes no expert's capacity
+    token_mask_BT = (
+        jnp.arange(inputs_BT.shape[1], dtype=jnp.int32) < lengths_B[:, None]
+    )  # padding takes no expert's capacity
     logits_BTV = model(inputs_BT, segment_ids=token_mask_BT).logits
     # A masked sum, where a gather would all-gather a vocabulary that is sharded over `tensor`.
-    target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+    target_BTV = jnp.arange(logits_BTV.shape[-1], dtype=jnp.int32) == targets_BT[..., None]
     target_BT = jnp.sum(jnp.where(target_BTV, logits_BTV, 0), axis=-1)
     log_probs_BT = target_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
     return log_probs_BT, jnp.argmax(logits_BTV, axis=-1) == targets_BT

@@ -85,9 +85,9 @@ def decode_slots(
         model, own, own_state, settings, limits, steps=steps, return_routing=counters is not None
     )
     if counters is not None:
-        is_token_RC = jnp.arange(steps) < output.count_B[:, None]
+        is_token_RC = jnp.arange(steps, dtype=jnp.int32) < output.count_B[:, None]
         chosen_LE = chosen_by(output.experts_BCLA, is_token_RC, counters.tokens_2LE.shape[-1])
-        counters = counters.plus(chosen_LE, jnp.sum(output.dropped_B))
+        counters = counters.plus(chosen_LE, jnp.sum(output.dropped_B, dtype=jnp.int32))
     output = dataclasses.replace(output, experts_BCLA=None, dropped_B=None)
     if rows_R is None:
         return own, own_state, counters, output
@@ -118,7 +118,7 @@ def read_chunk(
         targets_RT: int32; the token after each one, where log-probabilities are asked for.
     """
     part = take_rows(cache, rows_R, lengths_R, model.mesh, table_RM)
-    mask_RT = jnp.arange(tokens_RT.shape[1]) < count_R[:, None]
+    mask_RT = jnp.arange(tokens_RT.shape[1], dtype=jnp.int32) < count_R[:, None]
     with_routing = counters is not None
     if targets_RT is None:
         read_out = _CacheOnly(output_router_logits=with_routing)
@@ -127,7 +127,7 @@ def read_chunk(
         out = model(tokens_RT, mask_RT, cache=part, output_router_logits=with_routing)
     if counters is not None:
         chosen_LE = chosen_by(packed_experts(out.router), mask_RT, counters.tokens_2LE.shape[-1])
-        counters = counters.plus(chosen_LE, jnp.sum(dropped_of_rows(out.router)))
+        counters = counters.plus(chosen_LE, jnp.sum(dropped_of_rows(out.router), dtype=jnp.int32))
     cache = put_rows(cache, out.cache, rows_R, model.mesh)
     if targets_RT is None:
         return cache, counters, None
@@ -204,12 +204,15 @@ def set_text(texts: Texts, slot: jax.Array, text_L: jax.Array, length: jax.Array
     """
     rows, vocab_size = texts.counts_BV.shape
     window = texts.recent_BW.shape[1]
-    index_L, is_row_B1 = jnp.arange(text_L.shape[0]), (jnp.arange(rows) == slot)[:, None]
+    index_L, is_row_B1 = (
+        jnp.arange(text_L.shape[0], dtype=jnp.int32),
+        (jnp.arange(rows, dtype=jnp.int32) == slot)[:, None],
+    )
 
     def counted(is_part_L: jax.Array) -> jax.Array:
         return jnp.zeros(vocab_size, jnp.int32).at[jnp.where(is_part_L, text_L, vocab_size)].add(1, mode="drop")
 
-    last_W = length - window + jnp.arange(window)
+    last_W = length - window + jnp.arange(window, dtype=jnp.int32)
     recent_W = jnp.where(last_W < 0, -1, text_L[jnp.maximum(last_W, 0)])
     return Texts(
         recent_BW=jnp.where(is_row_B1, recent_W, texts.recent_BW),

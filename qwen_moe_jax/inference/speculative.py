@@ -64,7 +64,9 @@ def read_with_states(
 
     The experts are `packed_experts`, where they are asked for.
     """
-    inputs = checked_inputs(tokens_BT, jnp.arange(tokens_BT.shape[1]) < count_B[:, None], logits_at=logits_at_B)
+    inputs = checked_inputs(
+        tokens_BT, jnp.arange(tokens_BT.shape[1], dtype=jnp.int32) < count_B[:, None], logits_at=logits_at_B
+    )
     out = model.run(inputs, _LogitsAndStates(output_router_logits=return_routing), cache=cache)
     return out.logits, out.hidden_states[0], out.cache, packed_experts(out.router) if return_routing else None
 
@@ -101,7 +103,7 @@ def prefill(
     shifted_BTD = jnp.concatenate([before_B1D.astype(hidden_BTD.dtype), hidden_BTD[:, :-1]], axis=1)
     head_hidden_BTD = jnp.where(start_B11, hidden_BTD, shifted_BTD)
     head_count_B = jnp.where(is_start_B, jnp.maximum(count_B - 1, 0), count_B)
-    mask_BT = jnp.arange(tokens_BT.shape[1]) < head_count_B[:, None]
+    mask_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32) < head_count_B[:, None]
     _, _, head_cache = model.mtp_step(head_tokens_BT, head_hidden_BTD, mask_BT, head_cache)
     is_read_B = count_B > 0
     last_B1D = jnp.where(is_read_B[:, None, None], _at(hidden_BTD, count_B - 1), before_B1D)
@@ -141,7 +143,7 @@ def propose(
         sampling: their state, after the last token.
     """
     size = drafts.token_BT.shape[1]
-    mask_BT = (jnp.arange(size) < drafts.count_B[:, None]) & (left_B > 0)[:, None]
+    mask_BT = (jnp.arange(size, dtype=jnp.int32) < drafts.count_B[:, None]) & (left_B > 0)[:, None]
     logits_BV, hidden_BD, cache = model.mtp_step(drafts.token_BT, drafts.hidden_BTD, mask_BT, drafts.cache)
     lengths_B, proposed = cache.lengths_B, list[jax.Array]()
     while len(proposed) < size - 1:

@@ -345,7 +345,7 @@ def router_output(out: DecoderOutput) -> RouterOutput | None:
 
 def token_at(x_BTD: jax.Array, index_B: jax.Array) -> jax.Array:
     """One token of each row, [B, D]; a masked sum, since a gather along T would have to name its sharding."""
-    index_T = jax.sharding.reshard(jnp.arange(x_BTD.shape[1]), P(positions_axis()))
+    index_T = jax.sharding.reshard(jnp.arange(x_BTD.shape[1], dtype=jnp.int32), P(positions_axis()))
     chosen_BT1 = (index_T == index_B[:, None])[..., None]
     return jnp.sum(jnp.where(chosen_BT1, x_BTD, 0), axis=1)
 

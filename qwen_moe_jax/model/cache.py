@@ -422,7 +422,7 @@ def keep_tokens(cache: Cache, lengths_B: jax.Array, count_B: jax.Array) -> Cache
         columns_LBWC = stored.before.conv_LBWC
         columns_LBWC = jnp.where((lengths_B == 0)[None, :, None, None], 0, columns_LBWC)
         both_LBSC = jnp.concatenate([columns_LBWC, stored.inputs_LBTC], axis=2)
-        slots_BW = count_B[:, None] + jnp.arange(columns_LBWC.shape[2])
+        slots_BW = count_B[:, None] + jnp.arange(columns_LBWC.shape[2], dtype=jnp.int32)
         return RecurrentState(
             state_LBNHH=jnp.where(none, stored.before.state_LBNHH, state_LBNHH),
             conv_LBWC=jnp.take_along_axis(both_LBSC, slots_BW[None, :, :, None], axis=2),

@@ -121,7 +121,7 @@ class CausalLM(Model):
         def run(model: CausalLM, tokens_BT, hidden_BTD, token_mask_BT, cache):
             execution, inputs = model.execution_in_use, _cached_inputs(tokens_BT, token_mask_BT, cache)
             states_BTD, cache, _ = model.mtp_states(inputs, inputs.tokens_BT, hidden_BTD, execution, cache)
-            last_BD = token_at(states_BTD, jnp.sum(token_mask_BT, axis=1) - 1)
+            last_BD = token_at(states_BTD, jnp.sum(token_mask_BT, axis=1, dtype=jnp.int32) - 1)
             return model.head_of_few(last_BD[:, None], inputs)[:, 0], last_BD, cache
 
         specs = (P(BATCH, None), P(BATCH, None, None), P(BATCH, None), cache.specs())
@@ -274,7 +274,7 @@ class LossesOf(ReadOut):
 
 def _cached_inputs(tokens_BT: jax.Array, token_mask_BT: jax.Array, cache: Cache) -> ModelInputs:
     """New tokens behind those of a cache."""
-    positions_BT = cache.lengths_B[:, None] + jnp.arange(tokens_BT.shape[1])
+    positions_BT = cache.lengths_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
     return ModelInputs(
         tokens_BT=tokens_BT,
         segment_ids_BT=token_mask_BT.astype(jnp.int32),
@@ -315,5 +315,5 @@ class SequenceClassifier(Model):
         """See `Model`."""
         pad = self.config.pad_token_id
         token_mask_BT = inputs.segment_ids_BT != 0 if pad is None else inputs.tokens_BT != pad
-        last_B = jnp.max(jnp.where(token_mask_BT, jnp.arange(token_mask_BT.shape[1]), 0), axis=1)
+        last_B = jnp.max(jnp.where(token_mask_BT, jnp.arange(token_mask_BT.shape[1], dtype=jnp.int32), 0), axis=1)
         return dataclasses.replace(inputs, logits_at_B=last_B)

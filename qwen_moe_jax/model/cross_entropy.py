@@ -133,7 +133,7 @@ def _device_log_probs(
             all_gather_weight(table.astype(dtype), spec, axes).astype(jnp.float32)
             for table, (spec, axes) in zip(tables, stored, strict=True)
         ]
-        vocabulary_V = first + jnp.arange(rows)
+        vocabulary_V = first + jnp.arange(rows, dtype=jnp.int32)
 
         @recomputed
         def one_chunk(gathered: list[jax.Array], hidden: list[jax.Array], targets_BC: jax.Array):

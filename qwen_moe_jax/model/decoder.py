@@ -108,7 +108,7 @@ class Decoder(nnx.Module):
         config, dtype = self.config, jnp.dtype(execution.dtype)
         token_mask_BT, positions_BT = inputs.segment_ids_BT != 0, inputs.positions_BT
         if cache is not None:
-            positions_BT = cache.lengths_B[:, None] + jnp.arange(token_mask_BT.shape[1])
+            positions_BT = cache.lengths_B[:, None] + jnp.arange(token_mask_BT.shape[1], dtype=jnp.int32)
             positions_BT = jnp.where(token_mask_BT, positions_BT, 0)
         rotary = rotary_tables(config.rope, config.rotary_dim, config.max_position_embeddings, positions_BT, dtype)
         with jax.named_scope("embedding"):
@@ -232,7 +232,7 @@ def _index_layers(run_period, carry, layers: list[DecoderLayer], per_layer: _Per
         index, per_layer = step
         return run_period(carry, ([layer_at(layer, index) for layer in layers], index, per_layer))
 
-    return jax.lax.scan(body, carry, (jnp.arange(repeats), per_layer))
+    return jax.lax.scan(body, carry, (jnp.arange(repeats, dtype=jnp.int32), per_layer))
 
 
 def layer_at(stacked: DecoderLayer, index: jax.Array) -> DecoderLayer:
@@ -277,7 +277,7 @@ def _by_segment(plan: Sequence[Segment], forced: ForcedRouting | None) -> list[l
 
 def _layer_keys(noise_key: jax.Array, segment: Segment) -> jax.Array:
     """A key for each layer, [repeats, period], by its number in the model, not by segments."""
-    numbers = segment.start + jnp.arange(segment.repeats * len(segment.period))
+    numbers = segment.start + jnp.arange(segment.repeats * len(segment.period), dtype=jnp.int32)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(noise_key, numbers)
     return keys.reshape(segment.repeats, len(segment.period))
 

@@ -130,7 +130,7 @@ class ExpertWeights:
         def multiply_all(x: jax.Array, matrices: Sequence[Matrix]) -> list[jax.Array]:
             few = len(x) <= FEW_ROWS * len(sizes_E)
             if few and self.layer is not None and backend == "blocks" and _read_in_place(x, matrices):
-                experts_E = self.layer * len(sizes_E) + jnp.arange(len(sizes_E))
+                experts_E = self.layer * len(sizes_E) + jnp.arange(len(sizes_E), dtype=jnp.int32)
                 return ragged_in_place(x, [array for array, _, _ in matrices], experts_E, sizes_E)
             return [multiply(x, matrix) for matrix in matrices]
 

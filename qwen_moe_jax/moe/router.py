@@ -139,7 +139,7 @@ def _with_forced(preferred_BTE: jax.Array, token_mask_BT: jax.Array, forced: For
     others_BTA = jax.lax.top_k(preferred_BTE, chosen)[1]
     open_BTA = given_BTA < 0
     # The first open place takes the first of the others.
-    place_BTA = jnp.maximum(jnp.cumsum(open_BTA, axis=-1) - 1, 0)
+    place_BTA = jnp.maximum(jnp.cumsum(open_BTA, axis=-1, dtype=jnp.int32) - 1, 0)
     return jnp.where(open_BTA, jnp.take_along_axis(others_BTA, place_BTA, axis=-1), given_BTA)
 
 
@@ -164,7 +164,7 @@ def _turn_scores(probs_BTE: jax.Array, bias_E: jax.Array | None, chosen: int) ->
     """Highest for the experts that `_in_turn` chooses, falling from there on."""
     first_BT1 = _in_turn(probs_BTE, bias_E, chosen)[..., :1]
     num_experts = probs_BTE.shape[-1]
-    return -((jnp.arange(num_experts) - first_BT1) % num_experts).astype(jnp.float32)
+    return -((jnp.arange(num_experts, dtype=jnp.int32) - first_BT1) % num_experts).astype(jnp.float32)
 
 
 #: Each takes one device's probabilities, the bias and A, and returns experts.

@@ -77,12 +77,12 @@ def count(logits_BTE: jax.Array, routing: Routing, drops: Drops) -> RouterStats:
     num_experts, chosen = routing.probs_BTE.shape[-1], routing.experts_BTA.shape[-1]
 
     def per_row(counted_BTA: jax.Array) -> jax.Array:
-        chosen_BTAE = routing.experts_BTA[..., None] == jnp.arange(num_experts)
+        chosen_BTAE = routing.experts_BTA[..., None] == jnp.arange(num_experts, dtype=jnp.int32)
         return jnp.sum(chosen_BTAE & counted_BTA[..., None], axis=(1, 2), dtype=jnp.int32)
 
     token_mask_BT1 = routing.token_mask_BT[..., None]
     tokens_B = jnp.sum(routing.token_mask_BT, axis=1, dtype=jnp.int32)
-    tokens = jnp.sum(tokens_B)
+    tokens = jnp.sum(tokens_B, dtype=jnp.int32)
     assigned_BE = per_row(jnp.broadcast_to(token_mask_BT1, routing.experts_BTA.shape))
     probs_BE = jnp.sum(routing.probs_BTE, axis=1)
     logits_BTE = jnp.where(token_mask_BT1, logits_BTE.astype(jnp.float32), 0)
@@ -92,8 +92,8 @@ def count(logits_BTE: jax.Array, routing: Routing, drops: Drops) -> RouterStats:
     entropy_BT = -jnp.sum(jax.scipy.special.xlogy(routing.probs_BTE, routing.probs_BTE), axis=-1)
     return RouterStats(
         tokens=tokens,
-        tokens_per_expert=jnp.sum(assigned_BE, axis=0),
-        dropped_per_expert=jnp.sum(per_row(drops.dropped_BTA), axis=0),
+        tokens_per_expert=jnp.sum(assigned_BE, axis=0, dtype=jnp.int32),
+        dropped_per_expert=jnp.sum(per_row(drops.dropped_BTA), axis=0, dtype=jnp.int32),
         rounds=drops.rounds,
         probs_per_expert=jnp.sum(probs_BE, axis=0),
         squared_logsumexp=jnp.sum(squared_BT),

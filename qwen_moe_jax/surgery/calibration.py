@@ -147,7 +147,7 @@ def _mixed(alone: CausalLM, hidden_BTD: np.ndarray, tensors: Mapping[str, Stored
 def _run(
     stacked: DecoderLayer, hidden_BTD: jax.Array, *, config: ModelConfig, execution: ExecutionConfig, mesh: Mesh
 ) -> jax.Array:
-    positions_BT = jnp.broadcast_to(jnp.arange(hidden_BTD.shape[1]), hidden_BTD.shape[:2])
+    positions_BT = jnp.broadcast_to(jnp.arange(hidden_BTD.shape[1], dtype=jnp.int32), hidden_BTD.shape[:2])
 
     def run(stacked: DecoderLayer, hidden_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         rotary = rotary_tables(

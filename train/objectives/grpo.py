@@ -182,9 +182,9 @@ def routing_difference(out: TokenLosses, batch: RolloutBatch) -> jax.Array:
     # As `moe.router.route` does: float32 probabilities, of equal ones the lower expert. Comparisons instead of top_k,
     # which would gather the tokens of all devices.
     probs_LBTE = jax.nn.softmax(out.router.trace.logits.astype(jnp.float32), axis=-1)
-    used_LBTAE = used_LBTA[..., None] == jnp.arange(probs_LBTE.shape[-1])
+    used_LBTAE = used_LBTA[..., None] == jnp.arange(probs_LBTE.shape[-1], dtype=jnp.int32)
     own_LBTA1 = jnp.sum(jnp.where(used_LBTAE, probs_LBTE[..., None, :], 0), axis=-1, keepdims=True)
-    before_LBTAE = jnp.arange(probs_LBTE.shape[-1]) < used_LBTA[..., None]
+    before_LBTAE = jnp.arange(probs_LBTE.shape[-1], dtype=jnp.int32) < used_LBTA[..., None]
     others_LBT1E = probs_LBTE[..., None, :]
     stronger_LBTAE = (others_LBT1E > own_LBTA1) | ((others_LBT1E == own_LBTA1) & before_LBTAE)
     rank_LBTA = jnp.sum(stronger_LBTAE, axis=-1)

@@ -159,7 +159,7 @@ def _fill_by_index(
 
     def fill(hidden_BTD, experts_BTA, token_mask_BT, slot_GgA):
         slot_TA = slot_GgA.reshape(-1, chosen)[: token_mask_BT.size]
-        group_T1 = (jnp.arange(token_mask_BT.size) // slot_GgA.shape[1])[:, None]
+        group_T1 = (jnp.arange(token_mask_BT.size, dtype=jnp.int32) // slot_GgA.shape[1])[:, None]
         row_TA = (experts_BTA.reshape(-1, chosen) * groups_here + group_T1) * capacity + slot_TA
         has_slot_TA = token_mask_BT.reshape(-1, 1) & (slot_TA < capacity)
         plan = plan_rows(jnp.where(has_slot_TA, row_TA, rows), rows)

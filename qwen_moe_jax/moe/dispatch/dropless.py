@@ -238,19 +238,19 @@ class Buffers:
         served_experts_TA = jnp.where(served_TA, tokens.experts_TA, self.num_experts)
         by_expert, sizes_E = sort_rows(served_experts_TA, self.num_experts, served_experts_TA.size)
         sizes_XE = sizes_E.reshape(self.num_shards, self.own)
-        sent_X = jnp.sum(sizes_XE, axis=1)
-        start_X = jnp.cumsum(sent_X) - sent_X
+        sent_X = jnp.sum(sizes_XE, axis=1, dtype=jnp.int32)
+        start_X = jnp.cumsum(sent_X, dtype=jnp.int32) - sent_X
         device_TA = jnp.minimum(served_experts_TA // self.own, self.num_shards - 1)
         row_TA = device_TA * self.rows + by_expert.row_TA - start_X[device_TA]
         outgoing = plan_rows(jnp.where(served_TA, row_TA, total), total)
         received_XE = checkpoint_name(jax.lax.all_to_all(sizes_XE, "expert", 0, 0, tiled=True), EXCHANGED)
-        received_X = jnp.sum(received_XE, axis=1)
+        received_X = jnp.sum(received_XE, axis=1, dtype=jnp.int32)
         x_RD = exchange_rows(to_rows(tokens.x_TD, outgoing), sent_X, received_X, kind=self.exchange)
         x_RD = checkpoint_name(x_RD, EXCHANGED)
 
         # Each received chunk is sorted by expert; all of them together are sorted here.
-        end_XE = jnp.cumsum(received_XE, axis=1)
-        position_1S1 = jnp.arange(self.rows)[None, :, None]
+        end_XE = jnp.cumsum(received_XE, axis=1, dtype=jnp.int32)
+        position_1S1 = jnp.arange(self.rows, dtype=jnp.int32)[None, :, None]
         expert_XS = jnp.sum(position_1S1 >= end_XE[:, None, :], axis=-1, dtype=jnp.int32)
         plan, own_sizes_E = sort_rows(expert_XS.reshape(-1, 1), self.own, buffer_rows(total))
         rows = SortedRows(x_XRD=to_rows(x_RD, plan), sizes_XE=own_sizes_E)

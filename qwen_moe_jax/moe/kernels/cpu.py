@@ -49,7 +49,7 @@ def ragged(
     """
     lengths = block_lengths(len(rows_RK), len(sizes_E), weights.shape[1] * weights.shape[2])
     lengths = lengths if lengths[-1] >= MATMUL else (1,)
-    ends_E = jnp.cumsum(sizes_E)
+    ends_E = jnp.cumsum(sizes_E, dtype=jnp.int32)
     contracted = ((1,), (1 if transposed else 0,))
 
     def run_expert(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -63,7 +63,7 @@ def ragged(
             product_bN = jax.lax.dot_general(
                 rows_bK, matrix, (contracted, ((), ())), preferred_element_type=jnp.float32
             )
-            return jax.lax.dynamic_update_slice(out_RN, product_bN, (start, 0))
+            return jax.lax.dynamic_update_slice_in_dim(out_RN, product_bN, start, axis=0)
 
         end = ends_E[expert]
         return end, _in_blocks(lengths, multiply, start, end, out_RN)
@@ -106,14 +106,14 @@ def outer(left_RO: jax.Array, right_RI: jax.Array, sizes_E: jax.Array) -> jax.Ar
     """
     shape = left_RO.shape[1], right_RI.shape[1]
     lengths = block_lengths(len(left_RO), len(sizes_E), shape[0] * shape[1])
-    ends_E = jnp.cumsum(sizes_E)
+    ends_E = jnp.cumsum(sizes_E, dtype=jnp.int32)
     starts_E = ends_E - sizes_E
 
     def one_expert(expert: jax.Array, out_EOI: jax.Array) -> jax.Array:
         end = ends_E[expert]
 
         def add(block: int, start: jax.Array, sum_OI: jax.Array) -> jax.Array:
-            own_b1 = (start + jnp.arange(block) < end)[:, None]
+            own_b1 = (start + jnp.arange(block, dtype=jnp.int32) < end)[:, None]
             left_bO = jnp.where(own_b1, rows_at(left_RO, start, block), 0)
             right_bI = jnp.where(own_b1, rows_at(right_RI, start, block), 0)  # 0 * NaN of a neighbour is NaN
             return sum_OI + jax.lax.dot_general(
@@ -122,7 +122,7 @@ def outer(left_RO: jax.Array, right_RI: jax.Array, sizes_E: jax.Array) -> jax.Ar
 
         sum_OI = _in_blocks(lengths, add, starts_E[expert], end, jnp.zeros(shape, jnp.float32))
         of_expert_1OI = as_bits(sum_OI.astype(left_RO.dtype))[None]
-        return jax.lax.dynamic_update_slice(out_EOI, of_expert_1OI, (expert, 0, 0))
+        return jax.lax.dynamic_update_slice_in_dim(out_EOI, of_expert_1OI, expert, axis=0)
 
     out_EOI = as_bits(jnp.zeros((len(sizes_E), *shape), left_RO.dtype))
     return from_bits(jax.lax.fori_loop(0, len(sizes_E), one_expert, out_EOI))

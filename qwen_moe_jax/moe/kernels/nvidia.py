@@ -58,7 +58,7 @@ def ragged(
 
         @pl.when(start < end)
         def _():
-            mine = (start + jnp.arange(row_tile) < end)[:, None]
+            mine = (start + jnp.arange(row_tile, dtype=jnp.int32) < end)[:, None]
 
             def add(index, sums):
                 summed = pl.ds(index * step, step)
@@ -111,7 +111,7 @@ def outer(left_RO: jax.Array, right_RI: jax.Array, sizes_E: jax.Array, *, interp
 
         def add(index, sums):
             first = start + index * step
-            rows, mine = pl.ds(first, step), (first + jnp.arange(step) < end)[:, None]
+            rows, mine = pl.ds(first, step), (first + jnp.arange(step, dtype=jnp.int32) < end)[:, None]
             left = triton.load(left_ref.at[rows, left_columns], mask=mine, other=0)
             right = triton.load(right_ref.at[rows, right_columns], mask=mine, other=0)
             return sums + _dot(left, right, (0, 0))
@@ -119,7 +119,7 @@ def outer(left_RO: jax.Array, right_RI: jax.Array, sizes_E: jax.Array, *, interp
         sums = jax.lax.fori_loop(0, pl.cdiv(end - start, step), add, jnp.zeros((left_tile, right_tile), jnp.float32))
         triton.store(out_ref.at[expert, left_columns, right_columns], sums.astype(out_ref.dtype))
 
-    ends_E = jnp.cumsum(sizes_E)
+    ends_E = jnp.cumsum(sizes_E, dtype=jnp.int32)
     out_EOI = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((sizes_E.size, left_width, right_width), left_RO.dtype),
@@ -145,9 +145,9 @@ def _row_tile(rows: int, experts: int) -> int:
 def _row_tiles(sizes_E: jax.Array, rows: int, row_tile: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Each tile's expert, its first row, and the row after the expert's last; tiles too many start at or past that."""
     count = rows // row_tile + min(sizes_E.size, rows)  # each expert has at most one tile that is not full
-    row_ends_E = jnp.cumsum(sizes_E)
+    row_ends_E = jnp.cumsum(sizes_E, dtype=jnp.int32)
     tiles_E = ceil_div(sizes_E, row_tile)
-    tile_ends_E = jnp.cumsum(tiles_E)
+    tile_ends_E = jnp.cumsum(tiles_E, dtype=jnp.int32)
     tile_I = jnp.arange(count, dtype=sizes_E.dtype)
     experts_I = jnp.sum(tile_I[:, None] >= tile_ends_E, axis=1, dtype=sizes_E.dtype).clip(max=sizes_E.size - 1)
     starts_I = (row_ends_E - sizes_E)[experts_I] + (tile_I - (tile_ends_E - tiles_E)[experts_I]) * row_tile
