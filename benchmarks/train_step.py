@@ -59,7 +59,9 @@ def our_step(
 
     import qwen_moe_jax as qmj
     from train.config import build_config
-    from train.data.batches import as_documents, batch_at, pack
+    from train.data.batches import batch_at
+    from train.data.documents import as_documents
+    from train.data.rows import pack
     from train.program import assemble
 
     config = build_config(

@@ -14,7 +14,8 @@ from tests.distance import relative_l2
 from tests.referee import Reference, build, hub_tensors, torch
 from tests.subject import hub_arrays
 from train.config import LossConfig, OptimizerConfig
-from train.data.batches import batch_at, pack
+from train.data.batches import batch_at
+from train.data.rows import pack
 from train.objectives.language_modelling import resolve_loss
 from train.optimizer import make_optimizer, make_schedule
 from train.step import initial_state, make_train_step, state_shardings

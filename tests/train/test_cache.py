@@ -16,10 +16,10 @@ import pytest
 from qwen_moe_jax.errors import CheckpointError, ConfigError
 from train.config import ClassificationConfig, DataConfig
 from train.data import cache, parts, shards, workers
-from train.data.batches import Rows, pack
 from train.data.corpus import load_corpus
 from train.data.documents import FileArray, as_documents
 from train.data.labels import labelled_kind
+from train.data.rows import Rows, pack
 from train.data.tokenizer import save_tokenizer, train_tokenizer
 
 WORDS = "the quick brown fox jumps over the lazy dog and is gone".split()

@@ -11,10 +11,11 @@ from qwen_moe_jax.inference.tokenizer import load_tokenizer
 from tests.inference.chat_templates import MIXTRAL, QWEN2, QWEN3
 from tests.inference.tokenizer_kinds import byte_fallback, byte_level
 from train.config import DataConfig
-from train.data.batches import batch_at, pack
+from train.data.batches import batch_at
 from train.data.chat import Turns, conversation_documents
 from train.data.corpus import load_corpus
 from train.data.records import Conversation
+from train.data.rows import pack
 from train.data.tokenizer import SPECIAL_TOKENS, save_tokenizer, train_tokenizer
 
 SYSTEM, ONE, TWO = (

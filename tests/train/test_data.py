@@ -1,5 +1,6 @@
 """Packing keeps every token once, keeps documents apart, and the order of rows depends on (seed, step) alone."""
 
+import itertools
 from collections import Counter
 
 import jax
@@ -11,15 +12,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import qwen_moe_jax as qmj
 from train.data.batches import (
-    Documents,
     Mixture,
-    as_documents,
     batch_at,
+    batch_of,
     describe_batch,
     heldout_batches,
-    pack,
     rows_of_devices,
 )
+from train.data.best_fit import best_fit_decreasing
+from train.data.documents import Documents, ShardedDocuments, as_documents
+from train.data.rows import pack
 
 documents_of_any_length = st.lists(st.integers(1, 23), min_size=1, max_size=12).map(
     lambda lengths: np.split(np.arange(1, sum(lengths) + 1), np.cumsum(lengths)[:-1])  # every token is another
@@ -187,3 +189,73 @@ def test_heldout_rows_of_a_mixture_are_shared_out_by_weight():
     mixture = Mixture([pack([np.arange(1, 301)], 3), pack([np.arange(1001, 1301)], 3)], [3, 1])
     [batch] = heldout_batches(mixture, num_rows=16, batch_size=16)
     assert (batch.tokens_BT[:, 0] < 1000).sum() == 12
+
+
+# ---- best-fit decreasing ---------------------------------------------------------------------------------------------
+
+
+def in_shards(documents, cuts):
+    """The documents in shards of those between the cuts, with some of their tokens learned."""
+    everything = as_documents(documents)
+    learned = np.random.default_rng(len(documents)).random(len(everything.tokens)) < 0.3
+    whole = Documents(everything.tokens, learned, everything.starts, everything.lengths)
+    bounds = sorted({0, len(documents), *(cut % (len(documents) + 1) for cut in cuts)})
+    shards = [whole.select(np.arange(*span)) for span in itertools.pairwise(bounds)]
+    counts = [len(shard) for shard in shards], [shard.num_tokens for shard in shards]
+    return ShardedDocuments(shards.__getitem__, *counts, labelled=False), learned
+
+
+@settings(max_examples=100, deadline=None)
+@given(documents_of_any_length, st.lists(st.integers(0, 12), max_size=2), st.integers(2, 9))
+def test_best_fit_loses_no_token_and_splits_no_document_that_fits_into_a_row(documents, cuts, seq_len):
+    packed, learned = in_shards(documents, cuts)
+    rows = pack(packed, seq_len, strategy="bfd")
+    tokens_NT, segments_NT = stacked(rows, "tokens_T"), stacked(rows, "segment_ids_T")
+    assert sorted(tokens_NT[segments_NT > 0]) == list(range(1, packed.num_tokens + 1))
+    segments = [
+        row[ids == number]
+        for row, ids in zip(tokens_NT, segments_NT, strict=True)
+        for number in range(1, ids.max() + 1)
+    ]
+    expected = [
+        document[start : start + seq_len] for document in documents for start in range(0, len(document), seq_len)
+    ]
+    assert sorted(map(list, segments)) == sorted(map(list, expected))
+    assert (np.diff(segments_NT, axis=1) <= 1).all() and not tokens_NT[segments_NT == 0].any()
+    for row in (rows[number] for number in range(len(rows))):  # padding is behind, positions count within a segment
+        real = row.segment_ids_T > 0
+        assert (real == (np.arange(seq_len) < real.sum())).all()
+        first = np.flatnonzero(np.diff(row.segment_ids_T, prepend=0))[: row.segment_ids_T.max()]
+        assert (row.positions_T[first] == 0).all() and (row.learned_T[real] == learned[row.tokens_T[real] - 1]).all()
+    assert rows.num_tokens == packed.num_tokens and rows.padding == pytest.approx(1 - rows.num_tokens / tokens_NT.size)
+
+
+@settings(max_examples=100, deadline=None)
+@given(documents_of_any_length, st.lists(st.integers(0, 12), max_size=2), st.integers(2, 9))
+def test_rows_that_best_fit_leaves_out_have_no_target_and_the_others_have_one(documents, cuts, seq_len):
+    rows = pack(in_shards(documents, cuts)[0], seq_len, strategy="bfd")
+    kept = rows.with_targets()
+    with_target = [number for number in range(len(rows)) if batch_of([rows[number]]).target_mask_BT.any()]
+    assert [list(kept[number].tokens_T) for number in range(len(kept))] == [list(rows[n].tokens_T) for n in with_target]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 12), max_size=30))
+def test_best_fit_is_that_of_its_definition(lengths):
+    """Each item, the longest first, joins the fullest row that has room for it."""
+    expected: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [size for size in expected if size + length <= 12]
+        if fitting:
+            expected.remove(max(fitting))
+        expected.append(max(fitting, default=0) + length)
+    order, per_row = best_fit_decreasing(np.array(lengths, np.int64), 12)
+    assert sorted(order) == list(range(len(lengths)))
+    rows = np.split(order, np.cumsum(per_row)[:-1]) if lengths else []
+    assert sorted(sum(lengths[item] for item in row) for row in rows) == sorted(expected)
+
+
+def test_documents_of_equal_lengths_are_packed_in_their_order():
+    rows = pack([np.arange(1, 4), np.arange(4, 9), np.arange(9, 12)], 6, strategy="bfd")
+    np.testing.assert_array_equal(stacked(rows, "tokens_T"), [[1, 2, 3, 9, 10, 11], [4, 5, 6, 7, 8, 0]])
+    np.testing.assert_array_equal(stacked(rows, "segment_ids_T"), [[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 0]])

@@ -9,7 +9,8 @@ from qwen_moe_jax.model.output import RouterOutput, TokenLosses
 from qwen_moe_jax.moe.losses import router_losses
 from qwen_moe_jax.moe.stats import RouterStats
 from train.config import LossConfig
-from train.data.batches import batch_at, pack
+from train.data.batches import batch_at
+from train.data.rows import pack
 from train.objectives.language_modelling import resolve_loss, training_loss, whole_batch
 
 STATS = RouterStats(

@@ -12,7 +12,8 @@ import qwen_moe_jax as qmj
 from qwen_moe_jax.moe.stats import RouterStats
 from tests.train.test_language_modelling import DENSE, scored
 from train.config import LossConfig
-from train.data.batches import batch_at, pack
+from train.data.batches import batch_at
+from train.data.rows import pack
 from train.main import main
 from train.objectives.language_modelling import mtp_mask, resolve_loss, training_loss, whole_batch
 

@@ -13,9 +13,11 @@ import qwen_moe_jax as qmj
 from qwen_moe_jax.errors import ConfigError
 from tests.train.test_step import HUB_CONFIG
 from train.config import DataConfig, build_config
-from train.data.batches import Documents, batch_at, pack
+from train.data.batches import batch_at
 from train.data.corpus import load_corpus
+from train.data.documents import Documents
 from train.data.feed import make_feed
+from train.data.rows import pack
 from train.data.tokenizer import save_tokenizer, train_tokenizer
 from train.program import assemble, batch_sharding
 

@@ -10,7 +10,8 @@ from tests.distance import assert_near
 from tests.sharding.test_padded_vocabulary import BOTH, VOCABULARY, build
 from train.checkpoint import Checkpoints
 from train.config import LossConfig, OptimizerConfig
-from train.data.batches import batch_at, pack
+from train.data.batches import batch_at
+from train.data.rows import pack
 from train.objectives.language_modelling import resolve_loss
 from train.optimizer import make_optimizer
 from train.step import TrainState, abstract_state, initial_state, make_train_step, state_shardings

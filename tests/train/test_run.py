@@ -15,8 +15,9 @@ import qwen_moe_jax as qmj
 from qwen_moe_jax.cli.terminal import visible
 from qwen_moe_jax.inference.chat_template import load_chat_template
 from train.config import DataConfig
-from train.data.batches import heldout_batches, pack
+from train.data.batches import heldout_batches
 from train.data.corpus import load_corpus
+from train.data.rows import pack
 from train.main import main
 
 CONFIG = """

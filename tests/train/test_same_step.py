@@ -24,7 +24,8 @@ from tests.subject import on_mesh
 from tests.train.test_language_modelling import STATS
 from tests.train.test_step import HUB_CONFIG
 from train.config import LossConfig
-from train.data.batches import Mixture, batch_at, heldout_batches, pack
+from train.data.batches import Mixture, batch_at, heldout_batches
+from train.data.rows import pack
 from train.objectives.language_modelling import training_loss, whole_batch
 from train.step import initial_state, make_train_step, state_shardings
 

@@ -90,8 +90,15 @@ def test_own_files_can_be_named(tmp_path):
         (tmp_path / name).write_text(text)
     assert sorted(texts(path=str(tmp_path), pattern="*.md")) == ["one", "two"]
     assert texts(path=str(tmp_path / "c.py")) == ["three"]
-    with pytest.raises(ConfigError, match=r"data.path: .* holds no readable text of at most 1.0 MB .*\*.txt"):
+    with pytest.raises(
+        ConfigError, match=r"data.path: .* holds no readable text of at most 1.0 MB .*\*.txt"
+    ) as refused:
         texts(path=str(tmp_path), pattern="*.txt")
+    assert "files named *.txt, but a.md, c.py, empty.md. Set data.pattern" in str(refused.value)
+    with pytest.raises(
+        ConfigError, match=r"in files named \*.jsonl, which format jsonl reads, but a.md, .* as \"\*.md\""
+    ):
+        texts(path=str(tmp_path), format="jsonl")
     with pytest.raises(ConfigError, match="nowhere: there is no such file or folder"):
         texts(path=str(tmp_path / "nowhere"))
 

@@ -11,7 +11,8 @@ import qwen_moe_jax as qmj
 from qwen_moe_jax.model import cross_entropy
 from tests.model.test_balancing import biases
 from train.config import LossConfig, OptimizerConfig
-from train.data.batches import batch_at, pack
+from train.data.batches import batch_at
+from train.data.rows import pack
 from train.optimizer import make_optimizer
 from train.step import heldout_metrics, initial_state, make_eval_step, make_train_step, state_shardings
 

@@ -204,6 +204,10 @@ class TrainConfig:
         for table in given[1:]:
             expected = f"one objective, and there is a [{given[0]}] table. Leave one of the two out"
             check(False, table, expected, found=f"a [{table}] table", given=(given[0],))
+        if self.objective in ("classification", "reward", "dpo") or self.grpo is not None:
+            expected = "it to be left out: an example has a row of its own, and nothing is packed"
+            given_by = (self.objective or "grpo",)
+            check(self.data.packing_strategy == "wrapped", "data.packing_strategy", expected, given=given_by)
         if self.objective in ("classification", "reward", "dpo"):
             self._check_examples(check)
         if self.objective in ("classification", "reward", "dpo", "distillation"):

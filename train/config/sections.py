@@ -169,6 +169,8 @@ class DataConfig(TextConfig):
         tokenizer: a folder with tokenizer.json, or a model's name on the Hub; left out, one is trained on the text.
         vocab_size: entries of the byte-level BPE that is trained on the text, and of the model.
         seq_len: tokens in a row, T.
+        packing_strategy: how documents become rows: wrapped (one after the other, cut every seq_len tokens) or bfd
+            (whole ones, by best-fit decreasing: only those of more than seq_len tokens are cut).
         too_long: what to do with documents of more than seq_len tokens: split (they continue in the next row, without
             the tokens before), truncate (keep the first seq_len tokens) or drop (leave them out).
         batch_size: rows of a step on all devices together, B; a multiple of data x fsdp x expert.
@@ -185,6 +187,7 @@ class DataConfig(TextConfig):
     tokenizer: str = ""
     vocab_size: int = 4096
     seq_len: int = 256
+    packing_strategy: Literal["wrapped", "bfd"] = "wrapped"
     too_long: Literal["split", "truncate", "drop"] = "split"
     batch_size: int = 16
     heldout_fraction: float = 0.05

@@ -11,16 +11,14 @@ from qwen_moe_jax.errors import ConfigError
 from train.config import DataConfig, TrainConfig
 from train.data.batches import (
     Mixture,
-    Rows,
-    Source,
     batch_at,
     batch_of,
     describe_batch,
     heldout_batches,
-    pack,
     rows_of_devices,
 )
 from train.data.corpus import Corpus
+from train.data.rows import PackedRows, Source, pack
 from train.parameters import Params
 
 if TYPE_CHECKING:
@@ -166,10 +164,11 @@ def make_feed(config: DataConfig, corpus: Corpus, mesh: Mesh, sharding: NamedSha
     Raises:
         ConfigError: a source has no row with a target.
     """
-    packed = [pack(part.training, config.seq_len, part.name) for part in corpus.parts]
+    strategy = config.packing_strategy
+    packed = [pack(part.training, config.seq_len, part.name, strategy) for part in corpus.parts]
     training = [_with_targets(rows) for rows in packed]
     heldout = Mixture(
-        [_with_targets(pack(part.heldout, config.seq_len, part.name)) for part in corpus.heldout_parts],
+        [_with_targets(pack(part.heldout, config.seq_len, part.name, strategy)) for part in corpus.heldout_parts],
         corpus.heldout_weights([source.weight for source in config.mixture]),
     )
     notes = [
@@ -178,6 +177,11 @@ def make_feed(config: DataConfig, corpus: Corpus, mesh: Mesh, sharding: NamedSha
         for found, kept in zip(packed, training, strict=True)
         if len(kept) < len(found)
     ]
+    if strategy != "wrapped":
+        notes += [
+            f"{rows.padding:.1%} of the tokens of the {len(rows):,} rows of {rows.name} are padding"
+            for rows in training
+        ]
     return feed_of(training, heldout, config, mesh, sharding, seed, notes=notes)
 
 
@@ -207,7 +211,7 @@ def feed_of(
     )
 
 
-def _with_targets(rows: Rows) -> Rows:
+def _with_targets(rows: PackedRows) -> PackedRows:
     kept = rows.with_targets()
     if not len(kept):
         raise ConfigError(

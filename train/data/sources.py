@@ -4,6 +4,7 @@ A record that cannot be read is refused by file and line, with what was found an
 """
 
 import hashlib
+import itertools
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ from train.data.records import Completion
 _Say = Callable[[str], None]
 
 _IDS_AT_ONCE = 1 << 20
+#: Most files of a folder that a message names.
+_LISTED = 10
 
 # Left out of the standard library: installed packages, tests, generated tables and copies of other tools.
 _SKIPPED_IN_STDLIB = (
@@ -80,11 +83,24 @@ def read_records(
         yield record
     recognised.require_columns(str(_root(source)))
     if empty:
-        pattern = source.pattern or FORMATS[source.format]
-        raise ConfigError(
-            f"data.path: {_root(source)} holds no readable {source.format} of at most {megabytes} MB in files named "
-            f"{pattern}; point data.path and data.pattern at some text."
-        )
+        raise ConfigError(_nothing_read(source, megabytes))
+
+
+def _nothing_read(source: SourceConfig, megabytes: float) -> str:
+    """That a source has no record, and what to set, in words."""
+    root, pattern = _root(source), source.pattern or FORMATS[source.format]
+    found = f"data.path: {root} holds no readable {source.format} of at most {megabytes} MB"
+    if not root.is_dir():
+        return f"{found}; point data.path at some text, or raise data.megabytes."
+    found += f" in files named {pattern}" + ("" if source.pattern else f", which format {source.format} reads")
+    if files_of(source):
+        return f"{found}; point data.path and data.pattern at some text, or raise data.megabytes."
+    others = sorted(path.name for path in root.iterdir() if path.is_file())
+    if not others:
+        return f"{found}: no file of this name is in it or below. Point data.path at some text."
+    listed = ", ".join(others[:_LISTED] + ["…"] * (len(others) > _LISTED))
+    ending = next((Path(name).suffix for name in others if Path(name).suffix), "")
+    return f'{found}, but {listed}. Set data.pattern to the names of the files to read, as "*{ending}".'
 
 
 def texts_of(content: Any) -> list[str]:
@@ -153,17 +169,25 @@ def _read_datasets(
     source: SourceConfig, remaining: float, end_id: int | None, truncated: _Say, recognised: Recognised
 ) -> Iterator[Record]:
     rows = open_dataset(source)
-    for number, row in enumerate(rows):
-        place = f"{source.path}, row {number} of {source.split}"
-        content = recognised.content(dict(row), source.path, place)
-        if content is None:
-            continue
-        size = _text_size(content)
-        remaining -= size
+
+    def records() -> Iterator[tuple[Record, str]]:
+        for number, row in enumerate(rows):
+            place = f"{source.path}, row {number} of {source.split}"
+            content = recognised.content(dict(row), source.path, place)
+            if content is not None:
+                yield Record(content, place, str(number), _text_size(content)), f"{number:,} of {len(rows):,} rows"
+
+    yield from _fitting(records(), remaining, truncated)
+
+
+def _fitting(records: Iterator[tuple[Record, str]], remaining: float, truncated: _Say) -> Iterator[Record]:
+    """The first records, as many as fit into the remaining bytes; each comes with what was read before it, in words."""
+    for record, read in records:
+        remaining -= record.size
         if remaining < 0:
-            truncated(f"{number:,} of {len(rows):,} rows")
+            truncated(read)
             return
-        yield Record(content, place, str(number), size)
+        yield record
 
 
 def _text_size(content: Any) -> int:
@@ -176,21 +200,18 @@ def _read_parquet(
     """The rows of parquet files, some at a time, so that memory holds a row group at most."""
     parquet = _parquet()
     files = files_of(source)
-    for number, (file, name) in enumerate(files):
-        row = 0
-        for rows in _rows_of(file, parquet):
-            for found in rows:
-                row += 1
+
+    def records() -> Iterator[tuple[Record, str]]:
+        for number, (file, name) in enumerate(files):
+            rows = itertools.chain.from_iterable(_rows_of(file, parquet))
+            for row, found in enumerate(rows, start=1):
                 place = f"{file}, row {row}"
                 content = recognised.content(found, str(file), place)
-                if content is None:
-                    continue
-                size = _text_size(content)
-                remaining -= size
-                if remaining < 0:
-                    truncated(f"{number} of {len(files)} files, and {row - 1:,} rows of {name}")
-                    return
-                yield Record(content, place, f"{name}:{row}", size)
+                if content is not None:
+                    read = f"{number} of {len(files)} files, and {row - 1:,} rows of {name}"
+                    yield Record(content, place, f"{name}:{row}", _text_size(content)), read
+
+    yield from _fitting(records(), remaining, truncated)
 
 
 def _rows_of(file: Path, parquet: Any) -> Iterator[list[dict[str, Any]]]:
