@@ -91,6 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from qwen_moe_jax.config import ExecutionConfig, ModelConfig
     from qwen_moe_jax.huggingface.hub import config_file
+    from qwen_moe_jax.huggingface.unused_fields import say_once
     from qwen_moe_jax.plan.compile import plan_step, target_mesh
     from qwen_moe_jax.plan.inference import decode_step, forward_step, prefill_step
     from qwen_moe_jax.plan.output import show_plan, show_search
@@ -100,6 +101,12 @@ def run(arguments: argparse.Namespace) -> None:
     execution = ExecutionConfig(**settings)
     name = Path(arguments.model).stem if Path(arguments.model).exists() else arguments.model
     prompt, context = arguments.prompt or PROMPT, arguments.context or CONTEXT
+    tokens, positions = context if arguments.purpose == "decode" else prompt, config.max_position_embeddings
+    if tokens > positions:
+        say_once(
+            f"{tokens:,} tokens a row are more than the {positions:,} positions that the model was trained for "
+            "(max_position_embeddings)."
+        )
 
     def step_on(mesh: "Mesh") -> "Step":
         common = (config, name, mesh, execution)

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from qwen_moe_jax.errors import ConfigError
-from qwen_moe_jax.plan.page import write_plan_page
+from qwen_moe_jax.plan.page import MARK, write_plan_page
 from qwen_moe_jax.plan.result import Plan
 from qwen_moe_jax.plan.search import Search
 from qwen_moe_jax.plan.search_table import print_search
@@ -27,7 +27,7 @@ def show_plan(make: Callable[[], Plan], target: str, *, json_to: str | None, htm
     Raises:
         ConfigError: a file cannot be written. What `make` raises.
     """
-    _check_folders(json_to, html_to)
+    _check_files(json_to, html_to)
     with Console(stderr=True).status(f"compiling for {target}"):
         plan = make()
     _write(plan, json_to, html_to)
@@ -56,7 +56,7 @@ def show_search(
     Raises:
         ConfigError: a file cannot be written. What `make` raises.
     """
-    _check_folders(json_to, html_to)
+    _check_files(json_to, html_to)
     with Console(stderr=True).status(f"trying meshes of {target}"):
         search = make()
     console = Console(stderr=json_to == "-", highlight=False)
@@ -65,11 +65,22 @@ def show_search(
     _write(search.candidates[0].compiled_plan, json_to, html_to)
 
 
-def _check_folders(*files: str | None) -> None:
-    """Refuses files without a folder, before minutes of compilation."""
+def _check_files(*files: str | None) -> None:
+    """Refuses files without a folder and those of others, before minutes of compilation."""
     for file in files:
-        if file and file != "-" and not Path(file).parent.is_dir():
-            raise ConfigError(f"{file}: there is no folder {Path(file).parent} to write into.")
+        if not file or file == "-":
+            continue
+        path = Path(file)
+        if not path.parent.is_dir():
+            raise ConfigError(f"{file}: there is no folder {path.parent} to write into.")
+        if path.exists() and not (path.is_file() and _is_plan(path)):
+            raise ConfigError(f"{file} exists and was not written by this command: give another name, or delete it.")
+
+
+def _is_plan(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(200)
+    return MARK.encode() in start or start.startswith(b'{\n "target": {')
 
 
 def _write(plan: Plan, json_to: str | None, html_to: str | None) -> None:

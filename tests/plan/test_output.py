@@ -1,6 +1,7 @@
 """The two command lines with `--search` and `--html`: what they hand out, and what they refuse before compiling."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,26 @@ def test_standard_output_is_json_alone_where_it_is_asked_for(capsys):
 def test_a_folder_that_is_not_there_is_said_before_anything_is_compiled(tmp_path):
     with pytest.raises(ConfigError, match="no folder"):
         show_plan(lambda: pytest.fail("compiled"), "cpu:1", json_to=None, html_to=str(tmp_path / "no" / "plan.html"))
+
+
+def test_a_plan_replaces_a_plan_and_no_other_file(tmp_path):
+    files = {"json_to": str(tmp_path / "plan.json"), "html_to": str(tmp_path / "plan.html")}
+    for _ in range(2):
+        show_plan(plan, "tpu:v5p:4x8x8", **files)
+    for name, file in files.items():
+        Path(file).write_text('{"model_type": "qwen3"}')
+        with pytest.raises(ConfigError, match=f"{file} exists and was not written by this command"):
+            show_plan(lambda: pytest.fail("compiled"), "cpu:1", **{"json_to": None, "html_to": None, name: file})
+
+
+def test_more_tokens_than_the_model_has_positions_are_remarked_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("qwen_moe_jax.plan.output.show_plan", lambda make, target, **files: None)  # nothing is compiled
+    words = ["plan", "configs/models/qwen3-0.6b.json", "--target", "cpu:1"]
+    assert command([*words, "--context", "40960"]) == 0 and capsys.readouterr().err == ""
+    assert command([*words, "--context", "40961"]) == 0
+    assert (
+        "40,961 tokens a row are more than the 40,960 positions that the model was trained" in capsys.readouterr().err
+    )
 
 
 def test_the_words_for_a_mesh_are_read_back():
