@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_moe_jax.errors import CheckpointError
+
 if TYPE_CHECKING:
     from qwen_moe_jax.huggingface.model_card import ModelCard
 
@@ -49,12 +51,24 @@ def card_details(arguments: argparse.Namespace) -> "ModelCard":
     )
 
 
+def require_folder(folder: Path) -> None:
+    """Checks that a folder is there, before anything is imported that takes seconds.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder. Give the folder of a checkpoint.")
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Writes the card.
 
     Raises:
         CheckpointError: as `write_card`.
     """
+    require_folder(arguments.folder)
+
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # shapes only: no accelerator is needed

@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check-finite", action="store_true", help="first read all weights and refuse infinities and NaN"
     )
+    parser.add_argument("--replace", action="store_true", help="with --to gguf, replace the GGUF file that is there")
     parser.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
@@ -102,7 +103,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _export_gguf(arguments: argparse.Namespace, *, verify: bool) -> int:
     from qwen_moe_jax.huggingface.gguf.export import export_gguf
 
-    export_gguf(arguments.source, arguments.target, dtype=arguments.dtype, adapter=arguments.adapter, verify=verify)
+    export_gguf(
+        arguments.source,
+        arguments.target,
+        dtype=arguments.dtype,
+        adapter=arguments.adapter,
+        verify=verify,
+        replace=arguments.replace,
+    )
     state = "; verified: read back bit for bit" if verify else ""
     print(f"Wrote {arguments.target}, {format_bytes(arguments.target.stat().st_size)}{state}.")
     return 0

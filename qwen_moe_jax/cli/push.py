@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from qwen_moe_jax.cli.card import add_card_arguments, card_details
+from qwen_moe_jax.cli.card import add_card_arguments, card_details, require_folder
 
 SUMMARY = "upload a checkpoint or adapter folder to the Hub, in one commit, with a model card if it has none"
 
@@ -29,6 +29,8 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         CheckpointError: as `push_folder`; the repository is unchanged then.
     """
+    require_folder(arguments.folder)
+
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # shapes only: no accelerator is needed

@@ -118,6 +118,11 @@ def complete_summary(folder: Path) -> Summary:
     Raises:
         CheckpointError: it does not load, or is a native folder.
     """
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds low-rank adapters and no model, and a model card is of a model: `push` uploads adapters "
+            f"as they are; qwen-moe-jax convert BASE OUT --adapter {folder} writes what they make of their base."
+        )
     summary = summarize(folder)
     if summary.problems:
         raise CheckpointError(f"{folder} does not load:\n  " + "\n  ".join(summary.problems))

@@ -11,11 +11,11 @@ from typing import Any
 
 from qwen_moe_jax.huggingface.checkpoint import BALANCING_BIAS, ORBAX
 from qwen_moe_jax.huggingface.readback import require_same_arrays
-from qwen_moe_jax.huggingface.save import configs_to_hub, is_stale, write_configs
+from qwen_moe_jax.huggingface.save import configs_to_hub, write_configs
+from qwen_moe_jax.huggingface.target import checkpoint_folder, is_companion
 from qwen_moe_jax.huggingface.tensors import hub_parameters
 from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.sharding.distributed import is_process_zero
-from qwen_moe_jax.storage.folder import replaced_folder
 from qwen_moe_jax.storage.placement import unpadded
 
 
@@ -27,18 +27,20 @@ def save_orbax(model: Model, folder: str | PathLike[str], *, verify: bool = Fals
 
     Args:
         model: any head; its parameters keep their dtype.
-        folder: to write. Weights and configs of an existing folder are replaced, its other files are kept.
+        folder: to write. Weights and configs of an existing folder are replaced, its other files are kept; those that
+            are no tokenizer, template or licence are named on stderr.
         verify: read the arrays back before they replace the folder, and compare them with the model's, bit for bit.
 
     Raises:
         ConfigError: the family cannot express the config.
-        CheckpointError: `folder` is a file or a mount point; with `verify`, the arrays differ from the model.
+        CheckpointError: `folder` is a file, a mount point or a folder of other files; with `verify`, the arrays differ
+            from the model.
     """
     from qwen_moe_jax.storage.orbax import save_arrays, stored_tensors
 
     model.require_weights()
     configs = _configs(model)
-    with replaced_folder(Path(folder), is_stale) as new:
+    with checkpoint_folder(Path(folder), expected=is_companion) as new:
         # Without padding, which depends on the mesh.
         parameters = hub_parameters(model)
         arrays = {of.path: unpadded(of.leaf, of.shape) for of in parameters}

@@ -27,12 +27,12 @@ from qwen_moe_jax.huggingface.hub import adapter_folder
 from qwen_moe_jax.huggingface.layouts import EMBEDDING, HEAD, equal
 from qwen_moe_jax.huggingface.low_bit import float_parameters
 from qwen_moe_jax.huggingface.save import readable_tensors, write_configs
+from qwen_moe_jax.huggingface.target import checkpoint_folder, is_companion
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters
 from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.model.lora import add_lora, is_adapter, matrices
 from qwen_moe_jax.sharding.distributed import is_process_zero
 from qwen_moe_jax.storage.arrays import ArrayTensor, read_arrays, write_arrays
-from qwen_moe_jax.storage.folder import replaced_folder
 from qwen_moe_jax.storage.placement import DeviceTensor, local_bytes, place
 from qwen_moe_jax.storage.progress import bytes_bar
 from qwen_moe_jax.storage.tensor import CastTensor, Index, StoredTensor, TensorSlice, ZeroPaddedTensor
@@ -68,7 +68,8 @@ def save_adapter(
 
     Args:
         model: with adapters (`add_lora`).
-        folder: to write, under a temporary name first; other files in it are kept.
+        folder: to write, under a temporary name first. Other files in it (a tokenizer) are kept; those that are no
+            tokenizer, template or licence are named on stderr.
         base: name or folder of the checkpoint that they were trained on, for `base_model_name_or_path`.
         experts: "separate" is a pair (A, B) per expert, as transformers 4 and vLLM name them; PEFT over transformers 5
             converts it for Mixtral and Qwen3-MoE, where all three matrices have adapters, and else drops it. "fused" is
@@ -77,7 +78,7 @@ def save_adapter(
 
     Raises:
         ConfigError: the model has no adapters; with "fused", only one of gate_proj and up_proj has them.
-        CheckpointError: `folder` is a file or a mount point.
+        CheckpointError: `folder` is a file, a mount point or a folder of other files.
     """
     if model.lora is None:
         raise ConfigError(
@@ -85,7 +86,8 @@ def save_adapter(
         )
     model.require_weights()
     parameters = [parameter for parameter in hub_parameters(model) if is_adapter(parameter.path)]
-    with replaced_folder(Path(folder), _is_stale) as new, readable_tensors(parameters, scratch=new) as tensors:
+    target = checkpoint_folder(Path(folder), stale=_is_stale, expected=_is_expected)
+    with target as new, readable_tensors(parameters, scratch=new) as tensors:
         if is_process_zero():
             arrays = {name: tensor.read() for name, tensor in tensors.items()}
             config, named = adapter_files(model, arrays, base=base, experts=experts)
@@ -302,3 +304,8 @@ def _refuse(adapter: Adapter, problems: list[str]) -> None:
 
 def _is_stale(name: str) -> bool:
     return name in (CONFIG, TENSORS, TORCH_TENSORS)
+
+
+def _is_expected(name: str) -> bool:
+    """Whether a file of this name is kept with the adapters: `load_adapter` reads a generation_config.json."""
+    return is_companion(name) or name == "generation_config.json"

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 
 from qwen_moe_jax.errors import ConfigError
-from qwen_moe_jax.huggingface.checkpoint import HEADS, ORBAX
+from qwen_moe_jax.huggingface.checkpoint import HEADS
 from qwen_moe_jax.huggingface.export_config import config_to_hub
-from qwen_moe_jax.huggingface.files import INDEX, SINGLE, is_weights
+from qwen_moe_jax.huggingface.files import INDEX, SINGLE
 from qwen_moe_jax.huggingface.generation_config import generation_config_to_hub
 from qwen_moe_jax.huggingface.linear_rows import in_published_order
 from qwen_moe_jax.huggingface.model_card import CARD, ModelCard
 from qwen_moe_jax.huggingface.model_card import model_card as card_text
 from qwen_moe_jax.huggingface.readback import require_same_files
+from qwen_moe_jax.huggingface.target import checkpoint_folder, is_companion
 from qwen_moe_jax.huggingface.tensors import HubParameter, hub_parameters, hub_tensors
 from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.sharding.distributed import is_process_zero
-from qwen_moe_jax.storage.folder import replaced_folder
 from qwen_moe_jax.storage.placement import DeviceTensor
 from qwen_moe_jax.storage.progress import bytes_bar
 from qwen_moe_jax.storage.safetensors_file import write_safetensors
@@ -41,8 +41,9 @@ def save_pretrained(
     """Writes a model as a Hub checkpoint folder: config.json, generation_config.json and safetensors.
 
     The folder is written under a temporary name and renamed when complete, so that an interrupted export never looks
-    finished. Weights and configs of an existing folder are replaced, its other files (a tokenizer) are kept. Tensors
-    are copied from the devices in blocks; the host holds a few of them.
+    finished. Weights and configs of an existing folder are replaced, its other files (a tokenizer) are kept; those that
+    are no tokenizer, template or licence are named on stderr. Tensors are copied from the devices in blocks; the host
+    holds a few of them.
 
     Under several processes all call it, with a folder that all of them see. Each writes the shards of its own devices,
     from which process 0 writes the Hub's layout: meanwhile the disk holds the weights twice.
@@ -59,12 +60,14 @@ def save_pretrained(
 
     Raises:
         ConfigError: the family cannot express the config, or max_shard_size is not a size.
-        CheckpointError: `folder` is a file or a mount point; with `verify`, the files differ from the model.
+        CheckpointError: `folder` is a file, a mount point or a folder of other files; with `verify`, the files differ
+            from the model.
     """
     folder, limit = Path(folder), shard_limit(max_shard_size)
     model.require_weights()
     configs = configs_to_hub(model)
-    with replaced_folder(folder, is_stale) as new, readable_tensors(hub_parameters(model), scratch=new) as tensors:
+    target = checkpoint_folder(folder, expected=is_companion)
+    with target as new, readable_tensors(hub_parameters(model), scratch=new) as tensors:
         published = in_published_order(tensors, model.config)
         size = sum(tensor.nbytes for tensor in published.values())
         if is_process_zero():
@@ -99,11 +102,6 @@ def readable_tensors(parameters: list[HubParameter], scratch: Path) -> Iterator[
         shutil.rmtree(parts)
     else:
         yield {}
-
-
-def is_stale(name: str) -> bool:
-    """Whether a file of this name belongs to the weights of a folder, and is removed when they are replaced."""
-    return is_weights(name) or name == ORBAX
 
 
 def configs_to_hub(model: Model) -> dict[str, dict[str, Any]]:

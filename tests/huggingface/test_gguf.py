@@ -215,3 +215,15 @@ def test_a_file_that_differs_is_not_left(tmp_path, monkeypatch, capsys):
     assert main(["convert", str(folder), str(tmp_path / "model.gguf"), "--to", "gguf"]) == 2
     assert "differs from the checkpoint in 1 tensors" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_file_that_is_there_is_replaced_if_that_is_asked_and_one_of_another_kind_never(tmp_path, capsys):
+    folder, target = write(tmp_path / "source", arrays_of("qwen3-plain"), config_of("qwen3-plain")), tmp_path / "model"
+    words = ["convert", str(folder), str(target), "--to", "gguf", "--no-verify"]
+    assert main(words) == 0 and main(words) == 2
+    assert "is there, and is not replaced unasked: with --replace (replace=True) it is" in capsys.readouterr().err
+    assert main([*words, "--replace"]) == 0 and target.read_bytes()[:4] == b"GGUF"
+    target.write_text("notes")
+    for replace in ([], ["--replace"]):
+        assert main([*words, *replace]) == 2 and target.read_text() == "notes"
+        assert "is there and is no GGUF file: give another name, or delete it" in capsys.readouterr().err

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _BLOCK, _ALIGNMENT = 64 << 20, 32
+#: What every GGUF file begins with.
+_MAGIC = b"GGUF"
 
 
 def export_gguf(
@@ -45,21 +47,26 @@ def export_gguf(
     dtype: DTypeLike | None = None,
     adapter: str | PathLike[str] | None = None,
     verify: bool = False,
+    replace: bool = False,
 ) -> None:
     """Writes a checkpoint as one GGUF file, under a temporary name that is renamed when it is complete.
 
     Args:
         source: a folder that `from_pretrained` reads, or a name on the Hub.
-        target: the file; an existing one is replaced.
+        target: the file.
         dtype: of the matrices: float32, bfloat16 or float16; None keeps the checkpoint's. Vectors and routers are
             float32.
         adapter: a folder of low-rank adapters in PEFT's layout, added to the weights.
         verify: read the file back with the gguf library, and compare every tensor bit for bit.
+        replace: replace a GGUF file that is there; a file of another kind is never replaced.
 
     Raises:
         ConfigError: the gguf library is missing; a model that llama.cpp's architectures cannot express.
-        CheckpointError: the folder does not load; the file differs from what was written.
+        CheckpointError: the folder does not load; the file is there, or differs from what was written.
     """
+    target = Path(target).absolute()
+    target = Path(target).absolute()
+    _require_target(target, replace=replace)
     _require_library()
     dtype = None if dtype is None else dtype_name("dtype", dtype)
     checkpoint = open_checkpoint(local_folder(source, drop_mtp=True), drop_mtp=True)
@@ -73,9 +80,6 @@ def export_gguf(
     config = dataclasses.replace(checkpoint.config, dtype=matrices)
     interleaved = architecture == "llama"
     tensors = gguf_tensors(checkpoint.tensors, config, matrices, interleaved=interleaved)
-    target = Path(target).absolute()
-    if target.is_dir():
-        raise CheckpointError(f"{target} is a folder: expected the name of a file, as model.gguf.")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
     try:
@@ -86,6 +90,19 @@ def export_gguf(
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _require_target(target: Path, *, replace: bool) -> None:
+    if target.is_dir():
+        raise CheckpointError(f"{target} is a folder: expected the name of a file, as model.gguf.")
+    if not target.exists():
+        return
+    with target.open("rb") as file:
+        start = file.read(len(_MAGIC))
+    if start != _MAGIC:
+        raise CheckpointError(f"{target} is there and is no GGUF file: give another name, or delete it.")
+    if not replace:
+        raise CheckpointError(f"{target} is there, and is not replaced unasked: with --replace (replace=True) it is.")
 
 
 def _require_library() -> None:
