@@ -114,8 +114,10 @@ def _last_inputs(x_BTC: jax.Array, ids_BT: jax.Array, count: int) -> jax.Array:
     """The last inputs of this part's last segment, the newest last, zeros where there are fewer, [B, W - 1, C]."""
     run_BT = runs_of(ids_BT)
     in_last_BT = (run_BT != PADDING) & (run_BT == jnp.max(run_BT, axis=1, keepdims=True))
-    behind_BT = jnp.cumsum(in_last_BT[:, ::-1], axis=1)[:, ::-1]  # of a token, itself included
-    is_slot_BWT = in_last_BT[:, None] & (behind_BT[:, None] == count - jnp.arange(count, dtype=jnp.int32)[None, :, None])
+    behind_BT = jnp.cumsum(in_last_BT[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1]  # of a token, itself included
+    is_slot_BWT = in_last_BT[:, None] & (
+        behind_BT[:, None] == count - jnp.arange(count, dtype=jnp.int32)[None, :, None]
+    )
     found_BWC = jnp.take_along_axis(x_BTC, jnp.argmax(is_slot_BWT, axis=-1)[..., None], axis=1)
     return jnp.where(jnp.any(is_slot_BWT, axis=-1)[..., None], found_BWC, 0)
 
