@@ -25,8 +25,10 @@ from train.objectives.chosen import objective_of
 from train.objectives.contract import Objective
 from train.optimizer import make_schedule, schedule_notes
 from train.parameters import Params, merge
+from train.plan import training_step
 from train.processes import Asked, with_shared_stop
 from train.program import Program, assemble, batch_sharding
+from train.reporting.planned import PlanCheck, Planned
 from train.reporting.profile import Profiler
 from train.reporting.progress import NoReport, Report
 from train.reporting.samples import Sampler
@@ -55,6 +57,7 @@ def _train(config: TrainConfig, folder: RunFolder) -> None:
     began = time.perf_counter()
     require_trackers(config.run)
     check_checkpoint_exists(config.run.model_name_or_path)
+    planned = Planned.read(config.run.plan) if config.run.plan else None
     sizes: dict[str, Any] = config.mesh.sizes
     mesh = qmj.make_mesh(**sizes)
     objective = objective_of(config)
@@ -73,6 +76,7 @@ def _train(config: TrainConfig, folder: RunFolder) -> None:
         with report, profiler, stop_requests(lambda: leave(folder), says=is_process_zero()) as asked:
             notes = [*corpus.forms, *corpus.notes, *feed.notes]
             notes += schedule_notes(config.optimizer, config.run.steps)
+            notes += [] if planned is None else planned.notes(training_step(config, program, "").work, mesh.shape)
             notes += _length_notes(config.run, epochs, feed, config.data.batch_size, folder)
             all_epochs = config.run.steps * config.data.batch_size / feed.num_rows
             report.say("\n".join([introduction(start, all_epochs), *notes]))
@@ -98,6 +102,7 @@ def _train(config: TrainConfig, folder: RunFolder) -> None:
                 report=report,
                 profiler=profiler,
                 sampler=_sampler(config, program, corpus),
+                plan_check=None if planned is None else PlanCheck(planned, program, report.say),
                 guard=NonFiniteGuard(config.run, batch_of=lambda step: "on " + feed.describe(step - 1), say=report.say),
             )
             with closing(feed):
@@ -138,6 +143,7 @@ class Loop:
         feed: the batches.
         fixed: the parameters that are not trained.
         checkpoints, report, profiler, sampler, guard: called after the steps that concern them.
+        plan_check: compares the first steps with the plan of the run, where there is one.
         best: of the evaluations, where the config names a metric.
     """
 
@@ -153,6 +159,7 @@ class Loop:
     profiler: Profiler
     sampler: Sampler | None
     guard: NonFiniteGuard
+    plan_check: PlanCheck | None = None
 
     def run(self, state: TrainState, asked: Asked) -> tuple[TrainState, Mapping[str, float]]:
         """Makes all steps that are left, and returns the last state and the last held-out metrics.
@@ -175,6 +182,8 @@ class Loop:
                     batch = self.feed.training(done - 1, merge(state.params, self.fixed))
                 state, metrics = train_step(state, self.fixed, batch)
                 self.report.step(done, metrics)
+                if self.plan_check is not None:
+                    self.plan_check.step(state, self.fixed, batch)
                 self.guard.step(done, metrics)
                 heldout = self._between_steps(done, state)
                 stop = asked_to_stop()

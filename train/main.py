@@ -5,6 +5,7 @@ import sys
 
 from qwen_moe_jax.cli.arguments import (
     add_cache_argument,
+    add_calibration_arguments,
     add_dispatch_argument,
     add_dtype_argument,
     add_host_arguments,
@@ -47,12 +48,13 @@ def main(words: list[str]) -> int:
         with leaving_on_interrupt(leave=lambda: leave(folder)):
             overrides, others = split_overrides(words)
             arguments = parser.parse_args(others)
-            for name in ("search", "json", "html"):
+            for name in ("search", "json", "html", "calibrate", "calibration"):
                 if getattr(arguments, name) and not arguments.plan:
                     raise ConfigError(f"--{name} has a meaning with --plan only.")
-            config = load_config(arguments.config, [*_short_options(arguments), *overrides])
+            given = [*_short_options(arguments), *overrides]
+            config = load_config(arguments.config, given)
             if arguments.plan:
-                _plan(config, arguments)
+                _plan(config, arguments, given)
                 return 0
             if join_processes(arguments):
                 from train.processes import open_shared_run_folder
@@ -117,9 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--search",
         action="store_true",
-        help="with --plan: instead of the file's mesh, estimate all meshes of the target's devices, compile the most "
+        help="with --plan: instead of the file's, estimate all meshes of the target's devices with all ways to "
+        "recompute, split the batch and exchange tokens, but for keys of the command line; compile the most "
         "promising, and show the best",
     )
+    add_calibration_arguments(parser, "with --plan: ")
     parser.add_argument("--json", metavar="FILE", help="with --plan: write the plan as JSON; - for standard output")
     parser.add_argument("--html", metavar="FILE", help="with --plan: write a self-contained page")
     return parser
@@ -151,19 +155,24 @@ def _short_options(arguments: argparse.Namespace) -> list[str]:
     return [f"--{key}={word}" for key, word in words.items() if word is not None]
 
 
-def _plan(config: TrainConfig, arguments: argparse.Namespace) -> None:
-    """Plans the run's step for `--plan`, on the config's mesh or, with `--search`, on the best one."""
+def _plan(config: TrainConfig, arguments: argparse.Namespace, given: list[str]) -> None:
+    """Plans the run's step for `--plan`, as the config says or, with `--search`, as is best; what was given stays."""
+    from qwen_moe_jax.plan.calibration import calibration_for
     from qwen_moe_jax.plan.output import show_plan, show_search
-    from train.plan import mesh_overrides, plan_rollout, plan_training, search_training
+    from qwen_moe_jax.plan.targets import parse_target
+    from train.plan import paste, plan_rollout, plan_training, search_training
 
     target, files = arguments.plan, {"json_to": arguments.json, "html_to": arguments.html}
+    measured = {"measure_to": arguments.calibrate, "read_from": arguments.calibration}
+    calibration = calibration_for(parse_target(target), **measured)
     if arguments.search:
-        show_search(lambda: search_training(config, target), target, mesh_overrides, **files)
+        keys = [word.partition("=")[0].removeprefix("--") for word in given]
+        show_search(lambda: search_training(config, target, keys, calibration), target, paste, **files)
     else:
-        show_plan(lambda: plan_training(config, target), target, **files)
+        show_plan(lambda: plan_training(config, target, calibration), target, **files)
         if config.grpo is not None and arguments.json != "-":
             print("\nA token of every completion that is sampled at a time:")
-            show_plan(lambda: plan_rollout(config, target), target, json_to=None, html_to=None)
+            show_plan(lambda: plan_rollout(config, target, calibration), target, json_to=None, html_to=None)
 
 
 def _failed(code: int, reason: str) -> int:

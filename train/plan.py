@@ -1,7 +1,7 @@
 """`python -m train CONFIG --plan TARGET`: the train step of the run, compiled for hardware that need not be present."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import qwen_moe_jax as qmj
+from qwen_moe_jax.errors import ConfigError, ShardingError
 from qwen_moe_jax.huggingface.hub import config_file
+from qwen_moe_jax.plan.calibration import Calibration
 from qwen_moe_jax.plan.compile import Step, group_of, plan_step, target_mesh
 from qwen_moe_jax.plan.flops import training_flops_per_token
 from qwen_moe_jax.plan.inference import decode_step_of
@@ -17,9 +19,11 @@ from qwen_moe_jax.plan.mesh_search import find_mesh
 from qwen_moe_jax.plan.result import Plan
 from qwen_moe_jax.plan.search import Search
 from qwen_moe_jax.plan.search_table import print_progress
+from qwen_moe_jax.plan.settings import ACCUMULATION, VARIED, Settings
 from qwen_moe_jax.plan.targets import parse_target
 from qwen_moe_jax.plan.work import work_of
 from train.config import TrainConfig
+from train.config.toml import toml_value
 from train.parameters import merge
 from train.program import Program, assemble
 
@@ -27,7 +31,7 @@ from train.program import Program, assemble
 PUBLISHED = Path(__file__).parent.parent / "configs" / "models"
 
 
-def plan_training(config: TrainConfig, target: str) -> Plan:
+def plan_training(config: TrainConfig, target: str, calibration: Calibration | None = None) -> Plan:
     """The plan of one step. No text, tokenizer or weights are read, and no folder is created.
 
     Raises:
@@ -37,10 +41,10 @@ def plan_training(config: TrainConfig, target: str) -> Plan:
     request, config = parse_target(target), _with_any_length(config)
     model_config, name = planned_model(config)
     mesh = target_mesh(request, config.mesh.sizes)
-    return plan_step(training_step(config, assemble(config, model_config, mesh), name), request, mesh)
+    return plan_step(training_step(config, assemble(config, model_config, mesh), name), request, mesh, calibration)
 
 
-def plan_rollout(config: TrainConfig, target: str) -> Plan:
+def plan_rollout(config: TrainConfig, target: str, calibration: Calibration | None = None) -> Plan:
     """The plan of a token of every completion that a [grpo] run samples at a time, next to its optimizer state.
 
     Raises:
@@ -49,7 +53,7 @@ def plan_rollout(config: TrainConfig, target: str) -> Plan:
     request, config = parse_target(target), _with_any_length(config)
     model_config, name = planned_model(config)
     mesh = target_mesh(request, config.mesh.sizes)
-    return plan_step(rollout_step(config, assemble(config, model_config, mesh), name), request, mesh)
+    return plan_step(rollout_step(config, assemble(config, model_config, mesh), name), request, mesh, calibration)
 
 
 def rollout_step(config: TrainConfig, program: Program, name: str) -> Step:
@@ -67,8 +71,25 @@ def _kept_by_optimizer(program: Program) -> dict[str, Any]:
     return {"optimizer state": (state.optimizer, state.step), **average}
 
 
-def search_training(config: TrainConfig, target: str) -> Search:
-    """The plans of one step on the most promising meshes; the config's own mesh is not used.
+#: What a search varies next to the mesh, by the keys of a run.
+KEYS = {
+    ACCUMULATION: "run.gradient_accumulation_steps",
+    **{name: f"execution.{name}" for name in VARIED if name != ACCUMULATION},
+}
+
+
+def search_training(
+    config: TrainConfig, target: str, given: Collection[str] = (), calibration: Calibration | None = None
+) -> Search:
+    """The plans of one step on the most promising meshes under the most promising settings.
+
+    The config's own mesh, remat, micro-batches, exchange and buffer are not used, but for those in `given`.
+
+    Args:
+        config: of the run.
+        target: the hardware.
+        given: keys that keep the config's values, those of the command line: "execution.remat", "mesh.tensor".
+        calibration: measured speeds; without, a chip's published ones.
 
     Raises:
         ConfigError: as `plan_training`.
@@ -77,15 +98,51 @@ def search_training(config: TrainConfig, target: str) -> Search:
     request, config = parse_target(target), _with_any_length(config)
     model_config, name = planned_model(config)
 
-    def step_on(mesh: Mesh) -> Step:
-        return training_step(config, assemble(config, model_config, mesh), name)
+    def step_on(mesh: Mesh, settings: Settings) -> Step:
+        chosen = with_choice(config, mesh.shape, settings) if settings else config
+        return training_step(chosen, assemble(chosen, model_config, mesh), name)
 
-    return find_mesh(step_on, request, progress=print_progress)
+    fixed = [setting for setting, key in KEYS.items() if key in given]
+    axes = {axis: size for axis, size in config.mesh.sizes.items() if f"mesh.{axis}" in given}
+    dtype = str(config.execution.dtype or model_config.dtype or "float32")
+    return find_mesh(
+        step_on, request, fixed=fixed, axes=axes, dtype=dtype, calibration=calibration, progress=print_progress
+    )
 
 
-def mesh_overrides(sizes: Mapping[str, int]) -> str:
-    """A mesh as command-line overrides. All axes are listed, since the file may set any of them."""
-    return " ".join(f"--mesh.{axis} {size}" for axis, size in sizes.items())
+def with_choice(config: TrainConfig, sizes: Mapping[str, int], settings: Settings) -> TrainConfig:
+    """The run on a mesh under settings.
+
+    Raises:
+        ShardingError: they have no meaning in this run.
+    """
+    execution = {name: value for name, value in settings.items() if name != ACCUMULATION}
+    mesh: dict[str, Any] = {axis: int(size) for axis, size in sizes.items()}
+    steps = settings.get(ACCUMULATION, config.run.gradient_accumulation_steps)
+    try:
+        return dataclasses.replace(
+            config,
+            mesh=dataclasses.replace(config.mesh, **mesh),
+            execution=dataclasses.replace(config.execution, **execution),
+            run=dataclasses.replace(config.run, gradient_accumulation_steps=steps),
+        )
+    except ConfigError as error:
+        raise ShardingError(str(error)) from None
+
+
+def paste(sizes: Mapping[str, int], settings: Settings) -> tuple[str, str]:
+    """A mesh and settings as overrides of a command line, and as tables of a run's file.
+
+    All axes are listed, since the file may set any of them.
+    """
+    values = {f"mesh.{axis}": size for axis, size in sizes.items()}
+    values |= {KEYS[name]: value for name, value in settings.items()}
+    tables: dict[str, list[str]] = {}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        tables.setdefault(section, []).append(f"{name} = {toml_value(value)}")
+    lines = "".join("\n".join([f"[{section}]", *rows]) + "\n" for section, rows in tables.items())
+    return " ".join(f"--{key} {value}" for key, value in values.items()), lines
 
 
 def training_step(config: TrainConfig, program: Program, name: str) -> Step:

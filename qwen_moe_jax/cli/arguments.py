@@ -102,6 +102,17 @@ def add_dispatch_argument(group: argparse._ActionsContainer, default: str = "dro
     group.add_argument("--dispatch", choices=DISPATCHERS, help=text)
 
 
+def add_calibration_arguments(group: argparse._ActionsContainer, text: str = "") -> None:
+    """`--calibrate` and `--calibration`; `text` begins their help."""
+    group.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help=f"{text}the target is this machine: measure its products, copies and collectives for some seconds, write "
+        "them to FILE, and plan times with them",
+    )
+    group.add_argument("--calibration", metavar="FILE", help=f"{text}plan times with the speeds that FILE has")
+
+
 def add_sharding_argument(group: argparse._ActionsContainer) -> None:
     """`--sharding` of commands that run a model forward, so that the default gathers no weights."""
     group.add_argument(

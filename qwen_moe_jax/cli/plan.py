@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_moe_jax.cli.arguments import (
+    add_calibration_arguments,
     add_dispatch_argument,
     add_dtype_argument,
     add_mesh_argument,
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from qwen_moe_jax.plan.compile import Step
+    from qwen_moe_jax.plan.search import Search
+    from qwen_moe_jax.plan.settings import Settings
 
 SUMMARY = "compile a model for hardware that is not present: whether it fits, what it sends, what bounds it"
 
@@ -67,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="instead of --mesh: estimate every mesh of the devices, compile the most promising, show the best",
     )
+    add_calibration_arguments(parser)
     parser.add_argument("--json", metavar="FILE", help="write it as JSON; - for standard output")
     parser.add_argument("--html", metavar="FILE", help="write it as a self-contained HTML page")
 
@@ -89,6 +93,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     request = parse_target(arguments.target)
 
+    from qwen_moe_jax.plan.calibration import calibration_for
+
+    calibration = calibration_for(request, measure_to=arguments.calibrate, read_from=arguments.calibration)
+
     from qwen_moe_jax.config import ExecutionConfig, ModelConfig
     from qwen_moe_jax.huggingface.hub import config_file
     from qwen_moe_jax.huggingface.unused_fields import say_once
@@ -108,7 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
             "(max_position_embeddings)."
         )
 
-    def step_on(mesh: "Mesh") -> "Step":
+    def step_on(mesh: "Mesh", settings: "Settings") -> "Step":
         common = (config, name, mesh, execution)
         if arguments.purpose == "forward":
             return forward_step(*common, rows=arguments.batch, length=prompt)
@@ -121,18 +129,25 @@ def run(arguments: argparse.Namespace) -> None:
         from qwen_moe_jax.plan.mesh_search import find_mesh
         from qwen_moe_jax.plan.search_table import print_progress
 
-        show_search(
-            lambda: find_mesh(step_on, request, progress=print_progress), arguments.target, _mesh_argument, **files
-        )
+        def search() -> "Search":
+            return find_mesh(
+                step_on,
+                request,
+                dtype=str(execution.dtype or config.dtype or "float32"),
+                calibration=calibration,
+                progress=print_progress,
+            )
+
+        show_search(search, arguments.target, _paste, **files)
         return
     mesh = target_mesh(request, arguments.mesh)
-    show_plan(lambda: plan_step(step_on(mesh), request, mesh), arguments.target, **files)
+    show_plan(lambda: plan_step(step_on(mesh, {}), request, mesh, calibration), arguments.target, **files)
 
 
-def _mesh_argument(sizes: Mapping[str, int]) -> str:
+def _paste(sizes: Mapping[str, int], settings: "Settings") -> tuple[str, str]:
     """A mesh as an argument that `mesh_sizes` parses."""
     words = format_mesh(sizes, separator=",") if math.prod(sizes.values()) > 1 else "data=1"
-    return f"--mesh {words}"
+    return f"--mesh {words}", ""
 
 
 def _positive(text: str) -> int:

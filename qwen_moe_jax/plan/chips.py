@@ -11,11 +11,13 @@ class Network:
         name: "ICI", "NVLink", …
         bandwidth: bytes a second that one device sends along one mesh axis.
         reach: how many devices it joins; None for all of a slice.
+        latency: seconds of a collective of few bytes; 0 where it is not measured.
     """
 
     name: str
     bandwidth: float
     reach: int | None
+    latency: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class Chip:
         memory_bytes: of its own memory, as far as programs may use it; None where it is not given here.
         memory_bandwidth: bytes a second; None where it is not given here.
         networks: nearest first; what does not fit within one's reach goes over the next.
+        operation_seconds: of an operation on few numbers; 0 where it is not measured.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Chip:
     memory_bytes: int | None = None
     memory_bandwidth: float | None = None
     networks: tuple[Network, ...] = ()
+    operation_seconds: float = 0.0
 
 
 def _gib(number: float) -> int:

@@ -6,7 +6,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -18,11 +18,13 @@ import qwen_moe_jax
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import ShardingError
 from qwen_moe_jax.model.segments import plan_segments
-from qwen_moe_jax.plan.chips import chip_of
+from qwen_moe_jax.plan.calibration import Calibration
+from qwen_moe_jax.plan.chips import Chip, chip_of
 from qwen_moe_jax.plan.collectives import collectives_of
 from qwen_moe_jax.plan.hlo import Module
 from qwen_moe_jax.plan.remarks import remarks_on
 from qwen_moe_jax.plan.result import (
+    PUBLISHED,
     Collective,
     CompileCost,
     Flops,
@@ -107,9 +109,20 @@ def _proposals(sizes: Mapping[str, int], devices: int) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def plan_step(step: Step, request: TargetRequest, mesh: Mesh) -> Plan:
-    """The plan of a step, compiled for the mesh's devices. A refusal for lack of memory is a plan, too."""
-    target = target_of(request, mesh)
+def plan_step(step: Step, request: TargetRequest, mesh: Mesh, calibration: Calibration | None = None) -> Plan:
+    """The plan of a step, compiled for the mesh's devices. A refusal for lack of memory is a plan, too.
+
+    Args:
+        step: what is planned.
+        request: the target.
+        mesh: over its devices.
+        calibration: measured speeds; without, a chip's published ones.
+
+    Raises:
+        ConfigError: the calibration is of other devices, or not of the dtype of the activations.
+    """
+    chip = chip_for(request, mesh.devices.flatten().tolist(), step.work.dtype, calibration)
+    target = target_of(request, mesh, chip)
     sizes = {axis: int(size) for axis, size in mesh.shape.items()}
     groups = tuple(group_of(name, tree) for name, tree in step.groups.items())
     compiled, refusal, cost = _compile(step, request, mesh)
@@ -124,9 +137,7 @@ def plan_step(step: Step, request: TargetRequest, mesh: Mesh) -> Plan:
         collectives = collectives_of(module, sizes, request.platform)
         flops = module.matmul_flops()
         program_flops = None if flops is None else flops * target.devices
-        roofline = roofline_of(
-            target, chip_of(mesh.devices.flat[0].device_kind), sizes, step, program_flops, module, collectives
-        )
+        roofline = roofline_of(target, chip, sizes, step, program_flops, module, collectives, _speeds(calibration))
     moe = step.config.moe
     plan = Plan(
         target=target,
@@ -154,9 +165,26 @@ def plan_step(step: Step, request: TargetRequest, mesh: Mesh) -> Plan:
     return dataclasses.replace(plan, remarks=remarks_on(plan))
 
 
-def target_of(request: TargetRequest, mesh: Mesh) -> Target:
-    """The target of a request, with the published numbers of its chip."""
-    chip = chip_of(mesh.devices.flat[0].device_kind) if request.platform != "cpu" else None
+def chip_for(
+    request: TargetRequest, devices: Sequence[jax.Device], dtype: str, calibration: Calibration | None
+) -> Chip | None:
+    """The speeds to plan with: those measured or, of a chip, the published ones; None of simulated devices.
+
+    Raises:
+        ConfigError: the calibration is of other devices, or has not this dtype.
+    """
+    if calibration is not None:
+        calibration.check_target(request, len(devices))
+        return calibration.chip(dtype)
+    return None if request.platform == "cpu" else chip_of(devices[0].device_kind)
+
+
+def _speeds(calibration: Calibration | None) -> str:
+    return PUBLISHED if calibration is None else f"speeds measured on {calibration.name}"
+
+
+def target_of(request: TargetRequest, mesh: Mesh, chip: Chip | None) -> Target:
+    """The target of a request, with the numbers of its chip."""
     return Target(
         name=request.name,
         platform=request.platform,

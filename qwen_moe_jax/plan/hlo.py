@@ -272,6 +272,10 @@ class Module:
         tile = rows // (tiles.shape[0] - experts + 1)
         return rows, min(1.0, (self._balanced_rows + (experts - 1) * tile) / rows)
 
+    def operations(self) -> int:
+        """Operations that a device runs in a step, a fusion as one; those of loops of unknown trip count once."""
+        return sum(1 if run.times is None else run.times for run in self.runs if run.moves)
+
     def memory_bytes(self) -> float:
         """Bytes that a device's instructions read and write in a step, a fusion as one instruction.
 

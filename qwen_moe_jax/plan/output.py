@@ -1,7 +1,7 @@
 """Output of the planning commands: a plan's table, JSON and page; for a search, the ranking before them."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -10,7 +10,7 @@ from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.plan.page import MARK, write_plan_page
 from qwen_moe_jax.plan.result import Plan
 from qwen_moe_jax.plan.search import Search
-from qwen_moe_jax.plan.search_table import print_search
+from qwen_moe_jax.plan.search_table import Paste, print_search
 from qwen_moe_jax.plan.table import print_plan
 from qwen_moe_jax.whole_file import write_whole
 
@@ -36,7 +36,7 @@ def show_plan(make: Callable[[], Plan], target: str, *, json_to: str | None, htm
 def show_search(
     make: Callable[[], Search],
     target: str,
-    set_mesh: Callable[[Mapping[str, int]], str],
+    paste: Paste,
     *,
     json_to: str | None,
     html_to: str | None,
@@ -49,7 +49,7 @@ def show_search(
     Args:
         make: searches.
         target: as it was requested.
-        set_mesh: a mesh as the command line at hand takes it.
+        paste: a mesh and settings as the command at hand takes them.
         json_to: a file, or `-`.
         html_to: a file for the page.
 
@@ -60,7 +60,7 @@ def show_search(
     with Console(stderr=True).status(f"trying meshes of {target}"):
         search = make()
     console = Console(stderr=json_to == "-", highlight=False)
-    print_search(search, console, set_mesh)
+    print_search(search, console, paste)
     console.print()
     _write(search.candidates[0].compiled_plan, json_to, html_to)
 

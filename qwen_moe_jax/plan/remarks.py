@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from qwen_moe_jax.config import INFERENCE_SHARDING
-from qwen_moe_jax.plan.result import Collective, PlacedArray, Plan, Remark
+from qwen_moe_jax.plan.result import PUBLISHED, Collective, PlacedArray, Plan, Remark
 from qwen_moe_jax.units import format_bytes
 
 #: An array is worth a word from this share of what a device holds, or of what it sends.
@@ -172,7 +172,7 @@ def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
 
 def _flops(plan: Plan) -> Iterator[Remark]:
     ratio = plan.flops.ratio
-    if plan.work.dtype == "float32" and plan.roofline is not None:
+    if plan.work.dtype == "float32" and plan.roofline is not None and plan.roofline.speeds == PUBLISHED:
         yield Remark(
             about="flops",
             text="Products of float32 take several passes in bfloat16 units: compute takes longer than the estimate, "

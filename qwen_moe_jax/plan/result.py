@@ -16,6 +16,9 @@ CollectiveKind = Literal[
 ]
 
 
+#: Where speeds are from that were not measured.
+PUBLISHED = "published peaks"
+
 #: What a step waits for.
 Bound = Literal["compute", "memory", "network"]
 
@@ -266,9 +269,10 @@ class AxisTraffic:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Roofline:
-    """How fast a step could be at best: an estimate from the chip's published numbers, not a measurement.
+    """The time of a step as an interval, by published or measured speeds: from perfect overlap to none.
 
-    Nothing is taken off for latency, for matmuls that do not fill the chip, or for a network that others use.
+    Published speeds are taken as they are: nothing is taken off for latency, for matmuls that do not fill the chip, or
+    for a network that others use. By measured ones, every operation and collective takes what a small one takes, too.
 
     Attributes:
         compute: seconds of the program's FLOPs at the chip's peak.
@@ -281,6 +285,9 @@ class Roofline:
         seconds_without_overlap: if none of them does.
         tokens_per_second: by `seconds`, over all devices.
         utilisation: model FLOPs over what the chips could do in `seconds`, 0 to 1.
+        operations: seconds that so many operations on few numbers take; 0 where it is not measured.
+        speeds: where the speeds are from: "published peaks", or the measurement with its date and devices.
+        assumptions: that both ends of the interval rest on, in words.
     """
 
     compute: float
@@ -293,6 +300,9 @@ class Roofline:
     seconds_without_overlap: float
     tokens_per_second: float
     utilisation: float
+    operations: float = 0.0
+    speeds: str = PUBLISHED
+    assumptions: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The least time of a step: an estimate from published numbers, whose assumptions `Roofline` lists."""
+"""The time of a step as an interval, by published or measured speeds; `Roofline` lists the assumptions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ import numpy as np
 
 from qwen_moe_jax.plan.chips import Chip, Network
 from qwen_moe_jax.plan.hlo import Module
-from qwen_moe_jax.plan.result import AxisTraffic, Bound, Collective, Roofline, Target
+from qwen_moe_jax.plan.result import PUBLISHED, AxisTraffic, Bound, Collective, Roofline, Target, Work
 
 if TYPE_CHECKING:
     from qwen_moe_jax.plan.compile import Step
@@ -22,19 +22,22 @@ def roofline_of(
     program_flops: float | None,
     module: Module,
     collectives: Sequence[Collective],
+    speeds: str = PUBLISHED,
 ) -> Roofline | None:
     """The estimate of a step; None for a chip whose numbers are not known.
 
-    Where the program's FLOPs are not known, the model's are used.
+    Where the program's FLOPs are not known, the model's are used, with a third more for layers that are computed again.
     """
     if chip is None or target.peak_flops is None or target.memory_bandwidth is None:
         return None
-    compute = (program_flops or step.model_flops) / target.devices / target.peak_flops
+    again = 4 / 3 if recomputes(step.work) else 1
+    compute = (program_flops or step.model_flops * again) / target.devices / target.peak_flops
     memory_bytes = int(module.memory_bytes())
     memory = memory_bytes / target.memory_bandwidth
     traffic = traffic_of(collectives, chip.networks, mesh)
     network = sum(one.seconds or 0.0 for one in traffic)
     parts: dict[Bound, float] = {"compute": compute, "memory": memory, "network": network}
+    operations = module.operations() * chip.operation_seconds
     bound = max(parts, key=parts.__getitem__)
     seconds = parts[bound]
     return Roofline(
@@ -45,10 +48,32 @@ def roofline_of(
         network=network,
         bound=bound,
         seconds=seconds,
-        seconds_without_overlap=sum(parts.values()),
+        seconds_without_overlap=sum(parts.values()) + operations,
         tokens_per_second=step.work.tokens / seconds,
         utilisation=step.model_flops / target.devices / target.peak_flops / seconds,
+        operations=operations,
+        speeds=speeds,
+        assumptions=_assumptions(step, program_flops, speeds),
     )
+
+
+def recomputes(work: Work) -> bool:
+    """Whether the backward pass computes the layers' products again."""
+    return work.purpose == "train" and work.execution.get("remat") in ("full", "exchange")
+
+
+def _assumptions(step: "Step", program_flops: float | None, speeds: str) -> tuple[str, ...]:
+    """What the times rest on, in words."""
+    found = ["the shortest time has compute, memory and network overlap, the longest has nothing overlap"]
+    if speeds == PUBLISHED:
+        found.append("every product, copy and collective runs at the published peak")
+    else:
+        found.append("products, copies and collectives run at the speeds of large ones")
+    if step.config.moe is not None and step.work.execution.get("dispatch") == "dropless":
+        found.append("experts have a balanced load: an overflow adds a round to the layer")
+    if program_flops is None:
+        found.append("FLOPs are the model's: the program has loops or kernels that do not state theirs")
+    return tuple(found)
 
 
 def traffic_of(
@@ -56,8 +81,11 @@ def traffic_of(
 ) -> tuple[AxisTraffic, ...]:
     """Bytes a step by the axes they are sent along, most first. Collectives of unknown count count once."""
     sent: dict[tuple[str, ...], int] = {}
+    times: dict[tuple[str, ...], int] = {}
     for one in collectives:
-        sent[one.axes] = sent.get(one.axes, 0) + one.bytes * (1 if one.count is None else one.count)
+        count = 1 if one.count is None else one.count
+        sent[one.axes] = sent.get(one.axes, 0) + one.bytes * count
+        times[one.axes] = times.get(one.axes, 0) + count
     found = []
     for axes, size in sorted(sent.items(), key=lambda item: -item[1]):
         network = network_of(axes, networks, mesh)
@@ -67,7 +95,7 @@ def traffic_of(
                 bytes=size,
                 bandwidth=network.bandwidth if network else None,
                 network=network.name if network else "",
-                seconds=size / network.bandwidth if network else None,
+                seconds=size / network.bandwidth + times[axes] * network.latency if network else None,
             )
         )
     return tuple(found)

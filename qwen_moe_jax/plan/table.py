@@ -5,6 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qwen_moe_jax.plan.result import Collective, Memory, Plan
+from qwen_moe_jax.plan.worst_case import worst_case
 from qwen_moe_jax.text import format_mesh
 from qwen_moe_jax.units import format_bytes, format_count
 
@@ -38,6 +39,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print()
     console.print(_verdict(plan), style="bold")
     console.print(_memory_table(plan.memory))
+    if plan.refusal is None and (words := worst_case(plan)):
+        console.print(words, style="dim", markup=False, soft_wrap=True)
     if plan.refusal is None:
         console.print()
         _print_flops(plan, console)
@@ -159,8 +162,10 @@ def _print_roofline(plan: Plan, console: Console) -> None:
         if one.seconds is not None and one.seconds >= SMALL * line.network
     )
     console.print(
-        f"\nAt best, by published peaks (an estimate): compute {_seconds(line.compute)}, memory "
-        f"{_seconds(line.memory)}, network {_seconds(line.network)}" + (f" = {sent}" if sent else ""),
+        f"\nAt best, by {line.speeds} (an estimate): compute {_seconds(line.compute)}, memory "
+        f"{_seconds(line.memory)}, network {_seconds(line.network)}"
+        + (f" = {sent}" if sent else "")
+        + (f", operations {_seconds(line.operations)}" if line.operations else ""),
         markup=False,
         soft_wrap=True,
     )
@@ -172,6 +177,8 @@ def _print_roofline(plan: Plan, console: Console) -> None:
         markup=False,
         soft_wrap=True,
     )
+    if line.assumptions:
+        console.print(f"Assumed: {'; '.join(line.assumptions)}.", style="dim", markup=False, soft_wrap=True)
 
 
 def _seconds(seconds: float) -> str:

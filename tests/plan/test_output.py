@@ -13,12 +13,12 @@ from qwen_moe_jax.plan.search import search_meshes
 from tests.plan import test_search
 from tests.plan.samples import plan
 from train.main import main as train
-from train.plan import mesh_overrides
+from train.plan import paste
 
 
 def found():
     return search_meshes(
-        test_search.target(2), test_search.CHIP.networks, test_search.describe, lambda mesh: plan(mesh=mesh)
+        test_search.target(2), test_search.CHIP.networks, test_search.describe, lambda mesh, _: plan(mesh=mesh)
     )
 
 
@@ -32,14 +32,14 @@ def test_a_plan_is_printed_and_written(tmp_path, capsys):
 
 def test_a_search_shows_the_best_plan_after_the_ranking(tmp_path, capsys):
     search = found()
-    show_search(lambda: search, "tpu:v5p:4x8x8", mesh_overrides, json_to=None, html_to=str(tmp_path / "plan.html"))
+    show_search(lambda: search, "tpu:v5p:4x8x8", paste, json_to=None, html_to=str(tmp_path / "plan.html"))
     out = capsys.readouterr().out
     assert out.index("Best: --mesh.data") < out.index("It fits")
     assert (tmp_path / "plan.html").read_text(encoding="utf-8") == plan_page(search.best.plan)
 
 
 def test_standard_output_is_json_alone_where_it_is_asked_for(capsys):
-    show_search(found, "tpu:v5p:4x8x8", mesh_overrides, json_to="-", html_to=None)
+    show_search(found, "tpu:v5p:4x8x8", paste, json_to="-", html_to=None)
     captured = capsys.readouterr()
     assert json.loads(captured.out)["mesh"] and "Best: " in captured.err
 
@@ -71,12 +71,12 @@ def test_more_tokens_than_the_model_has_positions_are_remarked_on(tmp_path, caps
 
 def test_the_words_for_a_mesh_are_read_back():
     from qwen_moe_jax.cli.arguments import mesh_sizes
-    from qwen_moe_jax.cli.plan import _mesh_argument
+    from qwen_moe_jax.cli.plan import _paste
     from train.config import load_config, split_overrides
 
     sizes = {"data": 1, "fsdp": 2, "expert": 4, "tensor": 1}
-    assert mesh_sizes(_mesh_argument(sizes).removeprefix("--mesh ")) == {"fsdp": 2, "expert": 4}
-    overrides, others = split_overrides(mesh_overrides(sizes).split())
+    assert mesh_sizes(_paste(sizes, {})[0].removeprefix("--mesh ")) == {"fsdp": 2, "expert": 4}
+    overrides, others = split_overrides(paste(sizes, {})[0].split())
     config = load_config("configs/train/tiny.toml", overrides)
     assert {axis: getattr(config.mesh, axis) for axis in sizes} == sizes and not others
 
@@ -114,7 +114,9 @@ def test_a_run_s_step_is_searched_with_the_compiler(tmp_path, capsys):
         encoding="utf-8",
     )
     page = tmp_path / "plan.html"
-    assert train([str(config), "--plan", "cpu:1", "--search", "--html", str(page)]) == 0, capsys.readouterr().err
+    fixed = ["--execution.remat", "none", "--run.gradient_accumulation_steps", "1"]
+    words = [str(config), "--plan", "cpu:1", "--search", "--html", str(page), *fixed]
+    assert train(words) == 0, capsys.readouterr().err
     captured = capsys.readouterr()
     assert "Best: --mesh.data 1 --mesh.fsdp 1 --mesh.expert 1 --mesh.context 1 --mesh.tensor 1" in captured.out
     assert "compiling 1 of 1: one device" in captured.err

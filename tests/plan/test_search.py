@@ -10,8 +10,10 @@ from rich.console import Console
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.errors import ConfigError, ShardingError
 from qwen_moe_jax.plan.chips import CHIPS
+from qwen_moe_jax.plan.draft import Outline, draft_of
+from qwen_moe_jax.plan.promise import in_turns
 from qwen_moe_jax.plan.result import Group, PlacedArray, Work
-from qwen_moe_jax.plan.search import Outline, draft_meshes, draft_of, in_turns, meshes_of, search_meshes
+from qwen_moe_jax.plan.search import draft_meshes, meshes_of, search_meshes
 from qwen_moe_jax.plan.search_table import print_search, progress_line
 from qwen_moe_jax.text import format_mesh
 from tests.plan.samples import GB, collective, memory, plan, roofline
@@ -77,7 +79,7 @@ def describe(mesh, **changes):
 def planned(**by_mesh):
     """A compiler: by the words of a mesh, seconds, or a plan; 9 seconds for any other."""
 
-    def compile_plan(mesh):
+    def compile_plan(mesh, settings):
         found = by_mesh.get(format_mesh(mesh).replace(", ", "_").replace("=", ""), 9.0)
         if isinstance(found, Exception):
             raise found
@@ -111,7 +113,7 @@ def test_no_devices_are_refused():
 
 def test_only_meshes_that_divide_are_drafted_and_the_others_say_why():
     drafts, refused = draft_meshes(target(8), CHIP.networks, describe)
-    assert len(drafts) + len(refused) == 20
+    assert len(drafts) + len(refused) == 35
     assert all(4 % draft.mesh["expert"] == 0 for draft in drafts)
     assert [reason for mesh, reason in refused if mesh["expert"] == 8] == [
         "layers.mlp.experts.up_proj: 4 does not divide over 8."
@@ -201,7 +203,7 @@ def test_without_a_chip_s_numbers_fewer_bytes_sent_are_better():
     assert [draft.sent for draft in drafts] == sorted(draft.sent for draft in drafts)
     more, less = (plan(roofline=None, collectives=(collective(bytes=size),)) for size in (2000, 1000))
     found = search_meshes(
-        target(4, **unknown), (), describe, lambda mesh: less if mesh["expert"] == 4 else more, keep=99
+        target(4, **unknown), (), describe, lambda mesh, _: less if mesh["expert"] == 4 else more, keep=99
     )
     assert order(found)[0] == "expert=4"
     assert "no chip to estimate" in shown(found) and "sends" in shown(found)
@@ -241,7 +243,7 @@ def test_a_mesh_that_the_program_refuses_gives_its_place_to_the_next():
 
 def shown(found):
     console = Console(file=io.StringIO(), width=80)
-    print_search(found, console, lambda mesh: f"--mesh.expert {mesh['expert']}")
+    print_search(found, console, lambda mesh, _: (f"--mesh.expert {mesh['expert']}", ""))
     return console.file.getvalue()
 
 
@@ -257,6 +259,6 @@ def test_the_table_marks_drafts_and_ends_with_the_words_that_set_the_best():
 
 def test_where_none_fits_the_table_says_what_is_missing():
     too_large = plan(memory=memory(temporaries=120 * GB))
-    found = search(lambda mesh: too_large, keep=2)
+    found = search(lambda mesh, _: too_large, keep=2)
     assert found.best is None
     assert "None of the compiled ones fits" in shown(found) and "20.80 GB a device are missing" in shown(found)

@@ -398,7 +398,7 @@ def test_help_answers_without_importing_anything_heavy():
 
 def test_the_options_of_the_other_commands_are_keys_here_and_keys_come_before_them(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr("train.main._plan", lambda config, arguments: seen.append(config))
+    monkeypatch.setattr("train.main._plan", lambda config, *_: seen.append(config))
     words = ["--mesh", "expert=4", "--dispatch", "capacity", "--capacity-factor", "2", "--dtype", "bfloat16"]
     words += ["--sharding", "fsdp", "--mesh.simulated=false", "--data.batch_size=8", "--plan", "cpu:4"]
     assert main(["configs/train/tiny.toml", *words]) == 0

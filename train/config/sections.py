@@ -328,6 +328,8 @@ class RunConfig:
         report_to: trackers that get the metrics as well: tensorboard, wandb, trackio (extras of these names).
         tracker_project: the project of the run in wandb and trackio; its name there is that of its folder.
         profile: first:end, as 10:13 for steps 10, 11 and 12: write JAX's trace of them to profile/.
+        plan: a JSON file that --plan TARGET --json FILE wrote: the run says whether the memory of its step and the time
+            of its first steps are as planned, and warns where they are 5 % over.
     """
 
     output_dir: str = "runs/default"
@@ -355,6 +357,7 @@ class RunConfig:
     report_to: tuple[str, ...] = ()
     tracker_project: str = "qwen-moe-jax"
     profile: str = ""
+    plan: str = ""
 
     def __post_init__(self) -> None:
         with Checks(self) as check:

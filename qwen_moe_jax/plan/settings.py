@@ -1,0 +1,86 @@
+"""Settings that a search varies for each mesh: what a step recomputes, splits and moves. Its result is the same.
+
+They are fields of `ExecutionConfig`, and `accumulation_steps`. Nothing that drops a token is proposed: `capacity` is
+tried only where it was asked for. The attention block, dtypes and rules are left as they are.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, get_args
+
+from qwen_moe_jax.config.execution import Remat
+from qwen_moe_jax.plan.result import Work
+from qwen_moe_jax.sharding.rules import BATCH
+
+#: Values by name: `accumulation_steps`, or a field of `ExecutionConfig`.
+Settings = dict[str, Any]
+
+ACCUMULATION = "accumulation_steps"
+
+#: All that a search varies.
+VARIED = (ACCUMULATION, "remat", "dispatch", "exchange", "buffer_factor")
+
+#: A `dropless` buffer for balanced routers, in multiples of a balanced load: what exceeds it takes a further round.
+SMALL_BUFFER = 1.25
+
+
+def settings_of(
+    work: Work, mesh: Mapping[str, int], platform: str, fixed: Collection[str] = (), *, sparse: bool
+) -> Iterator[Settings]:
+    """All settings to try on a mesh; one that is empty for a step that does not train.
+
+    Args:
+        work: as it was asked for.
+        mesh: sizes of the axes.
+        platform: of the devices.
+        fixed: names that keep the values they have in `work`.
+        sparse: whether the model has experts.
+    """
+    if work.purpose != "train":
+        yield {}
+        return
+    asked = {ACCUMULATION: work.accumulation_steps, **work.execution}
+
+    def values(name: str, others: Collection[Any]) -> list[Any]:
+        found = asked[name]
+        return [found] if name in fixed else list(dict.fromkeys([found, *others]))
+
+    dispatches = values("dispatch", ("dropless", "dense")) if sparse else [None]
+    splits = values(ACCUMULATION, _splits(work, mesh))
+    for dispatch, split, remat in itertools.product(dispatches, splits, values("remat", get_args(Remat))):
+        settings = {ACCUMULATION: split, "remat": remat, **({"dispatch": dispatch} if sparse else {})}
+        if dispatch != "dropless" or mesh["expert"] == 1:
+            yield settings
+            continue
+        exchanges = values("exchange", ("all_gather", "all_to_all" if platform == "cpu" else "ragged_all_to_all"))
+        for exchange, factor in itertools.product(exchanges, values("buffer_factor", (SMALL_BUFFER,))):
+            buffer = {} if factor is None else {"buffer_factor": factor}
+            yield {**settings, "exchange": exchange, **buffer}
+
+
+def _splits(work: Work, mesh: Mapping[str, int]) -> list[int]:
+    """Numbers of micro-batches, powers of two, that leave whole rows to every device."""
+    rows = work.rows // math.prod(mesh[axis] for axis in BATCH)
+    return [2**power for power in range(max(rows, 1).bit_length()) if rows % 2**power == 0]
+
+
+def with_settings(work: Work, settings: Mapping[str, Any]) -> Work:
+    """The step under these settings."""
+    execution = {**work.execution, **{name: value for name, value in settings.items() if name != ACCUMULATION}}
+    steps = settings.get(ACCUMULATION, work.accumulation_steps)
+    return dataclasses.replace(work, execution=execution, accumulation_steps=steps)
+
+
+def format_settings(settings: Mapping[str, Any]) -> str:
+    """Settings in words: "remat dots, 2 micro-batches, dropless, all_gather, buffer 1.25"; "" where there are none."""
+    words = []
+    if "remat" in settings:
+        words.append(f"remat {settings['remat']}")
+    if settings.get(ACCUMULATION, 1) > 1:
+        words.append(f"{settings[ACCUMULATION]} micro-batches")
+    words += [str(settings[name]) for name in ("dispatch", "exchange") if settings.get(name)]
+    if "buffer_factor" in settings:
+        words.append(f"buffer {settings['buffer_factor']:g}")
+    return ", ".join(words)
