@@ -36,7 +36,8 @@ from qwen_moe_jax.attention_kernels.blockwise import (
     no_gradients,
     split,
 )
-from qwen_moe_jax.config import ContextParallel
+from qwen_moe_jax.attention_kernels.splash import attend_rows_by_splash
+from qwen_moe_jax.config import Attention, ContextParallel
 from qwen_moe_jax.sharding.positions import RowOrder
 from qwen_moe_jax.sharding.rules import CONTEXT
 
@@ -55,6 +56,7 @@ def attend_over_context(
     order: RowOrder,
     window: int | None,
     method: ContextParallel,
+    attention: Attention = "blocks",
 ) -> jax.Array:
     """Causal grouped-query attention within segments over whole rows; see `blockwise.attend_in_blocks`.
 
@@ -66,7 +68,10 @@ def attend_over_context(
         order: the blocks of each device.
         window: keys that a query sees, itself included; None sees all before it.
         method: how keys and values come to the queries where there is no halo.
+        attention: the kernels; "splash" takes keys and values of whole rows, and so goes with "all_gather".
     """
+    if attention == "splash":
+        return _by_splash(q_BTNH, k_BTKH, v_BTKH, row_segment_ids_BS, order, window)
     if halo_blocks(order, window):
         return _by_halo(q_BTNH, k_BTKH, v_BTKH, row_segment_ids_BS, order, window)
     methods: dict[ContextParallel, Callable[..., jax.Array]] = {"all_gather": _by_all_gather, "ring": _by_ring}
@@ -154,13 +159,28 @@ def _by_all_gather(q_BTNH, k_BTKH, v_BTKH, row_segment_ids_BS, order: RowOrder, 
     ids_BT = _ids_of(row_segment_ids_BS, order, jax.lax.axis_index(CONTEXT))
     blocks = _blocks(order, window), _blocks(order, window, len(everywhere))
 
-    # The keys of whole rows are not kept for the backward pass: they are gathered again.
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(ATTENDED))
-    def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-        k_BSKH, v_BSKH = (jax.lax.all_gather(x, CONTEXT, axis=1, tiled=True) for x in (k_BTKH, v_BTKH))
+    def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
         return attend_pairs(q_BTNH, k_BSKH, v_BSKH, (ids_BT, row_segment_ids_BS), pairs_P4, *blocks)
 
-    return attend(q_BTNH, k_BTKH, v_BTKH)
+    return _with_whole_rows(attend, q_BTNH, k_BTKH, v_BTKH)
+
+
+def _by_splash(q_BTNH, k_BTKH, v_BTKH, row_segment_ids_BS, order: RowOrder, window: int | None) -> jax.Array:
+    def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+        return attend_rows_by_splash(q_BTNH, k_BSKH, v_BSKH, row_segment_ids_BS, order, window)
+
+    return _with_whole_rows(attend, q_BTNH, k_BTKH, v_BTKH)
+
+
+def _with_whole_rows(attend: Callable[..., jax.Array], q_BTNH, k_BTKH, v_BTKH) -> jax.Array:
+    """`attend` with keys and values of whole rows, which are not kept for the backward pass but gathered again."""
+
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(ATTENDED))
+    def gathered(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+        k_BSKH, v_BSKH = (jax.lax.all_gather(x, CONTEXT, axis=1, tiled=True) for x in (k_BTKH, v_BTKH))
+        return attend(q_BTNH, k_BSKH, v_BSKH)
+
+    return gathered(q_BTNH, k_BTKH, v_BTKH)
 
 
 def _by_halo(q_BTNH, k_BTKH, v_BTKH, row_segment_ids_BS, order: RowOrder, window: int | None) -> jax.Array:

@@ -10,12 +10,16 @@ writes a gradient of all queries for each block of keys, rounded, and sums them 
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qwen_moe_jax.attention_kernels.blockwise import ATTENDED, Blocks
 from qwen_moe_jax.nn.matmul import matmul_precision
+from qwen_moe_jax.sharding.positions import RowOrder
+from qwen_moe_jax.sharding.rules import CONTEXT
 
 #: Tokens of a block are a multiple of this, the width of a vector register.
 LANES = 128
@@ -25,7 +29,6 @@ LANES = 128
 PRODUCT_FLOPS = "product_flops_"
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attend_by_splash(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
@@ -52,62 +55,103 @@ def attend_by_splash(
     Returns:
         [B, T, N, H] in the dtype of the queries.
     """
+    tokens = q_BTNH.shape[1]
+    whole = blocks.count * blocks.length
+
+    def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BT: jax.Array) -> jax.Array:
+        padded = (jnp.pad(x, ((0, 0), (0, whole - tokens), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH))
+        ids_BT = jnp.pad(ids_BT, ((0, 0), (0, whole - tokens)))
+        positions_T = np.arange(whole, dtype=np.int32)
+        kernel = _kernel(q_BTNH.shape[2], positions_T, whole, blocks, shards=1, interpret=interpret)
+        return _mix(kernel, *padded, (ids_BT, ids_BT), len(blocks.pairs()) * blocks.length**2)[:, :tokens]
+
+    return _in_one_precision(attend, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+def attend_rows_by_splash(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    row_segment_ids_BS: jax.Array,
+    order: RowOrder,
+    window: int | None,
+    interpret: bool = False,
+) -> jax.Array:
+    """`attend_by_splash` of this device's queries with the keys of whole rows, in a `jax.shard_map` over `context`.
+
+    Args:
+        q_BTNH: this device's queries.
+        k_BSKH: keys of whole rows, as they are stored.
+        v_BSKH: values of whole rows, likewise.
+        row_segment_ids_BS: int32; likewise.
+        order: the positions of each device, in blocks of multiples of `LANES`.
+        window: keys that a query sees, itself included; None sees all before it.
+        interpret: see `attend_by_splash`.
+    """
+    blocks = Blocks(count=order.padded // order.block, length=order.block, window=window)
+
+    def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, row_ids_BS: jax.Array) -> jax.Array:
+        device = jax.lax.axis_index(CONTEXT)
+        ids_BT = jax.lax.dynamic_slice_in_dim(row_ids_BS, device * order.local, order.local, axis=1)
+        k_BSKH, v_BSKH, row_ids_BS = map(order.in_row_order, (k_BSKH, v_BSKH, row_ids_BS))
+        kernel = _kernel(
+            q_BTNH.shape[2], order.positions(), order.padded, blocks, shards=order.shards, interpret=interpret
+        )
+        seen = len(blocks.pairs()) * blocks.length**2 // order.shards
+        return _mix(_of_device(kernel, device, order.shards), q_BTNH, k_BSKH, v_BSKH, (ids_BT, row_ids_BS), seen)
+
+    return _in_one_precision(attend, q_BTNH, k_BSKH, v_BSKH, row_segment_ids_BS)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_one_precision(
+    attend: Callable[..., jax.Array], q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ids: jax.Array
+) -> jax.Array:
+    """`attend` of the others, whose products have the precision of the queries' dtype in both passes."""
     with matmul_precision(q_BTNH.dtype):
-        return _attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, blocks, interpret)
+        return attend(q_BTNH, k_BSKH, v_BSKH, ids)
 
 
-def _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, blocks: Blocks, interpret: bool):
-    def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-        return _attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, blocks, interpret)
-
+def _forward(attend: Callable[..., jax.Array], q_BTNH, k_BSKH, v_BSKH, ids):
     with matmul_precision(q_BTNH.dtype):
-        return jax.vjp(attend, q_BTNH, k_BTKH, v_BTKH)
+        return jax.vjp(lambda *arrays: attend(*arrays, ids), q_BTNH, k_BSKH, v_BSKH)
 
 
-def _backward(blocks: Blocks, interpret: bool, pull, gradient_BTNH):
+def _backward(attend: Callable[..., jax.Array], pull, gradient_BTNH):
     with matmul_precision(gradient_BTNH.dtype):
         return *pull(gradient_BTNH), None
 
 
-attend_by_splash.defvjp(_forward, _backward)
+_in_one_precision.defvjp(_forward, _backward)
 
 
-def _attend(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array, blocks: Blocks, interpret: bool
+def _mix(
+    kernel, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ids: tuple[jax.Array, jax.Array], seen: int
 ) -> jax.Array:
+    """The results of a kernel; `seen` are the pairs of a query and a key in the blocks that one head computes."""
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
 
-    batch, tokens, heads, width = q_BTNH.shape
-    missing = blocks.count * blocks.length - tokens
-
-    def for_kernel(x_BTNH: jax.Array) -> jax.Array:
-        return jnp.pad(x_BTNH, ((0, 0), (0, missing), (0, 0), (0, 0))).swapaxes(1, 2)
-
+    batch, _, heads, width = q_BTNH.shape
     # In float32: in bfloat16 the factor itself would be rounded, and all scores be off by as much.
     scaled_BTNH = (q_BTNH.astype(jnp.float32) * width**-0.5).astype(q_BTNH.dtype)
-    ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, missing)))
-    scores = batch * heads * len(blocks.pairs()) * blocks.length**2
-    with jax.named_scope(f"{PRODUCT_FLOPS}{2 * scores * width}"):
-        mixed_BNTH = jax.vmap(_kernel(heads, blocks, interpret))(
-            for_kernel(scaled_BTNH), for_kernel(k_BTKH), for_kernel(v_BTKH), SegmentIds(ids_BT, ids_BT)
-        )
-    mixed_BTNH = mixed_BNTH.swapaxes(1, 2)[:, :tokens]
-    return jnp.where((segment_ids_BT != 0)[..., None, None], mixed_BTNH, 0)
+    with jax.named_scope(f"{PRODUCT_FLOPS}{2 * batch * heads * seen * width}"):
+        mixed_BNTH = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (scaled_BTNH, k_BSKH, v_BSKH)), SegmentIds(*ids))
+    return jnp.where((ids[0] != 0)[..., None, None], mixed_BNTH.swapaxes(1, 2), 0)
 
 
-def _kernel(heads: int, blocks: Blocks, interpret: bool):
-    """Queries [N, T, H], keys and values [K, T, H] and segments of one row to the result [N, T, H]."""
+def _kernel(heads: int, positions_T: np.ndarray, keys: int, blocks: Blocks, *, shards: int, interpret: bool):
+    """Queries [N, T, H], keys and values [K, S, H] and segments of one row to the result [N, T, H].
+
+    With several shards, `positions_T` are the queries of all of them, and `_of_device` gives one its kernel.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    block, whole = blocks.length, (blocks.count * blocks.length,) * 2
-    mask: masks.CausalMask | masks.LocalMask
-    if blocks.window is None:
-        mask = masks.CausalMask(whole)
-    else:
-        mask = masks.LocalMask(whole, (blocks.window - 1, 0), offset=0)  # so many before a query, and none after it
-    return kernels.make_splash_mha_single_device(
-        masks.MultiHeadMask([mask] * heads),
+    from qwen_moe_jax.attention_kernels.splash_mask import SeenKeys
+
+    block = blocks.length
+    return kernels.make_splash_mha(
+        masks.MultiHeadMask([SeenKeys(positions_T, keys, blocks.window)] * heads),
         block_sizes=kernels.BlockSizes(
             block_q=block,
             block_kv=block,
@@ -116,6 +160,28 @@ def _kernel(heads: int, blocks: Blocks, interpret: bool):
             block_q_dq=block,
             block_kv_dq=block,
         ),
+        head_shards=1,
+        q_seq_shards=shards,
         residual_checkpoint_name=ATTENDED,
         interpret=interpret,
     )
+
+
+def _of_device(kernel, device: jax.Array, shards: int):
+    """The kernel with one device's part of its tables: their rows of blocks, and the positions of its queries."""
+
+    def part(table: jax.Array | None, axis: int) -> jax.Array | None:
+        if table is None:
+            return None
+        size = table.shape[axis] // shards
+        return jax.lax.dynamic_slice_in_dim(table, device * size, size, axis)
+
+    def own(info):
+        return info._replace(
+            data_next=part(info.data_next, 1),
+            block_mask=part(info.block_mask, 1),
+            q_sequence=part(info.q_sequence, 0),
+        )
+
+    tables = kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info
+    return type(kernel)(*map(own, tables), **kernel.kwargs)

@@ -6,6 +6,7 @@ which family it belongs to.
 
 from qwen_moe_jax.config.dtypes import DTYPES, Dtype, DTypeLike
 from qwen_moe_jax.config.execution import (
+    Attention,
     CapacityBy,
     ContextParallel,
     DropPolicy,
@@ -34,6 +35,7 @@ __all__ = [
     "SHARDING_RULES",
     "DTypeLike",
     "Activation",
+    "Attention",
     "AttentionConfig",
     "CapacityBy",
     "ContextParallel",

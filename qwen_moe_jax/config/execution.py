@@ -78,9 +78,9 @@ class ExecutionConfig:
             states and chunks in on-chip memory. None takes pallas where it runs.
         context_parallel: how queries meet the keys of the other devices of the mesh axis `context`. all_gather brings
             keys and values of whole rows to every device; ring passes each device's part around, so that a device
-            holds two parts at a time. None takes all_gather where keys and values of a row are no more than a device's
-            own queries and results: on at most as many devices as query heads share a key head. Sliding windows that
-            are shorter than a chunk take only the keys before it, under both.
+            holds two parts at a time. None takes all_gather with splash, and where keys and values of a row are no more
+            than a device's own queries and results: on at most as many devices as query heads share a key head. But
+            for splash, sliding windows that are shorter than a chunk take only the keys before it, under both.
         remat: what the backward pass recomputes, per layer: none, full (the whole layer from its input), exchange (all
             but what came over the `expert` axis) or dots (all but that, attention and the matmuls with weights).
             Weights gathered over fsdp are gathered again in any case.

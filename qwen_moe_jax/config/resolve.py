@@ -66,7 +66,8 @@ def resolve(
     execution = resolve_attention(execution, platform, context_shards)
     execution = resolve_linear_attention(execution, linear, platform, context_shards)
     if context_shards > 1:
-        cheaper: ContextParallel = "all_gather" if context_shards <= queries_per_key else "ring"
+        gathers = context_shards <= queries_per_key or execution.attention == "splash"
+        cheaper: ContextParallel = "all_gather" if gathers else "ring"
         execution = dataclasses.replace(execution, context_parallel=execution.context_parallel or cheaper)
     if not training:
         execution = dataclasses.replace(execution, capacity_factor=execution.eval_capacity_factor)
@@ -137,11 +138,11 @@ def resolve_attention(execution: ExecutionConfig, platform: str, context_shards:
         ConfigError: the splash kernels do not run on this platform, in this dtype, over this mesh or with such short
             blocks.
     """
-    if context_shards > 1:
+    if context_shards > 1 and execution.context_parallel == "ring":
         if execution.attention == "splash":
             raise ConfigError(
-                f"attention='splash' found with context={context_shards} in the mesh, expected 'blocks', which "
-                "computes the same: the kernels of splash take queries and keys in the order of a row. Leave it open."
+                f"attention='splash' found with context_parallel='ring' over context={context_shards}, expected "
+                "'all_gather', which brings the kernels of splash the keys of whole rows: leave one of the two open."
             )
         execution = dataclasses.replace(execution, attention="blocks")
     kernels = _has_tpu_kernels(execution, platform)

@@ -111,7 +111,11 @@ def attend(
     heads = tokens_spec("tensor", None)
     if context.order is not None:
         over = functools.partial(
-            attend_over_context, order=context.order, window=sliding_window, method=execution.context_parallel
+            attend_over_context,
+            order=context.order,
+            window=sliding_window,
+            method=execution.context_parallel,
+            attention=execution.attention,
         )
         specs = (heads, heads, heads, P(BATCH, None))
         return jax.shard_map(over, in_specs=specs, out_specs=heads, check_vma=False)(

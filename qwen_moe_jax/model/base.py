@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, LoraConfig, ModelConfig
-from qwen_moe_jax.config.resolve import resolve
+from qwen_moe_jax.config.resolve import SPLASH_MULTIPLE, resolve
 from qwen_moe_jax.errors import ConfigError, RequestError, ShardingError
 from qwen_moe_jax.model.cache import Cache, require_whole_rows
 from qwen_moe_jax.model.decoder import Decoder, DecoderOutput
@@ -217,7 +217,9 @@ class Model(nnx.Module):
         if shards == 1:
             return None
         contiguous = noise or any(kind.mixer == "linear" for kind in self.config.layers)
-        return RowOrder.of(length, shards, zigzag=not contiguous, longest=execution.attention_block)
+        multiple = SPLASH_MULTIPLE if execution.attention == "splash" else 1
+        longest = execution.attention_block
+        return RowOrder.of(length, shards, zigzag=not contiguous, longest=longest, multiple=multiple)
 
     def require_weights(self) -> None:
         """Refuses an abstract model (`rngs=None`).

@@ -73,6 +73,12 @@ class RowOrder:
         padding = [(0, self.padded - self.length) if number == axis else (0, 0) for number in range(x.ndim)]
         return jnp.take(jnp.pad(x, padding), self.positions(), axis=axis)
 
+    def in_row_order(self, x: jax.Array) -> jax.Array:
+        """An array [B, padded, …] as it is stored in the order of the row; whole chunks are moved."""
+        parts = x.reshape(x.shape[0], self.shards, self.chunks, self.count * self.block, *x.shape[2:])
+        chunks = [parts[:, :, 0], parts[:, ::-1, 1]] if self.chunks == 2 else [parts[:, :, 0]]
+        return jnp.concatenate(chunks, axis=1).reshape(x.shape)
+
     def restore(self, x: jax.Array, axis: int = 1) -> jax.Array:
         """The inverse of `store`, without the padding."""
         return jnp.take(x, self.stored_at()[: self.length], axis=axis)

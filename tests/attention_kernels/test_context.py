@@ -9,11 +9,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import qwen_moe_jax as qmj
+from qwen_moe_jax.attention_kernels import context
 from qwen_moe_jax.attention_kernels.blockwise import Blocks, attend_in_blocks
 from qwen_moe_jax.attention_kernels.causal_conv import causal_conv1d
 from qwen_moe_jax.attention_kernels.context import attend_over_context, sent_bytes
 from qwen_moe_jax.attention_kernels.context_delta import Parts, columns_before, delta_rule_over_context
 from qwen_moe_jax.attention_kernels.delta_rule import chunk_gated_delta_rule
+from qwen_moe_jax.attention_kernels.splash import attend_rows_by_splash
 from qwen_moe_jax.plan.collectives import collectives_of
 from qwen_moe_jax.plan.hlo import Module
 from qwen_moe_jax.sharding.positions import RowOrder
@@ -71,6 +73,34 @@ def test_attention_over_context_is_that_of_one_device(case):
     expected = jax.jit(lambda: with_gradients(one_device, Q, KEYS, VALUES))()
     found = jax.jit(lambda: attention(case))()
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(ours - theirs) < 2e-6 * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("zigzag, window", [(True, None), (False, 150)])
+def test_splash_over_context_is_attention_in_blocks_of_one_device(zigzag, window, monkeypatch):
+    """Run as ordinary operations. The last of the four blocks is filled up; documents end in the midst of blocks."""
+    monkeypatch.setattr(context, "attend_rows_by_splash", functools.partial(attend_rows_by_splash, interpret=True))
+    length, shards = 500, 2
+    order = RowOrder.of(length, shards, zigzag=zigzag, longest=128, multiple=128)
+    q, k, v, cotangent = (RNG.normal(size=(1, length, heads, 64)).astype(np.float32) for heads in (2, 1, 1, 2))
+    ids = np.ones((1, length), np.int32)
+    ids[0, 140:160], ids[0, 160:400], ids[0, 400:] = 0, 2, 3
+    attend = functools.partial(attend_over_context, order=order, window=window, method="all_gather", attention="splash")
+    local = over_context(lambda arrays, ids: attend(*arrays, ids), shards, 3, 1)
+
+    def over(q, k, v):
+        return order.restore(local(tuple(map(order.store, (q, k, v))), order.store(jnp.asarray(ids))))
+
+    def one_device(q, k, v):
+        mixed = attend_in_blocks(q, k, v, jnp.asarray(ids), Blocks.of(length, 128, window))
+        return jnp.where((ids != 0)[..., None, None], mixed, 0)
+
+    def result_and_gradients(function):
+        out, pull = jax.vjp(function, q, k, v)
+        return out, *pull(jnp.asarray(cotangent))
+
+    found, expected = (jax.jit(functools.partial(result_and_gradients, way))() for way in (over, one_device))
+    for ours, theirs in zip(found, expected, strict=True):
         assert np.linalg.norm(ours - theirs) < 2e-6 * np.linalg.norm(theirs)
 
 

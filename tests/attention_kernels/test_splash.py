@@ -73,7 +73,7 @@ def test_bfloat16_costs_about_a_rounding():
 
 def test_a_model_learns_the_same(monkeypatch):
     """Packed rows, a layer without a window and one with: the losses and the gradient of every parameter."""
-    monkeypatch.setattr(resolve, "resolve_attention", lambda execution, _: resolve_attention(execution, "tpu"))
+    monkeypatch.setattr(resolve, "resolve_attention", lambda execution, *_: resolve_attention(execution, "tpu"))
     monkeypatch.setattr(attention, "attend_by_splash", functools.partial(attend_by_splash, interpret=True))
     sliding = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "num_hidden_layers": 2}
     config = qmj.ModelConfig.from_pretrained({**CASES["qwen2-plain"].config, **sliding, "initializer_range": 0.25})

@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 import qwen_moe_jax as qmj
+from qwen_moe_jax.config.resolve import resolve
 from tests.model.hybrid_configs import hybrid_config, hybrid_model
 from tests.sharding.test_mesh import MOE, SEGMENTS_BT, TOKENS_BT, build, one_device, run  # noqa: F401
 
@@ -73,9 +74,18 @@ def test_keys_are_gathered_on_few_devices_and_passed_around_on_many():
     assert in_use(qmj.make_mesh(context=4), context_parallel="all_gather").context_parallel == "all_gather"
 
 
+def test_tpus_gather_keys_for_the_kernels_of_splash():
+    for asked, expected in {None: ("splash", "all_gather"), "ring": ("blocks", "ring")}.items():
+        execution = qmj.ExecutionConfig(dtype="bfloat16", context_parallel=asked)
+        chosen = resolve(execution, None, expert_shards=1, platform="tpu", training=True, context_shards=16)
+        assert (chosen.attention, chosen.context_parallel) == expected
+
+
 def test_what_needs_whole_rows_is_refused_by_name():
     mesh = qmj.make_mesh(context=2)
-    with pytest.raises(qmj.ConfigError, match="attention='splash' found with context=2.*'blocks'"):
+    with pytest.raises(qmj.ConfigError, match="attention='splash' found with context_parallel='ring'.*'all_gather'"):
+        in_use(mesh, attention="splash", context_parallel="ring")
+    with pytest.raises(qmj.ConfigError, match="attention='splash' found devices of the platform 'cpu'"):
         in_use(mesh, attention="splash")
     with pytest.raises(qmj.ShardingError, match="cache.*context=2.*context=1"):
         qmj.generate(build(mesh), [[1, 2, 3]])
