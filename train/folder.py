@@ -76,6 +76,11 @@ class RunFolder:
         """Whether the run has a result."""
         return self._result.exists()
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the run has documents or steps; a start that was refused before has left its settings alone."""
+        return any(path.exists() for path in (self.corpus, self.metrics, self.checkpoints))
+
     def finish(self, result: dict[str, Any]) -> None:
         """Writes the result, which marks the run as finished. A run without one is resumed by the next start."""
         write_whole(self._result, json.dumps(result, indent=2) + "\n")
@@ -133,7 +138,7 @@ def _open(folder: RunFolder, config: TrainConfig, *, fresh: bool) -> RunFolder:
     try:
         if fresh:
             folder.clear()
-        elif folder.config.exists():
+        elif folder.config.exists() and folder.has_begun:
             folder.lengthened = _check_same_run(_earlier_config(folder), config, path)
             if folder.lengthened:
                 folder.reopen()

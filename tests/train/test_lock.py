@@ -52,11 +52,21 @@ def test_a_second_run_in_a_folder_is_refused_before_anything_is_touched(config, 
 
 
 def test_a_refused_start_leaves_no_lock(config, tmp_path):
-    open_run_folder(config, fresh=False).unlock()
+    first = open_run_folder(config, fresh=False)
+    first.corpus.mkdir()
+    first.unlock()
     other = load_config(tmp_path / "run.toml", [f"--run.output_dir={tmp_path / 'run'}", "--run.seed=7"])
     with pytest.raises(ConfigError, match="holds a run with other settings"):
         open_run_folder(other, fresh=False)
     assert not (tmp_path / "run" / LOCK_NAME).exists()
+
+
+def test_a_start_that_was_refused_before_there_were_documents_may_be_mended(config, tmp_path):
+    open_run_folder(config, fresh=False).unlock()
+    other = load_config(tmp_path / "run.toml", [f"--run.output_dir={tmp_path / 'run'}", "--data.seq_len=17"])
+    second = open_run_folder(other, fresh=False)
+    second.unlock()
+    assert "seq_len = 17" in second.config.read_text()
 
 
 def test_the_lock_of_a_killed_process_is_stale(tmp_path):

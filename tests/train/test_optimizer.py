@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 
 import qwen_moe_jax as qmj
+from qwen_moe_jax.huggingface.tensors import hub_parameters
+from qwen_moe_jax.model.lora import is_adapter
+from tests.cases import CASES
 from tests.model.hybrid_configs import hybrid_config
 from train.config import OptimizerConfig
-from train.optimizer import decays, frozen_paths, make_optimizer, make_schedule, schedule_notes
+from train.optimizer import decays, frozen_paths, make_optimizer, make_schedule, schedule_notes, stack_axes
+from train.per_matrix import muon
 
 PARAMS = {
     "embed_tokens": {"weight": jnp.ones((8, 4))},
@@ -146,3 +150,24 @@ def test_the_learning_rate_climbs_then_falls_to_its_end():
     config = OptimizerConfig(learning_rate=1.0, final_learning_rate=0.1, warmup_steps=10)
     schedule = make_schedule(config, steps=110)
     np.testing.assert_allclose([schedule(step) for step in (0, 5, 10, 60, 110)], [0, 0.5, 1, 0.55, 0.1], rtol=1e-6)
+
+
+def test_muon_and_adafactor_see_the_matrices_of_adapters_one_by_one():
+    """A and B of every layer and expert, which are trained alone; a start with B = 0 moves B and leaves A."""
+    config = qmj.ModelConfig.from_pretrained(CASES["qwen3_moe-plain"].config)
+    model = qmj.CausalLM(config, rngs=None)
+    qmj.add_lora(model, qmj.LoraConfig(r=2, target_modules=("q_proj", "experts")), rngs=None)
+    axes = stack_axes(model)
+    adapters = {parameter.path: parameter.shape for parameter in hub_parameters(model) if is_adapter(parameter.path)}
+    assert len(adapters) == 8
+    for path, shape in adapters.items():
+        assert axes[path] == (2 if "experts" in path else 1) and 2 in shape[axes[path] :]
+        assert len(shape) - axes[path] == 2
+
+    path = next(path for path in adapters if "experts" in path and path.endswith("lora_B"))
+    optimizer = muon(OptimizerConfig(type="muon", weight_decay=0.0), lambda step: 0.1, lambda path: True, {"B": 2})
+    gradients = {"B": np.random.default_rng(0).normal(size=adapters[path]).astype(np.float32)}
+    params = jax.tree.map(np.zeros_like, gradients)
+    updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
+    values = np.linalg.svd(np.asarray(updates["B"]), compute_uv=False)
+    assert (values.min(axis=-1) > 0.5 * values.max(axis=-1)).all()  # orthogonal, up to Newton and Schulz's five steps
