@@ -29,16 +29,25 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]  # of several overloads; `parse_args` and subparsers call this one
         self, args: Sequence[str] | None = None, namespace: Names | None = None
     ) -> tuple[Any, list[str]]:
-        """As argparse's. Exits with 2 and one message where an option is unknown."""
+        """As argparse's. Exits with 2 and one message where an option is unknown or a word is left."""
         self._refuse_unknown_options(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(args, namespace)
+        parsed, extra = super().parse_known_args(args, namespace)
+        if extra and not self._passes_on:
+            positionals = " ".join(str(action.metavar or action.dest) for action in self._get_positional_actions())
+            found, expected = " ".join(map(repr, extra)), f"{positionals} and options" if positionals else "options"
+            self.error(f"found {found} too many; expected {expected}. {self.prog} --help lists all.")
+        return parsed, extra
+
+    @property
+    def _passes_on(self) -> bool:
+        """Whether another parser reads the rest of the words."""
+        return any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions)
 
     def _refuse_unknown_options(self, words: Sequence[str]) -> None:
         known = [*self._option_string_actions, *self._also_known]
-        passed_on = any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions)
         for word in words:
             option = word.partition("=")[0]
-            if word == "--" or (passed_on and not _is_option(word)):
+            if word == "--" or (self._passes_on and not _is_option(word)):
                 return  # all that follows is positional, or of another parser
             if _is_option(word) and option not in self._option_string_actions:
                 self.error(f"unknown option {option}; {did_you_mean(option, known)}{self.prog} --help lists all.")

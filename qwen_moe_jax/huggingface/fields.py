@@ -28,7 +28,10 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         exported = path.parent / "hub"
         run = f" The model of this training run is in {exported}." if (exported / path.name).is_file() else ""
-        raise ConfigError(f"{path}: no such file. A checkpoint folder needs one.{run}") from None
+        is_adapter = path.name == "config.json" and (path.parent / "adapter_config.json").is_file()
+        adapter = " It holds low-rank adapters: give the checkpoint of their base, and this folder as its adapter."
+        hint = adapter if is_adapter else run
+        raise ConfigError(f"{path}: no such file. A checkpoint folder needs one.{hint}") from None
     except (ValueError, OSError) as error:
         if (problem := lfs_problem(path)) is not None:
             raise ConfigError(f"{path}: {problem}.") from None

@@ -88,6 +88,14 @@ def test_an_unknown_command_or_choice_is_answered_with_the_nearest_one(capsys, t
         assert f"invalid choice: {words[-1]!r}" in error and error.endswith(f"; did you mean {nearest!r}?\n")
 
 
+def test_a_word_too_many_is_refused_by_the_command_that_it_was_given_to(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["generate", str(tmp_path), "hello"])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "error: found 'hello' too many; expected FOLDER and options." in error
+    assert error.startswith("usage: qwen-moe-jax generate ")
+
+
 def test_options_after_the_folder_of_eval_are_lm_eval_s(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(COMMANDS["eval"], "run", lambda arguments: seen.append(arguments.words))

@@ -100,9 +100,12 @@ def test_the_model_card_is_copied_only_where_it_is_true_of_what_is_written(sourc
     assert f"{source / 'README.md'} is about the model that it came with, and was not copied" in capsys.readouterr().err
 
 
-def test_a_card_of_adapters_is_refused_with_what_to_do(tmp_path):
+def test_a_folder_of_adapters_is_refused_with_what_to_do_where_a_model_is_expected(tmp_path):
+    folder = saved_adapter(tmp_path / "adapter")
     with pytest.raises(qmj.CheckpointError, match="holds low-rank adapters and no model.*`push` uploads adapters"):
-        write_card(saved_adapter(tmp_path / "adapter"))
+        write_card(folder)
+    with pytest.raises(qmj.ConfigError, match="holds low-rank adapters: give the checkpoint of their base, and this"):
+        qmj.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("command", ["card", "push"])
