@@ -59,11 +59,13 @@ def attend_by_splash(
     whole = blocks.count * blocks.length
 
     def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BT: jax.Array) -> jax.Array:
-        padded = (jnp.pad(x, ((0, 0), (0, whole - tokens), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH))
+        filling = ((0, 0), (0, whole - tokens), (0, 0), (0, 0))
+        q_BTNH, k_BTKH, v_BTKH = (jnp.pad(x, filling) for x in (q_BTNH, k_BTKH, v_BTKH))
         ids_BT = jnp.pad(ids_BT, ((0, 0), (0, whole - tokens)))
         positions_T = np.arange(whole, dtype=np.int32)
         kernel = _kernel(q_BTNH.shape[2], positions_T, whole, blocks, shards=1, interpret=interpret)
-        return _mix(kernel, *padded, (ids_BT, ids_BT), len(blocks.pairs()) * blocks.length**2)[:, :tokens]
+        seen = len(blocks.pairs()) * blocks.length**2
+        return _mix(kernel, q_BTNH, k_BTKH, v_BTKH, (ids_BT, ids_BT), seen)[:, :tokens]
 
     return _in_one_precision(attend, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
