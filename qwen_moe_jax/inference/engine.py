@@ -22,6 +22,7 @@ from qwen_moe_jax.config import DTypeLike, GenerationConfig
 from qwen_moe_jax.errors import RequestError
 from qwen_moe_jax.inference import programs
 from qwen_moe_jax.inference.adapters import with_adapters
+from qwen_moe_jax.inference.chunks import WEIGHTS_ELSEWHERE, WEIGHTS_ON_CPUS, chunk_shapes
 from qwen_moe_jax.inference.decode_rows import Pace
 from qwen_moe_jax.inference.expert_loads import ExpertLoads
 from qwen_moe_jax.inference.masks import top_tokens
@@ -31,7 +32,7 @@ from qwen_moe_jax.inference.paging import Paging
 from qwen_moe_jax.inference.programs import DecodeOutput
 from qwen_moe_jax.inference.request import MOST_TOP_LOGPROBS, Chunk, Finish, Request, TopTokens
 from qwen_moe_jax.inference.running import Running
-from qwen_moe_jax.inference.scheduler import ChunkPlan, Scheduler, chunk_shapes
+from qwen_moe_jax.inference.scheduler import ChunkPlan, Scheduler
 from qwen_moe_jax.inference.session import check_request, new_tokens, token_list
 from qwen_moe_jax.inference.settings import needs_full, require_fitting, require_known_tokens
 from qwen_moe_jax.inference.slot_arrays import SlotArrays
@@ -126,7 +127,8 @@ class Engine:
         slots = choose_slots(model, max_length, cache_tokens) if slots is None else slots
         self.slots, self.max_length = round_up(slots, shards), max_length
         self._chunk_tokens = chunk = min(prefill_chunk, programs.prefill_length(max_length, model.config))
-        shapes = chunk_shapes(programs.PREFILL_BUCKETS[1:], chunk, self.slots // shards)
+        shapes = chunk_shapes(programs.PREFILL_BUCKETS[1], chunk, self.slots // shards)
+        weights = WEIGHTS_ON_CPUS if model.mesh.devices.flat[0].platform == "cpu" else WEIGHTS_ELSEWHERE
         blocks = blocks_for(model, self.slots, max_length, cache_tokens)
         is_paged = not has_row_states(model)  # nothing else is kept of a text
         copies = 0 if is_paged else round_up(self.slots if prefix_states is None else prefix_states, shards)
@@ -139,7 +141,8 @@ class Engine:
             copies=None if is_paged else copies // shards,
             every=round_up(chunk, blocks.size),
         )
-        self._scheduler = Scheduler(self.slots, shards, shapes, (1, min(chunk, LOG_PROB_CHUNK)), self._paging)
+        log_prob_shape = 1, min(chunk, LOG_PROB_CHUNK)
+        self._scheduler = Scheduler(self.slots, shards, shapes, weights, log_prob_shape, self._paging)
         self._arrays = SlotArrays(
             model,
             slots=self.slots,

@@ -7,15 +7,14 @@ read again later, and its answer is the same.
 """
 
 import dataclasses
-import math
 from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
 
+from qwen_moe_jax.inference.chunks import ChunkChoice
 from qwen_moe_jax.inference.paging import Paging
 from qwen_moe_jax.inference.running import Running
-from qwen_moe_jax.rounding import previous_power_of_two
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,28 +40,6 @@ class ChunkPlan:
     with_targets: bool
 
 
-def chunk_shapes(buckets: Sequence[int], chunk: int, rows: int) -> list[tuple[int, int]]:
-    """Rows and tokens (R, T) of the programs that read prompts, for up to `chunk` tokens on a shard of so many rows.
-
-    Of each length there are two: one row alone, and as many as make a chunk together.
-    """
-    lengths = [length for length in buckets if length < chunk] + [chunk]
-    many = {length: min(previous_power_of_two(chunk // length), previous_power_of_two(rows)) for length in lengths}
-    return sorted({(count, length) for length in lengths for count in (1, many[length])})
-
-
-def suitable_length(unread: int, lengths: Sequence[int]) -> int:
-    """Tokens T of the next chunk of a prompt: the shortest that holds what is left, unless half of it would be padding.
-
-    Args:
-        unread: tokens that are left.
-        lengths: of the programs, in ascending order.
-    """
-    longer = next((length for length in lengths if length >= unread), lengths[-1])
-    full = [length for length in lengths if length <= unread]
-    return full[-1] if full and 2 * unread <= longer else longer
-
-
 class Scheduler:
     """The slots of an engine and the requests that have them or wait.
 
@@ -70,6 +47,7 @@ class Scheduler:
         slots: in all; slot s is row `s % rows` of shard `s // rows`.
         shards: devices that share the batch.
         shapes: (R, T) of the programs that read prompts, see `chunk_shapes`.
+        weights: see `ChunkChoice`.
         log_prob_shape: (R, T) of the program that computes log-probabilities of a prompt as well.
         paging: the blocks.
 
@@ -85,12 +63,14 @@ class Scheduler:
         slots: int,
         shards: int,
         shapes: Sequence[tuple[int, int]],
+        weights: int,
         log_prob_shape: tuple[int, int],
         paging: Paging,
     ):
         self.paging, self.stopped, self.preempted = paging, list[int](), 0
         self.shards, self.rows = shards, slots // shards
         self.shapes, self.log_prob_shape = list(shapes), log_prob_shape
+        self._choice = ChunkChoice(shapes, weights)
         self.waiting: deque[Running] = deque()
         self.running: dict[int, Running] = {}  # by slot
 
@@ -151,8 +131,8 @@ class Scheduler:
         """What is read next of the prompts: the oldest first, with as many others as the program has rows for.
 
         Args:
-            most: tokens on each shard, padding included; None is returned where every chunk has more. Log-probabilities
-                are computed in chunks of one size.
+            most: tokens on each shard, padding included; None is returned where the best chunk has more.
+                Log-probabilities are computed in chunks of one size.
         """
         if most < min(count * length for count, length in self.shapes):
             return None
@@ -186,19 +166,19 @@ class Scheduler:
                 return True
         return False
 
-    def _batch(self, unread: Sequence[Running], most: int) -> ChunkPlan:
-        """A chunk of as many requests as the shape that suits the oldest has rows for, of `most` tokens at most."""
-        fitting = [shape for shape in self.shapes if math.prod(shape) <= most]
-        length = suitable_length(unread[0].unread, sorted({length for _, length in fitting}))
-        counts = [count for count, tokens in fitting if tokens == length]
+    def _batch(self, unread: Sequence[Running], most: int) -> ChunkPlan | None:
+        """The chunk that costs least for these requests; None where that has more than `most` tokens."""
+        count, length = self._choice.best([(self.paging.shard(one.slot), one.unread) for one in unread])
+        if count * length > most:
+            return None
         chosen: list[Running] = []
         of_shard = [0] * self.shards
         for running in unread:
             shard = self.paging.shard(running.slot)
-            if of_shard[shard] < max(counts):
+            if of_shard[shard] < count:
                 of_shard[shard] += 1
                 chosen.append(running)
-        return self.plan(chosen, min(count for count in counts if count >= max(of_shard)), length)
+        return self.plan(chosen, count, length)
 
     def plan(self, chosen: Sequence[Running], count: int, length: int, *, with_targets: bool = False) -> ChunkPlan:
         """The next T = `length` tokens of these requests, at most R = `count` of each shard, in blocks of theirs.

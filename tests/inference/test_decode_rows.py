@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from qwen_moe_jax.inference.chunks import ChunkChoice, chunk_shapes
 from qwen_moe_jax.inference.decode_rows import CALL_SECONDS, Pace, choose_rows, row_counts
-from qwen_moe_jax.inference.scheduler import suitable_length
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 17, 32, 128])
@@ -46,6 +46,28 @@ def test_a_call_decodes_as_many_tokens_as_take_its_time_lately():
     assert pace.steps == 8
 
 
-@pytest.mark.parametrize("unread, length", [(1, 32), (33, 32), (64, 32), (65, 128), (200, 128), (257, 512), (900, 512)])
+def test_every_length_of_a_chunk_has_a_program_of_one_row():
+    assert chunk_shapes(32, 512, 32) == [(1, 32), (1, 64), (1, 128), (1, 256), (1, 512), (4, 128), (16, 32)]
+    assert chunk_shapes(32, 128, 3) == [(1, 32), (1, 64), (1, 128), (2, 32)]
+    assert chunk_shapes(32, 16, 5) == [(1, 16)]
+
+
+@pytest.mark.parametrize("unread, length", [(1, 32), (33, 64), (64, 64), (65, 128), (200, 256), (257, 256), (900, 512)])
 def test_half_of_a_chunk_of_a_prompt_is_no_padding(unread, length):
-    assert suitable_length(unread, [32, 128, 512]) == length
+    choice = ChunkChoice(chunk_shapes(32, 512, 32), 32)
+    assert choice.best([(0, unread)]) == (1, length)
+
+
+@pytest.mark.parametrize("weights", [32, 512])
+def test_prompts_are_never_read_at_a_higher_cost_than_one_by_one(weights):
+    choice, numbers = ChunkChoice(chunk_shapes(32, 512, 32), weights), np.random.default_rng(0)
+    for _ in range(50):
+        left = numbers.integers(1, 300, numbers.integers(1, 12)).tolist()
+        alone, paid = sum(map(choice.cost, left)), 0
+        while left:
+            count, length = choice.best([(0, tokens) for tokens in left])
+            paid += count * length + weights
+            left = [max(0, tokens - length) if row < count else tokens for row, tokens in enumerate(left)]
+            left = [tokens for tokens in left if tokens]
+        assert paid <= alone
+    assert choice.best([(0, 30)] * 12) == (16, 32), "many short prompts share a call"
