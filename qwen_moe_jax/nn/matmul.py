@@ -8,11 +8,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from qwen_moe_jax.nn.many_rows import many_rows_matmul, multiplies
 from qwen_moe_jax.nn.quantised import Quantised, Weight, quantised_einsum
 from qwen_moe_jax.sharding.rules import gather_for_matmul
 
 #: The name that remat policies know these products by.
 WEIGHT_MATMUL = "weight_matmul"
+
+#: Products of rows with one weight, or with one of each expert, as `many_rows_matmul` takes them.
+_PRODUCTS = "BTI,OI->BTO", "EGCD,EFD->EGCF", "EGCF,EDF->EGCD"
 
 
 def matmul_precision(dtype: jax.typing.DTypeLike) -> AbstractContextManager:
@@ -50,7 +54,10 @@ def weight_einsum(
     def multiply(x: jax.Array, weight: Weight) -> jax.Array:
         if isinstance(weight, Quantised):
             return quantised_einsum(letters, x, weight.gathered(axes), out, preferred_element_type)
-        used = gather_for_matmul(weight.astype(x.dtype), *axes)
+        weight = weight.astype(x.dtype)
+        if letters in _PRODUCTS and preferred_element_type is None and multiplies(x, weight):
+            return many_rows_matmul(x, weight, out)
+        used = gather_for_matmul(weight, *axes)
         return jnp.einsum(letters, x, used, out_sharding=out, preferred_element_type=preferred_element_type)
 
     return checkpoint_name(multiply(x, weight), WEIGHT_MATMUL)

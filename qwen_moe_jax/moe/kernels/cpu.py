@@ -1,8 +1,9 @@
-"""Grouped matmuls in XLA's own operations, for any device and made for CPUs: a loop over blocks of sorted rows.
+"""Grouped matmuls for CPUs: by C functions where they are available, else in XLA's own operations, for any device.
 
-The loop runs over the blocks that have rows, so its cost follows the rows, not the buffer. A block starts where its
-expert's rows start and may reach into the next expert's; what it writes there is overwritten, since the next expert's
-blocks come later. Products accumulate in float32.
+The C functions are those of `nn.kernels.matmul`. XLA's operations are a loop over blocks of sorted rows. It runs over
+the blocks that have rows, so its cost follows the rows, not the buffer. A block starts where its expert's rows start
+and may reach into the next expert's; what it writes there is overwritten, since the next expert's blocks come later.
+Products accumulate in float32.
 
 XLA's products on CPUs pack an expert's matrix anew for every block, which takes as long as some 20 rows: an expert with
 many rows has few long blocks, and its last one is hardly longer than the rows that are left.
@@ -14,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from qwen_moe_jax.nn.bits import as_bits, from_bits, rows_at
+from qwen_moe_jax.nn.kernels import matmul
 from qwen_moe_jax.nn.kernels.cpu import arrays_of, format_of, picked_matmul
-from qwen_moe_jax.nn.quantised import Weight, as_matrix
+from qwen_moe_jax.nn.quantised import Quantised, Weight, as_matrix
 from qwen_moe_jax.rounding import next_power_of_two
 
 #: Rows of the longest and the shortest block where there is one length only, and of a buffer's end that may be read.
@@ -47,6 +49,9 @@ def ragged(
     Returns:
         [R, N] in the dtype of the rows. Rows past the last real one mean nothing.
     """
+    own_dtype = not isinstance(weights, Quantised) and weights.dtype == rows_RK.dtype
+    if own_dtype and matmul.is_worth_it(rows_RK.dtype, *weights.shape[1:]):
+        return matmul.ragged_matmul(rows_RK, weights, sizes_E, transposed=transposed, first=first)
     lengths = block_lengths(len(rows_RK), len(sizes_E), weights.shape[1] * weights.shape[2])
     lengths = lengths if lengths[-1] >= MATMUL else (1,)
     ends_E = jnp.cumsum(sizes_E, dtype=jnp.int32)
@@ -105,6 +110,8 @@ def outer(left_RO: jax.Array, right_RI: jax.Array, sizes_E: jax.Array) -> jax.Ar
         [E, O, I] in the dtype of the rows; zeros for an expert without rows.
     """
     shape = left_RO.shape[1], right_RI.shape[1]
+    if left_RO.dtype == right_RI.dtype and matmul.is_worth_it(left_RO.dtype, *shape):
+        return matmul.ragged_outer(left_RO, right_RI, sizes_E)
     lengths = block_lengths(len(left_RO), len(sizes_E), shape[0] * shape[1])
     ends_E = jnp.cumsum(sizes_E, dtype=jnp.int32)
     starts_E = ends_E - sizes_E

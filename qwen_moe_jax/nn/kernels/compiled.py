@@ -1,28 +1,57 @@
-"""Compiling the C functions of `picked_matmul` for this processor, with llvmlite.
+"""Compiling C functions for this processor, with llvmlite.
 
 Only `nn.kernels` imports this, where llvmlite is installed.
 """
 
 import functools
+from collections.abc import Callable
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 
 from qwen_moe_jax.nn.kernels.formats import FORMATS
-from qwen_moe_jax.nn.kernels.handler import write_handler
+from qwen_moe_jax.nn.kernels.grouped import Product, write_grouped_matmul
+from qwen_moe_jax.nn.kernels.handler import write_picked_matmul
+from qwen_moe_jax.nn.kernels.tiles import NUMBERS
 
 #: What holds the machine code.
 _engines: list[llvm.ExecutionEngine] = []
 
 
 @functools.cache
-def c_function(format: str) -> int:
-    """The address of the C function for one of `FORMATS`."""
+def picked_matmul(format: str) -> int:
+    """The address of the C function of `cpu.picked_matmul` for one of `FORMATS`."""
+    return _compiled(lambda module, name: write_picked_matmul(module, FORMATS[format], name))
+
+
+def tiles_of(dtype: str) -> tuple[str, int, int]:
+    """How this processor multiplies float32 or bfloat16: one of `NUMBERS`, and rows and vectors of a tile."""
+    # Intel's processors multiply pairs slower than as many float32: on Sapphire Rapids at 100 GFLOP/s, where float32
+    # runs at 160.
+    pairs = dtype == "bfloat16" and "avx512bf16" in _features() and llvm.get_host_cpu_name().startswith("znver")
+    # The sums of a tile are in registers, of which there are 32 or, without AVX-512, 16 of half the size.
+    return "bfloat16 pairs" if pairs else dtype, *((14, 2) if "avx512f" in _features() else (6, 1))
+
+
+@functools.cache
+def grouped_matmul(product: Product, numbers: str, height: int, vectors: int) -> int:
+    """The address of the C function of `matmul` for one of its products, and for one of `NUMBERS`."""
+    write = functools.partial(write_grouped_matmul, product=product, numbers=NUMBERS[numbers], height=height)
+    return _compiled(lambda module, name: write(module, vectors=vectors, name=name))
+
+
+def _features() -> set[str]:
+    """Instructions that this processor has, by LLVM's names."""
+    return {name for name, present in llvm.get_host_cpu_features().items() if present}
+
+
+def _compiled(write: Callable[[ir.Module, str], None]) -> int:
+    """The address of a C function that is written by its name into a module."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    module = ir.Module(f"picked_matmul_{format}")
+    module = ir.Module("kernels")
     module.triple = llvm.get_process_triple()
-    write_handler(module, FORMATS[format], "handler")
+    write(module, "handler")
     machine = llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
     )

@@ -31,9 +31,14 @@ def is_available(format: str, inputs: int) -> bool:
         format: one of `formats.FORMATS`; of weights stored in one array, the name of its dtype.
         inputs: I.
     """
+    return on_cpu() and inputs % LANES == 0 and _target(format) is not None
+
+
+def on_cpu() -> bool:
+    """Whether the devices of the current mesh are CPUs."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
-    return platform == "cpu" and inputs % LANES == 0 and _target(format) is not None
+    return platform == "cpu"
 
 
 def reads_in_place(dtype: jax.typing.DTypeLike, weights: Sequence[Weight]) -> bool:
@@ -101,17 +106,18 @@ def _target(format: str) -> str | None:
     """The name under which XLA knows the C function for a format; None where there is none."""
     if importlib.util.find_spec("llvmlite") is None:
         return None
-    from qwen_moe_jax.nn.kernels.compiled import c_function
+    from qwen_moe_jax.nn.kernels import compiled
     from qwen_moe_jax.nn.kernels.formats import FORMATS
 
     if format not in FORMATS:
         return None
     name = f"qwen_moe_jax_picked_matmul_{format}"
-    jax.ffi.register_ffi_target(name, _capsule(c_function(format)), platform="cpu", api_version=1)
+    jax.ffi.register_ffi_target(name, capsule(compiled.picked_matmul(format)), platform="cpu", api_version=1)
     return name
 
 
-def _capsule(address: int) -> Any:
+def capsule(address: int) -> Any:
+    """The address of a C function as `jax.ffi` takes it."""
     make = ctypes.pythonapi.PyCapsule_New
     make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     return make(address, None, None)
