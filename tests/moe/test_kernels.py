@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.moe.kernels import cpu
 from qwen_moe_jax.moe.kernels.grouped_matmul import buffer_rows, grouped_matmul
+from qwen_moe_jax.nn.kernels import matmul
 from qwen_moe_jax.nn.matmul import matmul_precision
 
 BACKENDS = ("tpu", "nvidia")
@@ -145,8 +146,9 @@ def test_lowers_for_its_platform(name, platform, custom_call, dtype, rows):
 
 
 @pytest.mark.parametrize("dtype, precise", [("float32", True), ("bfloat16", False)])
-def test_float32_means_float32_in_the_backward_pass_too(dtype, precise):
+def test_float32_means_float32_in_the_backward_pass_too(monkeypatch, dtype, precise):
     """Otherwise accelerators would round its factors. No context says so here, as none does in a training step."""
+    monkeypatch.setattr(matmul, "on_cpu", lambda: False)  # the products are XLA's
     rows, gradient, weights, sizes = draw("full tiles", dtype)
     traced = jax.make_jaxpr(lambda *x: jax.vjp(lambda *y: grouped_matmul(*y, sizes, "blocks"), *x)[1](gradient))
     program = str(traced(rows, weights))

@@ -165,9 +165,10 @@ def _write_run_chunk(module: ir.Module, product: Product, numbers: Numbers, heig
 def _write_add_product(module: ir.Module, product: Product, numbers: Numbers, height: int, vectors: int) -> Code:
     """The function that adds a product to a result, or, where `add` is 0, writes it.
 
-    Its arguments are left, its stride, right, its stride, contracted, rows, columns, memory, result, its stride, add. The
-    left factor is [rows, contracted], but [contracted, rows] for outer products; the right one [columns, contracted] if
-    it is transposed, else [contracted, columns]. Panels and what is packed of the left factor are written to the memory.
+    Its arguments are left, its stride, right, its stride, contracted, rows, columns, memory, result, its stride, add.
+    The left factor is [rows, contracted], but [contracted, rows] for outer products; the right one [columns,
+    contracted] if it is transposed, else [contracted, columns]. Panels, and what is packed of the left factor, are
+    written to the memory.
     """
     outer, panel = product == "outer", LANES * vectors
     kind: Left = "columns" if outer else "rows"
