@@ -49,9 +49,9 @@ def ragged(
     Returns:
         [R, N] in the dtype of the rows. Rows past the last real one mean nothing.
     """
-    own_dtype = not isinstance(weights, Quantised) and weights.dtype == rows_RK.dtype
-    if own_dtype and matmul.is_worth_it(rows_RK.dtype, *weights.shape[1:]):
-        return matmul.ragged_matmul(rows_RK, weights, sizes_E, transposed=transposed, first=first)
+    floats = None if isinstance(weights, Quantised) or weights.dtype != rows_RK.dtype else weights
+    if floats is not None and matmul.is_worth_it(rows_RK.dtype, *floats.shape[1:]):
+        return matmul.ragged_matmul(rows_RK, floats, sizes_E, transposed=transposed, first=first)
     lengths = block_lengths(len(rows_RK), len(sizes_E), weights.shape[1] * weights.shape[2])
     lengths = lengths if lengths[-1] >= MATMUL else (1,)
     ends_E = jnp.cumsum(sizes_E, dtype=jnp.int32)

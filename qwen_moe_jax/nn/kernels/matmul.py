@@ -54,7 +54,8 @@ def ragged_matmul(
         [R, N] in the dtype of the rows. Rows past the sum of the sizes are zeros.
     """
     result = jax.ShapeDtypeStruct((len(rows_RK), matrices.shape[1 if transposed else 2]), rows_RK.dtype)
-    call = jax.ffi.ffi_call(_target("transposed" if transposed else "plain", rows_RK.dtype.name), result)
+    target = _target("transposed" if transposed else "plain", rows_RK.dtype.name)
+    call = jax.ffi.ffi_call(target, result, vmap_method="sequential")
     return call(rows_RK, matrices, sizes_G.astype(jnp.int32), jnp.asarray(first, jnp.int32)[None])
 
 
@@ -69,7 +70,8 @@ def ragged_outer(left_RO: jax.Array, right_RI: jax.Array, sizes_G: jax.Array) ->
         [G, O, I] in the dtype of the rows; zeros for a group without rows.
     """
     shape = len(sizes_G), left_RO.shape[1], right_RI.shape[1]
-    call = jax.ffi.ffi_call(_target("outer", left_RO.dtype.name), jax.ShapeDtypeStruct(shape, left_RO.dtype))
+    result = jax.ShapeDtypeStruct(shape, left_RO.dtype)
+    call = jax.ffi.ffi_call(_target("outer", left_RO.dtype.name), result, vmap_method="sequential")
     return call(left_RO, right_RI, sizes_G.astype(jnp.int32))
 
 

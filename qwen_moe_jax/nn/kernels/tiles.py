@@ -220,14 +220,14 @@ def _transposed(code: Code, rows: list[Any]) -> list[Any]:
     # Within the groups of 4 numbers, 4 × 4 transposes of 4 rows each.
     blocks = []
     for block in groups:
-        first, second = shuffled(*rows[block : block + 2], 0), shuffled(*rows[block + 2 : block + 4], 0)
-        blocks.append([vector for pair in zip(first, second, strict=True) for vector in shuffled(*pair, 1)])
+        first, second = (shuffled(rows[pair], rows[pair + 1], 0) for pair in (block, block + 2))
+        blocks.append([vector for low, high in zip(first, second, strict=True) for vector in shuffled(low, high, 1)])
     # Group g of vector c of a block now has the block's rows of column 4 g + c: a 4 × 4 transpose of groups follows.
     columns: list[Any] = [None] * LANES
     for number, (first, second, third, fourth) in enumerate(zip(*blocks, strict=True)):
         halves = zip(shuffled(first, second, 2), shuffled(third, fourth, 2), strict=True)
-        for parity, half in enumerate(halves):
-            columns[4 * parity + number], columns[4 * parity + 8 + number] = shuffled(*half, 2)
+        for parity, (left, right) in enumerate(halves):
+            columns[4 * parity + number], columns[4 * parity + 8 + number] = shuffled(left, right, 2)
     return columns
 
 
