@@ -24,7 +24,7 @@ Attention = Literal["blocks", "splash"]
 LinearAttention = Literal["chunks", "pallas"]
 ContextParallel = Literal["all_gather", "ring"]
 RoutingMode = Literal["learned", "balanced"]
-Remat = Literal["none", "full", "dots", "exchange"]
+Remat = Literal["none", "full", "dots", "exchange", "experts"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,9 +81,10 @@ class ExecutionConfig:
             holds two parts at a time. None takes all_gather with splash, and where keys and values of a row are no more
             than a device's own queries and results: on at most as many devices as query heads share a key head. But
             for splash, sliding windows that are shorter than a chunk take only the keys before it, under both.
-        remat: what the backward pass recomputes, per layer: none, full (the whole layer from its input), exchange (all
-            but what came over the `expert` axis) or dots (all but that, attention and the matmuls with weights).
-            Weights gathered over fsdp are gathered again in any case.
+        remat: what the backward pass recomputes, per layer: none; full, the whole layer from its input; exchange, all
+            but what came over the `expert` axis; experts, the routed experts and their exchange, but neither attention
+            nor other matmuls with weights; dots, none of these. Weights gathered over fsdp are gathered again in any
+            case.
         sharding: the mesh axes that weights are stored sharded over, a `ShardingRules` or the name of one
             (`SHARDING_RULES`).
 

@@ -31,7 +31,7 @@ from qwen_moe_jax.moe.stats import RouterStats, RouterTrace
 from qwen_moe_jax.nn.bits import rows_at
 from qwen_moe_jax.nn.embedding import Embedding
 from qwen_moe_jax.nn.linear import Linear
-from qwen_moe_jax.nn.matmul import WEIGHT_MATMUL
+from qwen_moe_jax.nn.matmul import EXPERT_MATMUL, WEIGHT_MATMUL
 from qwen_moe_jax.nn.norm import rms_norm
 from qwen_moe_jax.nn.parameters import ParameterFactory
 
@@ -48,7 +48,8 @@ SAVEABLE = {
     "none": _all_but_reshards,
     "full": jax.checkpoint_policies.nothing_saveable,
     "exchange": jax.checkpoint_policies.save_only_these_names(EXCHANGED),
-    "dots": jax.checkpoint_policies.save_only_these_names(EXCHANGED, WEIGHT_MATMUL, ATTENDED),
+    "experts": jax.checkpoint_policies.save_only_these_names(WEIGHT_MATMUL, ATTENDED),
+    "dots": jax.checkpoint_policies.save_only_these_names(EXCHANGED, WEIGHT_MATMUL, EXPERT_MATMUL, ATTENDED),
 }
 
 

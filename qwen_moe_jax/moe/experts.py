@@ -29,7 +29,7 @@ from qwen_moe_jax.moe.dispatch.rows import (
 from qwen_moe_jax.moe.kernels.cpu import matrix_at, ragged_in_place
 from qwen_moe_jax.moe.kernels.grouped_matmul import grouped_matmul
 from qwen_moe_jax.nn.kernels.cpu import reads_in_place
-from qwen_moe_jax.nn.matmul import WEIGHT_MATMUL, weight_einsum
+from qwen_moe_jax.nn.matmul import EXPERT_MATMUL, weight_einsum
 from qwen_moe_jax.nn.mlp import ACTIVATIONS
 from qwen_moe_jax.nn.parameters import ParameterFactory
 from qwen_moe_jax.nn.quantised import Quantised, Weight, quantised_einsum
@@ -125,7 +125,7 @@ class ExpertWeights:
                     floats = all_gather_weight(floats.astype(x.dtype), spec[-3:], axes)
                 return grouped_matmul(x, floats, sizes_E, backend, layer)
 
-            return checkpoint_name(product(x, array), WEIGHT_MATMUL)
+            return checkpoint_name(product(x, array), EXPERT_MATMUL)
 
         def multiply_all(x: jax.Array, matrices: Sequence[Matrix]) -> list[jax.Array]:
             few = len(x) <= FEW_ROWS * len(sizes_E)

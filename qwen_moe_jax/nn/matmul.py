@@ -12,8 +12,13 @@ from qwen_moe_jax.nn.many_rows import many_rows_matmul, multiplies
 from qwen_moe_jax.nn.quantised import Quantised, Weight, quantised_einsum
 from qwen_moe_jax.sharding.rules import gather_for_matmul
 
-#: The name that remat policies know these products by.
-WEIGHT_MATMUL = "weight_matmul"
+#: The names that remat policies know these products by; the second are those of routed experts.
+WEIGHT_MATMUL, EXPERT_MATMUL = "weight_matmul", "expert_matmul"
+
+
+def matmul_name(axes: tuple[str, ...]) -> str:
+    """By which of the two names a remat policy knows the product with a weight of these logical axes."""
+    return EXPERT_MATMUL if axes[0] == "expert" else WEIGHT_MATMUL
 
 #: Products of rows with one weight, or with one of each expert, as `many_rows_matmul` takes them.
 _PRODUCTS = "BTI,OI->BTO", "EGCD,EFD->EGCF", "EGCF,EDF->EGCD"
@@ -60,4 +65,4 @@ def weight_einsum(
         used = gather_for_matmul(weight, *axes)
         return jnp.einsum(letters, x, used, out_sharding=out, preferred_element_type=preferred_element_type)
 
-    return checkpoint_name(multiply(x, weight), WEIGHT_MATMUL)
+    return checkpoint_name(multiply(x, weight), matmul_name(axes))

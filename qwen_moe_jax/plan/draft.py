@@ -154,7 +154,7 @@ def _traffic(outline: Outline, mesh: Mapping[str, int]) -> dict[tuple[str, ...],
     layers, sparse = len(config.layers), sum(kind.mlp == "sparse" for kind in config.layers)
     if mesh["expert"] > 1 and sparse:
         # To the experts and back, in each pass; what came over is kept but under "full".
-        exchanges = min(_passes(work), 3 if work.execution.get("remat") == "full" else 2)
+        exchanges = min(_passes(work), 3 if work.execution.get("remat") in ("full", "experts") else 2)
         send(("expert",), 2 * exchanges * sparse * hidden * _exchanged(outline, mesh["expert"]))
     if mesh.get(CONTEXT, 1) > 1:
         attending = sum(kind.mixer != "linear" for kind in config.layers)
@@ -258,6 +258,7 @@ class _Activations:
             "none": self.all,
             "full": self.hidden,
             "exchange": self.hidden + self.exchanged,
+            "experts": 2 * self.hidden + 3 * self.heads,
             "dots": 2 * self.hidden + 3 * self.heads + 2 * self.ffn + self.rows + self.exchanged,
         }[remat]
 

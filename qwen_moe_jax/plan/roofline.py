@@ -59,7 +59,7 @@ def roofline_of(
 
 def recomputes(work: Work) -> bool:
     """Whether the backward pass computes the layers' products again."""
-    return work.purpose == "train" and work.execution.get("remat") in ("full", "exchange")
+    return work.purpose == "train" and work.execution.get("remat") in ("full", "exchange", "experts")
 
 
 def _assumptions(step: "Step", program_flops: float | None, speeds: str) -> tuple[str, ...]:

@@ -96,7 +96,7 @@ def test_a_model_learns_the_same(monkeypatch):
         assert relative_l2(found, expected) < 1e-5
 
 
-@pytest.mark.parametrize("remat, forward_kernels", [("none", 1), ("dots", 1), ("full", 2)])
+@pytest.mark.parametrize("remat, forward_kernels", [("none", 1), ("dots", 1), ("experts", 1), ("full", 2)])
 def test_dots_keeps_what_the_kernel_made(remat, forward_kernels):
     q, k, v, gradient, ids = arrays(128, "bfloat16")
     attend = functools.partial(attend_by_splash, segment_ids_BT=ids, blocks=Blocks.of(T, LANES, None, LANES))

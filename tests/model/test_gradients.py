@@ -69,6 +69,7 @@ def test_loss_and_every_gradient_equal_transformers(references, name):
         pytest.param(dict(dispatch="capacity", capacity_factor=8.0, group_size=32), id="capacity"),
         pytest.param(dict(dispatch="dense", remat="full"), id="dense-remat-full"),
         pytest.param(dict(dispatch="capacity", capacity_factor=8.0, remat="dots"), id="capacity-remat-dots"),
+        pytest.param(dict(dispatch="dropless", remat="experts"), id="dropless-remat-experts"),
     ],
 )
 def test_gradients_do_not_depend_on_how_the_model_is_run(references, execution):

@@ -28,7 +28,7 @@ def on_all(outline, mesh):
 
 def test_a_training_step_is_tried_under_all_settings_that_leave_whole_rows_to_every_device():
     found = tried()
-    assert values(found, "remat") == {"none", "full", "dots", "exchange"}
+    assert values(found, "remat") == {"none", "full", "dots", "exchange", "experts"}
     assert values(found, "accumulation_steps") == {1, 2, 4}, "16 rows over 4 devices"
     assert values(found, "exchange") == {None, "all_to_all", "all_gather", "ragged_all_to_all"}
     assert values(found, "buffer_factor") == {None, 2.0, 1.25}
