@@ -63,6 +63,9 @@ class Embedding(nnx.Module):
         if self.padding_idx is not None:
             frozen_BT1 = (tokens_BT == self.padding_idx)[..., None]
             hidden_BTD = jnp.where(frozen_BT1, jax.lax.stop_gradient(hidden_BTD), hidden_BTD)
+        if positions_axis() and mesh_axes(columns)[-1:] == (positions_axis(),):
+            # Alone, since XLA has no all-to-all from columns to both rows and positions, and would sum all vectors.
+            hidden_BTD = jax.sharding.reshard(hidden_BTD, P(batch, positions_axis(), mesh_axes(columns)[:-1] or None))
         hidden_BTD = jax.sharding.reshard(hidden_BTD, tokens_spec(None))
         if self.lora is None:
             return hidden_BTD

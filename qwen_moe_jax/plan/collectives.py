@@ -25,7 +25,8 @@ def collectives_of(module: Module, mesh: Mapping[str, int], platform: str) -> tu
 
     Bytes sent are those of algorithms that send nothing twice, for n devices: all-gather (n-1) times a device's
     operand; reduce-scatter and all-to-all (n-1)/n of it; all-reduce twice that; a permute the operand. A ragged
-    all-to-all counts as a full one: how many rows there are is known when it runs.
+    all-to-all counts as one of the rows of a balanced load, where the module knows these, and else as a full one: how
+    many rows there are is known when it runs.
 
     Args:
         module: of a program for all devices of the mesh.
@@ -62,6 +63,8 @@ def _collective(module: Module, run: Run, mesh: Mapping[str, int], platform: str
     if devices == 1 or not given:
         return None
     size = sum(array.bytes for array in given)
+    if kind == "ragged-all-to-all" and module.balanced_rows is not None:
+        size = min(size, size * module.balanced_rows // given[0].shape[0])
     largest = max([*given, *instruction.results], key=lambda array: array.bytes)
     narrower = _narrower(module, run) if platform == "cpu" else None
     if narrower is not None:

@@ -152,7 +152,7 @@ class Module:
         self._entry = ""
         self._layer_repeats = layer_repeats
         self._open_loop_times = open_loop_times
-        self._balanced_rows = balanced_rows
+        self.balanced_rows = balanced_rows
         current: dict[str, Instruction] = {}
         for line in _whole_lines(text):
             if line.endswith("{") and not line.startswith(" ") and (head := _HEAD.match(line)):
@@ -264,13 +264,13 @@ class Module:
         that may be needed its expert and its rows, and the matrices. Where an expert ends within a tile, the tile is
         multiplied once more for the next one.
         """
-        if self._balanced_rows is None or not _GROUPED.search(run.instruction.source):
+        if self.balanced_rows is None or not _GROUPED.search(run.instruction.source):
             return 0, 1.0
         _, starts, tiles, *rest = self.operand_arrays(run)
         rows = next(array.shape[0] for array in rest if len(array.shape) == 2)
         experts = starts.shape[0] - 1
         tile = rows // (tiles.shape[0] - experts + 1)
-        return rows, min(1.0, (self._balanced_rows + (experts - 1) * tile) / rows)
+        return rows, min(1.0, (self.balanced_rows + (experts - 1) * tile) / rows)
 
     def operations(self) -> int:
         """Operations that a device runs in a step, a fusion as one; those of loops of unknown trip count once."""
