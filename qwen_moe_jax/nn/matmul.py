@@ -16,12 +16,13 @@ from qwen_moe_jax.sharding.rules import gather_for_matmul
 WEIGHT_MATMUL, EXPERT_MATMUL = "weight_matmul", "expert_matmul"
 
 
+#: Products of rows with one weight, or with one of each expert, as `many_rows_matmul` takes them.
+_PRODUCTS = "BTI,OI->BTO", "EGCD,EFD->EGCF", "EGCF,EDF->EGCD"
+
+
 def matmul_name(axes: tuple[str, ...]) -> str:
     """By which of the two names a remat policy knows the product with a weight of these logical axes."""
     return EXPERT_MATMUL if axes[0] == "expert" else WEIGHT_MATMUL
-
-#: Products of rows with one weight, or with one of each expert, as `many_rows_matmul` takes them.
-_PRODUCTS = "BTI,OI->BTO", "EGCD,EFD->EGCF", "EGCF,EDF->EGCD"
 
 
 def matmul_precision(dtype: jax.typing.DTypeLike) -> AbstractContextManager:
