@@ -26,12 +26,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_text(path))
     except FileNotFoundError:
-        exported = path.parent / "hub"
-        run = f" The model of this training run is in {exported}." if (exported / path.name).is_file() else ""
-        is_adapter = path.name == "config.json" and (path.parent / "adapter_config.json").is_file()
-        adapter = " It holds low-rank adapters: give the checkpoint of their base, and this folder as its adapter."
-        hint = adapter if is_adapter else run
-        raise ConfigError(f"{path}: no such file. A checkpoint folder needs one.{hint}") from None
+        raise ConfigError(f"{path}: no such file. {_needs(path)}") from None
     except (ValueError, OSError) as error:
         if (problem := lfs_problem(path)) is not None:
             raise ConfigError(f"{path}: {problem}.") from None
@@ -47,6 +42,19 @@ def read_json(path: Path) -> dict[str, Any]:
 def shown(value: Any) -> str:
     """A value for a message, shortened where it is long or nested."""
     return _SHORT.repr(value)
+
+
+def _needs(path: Path) -> str:
+    """What a file that is not there is needed for, and where it may be instead."""
+    folder, is_adapter = path.parent, path.name == "adapter_config.json"
+    needs = f"{'A folder of adapters' if is_adapter else 'A checkpoint folder'} needs one."
+    exported = folder / ("adapter" if is_adapter else "hub")
+    if (exported / path.name).is_file():
+        found = "The adapters of this training run are" if is_adapter else "The model of this training run is"
+        return f"{needs} {found} in {exported}."
+    if path.name == "config.json" and (folder / "adapter_config.json").is_file():
+        return f"{needs} It holds low-rank adapters: give the checkpoint of their base, and this folder as its adapter."
+    return needs
 
 
 class Fields:

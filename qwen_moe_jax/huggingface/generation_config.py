@@ -60,6 +60,7 @@ def generation_config_from_hub(
     try:
         return GenerationConfig(**found, **overrides, hub_fields=freeze(hub))
     except ConfigError as error:
+        GenerationConfig(**overrides)  # what is wrong with these alone is not the file's
         raise ConfigError(f"{where}: {error}") from None
 
 

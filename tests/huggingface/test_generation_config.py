@@ -211,3 +211,10 @@ def test_refusal_names_the_file(hub, words, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps(hub))
     with pytest.raises(qmj.ConfigError, match=f"{tmp_path}/generation_config.json: {words}"):
         read_generation_config(tmp_path, MODEL)
+
+
+def test_an_override_that_is_refused_is_not_called_the_files():
+    with pytest.raises(qmj.ConfigError, match=r"^max_new_tokens=0 is not supported"):
+        generation_config_from_hub({"temperature": 0.5}, "the file", {"max_new_tokens": 0})
+    with pytest.raises(qmj.ConfigError, match=r"^the file: .*temperature=-1"):
+        generation_config_from_hub({"temperature": -1.0}, "the file", {"max_new_tokens": 3})

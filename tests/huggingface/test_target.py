@@ -9,6 +9,7 @@ from flax import nnx
 import qwen_moe_jax as qmj
 from qwen_moe_jax.cli.main import main
 from qwen_moe_jax.huggingface import unused_fields
+from qwen_moe_jax.huggingface.adapter_config import read_adapter_config
 from qwen_moe_jax.huggingface.convert import convert
 from qwen_moe_jax.huggingface.model_card import write_card
 from qwen_moe_jax.surgery.prune import prune
@@ -106,6 +107,8 @@ def test_a_folder_of_adapters_is_refused_with_what_to_do_where_a_model_is_expect
         write_card(folder)
     with pytest.raises(qmj.ConfigError, match="holds low-rank adapters: give the checkpoint of their base, and this"):
         qmj.from_pretrained(folder)
+    with pytest.raises(qmj.ConfigError, match=f"The adapters of this training run are in {folder}"):
+        read_adapter_config(tmp_path / "adapter_config.json")
 
 
 @pytest.mark.parametrize("command", ["card", "push"])
