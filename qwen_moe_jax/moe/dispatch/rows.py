@@ -8,10 +8,14 @@ mesh axes (`per_device`).
 """
 
 import dataclasses
+import functools
+import operator
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.nn.bits import as_bits, from_bits
@@ -222,7 +226,7 @@ def _to_rows_forward(x_TD: jax.Array, plan: RowPlan):
 
 
 def _to_rows_backward(plan: RowPlan, gradient_RD: jax.Array):
-    return sum(_take(gradient_RD, row_T) for row_T in plan.row_TA.T), None
+    return _row_major(_sum(_take(gradient_RD, row_T) for row_T in plan.row_TA.T)), None
 
 
 to_rows.defvjp(_to_rows_forward, _to_rows_backward)
@@ -231,7 +235,7 @@ to_rows.defvjp(_to_rows_forward, _to_rows_backward)
 @jax.custom_vjp
 def from_rows(y_RD: jax.Array, weights_TA: jax.Array, plan: RowPlan) -> jax.Array:
     """Each token's weighted sum over its rows, [T, D] in the wider of the two dtypes; without rows, zeros."""
-    return sum(_take(y_RD, row_T) * weight_T[:, None] for row_T, weight_T in _choices(plan, weights_TA))
+    return _row_major(_sum(_take(y_RD, row_T) * weight_T[:, None] for row_T, weight_T in _choices(plan, weights_TA)))
 
 
 def _from_rows_forward(y_RD: jax.Array, weights_TA: jax.Array, plan: RowPlan):
@@ -240,6 +244,7 @@ def _from_rows_forward(y_RD: jax.Array, weights_TA: jax.Array, plan: RowPlan):
 
 def _from_rows_backward(saved: tuple[jax.Array, jax.Array, RowPlan], gradient_TD: jax.Array):
     y_RD, weights_TA, plan = saved
+    gradient_TD = _row_major(gradient_TD)
     weight_R = weights_TA.reshape(-1).at[plan.assignment_R].get(mode="fill", fill_value=0)
     of_rows_RD = _take(gradient_TD, plan.assignment_R // plan.row_TA.shape[1]) * weight_R[:, None]
     of_weights_TA = jnp.stack([jnp.sum(gradient_TD * _take(y_RD, row_T), axis=-1) for row_T in plan.row_TA.T], axis=-1)
@@ -254,6 +259,31 @@ def _choices(plan: RowPlan, weights_TA: jax.Array):
     return zip(plan.row_TA.T, weights_TA.T, strict=True)
 
 
+def _sum(arrays: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.add, arrays)
+
+
+def _row_major(x_TD: jax.Array) -> jax.Array:
+    """The same array, on TPUs in the layout of gathered rows.
+
+    XLA there lays activations out by columns where the layer's matmuls like it, and would copy each of the A gathered
+    arrays into that layout before it sums them; so it copies the sum.
+    """
+
+    def constrained(x_TD: jax.Array) -> jax.Array:
+        return with_layout_constraint(x_TD, Layout((0, 1)))
+
+    return jax.lax.platform_dependent(x_TD, tpu=constrained, default=lambda x_TD: x_TD)
+
+
 def _take(x_ND: jax.Array, index_M: jax.Array) -> jax.Array:
     """`x[index]`, zeros where the index is N."""
-    return from_bits(as_bits(x_ND).at[index_M].get(mode="fill", fill_value=0))
+
+    def take(x_ND: jax.Array, index_M: jax.Array) -> jax.Array:
+        return x_ND.at[index_M].get(mode="fill", fill_value=0)
+
+    def take_bits(x_ND: jax.Array, index_M: jax.Array) -> jax.Array:
+        return from_bits(take(as_bits(x_ND), index_M))
+
+    # TPUs would copy all of x to read its bits as another type.
+    return jax.lax.platform_dependent(x_ND, index_M, cpu=take_bits, default=take)
