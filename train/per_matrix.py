@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -22,6 +23,9 @@ from train.parameters import Params
 _NOT_MUONS = frozenset({"embed_tokens", "lm_head", "score", "conv1d"})
 #: Muon's updates are scaled to this root mean square, that of AdamW's, so that both take the same learning rate.
 _MUON_RMS = 0.2
+#: Of Newton and Schulz's iteration, Jordan's and optax's. They are part of the state, in float64 under JAX_ENABLE_X64
+#: unless they are an array of float32.
+_NEWTON_SCHULZ = np.array([3.4445, -4.7750, 2.0315], np.float32)
 #: Adafactor scales an update down to this root mean square.
 _ADAFACTOR_RMS = 1.0
 
@@ -59,7 +63,12 @@ def muon(
             moments = {"b1": config.beta1, "b2": config.beta2, "mu_dtype": config.mu_dtype}
             return optax.adamw(schedule, weight_decay=decay, **moments)
         return optax.contrib.muon(
-            schedule, beta=config.beta1, weight_decay=decay, mu_dtype=config.mu_dtype, consistent_rms=_MUON_RMS
+            schedule,
+            ns_coeffs=_NEWTON_SCHULZ,
+            beta=config.beta1,
+            weight_decay=decay,
+            mu_dtype=config.mu_dtype,
+            consistent_rms=_MUON_RMS,
         )
 
     return _per_matrix(transform_of, stack_axes)

@@ -12,6 +12,7 @@ from tests.cases import CASES
 from tests.model.hybrid_configs import hybrid_config
 from train.config import OptimizerConfig
 from train.optimizer import decays, frozen_paths, make_optimizer, make_schedule, schedule_notes, stack_axes
+from train.parameters import paths
 from train.per_matrix import muon
 
 PARAMS = {
@@ -171,3 +172,13 @@ def test_muon_and_adafactor_see_the_matrices_of_adapters_one_by_one():
     updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
     values = np.linalg.svd(np.asarray(updates["B"]), compute_uv=False)
     assert (values.min(axis=-1) > 0.5 * values.max(axis=-1)).all()  # orthogonal, up to Newton and Schulz's five steps
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon", "adafactor"])
+def test_no_state_has_64_bits_where_jax_enables_them(kind):
+    axes = {path: 0 for path in paths(PARAMS)}
+    optimizer = make_optimizer(OptimizerConfig(type=kind), 10, axes)
+    params = jax.tree.map(np.asarray, PARAMS)
+    with jax.enable_x64(True):
+        updates, state = jax.eval_shape(lambda: optimizer.update(params, optimizer.init(params), params))
+    assert {x.dtype.name for x in jax.tree.leaves((updates, state))} <= {"float32", "int32"}
