@@ -70,7 +70,7 @@ def hold_out(entry: Entry, name: str, config: DataConfig, *, whole: bool) -> Div
     division = divide(entry, _smallest_hash(entry, counts, count) if 0 < count <= names else None)
     training_tokens = sum(division.training_tokens)
     if not names or training_tokens < (1 if whole else config.seq_len):
-        remedy = "Read more text."
+        remedy = "Read more text." if whole else "Read more text, or lower data.seq_len."
         if config.too_long == "drop":
             remedy = 'Read more text, raise data.seq_len, or set data.too_long to "truncate" or "split".'
         raise ConfigError(
