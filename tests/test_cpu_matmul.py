@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import qwen_moe_jax as qmj
+from qwen_moe_jax.nn import many_rows
 from qwen_moe_jax.nn.kernels import matmul
 from tests.moe.blocks import block_config, build_block
 
@@ -106,3 +107,14 @@ def test_a_block_and_its_gradients_are_those_of_xlas_products(block, monkeypatch
         assert calls == 18, f"{dispatch}: three products of the experts and of the shared one, with two gradients each"
         for result, right in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(result, right, atol=1e-5 * max(1, np.abs(right).max()))
+
+
+def test_a_product_of_one_device_has_the_gradients_of_xlas():
+    numbers = np.random.default_rng(0)
+    shapes = (2, 17, 64), (160, 64), (2, 17, 160)
+    x, table, of_y = (jnp.asarray(numbers.standard_normal(shape), jnp.float32) for shape in shapes)
+    assert many_rows.multiplies_local(x, table)
+    found, pull = jax.vjp(jax.jit(many_rows.local_matmul), x, table)
+    expected, pull_expected = jax.vjp(lambda x, table: x @ table.T, x, table)
+    for result, right in zip((found, *pull(of_y)), (expected, *pull_expected(of_y)), strict=True):
+        np.testing.assert_allclose(result, right, atol=1e-4)

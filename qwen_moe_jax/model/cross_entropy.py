@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.nn.embedding import TABLE
 from qwen_moe_jax.nn.lora import LoraAdapter
+from qwen_moe_jax.nn.many_rows import local_matmul, multiplies_local
 from qwen_moe_jax.sharding.rules import all_gather_weight, spec_of, tokens_spec, with_single_axes
 
 #: How many logits (float32, 256 MiB) a device may hold at a time. The gradient of the table is accumulated once per
@@ -137,10 +138,7 @@ def _device_log_probs(
 
         @recomputed
         def one_chunk(gathered: list[jax.Array], hidden: list[jax.Array], targets_BC: jax.Array):
-            logits_BCV = sum(
-                jnp.einsum("BCD,VD->BCV", x_BCD, table_VD.astype(dtype), preferred_element_type=jnp.float32)
-                for x_BCD, table_VD in zip(hidden, gathered, strict=True)
-            )
+            logits_BCV = sum(_product(x_BCD, table_VD, dtype) for x_BCD, table_VD in zip(hidden, gathered, strict=True))
             logits_BCV = checkpoint_name(logits_BCV, LOGITS)
             if temperature != 1:
                 logits_BCV = logits_BCV / temperature
@@ -162,6 +160,13 @@ def _device_log_probs(
 
     parts_NBC = all_chunks(tables, [_split(x_BTD, chunks) for x_BTD in hidden], _split(targets_BT, chunks))
     return tuple(_joined(x_NBC, length)[None] for x_NBC in parts_NBC)
+
+
+def _product(x_BCD: jax.Array, table_VD: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Logits float32 [B, C, V] of hidden states and a table, widened numbers of a dtype, on one device."""
+    if multiplies_local(wide_BCD := x_BCD.astype(jnp.float32), table_VD):
+        return local_matmul(wide_BCD, table_VD)
+    return jnp.einsum("BCD,VD->BCV", x_BCD, table_VD.astype(dtype), preferred_element_type=jnp.float32)
 
 
 def _split(x_BT: jax.Array, chunks: int) -> jax.Array:

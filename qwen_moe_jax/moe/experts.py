@@ -29,6 +29,7 @@ from qwen_moe_jax.moe.dispatch.rows import (
 from qwen_moe_jax.moe.kernels.cpu import matrix_at, ragged_in_place
 from qwen_moe_jax.moe.kernels.grouped_matmul import grouped_matmul
 from qwen_moe_jax.nn.kernels.cpu import reads_in_place
+from qwen_moe_jax.nn.kernels.matmul import is_worth_it
 from qwen_moe_jax.nn.matmul import EXPERT_MATMUL, weight_einsum
 from qwen_moe_jax.nn.mlp import ACTIVATIONS
 from qwen_moe_jax.nn.parameters import ParameterFactory
@@ -42,8 +43,9 @@ MATRICES = {
     "down_proj": ("expert", "expert_embed", "ffn"),
 }
 
-#: Rows of a buffer for each expert, up to which XLA's products take longer than reading the weights in place.
-FEW_ROWS = 64
+#: Rows of a buffer for each expert, up to which products of many rows take longer than those that read the weights in
+#: place: those of XLA, and those of `nn.kernels.matmul`.
+FEW_ROWS, FEW_ROWS_OF_KERNELS = 64, 16
 
 #: A stored weight, the specs of its arrays, and its logical axes.
 Matrix = tuple[Weight, Any, tuple[str, ...]]
@@ -128,7 +130,9 @@ class ExpertWeights:
             return checkpoint_name(product(x, array), EXPERT_MATMUL)
 
         def multiply_all(x: jax.Array, matrices: Sequence[Matrix]) -> list[jax.Array]:
-            few = len(x) <= FEW_ROWS * len(sizes_E)
+            array = matrices[0][0]
+            many = not isinstance(array, Quantised) and is_worth_it(x.dtype, *array.shape[-2:])
+            few = len(x) <= (FEW_ROWS_OF_KERNELS if many else FEW_ROWS) * len(sizes_E)
             if few and self.layer is not None and backend == "blocks" and _read_in_place(x, matrices):
                 experts_E = self.layer * len(sizes_E) + jnp.arange(len(sizes_E), dtype=jnp.int32)
                 return ragged_in_place(x, [array for array, _, _ in matrices], experts_E, sizes_E)

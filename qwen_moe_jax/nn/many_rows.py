@@ -22,12 +22,30 @@ def multiplies(x: jax.Array, weight: jax.Array) -> bool:
 
     It does on a single CPU, where the rows are many and the weight is not small.
     """
+    return jax.sharding.get_abstract_mesh().size == 1 and multiplies_local(x, weight)
+
+
+def multiplies_local(x: jax.Array, weight: jax.Array) -> bool:
+    """Whether `local_matmul` should multiply these arrays of one device."""
     return (
         x.dtype == weight.dtype
         and math.prod(x.shape[:-1]) >= MANY_TOKENS * math.prod(weight.shape[:-2])
-        and jax.sharding.get_abstract_mesh().size == 1
         and matmul.is_worth_it(x.dtype, *weight.shape[-2:])
     )
+
+
+@jax.custom_vjp
+def local_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`many_rows_matmul` of the arrays of one device, inside a `jax.shard_map`."""
+    return _rows(x, weight)
+
+
+def _local_backward(saved: tuple[jax.Array, jax.Array], of_y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, weight = saved
+    return _rows(of_y, weight, transposed=False), _outer(of_y, x, shape=weight.shape)
+
+
+local_matmul.defvjp(lambda x, weight: (_rows(x, weight), (x, weight)), _local_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
