@@ -45,7 +45,7 @@ MATRICES = {
 
 #: Rows of a buffer for each expert, up to which products of many rows take longer than those that read the weights in
 #: place: those of XLA, and those of `nn.kernels.matmul`.
-FEW_ROWS, FEW_ROWS_OF_KERNELS = 64, 16
+FEW_ROWS, FEW_ROWS_OF_KERNELS = 64, 24
 
 #: A stored weight, the specs of its arrays, and its logical axes.
 Matrix = tuple[Weight, Any, tuple[str, ...]]
