@@ -185,6 +185,7 @@ def train_rows(tell: Tell, dtype: str) -> None:
 def block_rows(tell: Tell, dtype: str) -> None:
     """The sparse block against its limit and transformers, and with more experts."""
     import moe_block
+    from moe_block_subject import JAX_LIMIT
 
     sizes = dict(zip(moe_block.SIZES, (2048, 512, 256, 32, 4), strict=True))
     subject = moe_block.Subject(dtype=dtype, routing="balanced", **sizes)
@@ -198,7 +199,7 @@ def block_rows(tell: Tell, dtype: str) -> None:
     taken = moe_block.measure(methods, rounds=5)
     for kind in moe_block.PASSES:
         times = {row: passes[kind] for row, passes in taken.items()}
-        limit = subject.any_routing, moe_block.JAX_LIMIT
+        limit = subject.any_routing, JAX_LIMIT
         few, many = ((dataclasses.replace(subject, experts=count), "dropless") for count in (16, 128))
         pairs = [
             ("dropless block", (subject, "dropless"), limit, "JAX, limit"),
