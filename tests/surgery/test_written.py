@@ -38,12 +38,12 @@ def test_convert_compares_what_it_wrote_with_the_source(folder, tmp_path, capsys
 def test_a_conversion_that_differs_leaves_the_target_as_it_was(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(conversion, "in_published_order", exchanging)
     (tmp_path / "B").mkdir()
-    (tmp_path / "B/kept").write_text("")
+    (tmp_path / "B/tokenizer.json").write_text("")
     assert main(["convert", str(folder), str(tmp_path / "B")]) == 1
     said = capsys.readouterr().err
     assert "B is unchanged: what would be written is not the same model" in said
     assert "exchanged: the gate and up matrices of experts are exchanged" in said and "--no-verify" in said
-    assert [path.name for path in (tmp_path / "B").iterdir()] == ["kept"]
+    assert [path.name for path in (tmp_path / "B").iterdir()] == ["tokenizer.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["B"]
     assert main(["convert", str(folder), str(tmp_path / "B"), "--no-verify"]) == 0
     assert "verified" not in capsys.readouterr().out
