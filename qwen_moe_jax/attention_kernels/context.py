@@ -175,15 +175,10 @@ def _by_splash(q_BTNH, k_BTKH, v_BTKH, row_segment_ids_BS, order: RowOrder, wind
 def _with_whole_rows(attend: Callable[..., jax.Array], q_BTNH, k_BTKH, v_BTKH) -> jax.Array:
     """`attend` with keys and values of whole rows, which are not kept for the backward pass but gathered again."""
 
-    def whole(x_BTKH: jax.Array) -> jax.Array:
-        # Gathered as [B, T, K * H]: a gradient of four axes libtpu's compiler would sum on every device, not scatter.
-        batch, tokens, heads, width = x_BTKH.shape
-        x_BSO = jax.lax.all_gather(x_BTKH.reshape(batch, tokens, heads * width), CONTEXT, axis=1, tiled=True)
-        return x_BSO.reshape(batch, -1, heads, width)
-
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(ATTENDED))
     def gathered(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-        return attend(q_BTNH, whole(k_BTKH), whole(v_BTKH))
+        k_BSKH, v_BSKH = (jax.lax.all_gather(x, CONTEXT, axis=1, tiled=True) for x in (k_BTKH, v_BTKH))
+        return attend(q_BTNH, k_BSKH, v_BSKH)
 
     return gathered(q_BTNH, k_BTKH, v_BTKH)
 
