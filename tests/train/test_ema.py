@@ -10,7 +10,8 @@ from flax import nnx
 
 import qwen_moe_jax as qmj
 from train.config import LossConfig, OptimizerConfig
-from train.data.batches import batch_at, pack
+from train.data.batches import batch_at
+from train.data.rows import pack
 from train.optimizer import make_optimizer
 from train.step import abstract_state, initial_state, make_train_step, state_shardings
 
