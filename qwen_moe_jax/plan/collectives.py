@@ -36,7 +36,7 @@ def collectives_of(module: Module, mesh: Mapping[str, int], platform: str) -> tu
     """
     found: dict[Collective, int | None] = {}
     for run in module.runs:
-        if run.times == 0 or (one := _collective(module, run, mesh, platform)) is None:
+        if run.times == 0 or module.goes_on(run) or (one := _collective(module, run, mesh, platform)) is None:
             continue
         counted = dataclasses.replace(one, count=0)
         before = found.get(counted, 0)
@@ -85,6 +85,7 @@ def _collective(module: Module, run: Run, mesh: Mapping[str, int], platform: str
         in_layers=run.layers > 0,
         widened_from=narrower,
         source=instruction.source,
+        asynchronous=module.is_asynchronous(run),
     )
 
 

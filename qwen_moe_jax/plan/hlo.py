@@ -38,6 +38,11 @@ _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 _SPLASH = re.compile(rf"{PRODUCT_FLOPS}(\d+).*\bsplash_mha_({'|'.join(_SPLASH_PRODUCTS)})_")
 
+#: On TPUs, an asynchronous all-gather is a chain of fusions, each of a part of it and of other work. All of them name
+#: the whole collective with the number of the chain; the first ends in a custom call, the last in another.
+_CHAINED = re.compile(r'\bchain_id="')
+_CHAIN_CALLS = ("AsyncCollectiveStart", "AsyncCollectiveDone")
+
 #: The source of a TPU's grouped products, whose kernels pass over tiles without rows.
 _GROUPED = re.compile(r"\bjit\(t?gmm\)")
 
@@ -276,6 +281,18 @@ class Module:
         """Operations that a device runs in a step, a fusion as one; those of loops of unknown trip count once."""
         return sum(1 if run.times is None else run.times for run in self.runs if run.moves)
 
+    def is_asynchronous(self, run: Run) -> bool:
+        """Whether a collective may run while other instructions do."""
+        instruction = run.instruction
+        started = instruction.opcode.endswith("-start") and '"is_sync":true' not in instruction.attributes
+        return started or _CHAINED.search(instruction.attributes) is not None
+
+    def goes_on(self, run: Run) -> bool:
+        """Whether it is a collective that another fusion has started, and so has been counted there."""
+        if not (run.fused and _CHAINED.search(run.instruction.attributes)):
+            return False
+        return not _starts(run.instruction, run.computation)
+
     def memory_bytes(self) -> float:
         """Bytes that a device's instructions read and write in a step, a fusion as one instruction.
 
@@ -321,8 +338,16 @@ class Module:
     def _moved_by_fusion(self, fusion: Instruction) -> int:
         fused = self.computations.get(_bare(fusion.attribute("calls")), {})
         users = _users(fused)
-        moved = 0
+        passed = _passed_on(fused, users)
+        moved = sum(
+            array.traffic
+            for one in fused.values()
+            if _CHAINED.search(one.attributes) and _starts(one, fused)
+            for array in (*one.results, *(array for name in one.operands for array in fused[name].results))
+        )
         for one in fused.values():
+            if one.name in passed:
+                continue
             if one.opcode == "parameter" and any(array.traffic for array in one.results):
                 touched = self._touched(one.name, users)
                 moved += sum(array.traffic for array in one.results) if touched is None else touched
@@ -330,7 +355,8 @@ class Module:
                 parts = [fused[name] for name in one.operands] if one.opcode == "tuple" else [one]
                 if len(parts) == len(fusion.results):
                     kept = zip(parts, fusion.results, strict=True)
-                    moved += sum(_written_bytes(part, fused) for part, result in kept if result.traffic)
+                    kept = [part for part, result in kept if result.traffic and part.name not in passed]
+                    moved += sum(_written_bytes(part, fused) for part in kept)
                 else:
                     moved += sum(_written_bytes(part, fused) for part in parts)
         return moved
@@ -445,6 +471,26 @@ def _is_carried(run: Run, name: str) -> bool:
     while one is not None and one.opcode in ("bitcast", "reshape", "get-tuple-element"):
         one = run.computation.get(one.operands[0])
     return one is not None and one.opcode == "parameter"
+
+
+def _starts(collective: Instruction, computation: dict[str, Instruction]) -> bool:
+    start = _CHAIN_CALLS[0]
+    return any(start in one.attributes and collective.name in one.operands for one in computation.values())
+
+
+def _passed_on(fused: dict[str, Instruction], users: dict[str, list[Instruction]]) -> frozenset[str]:
+    """What a fusion has only to go on with asynchronous collectives: their operands and results are in no other use."""
+    chained = {one.name for one in fused.values() if _CHAINED.search(one.attributes)}
+    if not chained:
+        return frozenset()
+    calls = {one.name for one in fused.values() if any(call in one.attributes for call in _CHAIN_CALLS)}
+    idle = chained | calls | {one.name for one in fused.values() if one.root and one.opcode == "tuple"}
+    passed = {
+        one.name
+        for one in fused.values()
+        if one.opcode == "parameter" and all(user.name in idle for user in users.get(one.name, []))
+    }
+    return frozenset(passed | chained | calls)
 
 
 def _written_bytes(root: Instruction, fused: dict[str, Instruction]) -> int:

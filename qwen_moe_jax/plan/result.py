@@ -229,6 +229,7 @@ class Collective:
         widened_from: the dtype it would have on an accelerator, where the CPU's compiler computes it in a wider one;
             `bytes` are of this one then.
         source: the operation of the traced program that asked for it, as XLA kept it; may be empty.
+        asynchronous: whether the compiler lets other work run meanwhile.
     """
 
     kind: CollectiveKind
@@ -241,6 +242,7 @@ class Collective:
     in_layers: bool
     widened_from: str | None
     source: str
+    asynchronous: bool = False
 
     @property
     def bytes_per_step(self) -> int | None:

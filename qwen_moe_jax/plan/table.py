@@ -149,6 +149,8 @@ def _collective_table(plan: Plan) -> Table:
     if kinds:
         table.add_row("smaller ones", "", "", "", "", "", format_bytes(small), style="dim")
     table.add_row("total", "", "", "", "", "", format_bytes(total), style="bold")
+    if early := sum(one.bytes * (one.count or 1) for one in plan.collectives if one.asynchronous):
+        table.add_row("asynchronous", "", "", "", "", "", format_bytes(early))
     return table
 
 

@@ -65,7 +65,7 @@ def test_a_loop_counts_its_rounds_from_its_condition():
     module = Module(PROGRAM, frozenset({5}))
     [gather] = collectives_of(module, MESH, "tpu")
     assert (gather.kind, gather.axes, gather.count, gather.in_layers) == ("all-gather", ("expert",), 5, True)
-    assert gather.bytes == 3 * 8 * 16 * 4 and gather.shape == (32, 16)
+    assert gather.bytes == 3 * 8 * 16 * 4 and gather.shape == (32, 16) and gather.asynchronous
     assert module.matmul_flops() == 5 * 2 * 8 * 8 * 16
 
 
@@ -74,6 +74,53 @@ def test_a_loop_that_does_not_say_is_not_guessed():
     [gather] = collectives_of(Module(text), MESH, "tpu")
     assert gather.count is None and Module(text).matmul_flops() is None
     assert collectives_of(Module(text, open_loop_times=1), MESH, "tpu")[0].count == 1
+
+
+CHAIN = """HloModule x
+
+%first (p: bf16[64,64]) -> (bf16[64,64], bf16[64,128]) {
+  %p = bf16[64,64]{1,0:T(8,128)} parameter(0)
+  %g = bf16[64,128]{1,0:T(8,128)} all-gather(%p), replica_groups=[4,2]<=[8], frontend_attributes={chain_id="0"}
+  ROOT %c = (bf16[64,64]{1,0}, bf16[64,128]{1,0}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+
+%second (p: bf16[64,64], q: bf16[64,128], w: f32[32,32]) -> (f32[32,32], bf16[64,64], bf16[64,128]) {
+  %p = bf16[64,64]{1,0:T(8,128)} parameter(0)
+  %q = bf16[64,128]{1,0:T(8,128)} parameter(1)
+  %w = f32[32,32]{1,0:T(8,128)} parameter(2)
+  %g = bf16[64,128]{1,0:T(8,128)} all-gather(%p), replica_groups=[4,2]<=[8], frontend_attributes={chain_id="0"}
+  %y = f32[32,32]{1,0:T(8,128)} dot(%w, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (f32[32,32]{1,0}, bf16[64,64]{1,0}, bf16[64,128]{1,0}) tuple(%y, %p, %g)
+}
+
+%last (p: bf16[64,64], q: bf16[64,128]) -> bf16[64,128] {
+  %p = bf16[64,64]{1,0:T(8,128)} parameter(0)
+  %q = bf16[64,128]{1,0:T(8,128)} parameter(1)
+  %g = bf16[64,128]{1,0:T(8,128)} all-gather(%p), replica_groups=[4,2]<=[8], frontend_attributes={chain_id="0"}
+  ROOT %c = bf16[64,128]{1,0} custom-call(%p, %q, %g), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: bf16[64,64], w: f32[32,32]) -> bf16[64,128] {
+  %a = bf16[64,64]{1,0:T(8,128)} parameter(0)
+  %w = f32[32,32]{1,0:T(8,128)} parameter(1)
+  %f = (bf16[64,64]{1,0:T(8,128)}, bf16[64,128]{1,0:T(8,128)}) fusion(%a), kind=kCustom, calls=%first
+  %a.1 = bf16[64,64]{1,0:T(8,128)} get-tuple-element(%f), index=0
+  %b.1 = bf16[64,128]{1,0:T(8,128)} get-tuple-element(%f), index=1
+  %s = (f32[32,32]{1,0:T(8,128)}, bf16[64,64]{1,0:T(8,128)}, bf16[64,128]{1,0:T(8,128)}) fusion(%a.1, %b.1, %w), kind=kOutput, calls=%second
+  %a.2 = bf16[64,64]{1,0:T(8,128)} get-tuple-element(%s), index=1
+  %b.2 = bf16[64,128]{1,0:T(8,128)} get-tuple-element(%s), index=2
+  ROOT %d = bf16[64,128]{1,0:T(8,128)} fusion(%a.2, %b.2), kind=kCustom, calls=%last
+}
+"""  # noqa: E501, lines of a compiler
+
+
+def test_a_chain_of_fusions_is_one_asynchronous_collective_sent_read_and_written_once():
+    module = Module(CHAIN)
+    [gather] = collectives_of(module, MESH, "tpu")
+    assert (gather.kind, gather.count, gather.asynchronous) == ("all-gather", 1, True)
+    assert gather.bytes == 64 * 64 * 2
+    assert module.memory_bytes() == 64 * 64 * 2 + 64 * 128 * 2 + 2 * 32 * 32 * 4  # and the product of the second fusion
+    assert module.matmul_flops() == 2 * 32**3
 
 
 def test_an_all_reduce_sliced_in_its_fusion_is_a_reduce_scatter():
