@@ -28,6 +28,10 @@ DTYPES = ("float32", "bfloat16")
 #: Sizes of what is measured on a CPU and on an accelerator: a matrix's side, numbers of an array that is copied, and of
 #: one that is sent.
 _SIZES = {"cpu": (384, 2**22, 2**19), "": (4096, 2**27, 2**23)}
+#: Of the time of a step, in the order of `Roofline.parts`.
+PARTS = ("compute", "memory", "network", "operations")
+#: Weight of a share of 1 among the measured steps, for parts that these say little of.
+_PRIOR = 0.01
 #: Runs of which the fastest counts; small collectives, and steps of a loop, in one run.
 _RUNS, _SMALL, _OPERATIONS = 5, 50, 200
 
@@ -47,6 +51,7 @@ class Calibration:
         operation_seconds: of an operation on few numbers.
         memory_bytes: of one device; of simulated ones, its share of the machine's memory. None where not known.
         versions: of jax and jaxlib.
+        shares: of `PARTS`, how much of its time each took in steps that were measured (`fit_shares`); empty without.
     """
 
     date: str
@@ -60,12 +65,18 @@ class Calibration:
     operation_seconds: float
     memory_bytes: int | None
     versions: dict[str, str]
+    shares: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The measurement in words."""
         kind = "simulated CPU" if self.platform == "cpu" else self.device_kind
         return f"{self.devices} × {kind} on {self.date}"
+
+    @property
+    def speeds(self) -> str:
+        """`Roofline.speeds` of plans by it."""
+        return f"speeds measured on {self.name}"
 
     def chip(self, dtype: str) -> Chip:
         """The measured device as a chip, for products in `dtype`.
@@ -139,9 +150,9 @@ def present_devices(request: TargetRequest) -> list[jax.Device]:
     return devices
 
 
-def measure(devices: Sequence[jax.Device]) -> Calibration:
-    """Measures devices that work at once, in a few seconds."""
-    mesh = Mesh(np.array(devices), ("all",), axis_types=(AxisType.Auto,))
+def measure(devices: Sequence[jax.Device], clock: Callable[[], float] = time.perf_counter) -> Calibration:
+    """Measures devices that work at once, in a few seconds of a clock."""
+    bench = _Bench(mesh=Mesh(np.array(devices), ("all",), axis_types=(AxisType.Auto,)), clock=clock)
     platform = devices[0].platform
     side, copied, sent = _SIZES.get(platform, _SIZES[""])
     many = len(devices) > 1
@@ -150,11 +161,11 @@ def measure(devices: Sequence[jax.Device]) -> Calibration:
         platform=platform,
         device_kind=devices[0].device_kind,
         devices=len(devices),
-        flops={dtype: _flops(mesh, side, dtype) for dtype in DTYPES},
-        memory_bandwidth=_memory_bandwidth(mesh, copied),
-        network_bandwidth=_network_bandwidth(mesh, sent) if many else 0.0,
-        collective_seconds=_collective_seconds(mesh) if many else 0.0,
-        operation_seconds=_operation_seconds(mesh),
+        flops={dtype: _flops(bench, side, dtype) for dtype in DTYPES},
+        memory_bandwidth=_memory_bandwidth(bench, copied),
+        network_bandwidth=_network_bandwidth(bench, sent) if many else 0.0,
+        collective_seconds=_collective_seconds(bench) if many else 0.0,
+        operation_seconds=_operation_seconds(bench),
         memory_bytes=_memory_bytes(devices),
         versions={"jax": jax.__version__, "jaxlib": jax.lib.__version__},
     )
@@ -167,62 +178,88 @@ def _memory_bytes(devices: Sequence[jax.Device]) -> int | None:
     return stats.get("bytes_limit")
 
 
-def _seconds(mesh: Mesh, function: Callable[[jax.Array], Any], shape: tuple[int, ...], dtype: str = "float32") -> float:
-    """The fastest run of a function of one array on all devices, each with its own of this shape."""
-    sharding = NamedSharding(mesh, P("all"))
-    x = jax.device_put(np.ones((mesh.size, *shape), np.float32), sharding).astype(dtype)
-    local = jax.shard_map(
-        lambda x: function(x[0])[None], mesh=mesh, in_specs=P("all"), out_specs=P("all"), check_vma=False
-    )
-    compiled = jax.jit(local).lower(x).compile()
-    jax.block_until_ready(compiled(x))
-    times = []
-    for _ in range(_RUNS):
-        began = time.perf_counter()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Bench:
+    """All devices, each of which runs a function of an array of its own; and a clock."""
+
+    mesh: Mesh
+    clock: Callable[[], float]
+
+    def seconds(self, function: Callable[[jax.Array], Any], shape: tuple[int, ...], dtype: str = "float32") -> float:
+        """The fastest run of the function, of an array of this shape."""
+        everywhere = NamedSharding(self.mesh, P("all"))
+        x = jax.device_put(np.ones((self.mesh.size, *shape), np.float32), everywhere).astype(dtype)
+        local = jax.shard_map(
+            lambda x: function(x[0])[None], mesh=self.mesh, in_specs=P("all"), out_specs=P("all"), check_vma=False
+        )
+        compiled = jax.jit(local).lower(x).compile()
         jax.block_until_ready(compiled(x))
-        times.append(time.perf_counter() - began)
-    return min(times)
+        times = []
+        for _ in range(_RUNS):
+            began = self.clock()
+            jax.block_until_ready(compiled(x))
+            times.append(self.clock() - began)
+        return min(times)
 
 
-def _flops(mesh: Mesh, side: int, dtype: str) -> float:
+def _flops(bench: _Bench, side: int, dtype: str) -> float:
     repeats = 8
 
     def products(x: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, repeats, lambda _, y: (x @ y / side).astype(x.dtype), x)
 
-    return repeats * 2 * side**3 / _seconds(mesh, products, (side, side), dtype)
+    return repeats * 2 * side**3 / bench.seconds(products, (side, side), dtype)
 
 
-def _memory_bandwidth(mesh: Mesh, numbers: int) -> float:
+def _memory_bandwidth(bench: _Bench, numbers: int) -> float:
     """Of a sum of two arrays: two are read, one is written."""
-    seconds = _seconds(mesh, lambda x: x[0] + x[1], (2, numbers))
+    seconds = bench.seconds(lambda x: x[0] + x[1], (2, numbers))
     return 3 * 4 * numbers / seconds
 
 
-def _network_bandwidth(mesh: Mesh, numbers: int) -> float:
+def _network_bandwidth(bench: _Bench, numbers: int) -> float:
     """Of the three collectives of a training step, all of whose devices send at once."""
-    ways = mesh.size
+    ways = bench.mesh.size
     numbers -= numbers % ways
-    gather = _seconds(mesh, partial(jax.lax.all_gather, axis_name="all"), (numbers // ways,))
-    scatter = _seconds(mesh, lambda x: jax.lax.psum_scatter(x, "all", tiled=True), (numbers,))
-    exchange = _seconds(mesh, lambda x: jax.lax.all_to_all(x, "all", 0, 0, tiled=True), (numbers,))
+    gather = bench.seconds(partial(jax.lax.all_gather, axis_name="all"), (numbers // ways,))
+    scatter = bench.seconds(lambda x: jax.lax.psum_scatter(x, "all", tiled=True), (numbers,))
+    exchange = bench.seconds(lambda x: jax.lax.all_to_all(x, "all", 0, 0, tiled=True), (numbers,))
     return 3 * 4 * numbers * (ways - 1) / ways / (gather + scatter + exchange)
 
 
-def _collective_seconds(mesh: Mesh) -> float:
+def _collective_seconds(bench: _Bench) -> float:
     def sums(x: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, _SMALL, lambda _, y: jax.lax.pmean(y + 1, "all"), x)
 
-    return _seconds(mesh, sums, (1,)) / _SMALL
+    return bench.seconds(sums, (1,)) / _SMALL
 
 
-def _operation_seconds(mesh: Mesh) -> float:
+def _operation_seconds(bench: _Bench) -> float:
     """Of a small product, which no compiler fuses with the next."""
 
     def loop(x: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, _OPERATIONS, lambda _, y: jnp.sort(y[::-1]), x)
 
-    return _seconds(mesh, loop, (8,)) / _OPERATIONS
+    return bench.seconds(loop, (8,)) / _OPERATIONS
+
+
+def fit_shares(parts: Sequence[Sequence[float]], seconds: Sequence[float]) -> dict[str, float]:
+    """How much of each part's time steps take, none of it negative, by least squares of their relative errors.
+
+    Args:
+        parts: of each measured step, `Roofline.parts`.
+        seconds: that it took.
+    """
+    rows = np.asarray(parts, float) / np.asarray(seconds, float)[:, None]
+    # A share is pulled to 1 by as much as its part is of the time, so that parts of nothing stay there.
+    pull = _PRIOR * np.diag(np.mean(rows, axis=0) + _PRIOR)
+    left, right = np.concatenate([rows, pull]), np.concatenate([np.ones(len(rows)), np.diag(pull)])
+    shares = np.ones(len(PARTS))
+    for _ in range(2000):  # one share after the other, which converges for so few
+        for part in range(len(PARTS)):
+            others = right - left @ shares + left[:, part] * shares[part]
+            shares[part] = max(0.0, left[:, part] @ others / (left[:, part] @ left[:, part]))
+    return dict(zip(PARTS, shares.tolist(), strict=True))
 
 
 def calibration_for(request: TargetRequest, *, measure_to: str | None, read_from: str | None) -> Calibration | None:

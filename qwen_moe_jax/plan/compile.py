@@ -137,7 +137,8 @@ def plan_step(step: Step, request: TargetRequest, mesh: Mesh, calibration: Calib
         collectives = collectives_of(module, sizes, request.platform)
         flops = module.matmul_flops()
         program_flops = None if flops is None else flops * target.devices
-        roofline = roofline_of(target, chip, sizes, step, program_flops, module, collectives, _speeds(calibration))
+        speeds = (PUBLISHED, None) if calibration is None else (calibration.speeds, calibration.shares)
+        roofline = roofline_of(target, chip, sizes, step, program_flops, module, collectives, *speeds)
     moe = step.config.moe
     plan = Plan(
         target=target,
@@ -177,10 +178,6 @@ def chip_for(
         calibration.check_target(request, len(devices))
         return calibration.chip(dtype)
     return None if request.platform == "cpu" else chip_of(devices[0].device_kind)
-
-
-def _speeds(calibration: Calibration | None) -> str:
-    return PUBLISHED if calibration is None else f"speeds measured on {calibration.name}"
 
 
 def target_of(request: TargetRequest, mesh: Mesh, chip: Chip | None) -> Target:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from qwen_moe_jax.attention_kernels.splash import PRODUCT_FLOPS
 from qwen_moe_jax.moe.dispatch.overflow import SCOPE
+from qwen_moe_jax.plan.cpu_kernels import product_flops
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 #: A TPU's layout, which has tiles, of an array in memory on the chip: any space but 0, its HBM, and 5, the host's.
@@ -253,6 +254,9 @@ class Module:
         if splash := _SPLASH.search(instruction.source):
             return float(splash[1]) * _SPLASH_PRODUCTS[splash[2]]
         target = instruction.attribute("custom_call_target") or ""
+        shapes = [array.shape for array in self.operand_arrays(run)], [array.shape for array in instruction.results]
+        if (known := product_flops(target.strip('"'), *shapes, self.balanced_rows)) is not None:
+            return known
         if "gemm" in target or "matmul" in target:
             left = run.computation[instruction.operands[0]].results[0]
             summed = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)

@@ -290,6 +290,7 @@ class Roofline:
         operations: seconds that so many operations on few numbers take; 0 where it is not measured.
         speeds: where the speeds are from: "published peaks", or the measurement with its date and devices.
         assumptions: that both ends of the interval rest on, in words.
+        expected: seconds of a step, if its parts take what they took in steps that were measured; None without such.
     """
 
     compute: float
@@ -305,6 +306,17 @@ class Roofline:
     operations: float = 0.0
     speeds: str = PUBLISHED
     assumptions: tuple[str, ...] = ()
+    expected: float | None = None
+
+    @property
+    def parts(self) -> tuple[float, float, float, float]:
+        """Seconds of compute, memory, network and operations."""
+        return self.compute, self.memory, self.network, self.operations
+
+    @property
+    def likely(self) -> float:
+        """`expected` or, where no steps were measured, `seconds_without_overlap`, by which plans are ranked."""
+        return self.seconds_without_overlap if self.expected is None else self.expected
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from qwen_moe_jax.plan.compile import Step
 
 
+BOUNDS: tuple[Bound, ...] = ("compute", "memory", "network")
+
+
 def roofline_of(
     target: Target,
     chip: Chip | None,
@@ -23,6 +26,7 @@ def roofline_of(
     module: Module,
     collectives: Sequence[Collective],
     speeds: str = PUBLISHED,
+    shares: Mapping[str, float] | None = None,
 ) -> Roofline | None:
     """The estimate of a step; None for a chip whose numbers are not known.
 
@@ -36,10 +40,12 @@ def roofline_of(
     memory = memory_bytes / target.memory_bandwidth
     traffic = traffic_of(collectives, chip.networks, mesh)
     network = sum(one.seconds or 0.0 for one in traffic)
-    parts: dict[Bound, float] = {"compute": compute, "memory": memory, "network": network}
+    parts: dict[str, float] = {"compute": compute, "memory": memory, "network": network}
     operations = module.operations() * chip.operation_seconds
-    bound = max(parts, key=parts.__getitem__)
+    bound: Bound = max(BOUNDS, key=parts.__getitem__)
     seconds = parts[bound]
+    measured = {**parts, "operations": operations}
+    expected = sum(share * measured[name] for name, share in shares.items()) if shares else None
     return Roofline(
         compute=compute,
         memory=memory,
@@ -54,6 +60,7 @@ def roofline_of(
         operations=operations,
         speeds=speeds,
         assumptions=_assumptions(step, program_flops, speeds),
+        expected=expected,
     )
 
 

@@ -9,9 +9,9 @@ Three functions are the caller's; `plan.mesh_search` makes them of a step:
     settings_of(outline, mesh) -> settings to try   `plan.settings`; without it those of the outline alone
     compile_plan(mesh, settings) -> Plan            by the target's compiler
 
-Plans that fit come first, then those that may. Among them the order is `Roofline.seconds_without_overlap`: with perfect
-overlap all meshes that are bound by arithmetic take the same time, since they compute the same, and the better one is
-the one that leaves less to hide.
+Plans that fit come first, then those that may. Among them the order is `Roofline.likely`, the time where nothing
+overlaps, or what is expected by measured steps: with perfect overlap all meshes that are bound by arithmetic take the
+same time, since they compute the same, and the better one is the one that leaves less to hide.
 """
 
 import dataclasses
@@ -182,7 +182,7 @@ def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
         if plan.memory.fits is False:
             return (1.0, total)
         if plan.roofline is not None:
-            return (0.0, plan.roofline.seconds_without_overlap, total)
+            return (0.0, plan.roofline.likely, total)
         return (0.0, sum(item.bytes_per_step or 0 for item in plan.collectives), total)
 
     return sorted(candidates, key=key)

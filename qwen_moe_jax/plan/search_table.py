@@ -141,7 +141,7 @@ def _cells_of_plan(candidate: Candidate, timed: bool) -> tuple[str, ...]:
         return *held, format_bytes(sum(item.bytes_per_step or 0 for item in plan.collectives))
     if roofline is None:  # refused
         return *held, "", "", ""
-    seconds = roofline.seconds_without_overlap
+    seconds = roofline.likely
     return *held, format_seconds(seconds), f"{plan.work.tokens / seconds:,.0f}", roofline.bound
 
 

@@ -179,6 +179,8 @@ def _print_roofline(plan: Plan, console: Console) -> None:
         markup=False,
         soft_wrap=True,
     )
+    if line.expected is not None:
+        console.print(f"Expected: {_seconds(line.expected)} a step, by steps that were measured.", markup=False)
     if line.assumptions:
         console.print(f"Assumed: {'; '.join(line.assumptions)}.", style="dim", markup=False, soft_wrap=True)
 

@@ -3,14 +3,18 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.plan import calibration
-from qwen_moe_jax.plan.calibration import Calibration, calibration_for, measure
+from qwen_moe_jax.plan.calibration import Calibration, calibration_for, fit_shares, measure
 from qwen_moe_jax.plan.roofline import traffic_of
+from qwen_moe_jax.plan.search import Candidate, draft_meshes, ranked
 from qwen_moe_jax.plan.targets import parse_target
-from tests.plan.samples import collective
+from tests.plan import samples
+from tests.plan.samples import collective, roofline
+from tests.plan.test_search import CHIP, describe, target
 from train.main import main as train
 
 MEASURED = Calibration(
@@ -25,6 +29,7 @@ MEASURED = Calibration(
     operation_seconds=1e-6,
     memory_bytes=10**9,
     versions={"jax": jax.__version__},
+    shares={"compute": 2.0, "memory": 0.5, "network": 1.0, "operations": 3.0},
 )
 
 SMALL = """
@@ -73,6 +78,23 @@ def test_collectives_take_their_bytes_and_for_each_the_time_of_a_small_one():
     assert found.seconds == pytest.approx(3000 / 5e8 + 3 * 1e-5)
 
 
+def test_shares_of_measured_steps_are_found_and_what_they_do_not_show_stays_whole():
+    parts = np.random.default_rng(0).uniform(0.1, 1, (8, 4))
+    shares = np.array([1.9, 0.5, 0.0, 2.5])
+    assert [*fit_shares(parts, parts @ shares).values()] == pytest.approx(shares, abs=0.05)
+    parts[:, 3] = 0
+    found = fit_shares(parts, parts[:, 0])
+    assert [*found] == ["compute", "memory", "network", "operations"] and found["operations"] == pytest.approx(1.0)
+
+
+def test_plans_are_ranked_by_what_is_expected_where_steps_were_measured():
+    assert roofline().likely == roofline().seconds_without_overlap
+    slow, fast = roofline(expected=2.0, seconds_without_overlap=1.0), roofline(expected=1.0)
+    drafts, _ = draft_meshes(target(2), CHIP.networks, describe)
+    candidates = [Candidate(draft=drafts[0], plan=samples.plan(roofline=line)) for line in (slow, fast)]
+    assert ranked(candidates)[0].compiled_plan.roofline is fast
+
+
 @pytest.mark.parametrize(
     "text, words", [("", "measure again"), ("[]", "measure again"), ('{"date": "today"}', "measure again")]
 )
@@ -117,3 +139,5 @@ def test_a_search_by_measured_speeds_prints_what_is_read_back(file, tmp_path, ca
     assert line["seconds"] == max(line["compute"], line["memory"], line["network"])
     parts = line["compute"] + line["memory"] + line["network"] + line["operations"]
     assert line["seconds_without_overlap"] == pytest.approx(parts) and line["operations"] > 0
+    expected = 2 * line["compute"] + line["memory"] / 2 + line["network"] + 3 * line["operations"]
+    assert line["expected"] == line["likely"] == pytest.approx(expected) and "Expected: " in out

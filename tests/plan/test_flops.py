@@ -6,8 +6,10 @@ import pytest
 from flax import nnx
 
 import qwen_moe_jax as qmj
+from qwen_moe_jax.nn.kernels import matmul
 from qwen_moe_jax.plan.chips import peak_flops
 from qwen_moe_jax.plan.compile import plan_step, target_mesh
+from qwen_moe_jax.plan.cpu_kernels import product_flops
 from qwen_moe_jax.plan.flops import (
     extend_flops_per_token,
     forward_flops_per_token,
@@ -104,7 +106,8 @@ def test_the_compiled_rule_has_the_formula_s_flops_within_a_third(value_heads):
     [{"model_type": "qwen3", "intermediate_size": 768}, {"num_experts": 4, "num_experts_per_tok": 4}],
     ids=["dense", "sparse"],  # the sparse one's experts are all active, so that no arithmetic is the dispatch's own
 )
-def test_xla_counts_the_same_in_a_compiled_forward_pass(changes):
+def test_xla_counts_the_same_in_a_compiled_forward_pass(changes, monkeypatch):
+    monkeypatch.setattr(matmul, "is_worth_it", lambda *_: False)  # XLA counts no FLOPs of C functions
     config = read(**changes)
     model = qmj.CausalLM(config, rngs=nnx.Rngs(0), execution=qmj.ExecutionConfig(dispatch="dense"))
     rows, length = 2, 64
@@ -112,6 +115,17 @@ def test_xla_counts_the_same_in_a_compiled_forward_pass(changes):
     counted = jax.jit(lambda tokens_BT: model(tokens_BT).logits).lower(tokens_BT).compile().cost_analysis()["flops"]
     masked = 4 * 4 * 64 * (length - (length + 1) / 2)  # scores of later keys are computed, and belong to no model
     assert counted / (rows * length) == pytest.approx(forward_flops_per_token(config, length) + masked, rel=0.02)
+
+
+def test_a_plan_counts_the_same_where_c_functions_multiply():
+    """Without llvmlite there are none, and the count is the same."""
+    config = read(model_type="qwen3", intermediate_size=768)
+    request, rows, length = parse_target("cpu:1"), 2, 64
+    mesh = target_mesh(request, {})
+    plan = plan_step(forward_step(config, "x", mesh, qmj.ExecutionConfig(), rows=rows, length=length), request, mesh)
+    masked = 4 * 4 * 64 * (length - (length + 1) / 2)
+    expected = forward_flops_per_token(config, length) + masked
+    assert plan.flops.program / (rows * length) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -133,3 +147,16 @@ def test_xla_counts_the_same_in_a_compiled_forward_pass(changes):
 )
 def test_peaks_are_known_by_the_names_that_jax_gives(device_kind, peak):
     assert peak_flops(device_kind) == peak
+
+
+def test_the_kernels_of_cpus_count_the_rows_of_a_balanced_load():
+    """8 experts' rows in a buffer of 200, of which 120 are filled; one group's rows are all there."""
+    experts, dense = [(200, 32), (8, 64, 32), (8,), (1,)], [(200, 32), (1, 64, 32), (1,), (1,)]
+    name = "qwen_moe_jax_transposed_matmul_float_4x2"
+    assert product_flops(name, experts, [(200, 64)], 120) == 2 * 120 * 32 * 64
+    assert product_flops(name, experts, [(200, 64)], None) == product_flops(name, dense, [(200, 64)], 120) == 819200
+    outer = [(200, 64), (200, 32), (8,)]
+    assert product_flops("qwen_moe_jax_outer_matmul_float_4x2", outer, [(8, 64, 32)], 120) == 2 * 120 * 32 * 64
+    picked = [(4, 32), (4,), (4,), (8, 64, 32), (8, 16, 32)]
+    assert product_flops("qwen_moe_jax_picked_matmul_float32", picked, [(4, 64), (4, 16)], 9) == 2 * 4 * 32 * 80
+    assert product_flops("TopK", picked, [(4, 64)], 9) is None

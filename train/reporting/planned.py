@@ -29,7 +29,8 @@ class Planned:
         mesh: sizes of the axes.
         work: the fields of `plan.result.Work`.
         memory: bytes of a device, without the program itself; None where the compiler refused the program.
-        seconds: of a step, where everything overlaps and where nothing does; None without speeds.
+        seconds: of a step, where everything overlaps and where nothing does, or what is expected by steps that were
+            measured; None without speeds.
         speeds: where these are from.
     """
 
@@ -56,7 +57,7 @@ class Planned:
                 mesh=plan["mesh"],
                 work=work,
                 memory=None if total is None else total - (memory["code"] or 0),
-                seconds=None if line is None else (line["seconds"], line["seconds_without_overlap"]),
+                seconds=None if line is None else (line["seconds"], line["likely"]),
                 speeds="" if line is None else line["speeds"],
             )
         except OSError as error:

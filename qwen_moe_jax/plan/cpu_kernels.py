@@ -1,0 +1,33 @@
+"""FLOPs of the package's own kernels on CPUs, by the shapes that a compiled program calls them with."""
+
+import math
+from collections.abc import Sequence
+
+#: How the names begin under which XLA knows them; `nn.kernels.cpu` and `nn.kernels.matmul` register them.
+_NAMES = tuple(f"qwen_moe_jax_{product}_matmul_" for product in ("picked", "plain", "transposed", "outer"))
+
+Shape = tuple[int, ...]
+
+
+def product_flops(
+    target: str, operands: Sequence[Shape], results: Sequence[Shape], balanced_rows: int | None
+) -> float | None:
+    """FLOPs of a call; None of another function.
+
+    Args:
+        target: the function's name.
+        operands, results: shapes; the first operand has the rows.
+        balanced_rows: of the experts of a device at a balanced load, which buffers hold of rows for several experts.
+            None takes buffers as filled.
+    """
+    if not target.startswith(_NAMES):
+        return None
+    rows, inputs = operands[0]
+    if target.startswith(_NAMES[0]):
+        return float(sum(2 * rows * inputs * shape[-1] for shape in results))
+    groups = operands[2][0]
+    if groups > 1 and balanced_rows is not None:
+        rows = min(rows, balanced_rows)
+    if target.startswith(_NAMES[3]):
+        return 2.0 * rows * inputs * operands[1][1]
+    return 2.0 * rows * inputs * math.prod(results[0][1:])
