@@ -62,10 +62,10 @@ def test_without_llvmlite_it_is_not_available(monkeypatch):
     assert cpu.is_available("float32", 32)
     assert not cpu.is_available("float32", 24), "I is no multiple of 16"
     assert not cpu.is_available("float16", 32)
-    cpu._target.cache_clear()
+    cpu.target.cache_clear()
     monkeypatch.setitem(sys.modules, "llvmlite", None)
     assert not cpu.is_available("float32", 32)
-    cpu._target.cache_clear()
+    cpu.target.cache_clear()
 
 
 @pytest.mark.parametrize(("bits", "group"), [(8, 48), (4, 16), (4, 48)])

@@ -41,11 +41,12 @@ def write_slots(
     slot_BT = (lengths_B[:, None] + jnp.arange(x_BTKH.shape[1], dtype=jnp.int32)) % num_slots
     slot_BT = jnp.where(token_mask_BT, slot_BT, num_slots)  # outside: not written
     row_B1 = jnp.arange(x_BTKH.shape[0], dtype=jnp.int32)[:, None]
-    x_BTKH = _as_stored(x_BTKH, store_LBSKH)
+    x_BTKH = as_stored(x_BTKH, store_LBSKH)
     return store_LBSKH.at[layer, row_B1, slot_BT].set(x_BTKH, mode="drop", unique_indices=True)
 
 
-def _as_stored(x: jax.Array, store: jax.Array) -> jax.Array:
+def as_stored(x: jax.Array, store: jax.Array) -> jax.Array:
+    """Keys or values as `store` has them: in its dtype, bfloat16 as its bits where it has bits."""
     x = x.astype(from_bits(store).dtype)
     return as_bits(x) if store.dtype == jnp.uint16 else x
 
@@ -63,7 +64,7 @@ def write_blocks(
     position_BT = lengths_B[:, None] + jnp.arange(x_BTKH.shape[1], dtype=jnp.int32)
     index_BT = jnp.minimum(position_BT // size, table_BM.shape[1] - 1)
     block_BT = jnp.where(token_mask_BT, jnp.take_along_axis(table_BM, index_BT, axis=1), num_blocks)
-    x_BTKH = _as_stored(x_BTKH, store_LPSKH)
+    x_BTKH = as_stored(x_BTKH, store_LPSKH)
     return store_LPSKH.at[layer, block_BT, position_BT % size].set(x_BTKH, mode="drop", unique_indices=True)
 
 

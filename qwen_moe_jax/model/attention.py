@@ -12,7 +12,7 @@ from qwen_moe_jax.attention_kernels.blockwise import Blocks, attend_in_blocks
 from qwen_moe_jax.attention_kernels.context import attend_over_context
 from qwen_moe_jax.attention_kernels.splash import LANES, attend_by_splash
 from qwen_moe_jax.config import ExecutionConfig, ModelConfig
-from qwen_moe_jax.model.cache import LayerCache, cached_attention, update_cache
+from qwen_moe_jax.model.cache import LayerCache, update_and_attend
 from qwen_moe_jax.model.inputs import TokenContext
 from qwen_moe_jax.model.rotary import apply_rotary
 from qwen_moe_jax.nn.linear import Linear, project
@@ -67,8 +67,9 @@ class Attention(nnx.Module):
             if cache is None:
                 mixed_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, context, sliding_window, execution)
             else:
-                cache = update_cache(cache, k_BTKH, v_BTKH, context.token_mask_BT)
-                mixed_BTNH = cached_attention(q_BTNH, cache, context.token_mask_BT, sliding_window)
+                mixed_BTNH, cache = update_and_attend(
+                    q_BTNH, k_BTKH, v_BTKH, cache, context.token_mask_BT, sliding_window
+                )
             if gate_BTNH is not None:
                 mixed_BTNH = mixed_BTNH * jax.nn.sigmoid(gate_BTNH)
             batch, length, heads, head_dim = mixed_BTNH.shape

@@ -20,16 +20,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.attention_kernels.cached import (
+    as_stored,
     attend_blocks,
     attend_cached,
     stored_dtype,
     write_blocks,
     write_slots,
 )
+from qwen_moe_jax.attention_kernels.cached_cpu import attends_in_place, write_and_attend
 from qwen_moe_jax.config import LayerKind, ModelConfig
 from qwen_moe_jax.errors import ShardingError
 from qwen_moe_jax.model.segments import plan_segments
-from qwen_moe_jax.nn.bits import as_bits, from_bits
+from qwen_moe_jax.nn.bits import from_bits
 from qwen_moe_jax.rounding import ceil_div
 from qwen_moe_jax.sharding.rules import BATCH, CONTEXT
 
@@ -289,60 +291,56 @@ def _zeros(abstract: Cache) -> Callable[[], Cache]:
     return jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=shardings)
 
 
-def update_cache(
-    cache: LayerCache[KeyValues] | LayerCache[PagedKeyValues],
+def update_and_attend(
+    q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    token_mask_BT: jax.Array,
-) -> LayerCache:
-    """The cache with keys and values of the new tokens after those of their rows; padding is not written."""
-
-    def local(stored: KeyValues, layer, lengths_B, k_BTKH, v_BTKH, token_mask_BT) -> KeyValues:
-        return KeyValues(
-            keys_LBSKH=write_slots(stored.keys_LBSKH, k_BTKH, layer, lengths_B, token_mask_BT),
-            values_LBSKH=write_slots(stored.values_LBSKH, v_BTKH, layer, lengths_B, token_mask_BT),
-        )
-
-    def paged(stored: PagedKeyValues, layer, lengths_B, k_BTKH, v_BTKH, token_mask_BT, table_BM) -> PagedKeyValues:
-        return PagedKeyValues(
-            keys_LPSKH=write_blocks(stored.keys_LPSKH, k_BTKH, layer, lengths_B, token_mask_BT, table_BM),
-            values_LPSKH=write_blocks(stored.values_LPSKH, v_BTKH, layer, lengths_B, token_mask_BT, table_BM),
-        )
-
-    in_specs = (cache.stored.specs(), P(), P(BATCH), HEADS, HEADS, P(BATCH, None))
-    arguments = (cache.stored, cache.layer, cache.lengths_B, k_BTKH, v_BTKH, token_mask_BT)
-    stored = _by_device(cache, local, paged, in_specs, cache.stored.specs())(*arguments)
-    return dataclasses.replace(cache, stored=stored)
-
-
-def cached_attention(
-    q_BTNH: jax.Array,
     cache: LayerCache[KeyValues] | LayerCache[PagedKeyValues],
     token_mask_BT: jax.Array,
     sliding_window: int | None,
-) -> jax.Array:
-    """Attention of the new tokens, stored already, over all of their row so far; see `attend_cached`."""
+) -> tuple[jax.Array, LayerCache]:
+    """Attention of new tokens over all of their row so far, and the cache with their keys and values.
 
-    def local(q_BTNH, stored: KeyValues, layer, lengths_B, token_mask_BT) -> jax.Array:
+    Padding is not written, and its results mean nothing; see `attend_cached`. Few tokens on CPUs read the cache in
+    place (`attention_kernels.cached_cpu`).
+    """
+
+    def local(q_BTNH, k_BTKH, v_BTKH, stored: KeyValues, layer, lengths_B, token_mask_BT) -> tuple:
+        new, mask = (layer, lengths_B), token_mask_BT
         keys, values = stored.keys_LBSKH, stored.values_LBSKH
-        return attend_cached(q_BTNH, keys, values, layer, lengths_B, token_mask_BT, sliding_window)
+        if attends_in_place(q_BTNH, keys):
+            mixed_BTNH, keys, values = write_and_attend(
+                q_BTNH, k_BTKH, v_BTKH, keys, values, *new, mask, sliding_window=sliding_window
+            )
+        else:
+            keys, values = write_slots(keys, k_BTKH, *new, mask), write_slots(values, v_BTKH, *new, mask)
+            mixed_BTNH = attend_cached(q_BTNH, keys, values, *new, mask, sliding_window)
+        return mixed_BTNH, KeyValues(keys_LBSKH=keys, values_LBSKH=values)
 
-    def paged(q_BTNH, stored: PagedKeyValues, layer, lengths_B, token_mask_BT, table_BM) -> jax.Array:
+    def paged(q_BTNH, k_BTKH, v_BTKH, stored: PagedKeyValues, layer, lengths_B, token_mask_BT, table_BM) -> tuple:
+        new, mask = (layer, lengths_B), token_mask_BT
         keys, values = stored.keys_LPSKH, stored.values_LPSKH
-        return attend_blocks(q_BTNH, keys, values, layer, lengths_B, token_mask_BT, table_BM)
+        if attends_in_place(q_BTNH, keys):
+            mixed_BTNH, keys, values = write_and_attend(
+                q_BTNH, k_BTKH, v_BTKH, keys, values, *new, mask, table_BM=table_BM
+            )
+        else:
+            keys = write_blocks(keys, k_BTKH, *new, mask, table_BM)
+            values = write_blocks(values, v_BTKH, *new, mask, table_BM)
+            mixed_BTNH = attend_blocks(q_BTNH, keys, values, *new, mask, table_BM)
+        return mixed_BTNH, PagedKeyValues(keys_LPSKH=keys, values_LPSKH=values)
 
-    in_specs = (HEADS, cache.stored.specs(), P(), P(BATCH), P(BATCH, None))
-    arguments = (q_BTNH, cache.stored, cache.layer, cache.lengths_B, token_mask_BT)
-    return _by_device(cache, local, paged, in_specs, HEADS)(*arguments)
-
-
-def _by_device(cache: LayerCache, local: Callable, paged: Callable, in_specs: tuple, out_specs: Any) -> Callable:
-    """`local`, or `paged` with the table as last argument where the layer is in blocks, on each device's own arrays."""
-    if not isinstance(cache.stored, PagedKeyValues):
-        return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    specs = (*in_specs, P(BATCH, None))
-    mapped = jax.shard_map(paged, in_specs=specs, out_specs=out_specs, check_vma=False)
-    return lambda *arguments: mapped(*arguments, cache.table_BM)
+    arguments = [q_BTNH, k_BTKH, v_BTKH, cache.stored, cache.layer, cache.lengths_B, token_mask_BT]
+    specs: list[Any] = [HEADS, HEADS, HEADS, cache.stored.specs(), P(), P(BATCH), P(BATCH, None)]
+    attend: Callable = local
+    if isinstance(cache.stored, PagedKeyValues):
+        attend = paged
+        arguments.append(cache.table_BM)
+        specs.append(P(BATCH, None))
+    out_specs = HEADS, cache.stored.specs()
+    mapped = jax.shard_map(attend, in_specs=tuple(specs), out_specs=out_specs, check_vma=False)
+    mixed_BTNH, stored = mapped(*arguments)
+    return mixed_BTNH, dataclasses.replace(cache, stored=stored)
 
 
 def read_state(
@@ -367,7 +365,7 @@ def update_state(
     put = jax.lax.dynamic_update_index_in_dim
     stored = RecurrentState(
         state_LBNHH=put(stored.state_LBNHH, state_BNHH, cache.layer, 0),
-        conv_LBWC=put(stored.conv_LBWC, _as_stored(columns_BWC, stored.conv_LBWC), cache.layer, 0),
+        conv_LBWC=put(stored.conv_LBWC, as_stored(columns_BWC, stored.conv_LBWC), cache.layer, 0),
     )
     return dataclasses.replace(cache, stored=stored)
 
@@ -381,7 +379,7 @@ def update_steps(
     stored = RecurrentSteps(
         before=stored.before,
         states_LBTNHH=put(stored.states_LBTNHH, states_BTNHH, cache.layer, 0),
-        inputs_LBTC=put(stored.inputs_LBTC, _as_stored(inputs_BTC, stored.inputs_LBTC), cache.layer, 0),
+        inputs_LBTC=put(stored.inputs_LBTC, as_stored(inputs_BTC, stored.inputs_LBTC), cache.layer, 0),
     )
     return dataclasses.replace(cache, stored=stored)
 
@@ -430,8 +428,3 @@ def keep_tokens(cache: Cache, lengths_B: jax.Array, count_B: jax.Array) -> Cache
 
     segments = tuple(tuple(map(kept, period)) for period in cache.segments)
     return dataclasses.replace(cache, segments=segments, lengths_B=lengths_B + count_B)
-
-
-def _as_stored(x: jax.Array, like: jax.Array) -> jax.Array:
-    x = x.astype(from_bits(like).dtype)
-    return as_bits(x) if like.dtype == jnp.uint16 else x

@@ -6,6 +6,7 @@ Letters of this file besides the package's: N value heads, C channels of the con
 key head. In the state [B, N, H, H], the sizes are those of a key head and of a value head.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -21,6 +22,7 @@ from qwen_moe_jax.attention_kernels.delta_rule import (
     chunk_size_for,
     recurrent_gated_delta_rule,
 )
+from qwen_moe_jax.attention_kernels.delta_rule_cpu import step, steps_in_place
 from qwen_moe_jax.attention_kernels.delta_rule_tpu import pallas_gated_delta_rule
 from qwen_moe_jax.config import ExecutionConfig, LinearAttentionConfig, ModelConfig
 from qwen_moe_jax.model.attention import split_heads
@@ -30,6 +32,7 @@ from qwen_moe_jax.model.cache import (
     STATE,
     STATES,
     LayerCache,
+    RecurrentState,
     RecurrentSteps,
     read_state,
     update_state,
@@ -93,22 +96,74 @@ class GatedDeltaNet(nnx.Module):
             projections = self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a
             qkv_BTC, gate_BTO, b_BTN, a_BTN = project(hidden_BTD, *projections)
             gate_BTNH = split_heads(gate_BTO, self.linear.value_head_dim)
-            before = None if cache is None else (*read_state(cache, hidden_BTD.dtype), cache.lengths_B == 0)
-            mixed_BTNH, after = self._mixed(
-                qkv_BTC,
-                b_BTN,
-                a_BTN,
-                context,
-                execution,
-                before,
-                keep_steps=cache is not None and isinstance(cache.stored, RecurrentSteps),
-            )
-            if cache is not None and after is not None:
-                update = update_steps if isinstance(cache.stored, RecurrentSteps) else update_state
-                cache = update(cache, *after)
+            if cache is not None and self._steps_in_place(qkv_BTC, cache):
+                mixed_BTNH, cache = self._one_step(qkv_BTC, b_BTN, a_BTN, context, cache)
+            else:
+                mixed_BTNH, cache = self._mixed_and_kept(qkv_BTC, b_BTN, a_BTN, context, execution, cache)
             normed_BTNH = self.norm(mixed_BTNH, gate_BTNH)
             batch, length, heads, head_dim = normed_BTNH.shape
             return self.out_proj(jnp.reshape(normed_BTNH, (batch, length, heads * head_dim))), cache
+
+    def _steps_in_place(self, qkv_BTC: jax.Array, cache: LayerCache) -> bool:
+        """Whether `_one_step` can be used: one token a row on CPUs."""
+        stored = cache.stored
+        return (
+            isinstance(stored, RecurrentState)
+            and qkv_BTC.shape[1] == 1
+            and self.act == "silu"
+            and steps_in_place(stored.state_LBNHH, stored.conv_LBWC)
+        )
+
+    def _one_step(
+        self, qkv_BTC: jax.Array, b_BTN: jax.Array, a_BTN: jax.Array, context: TokenContext, cache: LayerCache
+    ) -> tuple[jax.Array, LayerCache]:
+        """`_mixed_and_kept` for one token of each row, where state and columns are stored."""
+
+        def local(qkv_BTC, b_BTN, a_BTN, mask_BT, weight_C1W, A_log_N, dt_bias_N, stored, layer, lengths_B):
+            log_decay_BTN, beta_BTN = _decay_and_strength(b_BTN, a_BTN, A_log_N, dt_bias_N)
+            mixed_BNH, state_LBNHH, conv_LBWC = step(
+                qkv_BTC[:, 0],
+                weight_C1W[:, 0].astype(qkv_BTC.dtype),
+                jnp.exp(log_decay_BTN[:, 0]),
+                beta_BTN[:, 0],
+                stored.state_LBNHH,
+                stored.conv_LBWC,
+                layer,
+                lengths_B,
+                mask_BT[:, 0],
+            )
+            return mixed_BNH[:, None], RecurrentState(state_LBNHH=state_LBNHH, conv_LBWC=conv_LBWC)
+
+        rows, specs = P(BATCH, None, "tensor"), RecurrentState.specs()
+        own = P("tensor", None, None), P("tensor"), P("tensor")
+        in_specs = (rows, rows, rows, P(BATCH, None), *own, specs, P(), P(BATCH))
+        mapped = jax.shard_map(local, in_specs=in_specs, out_specs=(HEADS, specs), check_vma=False)
+        kept = cache.stored, cache.layer, cache.lengths_B
+        mixed_BTNH, stored = mapped(qkv_BTC, b_BTN, a_BTN, context.token_mask_BT, *self._own_parameters(), *kept)
+        return mixed_BTNH, dataclasses.replace(cache, stored=stored)
+
+    def _mixed_and_kept(
+        self,
+        qkv_BTC: jax.Array,
+        b_BTN: jax.Array,
+        a_BTN: jax.Array,
+        context: TokenContext,
+        execution: ExecutionConfig,
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """`_mixed`, and the cache with what is to be kept."""
+        before = None if cache is None else (*read_state(cache, qkv_BTC.dtype), cache.lengths_B == 0)
+        keep_steps = cache is not None and isinstance(cache.stored, RecurrentSteps)
+        mixed_BTNH, after = self._mixed(qkv_BTC, b_BTN, a_BTN, context, execution, before, keep_steps=keep_steps)
+        if cache is not None and after is not None:
+            cache = (update_steps if keep_steps else update_state)(cache, *after)
+        return mixed_BTNH, cache
+
+    def _own_parameters(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Weights of the convolution, rates of the decay and its biases, gathered."""
+        weight_C1W = gather_for_compute(self.conv1d.weight[...], *self.conv1d.axes)
+        A_log_N, dt_bias_N = (gather_for_compute(param[...], "heads") for param in (self.A_log, self.dt_bias))
+        return weight_C1W, A_log_N, dt_bias_N
 
     def _mixed(
         self,
@@ -131,8 +186,7 @@ class GatedDeltaNet(nnx.Module):
         """
         # With a cache, a row is one text.
         ids_BT = context.segment_ids_BT if before is None else context.token_mask_BT.astype(jnp.int32)
-        weight_C1W = gather_for_compute(self.conv1d.weight[...], *self.conv1d.axes)
-        A_log_N, dt_bias_N = (gather_for_compute(param[...], "heads") for param in (self.A_log, self.dt_bias))
+        weight_C1W, A_log_N, dt_bias_N = self._own_parameters()
         one_step = before is not None and qkv_BTC.shape[1] == 1
         mix = _mix_by_steps if keep_steps else functools.partial(_mix, rule=None if one_step else self._rule(execution))
         local = functools.partial(mix, linear=self.linear, act=ACTIVATIONS[self.act])
@@ -209,10 +263,13 @@ _RuleInputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 def _inputs_of_rule(qkv_BTC, b_BTN, a_BTN, A_log_N, dt_bias_N, linear: LinearAttentionConfig) -> _RuleInputs:
     """Queries, keys, values, logarithms of the decay and betas, from what leaves the convolution and projections."""
+    return *_by_head(qkv_BTC, linear), *_decay_and_strength(b_BTN, a_BTN, A_log_N, dt_bias_N)
+
+
+def _decay_and_strength(b_BTN, a_BTN, A_log_N, dt_bias_N) -> tuple[jax.Array, jax.Array]:
+    """The logarithm of what the state decays by, float32, and how much of a difference is written."""
     time_BTN = jax.nn.softplus(a_BTN.astype(jnp.float32) + dt_bias_N.astype(jnp.float32))
-    log_decay_BTN = -jnp.exp(A_log_N.astype(jnp.float32)) * time_BTN
-    q_BTKH, k_BTKH, v_BTNH = _by_head(qkv_BTC, linear)
-    return q_BTKH, k_BTKH, v_BTNH, log_decay_BTN, jax.nn.sigmoid(b_BTN)
+    return -jnp.exp(A_log_N.astype(jnp.float32)) * time_BTN, jax.nn.sigmoid(b_BTN)
 
 
 def _mix_by_steps(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before, *, linear, act):

@@ -28,7 +28,9 @@ NEXT, DONE, USERS, CHUNKS, JOB_FIELDS = range(0, 40, 8)
 LOOKS = 2000
 
 
-def write_handler(module: ir.Module, make_job: Code, run_chunk: Code, name: str) -> None:
+def write_handler(
+    module: ir.Module, make_job: Code, run_chunk: Code, name: str, threads_field: int | None = None
+) -> None:
     """Writes the function `name` of (XLA_FFI_CallFrame*), which returns null.
 
     Args:
@@ -37,6 +39,7 @@ def write_handler(module: ir.Module, make_job: Code, run_chunk: Code, name: str)
             job begins with, it sets all but the users.
         run_chunk: the function of (job, number of the chunk).
         name: of the function.
+        threads_field: of a job, that says how many threads are worth waking; None: one a chunk, of three or more.
     """
     leave = _write_leave(module)
     task = _write_task(module, run_chunk, leave)
@@ -49,8 +52,9 @@ def write_handler(module: ir.Module, make_job: Code, run_chunk: Code, name: str)
             job = code.call(make_job, frame)
             chunks = code.read(job, CHUNKS)
             others = Variable(code, INT64, code.integer(0))
-            with code.when(chunks >= 3):
-                others.set(code.call(threads, frame).at_most(chunks) - 1)
+            wanted = code.select(chunks >= 3, chunks, 1) if threads_field is None else code.read(job, threads_field)
+            with code.when(wanted >= 2):
+                others.set(code.call(threads, frame).at_most(wanted) - 1)
             # The job is used by the others, by this thread's own task, and until it is done.
             code.write(job, USERS, others.get() + 2)
             code.call(schedule, frame, job, others.get())

@@ -141,6 +141,10 @@ class Code:
         """The address of a function of the module."""
         return Int(self, self.builder.ptrtoint(function.function, INT64))
 
+    def select(self, condition: Any, left: Int | int, right: Int | int) -> Int:
+        """The left number if the condition holds, else the right one."""
+        return Int(self, self.builder.select(condition, self.integer(left).value, self.integer(right).value))
+
     def when(self, condition: Any) -> contextlib.AbstractContextManager:
         """What is only done if the condition holds."""
         return self.builder.if_then(condition)

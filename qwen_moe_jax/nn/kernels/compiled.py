@@ -9,6 +9,8 @@ from collections.abc import Callable
 import llvmlite.binding as llvm
 from llvmlite import ir
 
+from qwen_moe_jax.nn.kernels.attention import write_attention
+from qwen_moe_jax.nn.kernels.delta_rule import write_delta_rule
 from qwen_moe_jax.nn.kernels.formats import FORMATS
 from qwen_moe_jax.nn.kernels.grouped import Product, write_grouped_matmul
 from qwen_moe_jax.nn.kernels.handler import write_picked_matmul
@@ -18,10 +20,14 @@ from qwen_moe_jax.nn.kernels.tiles import NUMBERS
 _engines: list[llvm.ExecutionEngine] = []
 
 
+#: What writes the kernels that come in `FORMATS`, of (module, format, name of the function).
+KERNELS = {"picked_matmul": write_picked_matmul, "attention": write_attention, "delta_rule": write_delta_rule}
+
+
 @functools.cache
-def picked_matmul(format: str) -> int:
-    """The address of the C function of `cpu.picked_matmul` for one of `FORMATS`."""
-    return _compiled(lambda module, name: write_picked_matmul(module, FORMATS[format], name))
+def kernel(name: str, format: str) -> int:
+    """The address of the C function of one of `KERNELS` for one of `FORMATS`."""
+    return _compiled(lambda module, function: KERNELS[name](module, FORMATS[format], function))
 
 
 def tiles_of(dtype: str) -> tuple[str, int, int]:

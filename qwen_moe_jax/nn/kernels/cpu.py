@@ -31,7 +31,7 @@ def is_available(format: str, inputs: int) -> bool:
         format: one of `formats.FORMATS`; of weights stored in one array, the name of its dtype.
         inputs: I.
     """
-    return on_cpu() and inputs % LANES == 0 and _target(format) is not None
+    return on_cpu() and inputs % LANES == 0 and target("picked_matmul", format) is not None
 
 
 def on_cpu() -> bool:
@@ -95,15 +95,18 @@ def picked_matmul(
         float32 [R, O] for each stack. Rows past the sum of the sizes are zeros.
     """
     results = [jax.ShapeDtypeStruct((x_RI.shape[0], stack[0].shape[1]), jnp.float32) for stack in stacks]
-    target = _target(format or stacks[0][0].dtype.name)
-    assert target is not None  # is_available
+    name = target("picked_matmul", format or stacks[0][0].dtype.name)
+    assert name is not None  # is_available
     arrays = [array for stack in stacks for array in stack]
-    return jax.ffi.ffi_call(target, results)(x_RI, matrices_G.astype(jnp.int32), sizes_G.astype(jnp.int32), *arrays)
+    return jax.ffi.ffi_call(name, results)(x_RI, matrices_G.astype(jnp.int32), sizes_G.astype(jnp.int32), *arrays)
 
 
 @functools.cache
-def _target(format: str) -> str | None:
-    """The name under which XLA knows the C function for a format; None where there is none."""
+def target(kernel: str, format: str) -> str | None:
+    """The name under which XLA knows the C function of a kernel (`compiled.KERNELS`) for a format; None: there is none.
+
+    It is compiled and registered when it is first asked for.
+    """
     if importlib.util.find_spec("llvmlite") is None:
         return None
     from qwen_moe_jax.nn.kernels import compiled
@@ -111,8 +114,8 @@ def _target(format: str) -> str | None:
 
     if format not in FORMATS:
         return None
-    name = f"qwen_moe_jax_picked_matmul_{format}"
-    jax.ffi.register_ffi_target(name, capsule(compiled.picked_matmul(format)), platform="cpu", api_version=1)
+    name = f"qwen_moe_jax_{kernel}_{format}"
+    jax.ffi.register_ffi_target(name, capsule(compiled.kernel(kernel, format)), platform="cpu", api_version=1)
     return name
 
 

@@ -21,18 +21,29 @@ class Format:
     """How a matrix [O, I] is stored, I a multiple of `LANES`.
 
     Attributes:
-        bits: of a number in the first array, whose rows follow one another.
+        bits: of a number in the first array.
         arrays: how many arrays store a stack of matrices.
         read: writes the code that reads the `LANES` numbers of one row from column `column` on, as `FLOATS`: of
             (code, the arrays' addresses, row, column, I, O), where rows are counted over the whole stack.
         finish: writes the code that turns the float32 sum of one row into the result, of (code, the arrays' addresses,
             row, sum, I): a scale of the whole row, for example. None leaves it as it is.
+        strided: whether the last of the arrays' addresses is not one, but the distance from one row of the first array
+            to the next, in numbers. Otherwise they follow one another.
     """
 
     bits: int
     arrays: int = 1
     read: Callable[[Code, Sequence[Int], Int, Int, Int, Int], Any]
     finish: Callable[[Code, Sequence[Int], Int, Any, Int], Any] | None = None
+    strided: bool = False
+
+    def as_strided(self) -> "Format":
+        """The same numbers in rows that do not follow one another, of a format of one array."""
+
+        def read(code: Code, arrays: Sequence[Int], row: Int, column: Int, inputs: Int, outputs: Int) -> Any:
+            return self.read(code, arrays[:1], row, column, arrays[1], outputs)
+
+        return dataclasses.replace(self, arrays=2, read=read, strided=True)
 
 
 def _read_float32(code: Code, arrays: Sequence[Int], row: Int, column: Int, inputs: Int, outputs: Int) -> Any:

@@ -15,13 +15,13 @@ from qwen_moe_jax.nn.kernels.formats import FLOATS, Format
 OUTPUTS, ROWS = 4, (4, 2, 1)
 
 
-def write_multiply(module: ir.Module, format: Format) -> Code:
+def write_multiply(module: ir.Module, format: Format, name: str = "multiply") -> Code:
     """The function of (address of the arrays' addresses, first row of the matrix, how many, I, x, rows, y, O).
 
     Rows of the matrix are counted over the whole stack. x is the address of float32 [rows, I], y that of the first
     result, of rows of O numbers.
     """
-    code = Code(module, "multiply", 8, inner=True)
+    code = Code(module, name, 8, inner=True)
     table, first, outputs, inputs, x, rows, y, width = code.arguments
     arrays = [code.read(table, 8 * number) for number in range(format.arrays)]
     whole = outputs - outputs % OUTPUTS
@@ -59,7 +59,8 @@ def _write_block(
                 variable.set(code.builder.fadd(scaled, variable.get(), flags=["contract"]))
 
     # The next rows of the matrix are fetched meanwhile: by itself, a processor reads ahead within a page of memory.
-    ahead = [(first + (count + number)) * inputs * format.bits // 8 + arrays[0] for number in range(count)]
+    distance = arrays[-1] if format.strided else inputs
+    ahead = [(first + (count + number)) * distance * format.bits // 8 + arrays[0] for number in range(count)]
 
     step = copies * LANES
     whole = inputs - inputs % step
