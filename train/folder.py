@@ -138,8 +138,9 @@ def _open(folder: RunFolder, config: TrainConfig, *, fresh: bool) -> RunFolder:
     try:
         if fresh:
             folder.clear()
-        elif folder.config.exists() and folder.has_begun:
-            folder.lengthened = _check_same_run(_earlier_config(folder), config, path)
+        elif folder.config.exists():
+            earlier = _earlier_config(folder)
+            folder.lengthened = _check_same_run(earlier, config, path) if folder.has_begun else ""
             if folder.lengthened:
                 folder.reopen()
         write_whole(folder.config, to_toml(config))

@@ -123,7 +123,7 @@ def test_one_row_of_a_table_of_sharding_rules_is_changed_by_its_key():
     "sharding, message",
     [
         ({"rules": "expert+fdsp"}, r"sharding.rules: found 'expert\+fdsp', expected one of expert\+fsdp, fsdp"),
-        ({"embed": ["pipeline"]}, "sharding.embed.0.: found 'pipeline'.*'data', 'fsdp', 'expert', 'tensor'"),
+        ({"embed": ["pipeline"]}, "sharding.embed.0.: found 'pipeline'.*'data', 'fsdp', 'expert', 'context', 'tensor'"),
     ],
 )
 def test_rules_that_mean_nothing_are_refused_by_key(sharding, message):
