@@ -358,8 +358,8 @@ class Module:
             if one.root:
                 parts = [fused[name] for name in one.operands] if one.opcode == "tuple" else [one]
                 if len(parts) == len(fusion.results):
-                    kept = zip(parts, fusion.results, strict=True)
-                    kept = [part for part, result in kept if result.traffic and part.name not in passed]
+                    pairs = zip(parts, fusion.results, strict=True)
+                    kept = [part for part, result in pairs if result.traffic and part.name not in passed]
                     moved += sum(_written_bytes(part, fused) for part in kept)
                 else:
                     moved += sum(_written_bytes(part, fused) for part in parts)
