@@ -1,15 +1,20 @@
 """JAX's persistent compilation cache for the commands: what one start has compiled, the next one reads.
 
-Only programs call this; the library leaves JAX's settings to its users.
+Only programs call `use_compilation_cache`; the library leaves JAX's settings to its users. Where it is used, files of
+our own are kept next to JAX's: machine code (`nn.kernels`) and whole programs (`inference.kept_programs`).
 """
 
+import functools
 import hashlib
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
 
 #: Bytes; JAX removes the programs that were not used for the longest time.
 MAX_SIZE = 2 << 30
+#: Files of our own, of each kind; the oldest are removed.
+MAX_FILES = 200
 
 
 def use_compilation_cache() -> Path | None:
@@ -44,6 +49,58 @@ def cache_folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
     root = Path(base) if base else Path.home() / ".cache"
     return root / "qwen_moe_jax" / "compiled" / hashlib.sha256(_processor().encode()).hexdigest()[:16]
+
+
+def folder_in_use() -> Path | None:
+    """The folder, where `use_compilation_cache` has switched the cache on in this process, and it still is."""
+    import jax
+
+    folder = cache_folder()
+    return folder if jax.config.values["jax_compilation_cache_dir"] == str(folder) else None
+
+
+def read_kept(kind: str, name: str) -> bytes | None:
+    """The content of one of our own files in the folder; None where there is no file, or the cache is not in use."""
+    folder = folder_in_use()
+    if folder is None:
+        return None
+    try:
+        return (folder / kind / name).read_bytes()
+    except OSError:
+        return None
+
+
+def keep(kind: str, name: str, content: bytes) -> None:
+    """Writes one of our own files where the cache is in use. One that cannot be written is made anew next time."""
+    folder = folder_in_use()
+    if folder is None:
+        return
+    try:
+        (folder / kind).mkdir(exist_ok=True)
+        unfinished = folder / kind / f"{name}.{os.getpid()}.unfinished"
+        unfinished.write_bytes(content)
+        os.replace(unfinished, folder / kind / name)
+        by_age = sorted((folder / kind).iterdir(), key=lambda file: file.stat().st_mtime)
+        for file in by_age[:-MAX_FILES]:
+            file.unlink()
+    except OSError:
+        return
+
+
+@functools.cache
+def source_hash() -> str:
+    """Of the sources of this package, and of the versions of the libraries that its programs are made by."""
+    root = Path(__file__).parent
+    found = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        found.update(str(file.relative_to(root)).encode())
+        found.update(file.read_bytes())
+    for name in ("jax", "jaxlib", "flax", "llvmlite"):
+        try:
+            found.update(f"{name} {importlib.metadata.version(name)}".encode())
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found.hexdigest()
 
 
 def _processor() -> str:

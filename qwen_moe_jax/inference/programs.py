@@ -19,6 +19,7 @@ from qwen_moe_jax.config import DTypeLike, ModelConfig
 from qwen_moe_jax.config.checks import dtype_name
 from qwen_moe_jax.inference import speculative
 from qwen_moe_jax.inference.expert_loads import dropped_of_rows
+from qwen_moe_jax.inference.kept_programs import KeptProgram
 from qwen_moe_jax.inference.request import MOST_TOP_LOGPROBS
 from qwen_moe_jax.inference.sampling import advance, choose, log_probabilities, process_logits
 from qwen_moe_jax.inference.settings import SamplingSettings, SamplingState
@@ -113,8 +114,7 @@ class DecodeOutput:
     dropped_B: jax.Array | None = None
 
 
-@jax.jit(donate_argnames=("cache", "logits_BV"), static_argnames="return_routing")
-def prefill(
+def _prefill(
     model: CausalLM,
     cache: Cache,
     tokens_BT: jax.Array,
@@ -130,6 +130,13 @@ def prefill(
     new_BV, cache, experts_BTLA, _ = _next_logits(model, tokens_BT, count_B, cache, return_routing)
     new_BV = new_BV if logits_BV is None else jnp.where(count_B[:, None] > 0, new_BV, logits_BV)
     return cache, new_BV, experts_BTLA
+
+
+prefill = KeptProgram(
+    jax.jit(_prefill, donate_argnames=("cache", "logits_BV"), static_argnames="return_routing"),
+    "prefill",
+    ["return_routing"],
+)
 
 
 @jax.jit
@@ -149,8 +156,7 @@ def restore_states(cache: Cache, states: list[RecurrentState]) -> Cache:
     return dataclasses.replace(cache, segments=segments)
 
 
-@jax.jit
-def first(logits_BV: jax.Array, state: DecodeState, settings: SamplingSettings) -> tuple[DecodeState, DecodeOutput]:
+def _first(logits_BV: jax.Array, state: DecodeState, settings: SamplingSettings) -> tuple[DecodeState, DecodeOutput]:
     """Chooses the first tokens."""
     alive_B = state.left_B > 0
     state, log_prob_B = _choose(logits_BV, state, settings, alive_B, logits_BV)
@@ -159,6 +165,9 @@ def first(logits_BV: jax.Array, state: DecodeState, settings: SamplingSettings) 
         token_BC=state.token_B[:, None], log_prob_BC=log_prob_B[:, None], count_B=count_B, passes_B=count_B
     )
     return state, _output(state, settings, chosen)
+
+
+first = KeptProgram(jax.jit(_first), "first", [])
 
 
 def decode_tokens(
@@ -234,7 +243,7 @@ def decode_tokens(
 
 #: `decode_tokens`, compiled: of a session. An engine compiles it with shardings of its own (`slot_programs`).
 DECODE_ARGUMENTS: Any = dict(donate_argnames=("cache", "state"), static_argnames=("return_routing", "steps"))
-decode = jax.jit(decode_tokens, **DECODE_ARGUMENTS)
+decode = KeptProgram(jax.jit(decode_tokens, **DECODE_ARGUMENTS), "decode", ["return_routing", "steps"])
 
 
 @jax.tree_util.register_dataclass

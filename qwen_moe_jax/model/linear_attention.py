@@ -23,7 +23,6 @@ from qwen_moe_jax.attention_kernels.delta_rule import (
     recurrent_gated_delta_rule,
 )
 from qwen_moe_jax.attention_kernels.delta_rule_cpu import step, steps_in_place
-from qwen_moe_jax.attention_kernels.delta_rule_tpu import pallas_gated_delta_rule
 from qwen_moe_jax.config import ExecutionConfig, LinearAttentionConfig, ModelConfig
 from qwen_moe_jax.model.attention import split_heads
 from qwen_moe_jax.model.cache import (
@@ -222,6 +221,8 @@ class GatedDeltaNet(nnx.Module):
     def _rule(self, execution: ExecutionConfig) -> _Rule:
         """The gated delta rule over more than one token."""
         if execution.linear_attention == "pallas":
+            from qwen_moe_jax.attention_kernels.delta_rule_tpu import pallas_gated_delta_rule  # takes long to import
+
             return pallas_gated_delta_rule
         return functools.partial(chunk_gated_delta_rule, chunk_size=self.chunk_size)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import llvmlite.binding as llvm
 from llvmlite import ir
 
+from qwen_moe_jax.compilation_cache import keep, read_kept, source_hash
 from qwen_moe_jax.nn.kernels.attention import write_attention
 from qwen_moe_jax.nn.kernels.delta_rule import write_delta_rule
 from qwen_moe_jax.nn.kernels.formats import FORMATS
@@ -27,7 +28,7 @@ KERNELS = {"picked_matmul": write_picked_matmul, "attention": write_attention, "
 @functools.cache
 def kernel(name: str, format: str) -> int:
     """The address of the C function of one of `KERNELS` for one of `FORMATS`."""
-    return _compiled(lambda module, function: KERNELS[name](module, FORMATS[format], function))
+    return _compiled(f"{name}-{format}", lambda module, function: KERNELS[name](module, FORMATS[format], function))
 
 
 def tiles_of(dtype: str) -> tuple[str, int, int]:
@@ -43,7 +44,8 @@ def tiles_of(dtype: str) -> tuple[str, int, int]:
 def grouped_matmul(product: Product, numbers: str, height: int, vectors: int) -> int:
     """The address of the C function of `matmul` for one of its products, and for one of `NUMBERS`."""
     write = functools.partial(write_grouped_matmul, product=product, numbers=NUMBERS[numbers], height=height)
-    return _compiled(lambda module, name: write(module, vectors=vectors, name=name))
+    name = f"{product}-{numbers}-{height}x{vectors}"
+    return _compiled(name, lambda module, function: write(module, vectors=vectors, name=function))
 
 
 def _features() -> set[str]:
@@ -51,23 +53,36 @@ def _features() -> set[str]:
     return {name for name, present in llvm.get_host_cpu_features().items() if present}
 
 
-def _compiled(write: Callable[[ir.Module, str], None]) -> int:
-    """The address of a C function that is written by its name into a module."""
+def _compiled(name: str, write: Callable[[ir.Module, str], None]) -> int:
+    """The address of a C function that is written by its name into a module.
+
+    Its machine code is kept by `name` for the next start where the compilation cache is in use.
+    """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    module = ir.Module("kernels")
-    module.triple = llvm.get_process_triple()
-    write(module, "handler")
     machine = llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
     )
-    code = llvm.parse_assembly(str(module))
-    code.verify()
-    _optimise(code, machine)
-    engine = llvm.create_mcjit_compiler(code, machine)
+    file = f"{name.replace(' ', '_')}-{source_hash()[:16]}.o"
+    machine_code = read_kept("kernels", file)
+    if machine_code is None:
+        machine_code = _machine_code(write, machine)
+        keep("kernels", file, machine_code)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code))
     engine.finalize_object()
     _engines.append(engine)
     return engine.get_function_address("handler")
+
+
+def _machine_code(write: Callable[[ir.Module, str], None], machine: llvm.TargetMachine) -> bytes:
+    module = ir.Module("kernels")
+    module.triple = llvm.get_process_triple()
+    write(module, "handler")
+    code = llvm.parse_assembly(str(module))
+    code.verify()
+    _optimise(code, machine)
+    return machine.emit_object(code)
 
 
 def _optimise(code: llvm.ModuleRef, machine: llvm.TargetMachine) -> None:

@@ -8,7 +8,7 @@ which takes longer than the product with a few rows. Here LLVM compiles a C func
 import ctypes
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,8 @@ from qwen_moe_jax.nn.quantised import Quantised, Weight
 LANES = 16
 #: Numbers of all matrices of a product, from which on a call of a C function costs little.
 WORTH_A_CALL = 2**13
+#: What `register` was called with in this process.
+registered: dict[str, Callable[[], int]] = {}
 
 
 def is_available(format: str, inputs: int) -> bool:
@@ -115,8 +117,15 @@ def target(kernel: str, format: str) -> str | None:
     if format not in FORMATS:
         return None
     name = f"qwen_moe_jax_{kernel}_{format}"
-    jax.ffi.register_ffi_target(name, capsule(compiled.kernel(kernel, format)), platform="cpu", api_version=1)
+    register(name, functools.partial(compiled.kernel, kernel, format))
     return name
+
+
+def register(name: str, address: Callable[[], int]) -> None:
+    """Tells XLA the name of a C function. `address` compiles it: it can be pickled, for programs that are kept."""
+    if name not in registered:
+        jax.ffi.register_ffi_target(name, capsule(address()), platform="cpu", api_version=1)
+        registered[name] = address
 
 
 def capsule(address: int) -> Any:

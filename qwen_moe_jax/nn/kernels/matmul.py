@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from qwen_moe_jax.nn.kernels.cpu import LANES, WORTH_A_CALL, capsule, on_cpu
+from qwen_moe_jax.nn.kernels.cpu import LANES, WORTH_A_CALL, on_cpu, register
 
 if TYPE_CHECKING:
     from qwen_moe_jax.nn.kernels.grouped import Product
@@ -87,6 +87,5 @@ def _registered(product: "Product", numbers: str, height: int, vectors: int) -> 
     from qwen_moe_jax.nn.kernels import compiled
 
     name = f"qwen_moe_jax_{product}_matmul_{numbers.replace(' ', '_')}_{height}x{vectors}"
-    address = compiled.grouped_matmul(product, numbers, height, vectors)
-    jax.ffi.register_ffi_target(name, capsule(address), platform="cpu", api_version=1)
+    register(name, functools.partial(compiled.grouped_matmul, product, numbers, height, vectors))
     return name
