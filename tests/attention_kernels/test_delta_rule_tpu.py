@@ -14,7 +14,6 @@ import qwen_moe_jax as qmj
 from qwen_moe_jax.attention_kernels import delta_rule_tpu
 from qwen_moe_jax.attention_kernels.delta_rule_tpu import pallas_gated_delta_rule
 from qwen_moe_jax.config.resolve import RULE_MULTIPLE, resolve_linear_attention
-from qwen_moe_jax.model import linear_attention
 from qwen_moe_jax.model.decoder import SAVEABLE
 from tests.attention_kernels.test_delta_rule import (
     Case,
@@ -122,7 +121,7 @@ def test_a_model_learns_the_same(short_chunks, monkeypatch):
     """The loss of packed rows and the gradient of every parameter, through remat and explicit axes."""
     tokens = np.random.default_rng(0).integers(1, 98, (2, 33))
     segments = np.where(np.arange(33) < 20, 1, 2) * (np.arange(33) < np.array([[33], [30]]))
-    monkeypatch.setattr(linear_attention, "pallas_gated_delta_rule", interpreted)
+    monkeypatch.setattr(delta_rule_tpu, "pallas_gated_delta_rule", interpreted)  # the model imports it where it runs
 
     def loss_and_gradient(kernel: str):
         model = hybrid_model(hybrid_config("L"), execution=qmj.ExecutionConfig(remat="dots"))
