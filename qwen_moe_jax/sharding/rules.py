@@ -59,7 +59,7 @@ def positions_axis(mesh: Mesh | None = None) -> str | None:
     of single tokens, and whatever else knows nothing of the axis, are written without it.
     """
     shape = jax.sharding.get_abstract_mesh().shape if mesh is None else mesh.shape
-    return CONTEXT if shape.get(CONTEXT, 1) > 1 else None  # outside of every mesh there are no axes
+    return CONTEXT if shape[CONTEXT] > 1 else None
 
 
 def tokens_spec(*rest: str | None, mesh: Mesh | None = None) -> P:

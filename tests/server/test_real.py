@@ -5,6 +5,7 @@ import json
 import types
 
 import httpx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import openai
@@ -14,6 +15,7 @@ from flax import nnx
 import qwen_moe_jax as qmj
 from qwen_moe_jax.cli.main import _parser as command_line
 from qwen_moe_jax.cli.serve import Start, prepare
+from qwen_moe_jax.config import MESH_AXES
 from qwen_moe_jax.inference.chat_template import load_chat_template
 from qwen_moe_jax.inference.embed import HiddenOf
 from qwen_moe_jax.inference.tokenizer import encode
@@ -158,7 +160,9 @@ def test_a_chat_with_alternatives_to_each_token_and_its_embedding(real, model):
 def test_padding_is_not_in_an_embedding(pooling, expected):
     hidden_BTD = jnp.array([[[6, 7], [0, 1], [9, 9]], [[2, 0], [5, 5], [5, 5]]], jnp.bfloat16)
     inputs = types.SimpleNamespace(segment_ids_BT=jnp.array([[1, 1, 0], [1, 0, 0]]), logits_at_B=jnp.array([1, 0]))
-    found = HiddenOf(pooling=pooling)(None, types.SimpleNamespace(hidden_BTD=hidden_BTD), inputs)
+    explicit = (jax.sharding.AxisType.Explicit,) * len(MESH_AXES)
+    with jax.set_mesh(jax.make_mesh((1,) * len(MESH_AXES), MESH_AXES, explicit)):  # as in a model's program
+        found = HiddenOf(pooling=pooling)(None, types.SimpleNamespace(hidden_BTD=hidden_BTD), inputs)
     np.testing.assert_allclose(found.embedding_BD, expected, atol=1e-6)
 
 
