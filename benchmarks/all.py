@@ -104,7 +104,7 @@ def decode_rows(tell: Tell, dtype: str, batches: tuple[int, ...]) -> None:
         for batch in batches:
             if has_llama and batch <= 8:
                 length, cores = decode.PROMPT + decode.STEPS + 1, len(os.sched_getaffinity(0))
-                engines["llama.cpp"] = llama.engine(Path(parent) / "model.gguf", batch, length, cores)
+                engines["llama.cpp"] = llama.engine(Path(parent) / "model.gguf", batch, length, cores, dtype)
             else:
                 engines.pop("llama.cpp", None)
             numbers = np.random.default_rng(batch)

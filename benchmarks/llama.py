@@ -74,8 +74,14 @@ def write_gguf(folder: Path, path: Path, dtype: str) -> None:
     writer.close()
 
 
-def engine(path: Path, batch: int, length: int, threads: int) -> Callable[[list[list[int]], int], list[list[int]]]:
-    """Continues all prompts, of one length, by so many tokens: the prompts one by one, then all rows together."""
+def engine(
+    path: Path, batch: int, length: int, threads: int, dtype: str
+) -> Callable[[list[list[int]], int], list[list[int]]]:
+    """Continues all prompts, of one length, by so many tokens: the prompts one by one, then all rows together.
+
+    In float32, keys and values are float32 as well, and attention's products: by default both are float16, and the
+    tokens soon are others than ours.
+    """
     import llama_cpp as cpp
 
     cpp.llama_backend_init()
@@ -85,6 +91,9 @@ def engine(path: Path, batch: int, length: int, threads: int) -> Callable[[list[
     settings.n_ctx, settings.n_batch, settings.n_seq_max = batch * length, 512, batch
     settings.n_ubatch = settings.n_batch
     settings.n_threads = settings.n_threads_batch = threads
+    if dtype == "float32":
+        settings.type_k = settings.type_v = 0  # GGML_TYPE_F32
+        settings.flash_attn_type = 0
     context = cpp.llama_init_from_model(model, settings)
     size = HUB_CONFIG["vocab_size"]
 
