@@ -8,7 +8,8 @@ from typing import cast, get_args
 
 import numpy as np
 
-from qwen_moe_jax.plan.hlo import Array, Instruction, Module, Run, parameter_number
+from qwen_moe_jax.plan.hlo import Module, Run
+from qwen_moe_jax.plan.hlo_text import Array, Instruction, parameter_number
 from qwen_moe_jax.plan.result import Collective, CollectiveKind
 
 _KINDS = frozenset(get_args(CollectiveKind))

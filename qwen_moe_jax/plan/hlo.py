@@ -1,4 +1,4 @@
-"""Parser of a compiled program's text: its instructions, how often each runs, and the FLOPs of its matrix products.
+"""What a compiled program does: how often each instruction runs, the FLOPs of its products, the bytes it moves.
 
 XLA's own cost analysis counts the body of a loop once and says nothing of GPUs; here a loop's body counts as often as
 it runs. `dropless` counts as with a balanced load: no rounds for rows beyond its buffers, and of these the rows that
@@ -13,14 +13,18 @@ from collections.abc import Iterator
 from qwen_moe_jax.attention_kernels.splash import PRODUCT_FLOPS
 from qwen_moe_jax.moe.dispatch.overflow import SCOPE
 from qwen_moe_jax.plan.cpu_kernels import product_flops
+from qwen_moe_jax.plan.hlo_text import (
+    NAME,
+    Array,
+    Instruction,
+    bare,
+    numbers,
+    parameter_number,
+    read_instruction,
+    whole_lines,
+)
 
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
-#: A TPU's layout, which has tiles, of an array in memory on the chip: any space but 0, its HBM, and 5, the host's.
-_ON_CHIP = re.compile(r":.*T\(.*S\([^05]\)")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_BYTES = {"pred": 1, "c64": 8, "c128": 16}
-_NAME = re.compile(r"%([\w.\-]+)")
-
 #: Instructions that only name arrays that are there already.
 _FREE = frozenset(
     "parameter constant get-tuple-element tuple bitcast while call conditional after-all partition-id opt-barrier "
@@ -46,69 +50,6 @@ _CHAIN_CALLS = ("AsyncCollectiveStart", "AsyncCollectiveDone")
 
 #: The source of a TPU's grouped products, whose kernels pass over tiles without rows.
 _GROUPED = re.compile(r"\bjit\(t?gmm\)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """An array in the program's text: dtype and shape of one device's shard.
-
-    Attributes:
-        dtype: XLA's name of it: "bf16", "f32", "s32".
-        shape: of one device's shard.
-        on_chip: whether it is in a TPU core's own memory, so that no bandwidth is needed to read or write it.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    on_chip: bool = False
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the array, without the padding of a layout."""
-        if self.dtype in ("token", "opaque"):
-            return 0
-        size = _BYTES.get(self.dtype)
-        if size is None:
-            bits = re.search(r"\d+", self.dtype)
-            size = max(int(bits[0]) // 8, 1) if bits else 1
-        return size * math.prod(self.shape)
-
-    @property
-    def traffic(self) -> int:
-        """Bytes between memory and the chip when it is read or written."""
-        return 0 if self.on_chip else self.bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """An instruction of a program.
-
-    Attributes:
-        name: its own.
-        opcode: what it does: "dot", "all-gather-start", "fusion".
-        results: the arrays it makes; more than one in a tuple.
-        operands: names of the operands.
-        attributes: the rest of the line.
-        root: whether it is what its computation returns.
-    """
-
-    name: str
-    opcode: str
-    results: tuple[Array, ...]
-    operands: tuple[str, ...]
-    attributes: str
-    root: bool
-
-    def attribute(self, name: str) -> str | None:
-        """The word or {…} list after `name=`; None without one."""
-        found = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^,\s]+)", self.attributes)
-        return found[1] if found else None
-
-    @property
-    def source(self) -> str:
-        """The operation of the traced program that it comes from; may be empty."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,12 +101,12 @@ class Module:
         self._open_loop_times = open_loop_times
         self.balanced_rows = balanced_rows
         current: dict[str, Instruction] = {}
-        for line in _whole_lines(text):
+        for line in whole_lines(text):
             if line.endswith("{") and not line.startswith(" ") and (head := _HEAD.match(line)):
                 current = self.computations[head[1]] = {}
                 if line.startswith("ENTRY"):
                     self._entry = head[1]
-            elif line.startswith(" ") and (instruction := _read(line)) is not None:
+            elif line.startswith(" ") and (instruction := read_instruction(line)) is not None:
                 current[instruction.name] = instruction
         self.runs: tuple[Run, ...] = tuple(self._walk(self._entry, 1, 0, False, False))
 
@@ -179,7 +120,7 @@ class Module:
                     trips = 0  # the rows of a balanced load are served without these rounds
                 elif trips is None and not looped:
                     trips = self._open_loop_times
-                body = _bare(instruction.attribute("body"))
+                body = bare(instruction.attribute("body"))
                 inside = layers
                 if trips in self._layer_repeats and not layers and "shard_map" not in instruction.source:
                     inside = trips or 0
@@ -193,17 +134,17 @@ class Module:
             words = [instruction.attribute("calls"), instruction.attribute("to_apply")]
         elif instruction.opcode == "conditional":  # every branch counts: which one is taken is not known
             branches = instruction.attribute("branch_computations") or ""
-            words = [*_NAME.findall(branches), instruction.attribute("true_computation")]
+            words = [*NAME.findall(branches), instruction.attribute("true_computation")]
             words.append(instruction.attribute("false_computation"))
         else:
             return []
-        return [bare for word in words if word and (bare := _bare(word)) in self.computations]
+        return [name for word in words if word and (name := bare(word)) in self.computations]
 
     def trips(self, loop: Instruction, around: dict[str, Instruction]) -> int | None:
         """A loop's trip count: as the text states it, or by its counter, from 0 in steps of 1 to a constant."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known[1])
-        condition = self.computations.get(_bare(loop.attribute("condition")), {})
+        condition = self.computations.get(bare(loop.attribute("condition")), {})
         root = next((one for one in condition.values() if one.root), None)
         if root is None or root.opcode != "compare" or "direction=LT" not in root.attributes:
             return None
@@ -239,7 +180,7 @@ class Module:
         instruction = run.instruction
         if instruction.opcode == "dot":
             left = run.computation[instruction.operands[0]].results[0]
-            summed = _numbers(instruction.attribute("lhs_contracting_dims"))
+            summed = numbers(instruction.attribute("lhs_contracting_dims"))
             return 2.0 * math.prod(instruction.results[0].shape) * math.prod(left.shape[axis] for axis in summed)
         if instruction.opcode == "convolution":
             return _convolution_flops(instruction, *(run.computation[name].results[0] for name in instruction.operands))
@@ -340,7 +281,7 @@ class Module:
         return moved
 
     def _moved_by_fusion(self, fusion: Instruction) -> int:
-        fused = self.computations.get(_bare(fusion.attribute("calls")), {})
+        fused = self.computations.get(bare(fusion.attribute("calls")), {})
         users = _users(fused)
         passed = _passed_on(fused, users)
         moved = sum(
@@ -385,7 +326,7 @@ class Module:
 
     def _touched_within(self, fusion: Instruction, operand: str) -> int | None:
         """`_touched` of an operand of a fusion, inside it."""
-        fused = self.computations.get(_bare(fusion.attribute("calls")), {})
+        fused = self.computations.get(bare(fusion.attribute("calls")), {})
         positions = {position for position, name in enumerate(fusion.operands) if name == operand}
         taken = [one for one in fused.values() if one.opcode == "parameter" and parameter_number(one) in positions]
         users = _users(fused)
@@ -400,61 +341,6 @@ class Module:
         return sum(array.bytes for array in instruction.results)
 
 
-def _whole_lines(text: str) -> Iterator[str]:
-    """The lines of a program's text; an instruction whose kernel has metadata of its own is on several."""
-    begun = ""
-    for line in text.splitlines():
-        if line.endswith("={") or (begun and not line.startswith("}")):
-            begun += line
-        else:
-            yield begun + line
-            begun = ""
-
-
-def _read(line: str) -> Instruction | None:
-    left, separator, right = line.strip().partition(" = ")
-    if not separator:
-        return None
-    root = left.startswith("ROOT ")
-    name = left.removeprefix("ROOT ").lstrip("%")
-    end = _closing(right, 0) + 1 if right.startswith("(") else right.find(" ")
-    kind, rest = right[:end], right[end:].lstrip()
-    opcode, _, _ = rest.partition("(")
-    start = len(opcode)
-    stop = _closing(rest, start)
-    if not re.fullmatch(r"[\w\-]+", opcode):
-        return None
-    inside = rest[start + 1 : stop]
-    results = tuple(
-        Array(dtype, _numbers(dims), _ON_CHIP.search(layout) is not None)
-        for dtype, dims, layout in _ARRAY.findall(kind)
-    )
-    # A constant's or a parameter's parentheses hold a value; it is kept with the attributes.
-    attributes = f"{inside}), {rest[stop + 1 :]}" if opcode in ("constant", "parameter") else rest[stop + 1 :]
-    return Instruction(name, opcode, results, tuple(_NAME.findall(inside)), attributes, root)
-
-
-def _closing(text: str, start: int) -> int:
-    """The index at which the parenthesis that opens at `start` closes."""
-    depth = 0
-    for index in range(start, len(text)):
-        if text[index] == "(":
-            depth += 1
-        elif text[index] == ")":
-            depth -= 1
-            if depth == 0:
-                return index
-    return len(text)
-
-
-def _bare(name: str | None) -> str:
-    return (name or "").lstrip("%")
-
-
-def _numbers(text: str | None) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", text or ""))
-
-
 def _users(computation: dict[str, Instruction]) -> dict[str, list[Instruction]]:
     """The instructions that take each array."""
     users: dict[str, list[Instruction]] = {}
@@ -462,11 +348,6 @@ def _users(computation: dict[str, Instruction]) -> dict[str, list[Instruction]]:
         for name in one.operands:
             users.setdefault(name, []).append(one)
     return users
-
-
-def parameter_number(parameter: Instruction) -> int:
-    """Which operand of its computation a parameter is."""
-    return int(parameter.attributes.partition(")")[0])
 
 
 def _is_carried(run: Run, name: str) -> bool:

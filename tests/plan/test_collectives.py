@@ -3,7 +3,8 @@
 import pytest
 
 from qwen_moe_jax.plan.collectives import collectives_of, mesh_axes, replica_groups
-from qwen_moe_jax.plan.hlo import Instruction, Module
+from qwen_moe_jax.plan.hlo import Module
+from qwen_moe_jax.plan.hlo_text import Instruction
 
 MESH = {"data": 2, "fsdp": 1, "expert": 4, "tensor": 1}
 
