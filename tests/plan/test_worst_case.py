@@ -13,8 +13,8 @@ from qwen_moe_jax.plan.compile import plan_step, target_mesh
 from qwen_moe_jax.plan.targets import parse_target
 from qwen_moe_jax.plan.worst_case import worst_case, worst_rounds
 from tests.plan import golden, samples
+from tests.train.whole_rows import batch_of
 from train.config import build_config
-from train.data.batches import Batch
 from train.plan import training_step
 from train.program import assemble
 from train.reporting.planned import step_memory
@@ -51,14 +51,7 @@ def step(program, *, skewed):
             lambda path, leaf: jnp.zeros_like(leaf) if "'gate'" in jax.tree_util.keystr(path) else leaf, params
         )
     tokens_BT = np.random.default_rng(0).integers(1, MODEL["vocab_size"], (ROWS, LENGTH), dtype=np.int32)
-    ones_BT = np.ones((ROWS, LENGTH), np.int32)
-    batch = Batch(
-        tokens_BT=tokens_BT,
-        targets_BT=tokens_BT,
-        segment_ids_BT=ones_BT,
-        positions_BT=ones_BT.cumsum(axis=1, dtype=np.int32) - 1,
-        target_mask_BT=ones_BT > 0,
-    )
+    batch = batch_of(tokens_BT)
     batch = jax.device_put(batch, program.batch.tokens_BT.sharding)
     return program.train_step(program.begin(params), program.fixed, batch)
 

@@ -7,8 +7,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import qwen_moe_jax as qmj
+from tests.train.whole_rows import batch_of
 from train.config import TrainConfig, build_config
-from train.data.batches import Batch
 from train.parameters import merge, partition, paths, select
 from train.program import Program, assemble
 
@@ -68,14 +68,7 @@ def first_step(frozen: list[str]):
     before = jax.device_get(params)
     fixed = select(params, like=program.fixed)
     tokens_BT = np.random.default_rng(0).integers(1, 300, (8, 8), dtype=np.int32)
-    ones_BT = np.ones((8, 8), np.int32)
-    batch = Batch(
-        tokens_BT=tokens_BT,
-        targets_BT=tokens_BT,
-        segment_ids_BT=ones_BT,
-        positions_BT=ones_BT.cumsum(axis=1, dtype=np.int32) - 1,
-        target_mask_BT=ones_BT > 0,
-    )
+    batch = batch_of(tokens_BT)
     state, metrics = program.train_step(program.begin(params), fixed, batch)
     return program, before, fixed, state, metrics
 
