@@ -12,7 +12,9 @@ from typing import Any, Self
 from qwen_moe_jax.cli.prompts import Prompt, Render
 from qwen_moe_jax.config import GenerationConfig
 from qwen_moe_jax.errors import ConfigError, RequestError
+from qwen_moe_jax.inference.tokenizer import require_unicode
 from qwen_moe_jax.suggest import did_you_mean
+from qwen_moe_jax.text_files import read_text
 
 _EXPECTED = 'expected {"prompt": "…"} or {"messages": […]}, the latter also with "tools", and with "id" and settings'
 #: Fields of a record that are settings of its own; `stop` is short for `stop_strings`.
@@ -63,7 +65,7 @@ def read_batch(path: Path) -> list[BatchRecord]:
         RequestError: it cannot be read, a line is no record, or two have the same id.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON strings may have other line ends
+        lines = read_text(path).split("\n")  # JSON strings may have other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{path}: cannot be read ({error}).") from None
     records: dict[Id, BatchRecord] = {}
@@ -88,6 +90,7 @@ def _record(where: str, number: int, line: str) -> BatchRecord:
     own_id = found.pop("id", number)
     if type(own_id) not in (str, int):
         raise RequestError(f"{where}: id is {own_id!r:.60}, expected a string or an integer.")
+    require_unicode(f"{where}: id", str(own_id))
     if "stop" in found:
         stop = found.pop("stop")
         found["stop_strings"] = [stop] if isinstance(stop, str) else stop

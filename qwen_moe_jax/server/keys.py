@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_moe_jax.errors import RequestError
+from qwen_moe_jax.text_files import read_text
 
 #: The environment variable of a single key.
 VARIABLE = "QWEN_MOE_JAX_API_KEY"
@@ -44,7 +45,7 @@ def read_keys(path: Path | None) -> ApiKeys:
             raise RequestError(f"{VARIABLE} is set and empty: give it a key, or unset it for a server without keys.")
         return ApiKeys([value.strip()] if value else [])
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in read_text(path).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{path}: cannot be read as a file of API keys ({error}).") from None
     keys = [line for line in lines if line and not line.startswith("#")]

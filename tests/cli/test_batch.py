@@ -127,6 +127,7 @@ def test_records_that_cannot_be_served_are_answered_by_the_reason(folder, engine
         (["nonsense"], "line 1: is not JSON"),
         (['{"id": 1}'], "expected {"),
         (['{"prompt": "x", "id": null}'], "id is None"),
+        (['{"prompt": "x", "id": "\\ud83d"}'], "line 1: id is not valid UTF-8"),
         (['{"prompt": "x", "temprature": 1}'], "did you mean 'temperature'"),
         (['{"prompt": "x", "id": 2}', '{"prompt": "y"}'], "the id 2 is that of an earlier line"),
         ([], "found no request"),

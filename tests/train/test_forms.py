@@ -144,6 +144,8 @@ def test_columns_are_read_as_the_fields_that_they_are_named_for(record, columns,
         ({"conversations": share(("gpt", "x"))}, ["conversations[0].role: found 'assistant', expected a message that"]),
         ({"system": "a", "messages": [SYSTEM, *TALK]}, ["system: found 'a' with a system message"]),
         ({"conversations": share(("human", "\ud83d"), ("gpt", "b"))}, ["value: found half of a surrogate pair"]),
+        ({"conversations": share(("human", "a"), ("tool_call", '{"name": "f", "arguments": {"q": "\\ud83d"}}'))},
+         ["conversations[1].value[0]: function: arguments: q: found half of a surrogate pair"]),
     ],
 )  # fmt: skip
 def test_what_is_no_form_or_several_is_refused_with_the_way_out(record, parts):
@@ -186,6 +188,18 @@ def test_the_start_says_what_was_recognised_for_how_many_and_which_keys_are_not_
     )
     assert said == [expected.format(file)]
     assert load_corpus(tmp_path / "corpus", config).forms == said  # of a resumed run, too
+
+
+def test_the_start_names_the_keys_of_messages_that_only_a_template_may_read():
+    recognised = Recognised(ColumnsConfig())
+    message = {"role": "user", "content": "a", "mood": "good", "tool_calls": None, "weight": None, "id": 3}
+    recognised.content({"messages": [message, {"role": "developer", "content": "b"}, ANSWER]}, "a", "line 1")
+    assert recognised.notes("a")[0].endswith("keys of messages that are read where the chat template does: id, mood")
+
+
+def test_the_developers_message_is_the_systems():
+    read_as = checked_content({"messages": [{**SYSTEM, "role": "developer"}, *TALK]}, "line 1")
+    assert read_as == Conversation([SYSTEM, *TALK])
 
 
 def test_of_many_unread_keys_some_are_named(tmp_path):

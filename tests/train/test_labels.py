@@ -67,7 +67,9 @@ def test_several_labels_are_zeros_and_ones_and_a_number_is_a_number(tmp_path):
 def test_the_first_token_of_each_word_has_its_label(tmp_path):
     settings = ClassificationConfig(level="token", labels=("O", "NAME"))
     words, labels = ["Ada", "unimaginably", "met", "Grace"], ["NAME", "O", "O", "NAME"]
-    corpus = corpus_of(tmp_path, [{"tokens": words, "ner_tags": labels, "id": n} for n in range(5)], settings)
+    records = [{"tokens": [*words, "there"], "ner_tags": [*labels, IGNORED], "id": n} for n in range(5)]
+    corpus = corpus_of(tmp_path, [*records, {"tokens": ["a"], "ner_tags": [IGNORED]}], settings)
+    assert len(example_rows(corpus.parts[0], 24, heldout=False)) == 4  # of the last record nothing can be learned
     batch, _ = batch_of(corpus, settings)
     real, found = batch.segment_ids_BT[0] == 1, batch.labels[0]
     assert [settings.labels[number] for number in found[found != IGNORED]] == labels
@@ -84,6 +86,7 @@ def test_the_first_token_of_each_word_has_its_label(tmp_path):
         ([{"text": "a", "label": "x"}, {"text": "b", "label": 0.5}], "line 2: label: found 0.5, expected one for"),
         ([{"text": "a"}], "line 1: found the keys text, expected"),
         ([{"text": 3, "label": "x"}], "line 1: text: found 3, expected a string"),
+        ([{"text": "a", "label": float("nan")}], "line 1: label: found nan, expected a finite number"),
     ],
 )
 def test_what_has_no_label_of_its_kind_is_refused_by_file_and_line(tmp_path, records, complaint):

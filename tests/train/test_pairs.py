@@ -55,6 +55,8 @@ def test_pairs_of_texts_have_a_prompt_or_begin_with_the_same_words():
         ({"prompt": "a", "chosen": 3, "rejected": "c"}, "chosen: found 3, expected a string"),
         ({"prompt": "a", "chosen": " ", "rejected": "c"}, "chosen: found ' ', expected a text after the prompt"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "1"}, "margin: found '1', expected a number"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 10**400}, "margin: found 1000.*expected a finite"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": float("nan")}, "margin: found nan, expected a fini"),
         ({"messages": [ASKED], "chosen": [ASKED], "rejected": "c"}, "chosen: found no message of the assistant"),
     ],
 )

@@ -144,6 +144,9 @@ def test_a_record_sets_the_variables_of_its_template(tmp_path):
             {"messages": [USER, {**CALL, "content": [{"type": "image"}]}]},
             "messages[1].content: found [{'type': 'image'}",
         ),
+        ({"messages": [USER, {**ANSWER, "tool_calls": "add"}]}, "messages[1].tool_calls: found 'add', expected [{"),
+        ({"messages": [USER, {**ANSWER, "tool_calls": [{"function": "add"}]}]}, "tool_calls: found [{'function': 'ad"),
+        ({"messages": [USER, {**ANSWER, "function_call": {"name": "add"}}]}, "expected it as one of tool_calls"),
     ],
 )
 def test_a_field_of_another_kind_is_refused_by_name(record, expected):
@@ -180,5 +183,7 @@ def test_arguments_that_are_no_object_are_refused_where_the_template_wants_one(t
     own = load_tokenizer(folder), load_chat_template(folder)
     with pytest.raises(ConfigError, match=r"^line 1: messages\[1\].tool_calls: arguments: found 'a=1', expected an ob"):
         pieces(own, with_arguments("a=1"))
+    with pytest.raises(ConfigError, match="tool_calls: arguments: q: found half of a surrogate pair"):
+        pieces(own, with_arguments('{"q": "\\ud83d"}'))
     with pytest.raises(RequestError, match=r"fails on these messages .* Are the arguments '\{\}' wanted as an object"):
         own[1].render(with_arguments("{}")["messages"])

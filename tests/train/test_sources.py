@@ -1,5 +1,6 @@
 """Every kind of source gives its records in one order; what cannot be read is refused by its file and line."""
 
+import gzip
 import json
 import math
 import sys
@@ -141,6 +142,34 @@ def test_a_bad_line_is_refused_by_its_file_and_number(tmp_path, line, expected):
     assert str(refusal.value).startswith(f"{file}, line 2: ")
     for part in expected.split(".*"):
         assert part in str(refusal.value)
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_compressed_lines_are_read_to_the_end_of_all_frames_or_refused(tmp_path, ending):
+    if ending == ".gz":
+        compress = gzip.compress
+    else:
+        compress = pytest.importorskip("zstandard", reason="zstandard is not installed").ZstdCompressor().compress
+    lines = "".join(json.dumps({"text": f"text {number} {number**3}"}) + "\n" for number in range(500)).encode()
+    found = tmp_path / f"a.jsonl{ending}"
+    found.write_bytes(compress(lines) * 2)  # two frames
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "plain"}')
+    read = texts(path=str(tmp_path), format="jsonl")  # the files of both kinds
+    assert len(read) == 1001 and "plain" in read
+    for damaged in (compress(lines)[:-40], b"\n" + compress(lines), b'{"text": "plain"}'):
+        found.write_bytes(damaged)
+        with pytest.raises(ConfigError, match=f"a.jsonl{ending}: this is no whole {ending} file .* download it again"):
+            texts(path=str(found), format="jsonl")
+
+
+def test_linked_folders_are_read_once_each(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "a.md").write_text("linked")
+    (tmp_path / "one" / "b.md").write_text("own")
+    for name, target in (("link", "two"), ("again", "two"), ("loop", "one")):
+        (tmp_path / "one" / name).symlink_to(tmp_path / target)
+    assert sorted(texts(path=str(tmp_path / "one"), pattern="*.md")) == ["linked", "own"]
 
 
 def test_a_text_in_another_encoding_is_refused_by_its_file_and_place(tmp_path):

@@ -4,16 +4,16 @@ Files are UTF-8 or UTF-16, and may be compressed.
 """
 
 import codecs
-import gzip
 import io
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from qwen_moe_jax.text_files import decode_text, encoding_problem
+from train.data.compressed import open_data
 from train.data.messages import refuse
 from train.data.records import WANTED
 
@@ -43,30 +43,18 @@ def read_json_file(file: Path) -> Iterator[Value]:
     """The values of a file: one a line, or the items of the array that a .json file is. Blank lines are skipped.
 
     Raises:
-        ConfigError: bytes that are no text, or text that is no JSON, by file and line.
+        ConfigError: a compressed file that is damaged, bytes that are no text, or text that is no JSON, by file and
+            line.
     """
-    with _open(file) as opened:
+    with open_data(file) as opened:
         start = opened.read(64)
-        opened.seek(0)
+    with open_data(file) as opened:  # again: a compressed file cannot be read from its start a second time
         if file.suffix == ".json" and start.replace(b"\0", b"").lstrip(_BEFORE_ARRAY).startswith(b"["):
             yield from _items(decode(opened.read(), str(file)), file)
         elif start.startswith(_UTF16) or b"\0" in start[:2]:
             yield from _lines(io.BytesIO(decode(opened.read(), str(file)).encode("utf-8")), file)
         else:
             yield from _lines(opened, file)
-
-
-def _open(file: Path) -> BinaryIO:
-    """The file's content; that of a .gz or .zst file as it is read."""
-    if file.suffix == ".gz":
-        return gzip.open(file)  # type: ignore[return-value]
-    if file.suffix != ".zst":
-        return file.open("rb")
-    try:
-        import zstandard  # an optional dependency
-    except ImportError:
-        refuse(f"{file}: a .zst file needs zstandard, which is not installed: pip install zstandard.")
-    return io.BufferedReader(zstandard.open(file, "rb"))
 
 
 def decode(raw: bytes, place: str) -> str:

@@ -16,7 +16,7 @@ from qwen_moe_jax.suggest import did_you_mean
 from train.config import ClassificationConfig, ColumnsConfig
 from train.data.chat import Example, Turns
 from train.data.encode import Encoder, Kind
-from train.data.messages import Conversation, checked_messages, refuse, refuse_surrogates
+from train.data.messages import Conversation, checked_messages, finite_number, refuse, refuse_surrogates
 from train.data.records import Read
 from train.data.sources import Record
 
@@ -94,7 +94,8 @@ def _words(values: dict[str, Any], names: dict[str, str], place: str) -> Labelle
             refuse(f"{place}: {names[field]}: found {items!r:.80}, expected a list of {field}.")
     if len(words) != len(labels):
         refuse(f"{place}: found {len(words)} {names['tokens']} and {len(labels)} {names['labels']}, expected as many.")
-    return Labelled(words, [str(label) for label in labels]) if words else None
+    unlabelled = all(label == IGNORED for label in labels)
+    return None if unlabelled else Labelled(words, [str(label) for label in labels])
 
 
 def _text(
@@ -114,7 +115,7 @@ def _text(
         return Labelled(content, [str(item) for item in label])
     number = isinstance(label, int | float) and not isinstance(label, bool)
     if number and (isinstance(label, float) or settings.problem_type == REGRESSION):
-        return Labelled(content, float(label))
+        return Labelled(content, finite_number(label, f"{place}: {names['label']}"))
     if not isinstance(label, str | int):
         refuse(f"{place}: {names['label']}: found {label!r:.80}, expected a name, a number, or a list of names.")
     return Labelled(content, str(label))
@@ -181,6 +182,8 @@ class _Numbering:
             refuse(f"{place}: label: found {content.label!r:.80}, expected one for {self._problem_type}.")
 
     def _number(self, name: str, place: str) -> int:
+        if name == str(IGNORED) and self._settings.level == "token":
+            return IGNORED
         if name not in self._names:
             if self._settings.labels:
                 known = ", ".join(self._names)

@@ -1,6 +1,7 @@
 """Messages, tools and template variables of a record → `Conversation`, checked and refused by file, line and field."""
 
 import json
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -84,6 +85,19 @@ def refuse_surrogates(value: Any, place: str) -> None:
             refuse_surrogates(item, f"{place}[{number}]")
 
 
+def finite_number(value: Any, place: str) -> float:
+    """A number of JSON, in which Python reads NaN, infinities and integers of any size."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        refuse(f"{place}: found {value!r:.80}, expected a number.")
+    try:
+        found = float(value)
+    except OverflowError:
+        found = math.inf
+    if not math.isfinite(found):
+        refuse(f"{place}: found {value!r:.80}, expected a finite number.")
+    return found
+
+
 def refuse(message: str) -> NoReturn:
     """Raises a `ConfigError` without the exception that led to it."""
     raise ConfigError(message) from None
@@ -95,6 +109,9 @@ def _checked_message(message: Any, place: str) -> dict[str, Any]:
         refuse(f"{place}: found {message!r:.80}, expected {_MESSAGE}.")
     if is_sharegpt(message):
         message = to_role_and_content(message, place)
+        refuse_surrogates(message.get("tool_calls"), f"{place}.value")  # the escapes of a JSON string are read now
+    if message.get("role") == "developer":  # OpenAI's new name, which templates do not know
+        message = {**message, "role": "system"}
     if message.get("role") not in _ROLES:
         refuse(f"{place}.role: found {message.get('role')!r}, expected one of {', '.join(_ROLES)}.")
     content = message.get("content")
@@ -103,6 +120,7 @@ def _checked_message(message: Any, place: str) -> dict[str, Any]:
     elif not isinstance(content, str) and (content is not None or not message.get("tool_calls")):
         refuse(f"{place}.content: found {content!r:.80}, expected a string.")
     _check_weight(message, place)
+    _check_calls(message, place)
     return message
 
 
@@ -116,6 +134,21 @@ def _check_weight(message: dict[str, Any], place: str) -> None:
     if weight is not None and (isinstance(weight, str) or weight not in ((0, 1) if is_assistant else (0,))):
         expected = "0 or 1" if is_assistant else "none: only the assistant's messages are learned"
         refuse(f"{place}.weight: found {weight!r}, expected {expected}.")
+
+
+def _check_calls(message: dict[str, Any], place: str) -> None:
+    """A list of calls, each with the name of a function; templates write any other value as an empty call."""
+    if message.get("function_call"):
+        refuse(f"{place}.function_call: found {message['function_call']!r:.80}, expected it as one of tool_calls.")
+    calls = message.get("tool_calls")
+    if calls is not None and (not isinstance(calls, list) or not all(map(_is_call, calls))):
+        expected = '[{"type": "function", "function": {"name": …, "arguments": …}}]'
+        refuse(f"{place}.tool_calls: found {calls!r:.80}, expected {expected}.")
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 def _checked_tools(tools: Any, place: str) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from train.data.messages import (
     Conversation,
     as_conversation,
     checked_messages,
+    finite_number,
     refuse,
     refuse_surrogates,
     template_variables,
@@ -59,15 +60,13 @@ def read_preference(found: Any, place: str, columns: ColumnsConfig = ColumnsConf
     if {"prompt", "messages"} <= values.keys():
         refuse(f"{place}: found both {names['prompt']} and {names['messages']}, expected one of them, the prompt.")
     refuse_surrogates({names[field]: value for field, value in values.items()}, place)
-    margin = values.get("margin", 0.0)
-    if isinstance(margin, bool) or not isinstance(margin, int | float):
-        refuse(f"{place}: {names['margin']}: found {margin!r:.80}, expected a number.")
+    margin = finite_number(values.get("margin", 0.0), f"{place}: {names['margin']}")
     sides = [values["chosen"], values["rejected"]]
     if isinstance(values.get("prompt"), list) or "messages" in values or all(isinstance(side, list) for side in sides):
         form, (chosen, rejected) = "pairs of conversations", _conversations(values, names, place)
     else:
         form, (chosen, rejected) = "pairs of texts", _texts(values, names, place)
-    content = None if chosen == rejected else Preference(chosen, rejected, float(margin))
+    content = None if chosen == rejected else Preference(chosen, rejected, margin)
     return Read(form, content, frozenset(names[field] for field in values))
 
 

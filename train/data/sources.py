@@ -18,6 +18,7 @@ import numpy as np
 from qwen_moe_jax.errors import ConfigError
 from qwen_moe_jax.storage.git_lfs import lfs_problem
 from train.config import FORMATS, SourceConfig
+from train.data.compressed import COMPRESSED
 from train.data.docstrings import questions_of
 from train.data.documents import FileArray
 from train.data.json_files import decode, read_json_file
@@ -219,8 +220,10 @@ def _rows_of(file: Path, parquet: Any) -> Iterator[list[dict[str, Any]]]:
         with parquet.ParquetFile(file) as opened:
             for rows in opened.iter_batches(batch_size=256):
                 yield rows.to_pylist()
-    except ValueError as error:  # pyarrow's errors of a file's content are ValueErrors
-        refuse(f"{file}: this is no parquet file ({error}).")
+    except (ValueError, OSError) as error:  # pyarrow's errors of a file's content, OSErrors without a number
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        refuse(f"{file}: this is no parquet file ({str(error).splitlines()[0]}).")
 
 
 def _parquet() -> Any:
@@ -314,7 +317,7 @@ def _root(source: SourceConfig) -> Path:
 def files_of(source: SourceConfig) -> list[tuple[Path, str]]:
     """The matching files and their names below the folder, ordered by a hash of these names.
 
-    So a bounded amount of text is a random sample of the whole.
+    So a bounded amount of text is a random sample of the whole. Linked folders are followed, each once.
     """
     root = _root(source)
     if root.is_file():
@@ -323,15 +326,27 @@ def files_of(source: SourceConfig) -> list[tuple[Path, str]]:
     if not root.is_dir():
         refuse(f"data.path: {root}: there is no such file or folder.")
     skipped = () if source.path else _SKIPPED_IN_STDLIB
-    pattern = source.pattern or FORMATS[source.format]
-    files = []
-    for folder, subfolders, names in os.walk(root, onerror=_fail):
-        subfolders[:] = [name for name in subfolders if not any(fnmatch(name, pattern) for pattern in skipped)]
-        files += [Path(folder, name) for name in names if fnmatch(name, pattern)]
+    patterns = _patterns(source)
+    files, seen = [], set()
+    for folder, subfolders, names in os.walk(root, onerror=_fail, followlinks=True):
+        if (own := os.path.realpath(folder)) in seen:  # a link to a folder above, or a second one to the same
+            subfolders.clear()
+            continue
+        seen.add(own)
+        subfolders[:] = sorted(name for name in subfolders if not any(fnmatch(name, skip) for skip in skipped))
+        files += [Path(folder, name) for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
     for file in files:
         _refuse_pointer(file)
     named = [(file, file.relative_to(root).as_posix()) for file in files]
     return sorted(named, key=lambda one: hashlib.sha256(one[1].encode()).digest())
+
+
+def _patterns(source: SourceConfig) -> list[str]:
+    """The names of the files to read: those of the format, compressed ones too, where none are set."""
+    if source.pattern:
+        return [source.pattern]
+    own = FORMATS[source.format]
+    return [own, *(own + ending for ending in COMPRESSED)] if source.format == "jsonl" else [own]
 
 
 def _fail(error: OSError) -> NoReturn:

@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qwen_moe_jax.huggingface.fields import read_json
+from qwen_moe_jax.text_files import read_text
 
 # The special tokens of a tokenizer that is trained here.
 SPECIAL_TOKENS = END_OF_TEXT, _, MESSAGE_END = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -87,7 +88,7 @@ def name_turn_ends(folder: Path, turn_ends: Sequence[str]) -> None:
     new = [token for token in turn_ends if token != own]
     if not new:
         return
-    template = "".join(path.read_text(encoding="utf-8") for path in folder.rglob("*.jinja")) + json.dumps(
+    template = "".join(read_text(path) for path in folder.rglob("*.jinja")) + json.dumps(
         config.get("chat_template", "")
     )
     if "eos_token" not in template:

@@ -6,7 +6,7 @@ from typing import Any
 
 from qwen_moe_jax.errors import RequestError
 from qwen_moe_jax.inference.chat_template import ChatTemplate, argument_strings
-from train.data.messages import Conversation, refuse
+from train.data.messages import Conversation, refuse, refuse_surrogates
 
 
 def with_arguments_as_rendered(conversation: Conversation, template: ChatTemplate, place: str) -> Conversation:
@@ -41,6 +41,7 @@ def _with_object(call: dict[str, Any], template: ChatTemplate, place: str) -> di
             f"{place}.tool_calls: arguments: found {function['arguments']!r:.80}, expected an object, or one as a JSON "
             f"string: the chat template of {template.folder} writes it as an object."
         )
+    refuse_surrogates(arguments, f"{place}.tool_calls: arguments")  # the escapes of the JSON string are read now
     replaced = {**function, "arguments": arguments}
     return {**call, "function": replaced} if "function" in call else replaced
 

@@ -30,6 +30,7 @@ from qwen_moe_jax.huggingface.unused_fields import say_once
 from qwen_moe_jax.storage.prefetch import prefetch
 from qwen_moe_jax.storage.progress import bytes_bar
 from qwen_moe_jax.storage.tensor import StoredTensor, blocks
+from qwen_moe_jax.text_files import read_text
 
 if TYPE_CHECKING:
     import gguf
@@ -157,7 +158,7 @@ def _add_vocabulary(writer: "gguf.GGUFWriter", vocabulary: Vocabulary, config: M
     writer.add_add_bos_token(bool(settings.get("add_bos_token", vocabulary.model == "llama")))
     template = settings.get("chat_template")
     if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        template = read_text(folder / "chat_template.jinja")
     if isinstance(template, str):
         writer.add_chat_template(template)
 
