@@ -81,10 +81,14 @@ class ExpertWeights:
             specs: how the arrays are stored, as a tree of the same form.
             multiply: the same rows with each of several arrays.
         """
+        return self._project(self._gated(x, specs, multiply), specs, multiply, "down_proj")[0]
 
-        def project(x: jax.Array, *names: str) -> list[jax.Array]:
-            matrices = [(getattr(self, name), getattr(specs, name), MATRICES[name]) for name in names]
-            return [adapted(x, y, name) for name, y in zip(names, multiply(x, matrices), strict=True)]
+    def _gated(self, x: jax.Array, specs: Any, multiply: Multiply) -> jax.Array:
+        gate, up = self._project(x, specs, multiply, "gate_proj", "up_proj")
+        return ACTIVATIONS[self.act](gate) * up
+
+    def _project(self, x: jax.Array, specs: Any, multiply: Multiply, *names: str) -> list[jax.Array]:
+        """The rows with each of the named matrices, adapters included; linear in the rows."""
 
         def adapted(x: jax.Array, y: jax.Array, name: str) -> jax.Array:
             if name not in self.lora:
@@ -95,23 +99,38 @@ class ExpertWeights:
             [added] = multiply(x_r * dict(self.scaling)[name], [(b, b_spec, (lead, rows, "rank"))])
             return y + added
 
-        gate, up = project(x, "gate_proj", "up_proj")
-        return project(ACTIVATIONS[self.act](gate) * up, "down_proj")[0]
+        matrices = [(getattr(self, name), getattr(specs, name), MATRICES[name]) for name in names]
+        return [adapted(x, y, name) for name, y in zip(names, multiply(x, matrices), strict=True)]
 
-    def on_rows(
-        self, rows_RD: jax.Array, sizes_E: jax.Array, specs: "ExpertWeights", backend: GroupedMatmul
-    ) -> jax.Array:
+    def _only_down(self) -> "ExpertWeights":
+        absent: Any = None
+        lora = {name: arrays for name, arrays in self.lora.items() if name == "down_proj"}
+        return dataclasses.replace(self, gate_proj=absent, up_proj=absent, lora=lora)
+
+    def on_rows(self, rows: SortedRows, specs: "ExpertWeights", backend: GroupedMatmul) -> jax.Array:
         """Each row through its expert, [R, D] to the same, inside a shard_map.
 
         Over `tensor`, which shards F, the results are partial sums. Weights are gathered over fsdp, here and again in
         the backward pass.
 
         Args:
-            rows_RD: rows sorted by expert; see `grouped_matmul`.
-            sizes_E: rows of each of the device's experts.
+            rows: of this device.
             specs: as in `swiglu`.
             backend: of `grouped_matmul`.
         """
+        multiply = self._on_sorted(rows.sizes_XE, backend)
+        hidden_RF = self._gated(rows.x_XRD, specs, multiply)
+        if rows.weights_XR is None or self.layer is not None:  # stacked layers are not differentiated
+            return self._project(hidden_RF, specs, multiply, "down_proj")[0]
+
+        def down(hidden_RF: jax.Array, arrays: tuple[ExpertWeights, jax.Array]) -> jax.Array:
+            weights, sizes_E = arrays
+            return weights._project(hidden_RF, specs, weights._on_sorted(sizes_E, backend), "down_proj")[0]
+
+        return with_weights_in_gradient(down, hidden_RF, rows.weights_XR, (self._only_down(), rows.sizes_XE))
+
+    def _on_sorted(self, sizes_E: jax.Array, backend: GroupedMatmul) -> Multiply:
+        """Products of rows sorted by expert, so many of each."""
 
         def multiply(x: jax.Array, matrix: Matrix) -> jax.Array:
             array, spec, axes = matrix
@@ -138,7 +157,7 @@ class ExpertWeights:
                 return ragged_in_place(x, [array for array, _, _ in matrices], experts_E, sizes_E)
             return [multiply(x, matrix) for matrix in matrices]
 
-        return self.swiglu(rows_RD, specs, multiply_all)
+        return multiply_all
 
     def on_token(
         self, x_TD: jax.Array, experts_A: jax.Array, weights_A: jax.Array, specs: "ExpertWeights"
@@ -201,6 +220,39 @@ def _read_in_place(x: jax.Array, matrices: Sequence[Matrix]) -> bool:
         needs_gather((spec.integers if isinstance(spec, Quantised) else spec)[-3:], axes) for _, spec, axes in matrices
     )
     return not gathered and reads_in_place(x.dtype, [array for array, _, _ in matrices])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def with_weights_in_gradient(
+    linear: Callable[[jax.Array, Any], jax.Array], x_RF: jax.Array, weights_R: jax.Array, arrays: Any
+) -> jax.Array:
+    """`linear(x, arrays)`, with the gradient of `linear(x * weights, arrays)`.
+
+    The other half of `combine_rows`, which weights the results and leaves the weights out of their gradient. As a row
+    is linear in its input, its weight may as well be on the input, and the gradient of that is a product of the input
+    and its gradient: the results are not needed.
+
+    Args:
+        linear: rows by matrices, of a row at a time. It holds no tracers.
+        x_RF: rows.
+        weights_R: what the result of each row counts in a sum.
+        arrays: a pytree; integers in it have no gradient.
+    """
+    return linear(x_RF, arrays)
+
+
+def _with_weights_forward(linear, x_RF: jax.Array, weights_R: jax.Array, arrays: Any):
+    return linear(x_RF, arrays), (x_RF, weights_R, arrays)
+
+
+def _with_weights_backward(linear, saved: tuple[jax.Array, jax.Array, Any], gradient_RD: jax.Array):
+    def weighted(x_RF: jax.Array, weights_R: jax.Array, arrays: Any) -> jax.Array:
+        return linear((x_RF * weights_R[:, None]).astype(x_RF.dtype), arrays)
+
+    return jax.vjp(weighted, *saved)[1](gradient_RD)
+
+
+with_weights_in_gradient.defvjp(_with_weights_forward, _with_weights_backward)
 
 
 class Experts(nnx.Module):
@@ -344,11 +396,11 @@ def _sorted_rows(
 
         def serve(turn: jax.Array, tokens: Assignments, weights: ExpertWeights) -> jax.Array:
             sent, plan = overflow.exchange.send(turn, tokens)
-            y_RD = weights.on_rows(sent.x_XRD, sent.sizes_XE, specs, backend)
+            y_RD = weights.on_rows(sent, specs, backend)
             return overflow.exchange.receive(y_RD, plan)
 
         weights, served_TD = serve_overflow(serve, overflow.rounds_X, overflow.tokens, weights)
-    y_RD = weights.on_rows(rows.x_XRD, rows.sizes_XE, specs, backend)
+    y_RD = weights.on_rows(rows, specs, backend)
     return add_device_axis(SortedRows(x_XRD=y_RD, sizes_XE=rows.sizes_XE, served_XTD=served_TD))
 
 

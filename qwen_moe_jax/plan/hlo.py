@@ -27,10 +27,14 @@ from qwen_moe_jax.plan.hlo_text import (
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 #: Instructions that only name arrays that are there already.
 _FREE = frozenset(
-    "parameter constant get-tuple-element tuple bitcast while call conditional after-all partition-id opt-barrier "
+    "parameter constant get-tuple-element tuple bitcast while call call-start async-start conditional after-all "
+    "partition-id opt-barrier "
     "copy-done all-gather-done all-reduce-done collective-permute-done async-done async-update "
     "call-done".split()
 )
+
+#: Instructions that start a computation, which others do not wait for.
+_STARTS = ("call-start", "async-start")
 
 #: Instructions of which only as much is read of their first operand as they make.
 _SLICES = ("dynamic-slice", "slice", "gather")
@@ -62,6 +66,7 @@ class Run:
         times: how often it runs in a step; None where a loop's trip count is not known.
         layers: the trip count of the loop over layers that it is in; 0 outside of one.
         fused: whether it is inside a fusion, so that its result is not written to memory.
+        started: whether other instructions run meanwhile, as on a TPU's SparseCores.
     """
 
     instruction: Instruction
@@ -69,6 +74,7 @@ class Run:
     times: int | None
     layers: int
     fused: bool
+    started: bool = False
 
     @property
     def moves(self) -> bool:
@@ -108,12 +114,14 @@ class Module:
                     self._entry = head[1]
             elif line.startswith(" ") and (instruction := read_instruction(line)) is not None:
                 current[instruction.name] = instruction
-        self.runs: tuple[Run, ...] = tuple(self._walk(self._entry, 1, 0, False, False))
+        self.runs: tuple[Run, ...] = tuple(self._walk(self._entry, 1, 0, False, False, False))
 
-    def _walk(self, name: str, times: int | None, layers: int, fused: bool, looped: bool) -> Iterator[Run]:
+    def _walk(
+        self, name: str, times: int | None, layers: int, fused: bool, looped: bool, started: bool
+    ) -> Iterator[Run]:
         computation = self.computations[name]
         for instruction in computation.values():
-            yield Run(instruction, computation, times, layers, fused)
+            yield Run(instruction, computation, times, layers, fused, started)
             if instruction.opcode == "while":
                 trips = self.trips(instruction, computation)
                 if trips is None and f"{SCOPE}/" in instruction.source:
@@ -125,12 +133,13 @@ class Module:
                 if trips in self._layer_repeats and not layers and "shard_map" not in instruction.source:
                     inside = trips or 0
                 rounds = None if trips is None or times is None else times * trips
-                yield from self._walk(body, rounds, inside, fused, True)
+                yield from self._walk(body, rounds, inside, fused, True, started)
+            within = fused or instruction.opcode == "fusion", looped, started or instruction.opcode in _STARTS
             for called in self._called(instruction):
-                yield from self._walk(called, times, layers, fused or instruction.opcode == "fusion", looped)
+                yield from self._walk(called, times, layers, *within)
 
     def _called(self, instruction: Instruction) -> list[str]:
-        if instruction.opcode in ("fusion", "call", "call-start", "async-start"):
+        if instruction.opcode in ("fusion", "call", *_STARTS):
             words = [instruction.attribute("calls"), instruction.attribute("to_apply")]
         elif instruction.opcode == "conditional":  # every branch counts: which one is taken is not known
             branches = instruction.attribute("branch_computations") or ""
@@ -230,7 +239,7 @@ class Module:
         """Whether a collective may run while other instructions do."""
         instruction = run.instruction
         started = instruction.opcode.endswith("-start") and '"is_sync":true' not in instruction.attributes
-        return started or _CHAINED.search(instruction.attributes) is not None
+        return run.started or started or _CHAINED.search(instruction.attributes) is not None
 
     def goes_on(self, run: Run) -> bool:
         """Whether it is a collective that another fusion has started, and so has been counted there."""

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_moe_jax.config.resolve import backend_for
-from qwen_moe_jax.moe.dispatch.rows import from_rows, plan_rows, ranks, sort_rows, to_rows
+from qwen_moe_jax.moe.dispatch.rows import (
+    combine_rows,
+    from_rows,
+    plan_rows,
+    ranks,
+    sort_rows,
+    to_rows,
+    weights_to_rows,
+)
+from qwen_moe_jax.moe.experts import with_weights_in_gradient
 from qwen_moe_jax.moe.kernels.grouped_matmul import BACKENDS, buffer_rows, grouped_matmul
 
 K, T, A, D = 5, 7, 3, 4
@@ -71,6 +80,33 @@ def test_rows_there_and_back_are_a_weighted_sum_with_the_gradient_of_one():
         jax.grad(by_index, (0, 1, 2))(*arguments), jax.grad(plainly, (0, 1, 2))(*arguments), strict=True
     ):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_that_are_known_to_the_experts_have_the_gradients_of_a_weighted_sum():
+    rng = np.random.default_rng(2)
+    num_rows = T * A + 2
+    row_TA = rng.permutation(num_rows)[: T * A].reshape(T, A)
+    row_TA[2, 1] = row_TA[4] = num_rows
+    plan = plan_rows(jnp.array(row_TA, jnp.int32), num_rows)
+    shapes = (T, D), (T, A), (D, D), (T, D)
+    *arguments, seed_TD = (jnp.array(rng.normal(size=shape), jnp.float32) for shape in shapes)
+
+    def linear(x_RD, matrix_DD):
+        return x_RD @ matrix_DD
+
+    def by_the_experts(x_TD, weights_TA, matrix_DD):
+        weights_R = weights_to_rows(weights_TA, plan)
+        y_RD = with_weights_in_gradient(linear, to_rows(x_TD, plan), weights_R, matrix_DD)
+        return jnp.sum(combine_rows(y_RD, weights_TA, plan) * seed_TD)
+
+    def after_them(x_TD, weights_TA, matrix_DD):
+        return jnp.sum(from_rows(linear(to_rows(x_TD, plan), matrix_DD), weights_TA, plan) * seed_TD)
+
+    results = jax.jit(jax.value_and_grad(by_the_experts, (0, 1, 2)))(*arguments)
+    wanted = jax.jit(jax.value_and_grad(after_them, (0, 1, 2)))(*arguments)
+    assert results[0] == wanted[0], "the results themselves are weighted as ever"
+    for found, expected in zip(results[1], wanted[1], strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 E, INNER, OUTER, ROWS = 4, 6, 8, 300

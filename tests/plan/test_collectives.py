@@ -124,6 +124,26 @@ def test_a_chain_of_fusions_is_one_asynchronous_collective_sent_read_and_written
     assert module.matmul_flops() == 2 * 32**3
 
 
+def test_a_collective_of_the_sparsecores_is_asynchronous_and_moves_its_bytes_once():
+    text = """HloModule x
+
+%own (p: bf16[64,64]) -> bf16[64,128] {
+  %p = bf16[64,64]{1,0} parameter(0)
+  ROOT %g = bf16[64,128]{1,0} all-gather(%p), replica_groups=[4,2]<=[8], dimensions={1}
+}
+
+ENTRY %main (a: bf16[64,64]) -> bf16[64,128] {
+  %a = bf16[64,64]{1,0} parameter(0)
+  %s = ((bf16[64,64]{1,0}), bf16[64,128]{1,0}, u32[]) call-start(%a), async_execution_thread="sparsecore", to_apply=%own
+  ROOT %d = bf16[64,128]{1,0} call-done(%s)
+}
+"""
+    module = Module(text)
+    [gather] = collectives_of(module, MESH, "tpu")
+    assert (gather.kind, gather.bytes, gather.asynchronous) == ("all-gather", 64 * 64 * 2, True)
+    assert module.memory_bytes() == 64 * 64 * 2 + 64 * 128 * 2
+
+
 def test_an_all_reduce_sliced_in_its_fusion_is_a_reduce_scatter():
     text = """HloModule x
 

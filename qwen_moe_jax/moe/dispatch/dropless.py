@@ -31,13 +31,14 @@ from qwen_moe_jax.moe.dispatch.rows import (
     SingleToken,
     SortedRows,
     add_device_axis,
+    combine_rows,
     drop_device_axis,
-    from_rows,
     per_device,
     plan_rows,
     ranks,
     sort_rows,
     to_rows,
+    weights_to_rows,
 )
 from qwen_moe_jax.moe.kernels.grouped_matmul import buffer_rows
 from qwen_moe_jax.moe.router import Routing
@@ -215,10 +216,10 @@ class Buffers:
     def receive(self, y_RD: jax.Array, plan: RoundPlan) -> jax.Array:
         """The experts' results back to the device's own tokens' weighted sums [T, D], inside a shard_map."""
         if self.exchange == "all_gather":
-            return _reduce_scatter(from_rows(y_RD, plan.weights_TA, plan.rows))
-        y_RD = from_rows(y_RD, jnp.ones((self.num_shards * self.rows, 1), y_RD.dtype), plan.rows)
+            return _reduce_scatter(combine_rows(y_RD, plan.weights_TA, plan.rows))
+        y_RD = combine_rows(y_RD, jnp.ones((self.num_shards * self.rows, 1), y_RD.dtype), plan.rows)
         y_RD = exchange_rows(y_RD, plan.received_X, plan.sent_X, kind=self.exchange)
-        return from_rows(checkpoint_name(y_RD, EXCHANGED), plan.weights_TA, plan.outgoing)
+        return combine_rows(checkpoint_name(y_RD, EXCHANGED), plan.weights_TA, plan.outgoing)
 
     def _send_to_all(self, turn: jax.Array | int, tokens: Assignments) -> tuple[SortedRows, RoundPlan]:
         """All-gather: of all tokens of the axis, those that chose an expert of this device."""
@@ -227,7 +228,8 @@ class Buffers:
         expert_here_TA = tokens.experts_TA - jax.lax.axis_index("expert") * self.own
         here_TA = served_TA & (expert_here_TA >= 0) & (expert_here_TA < self.own)
         plan, sizes_E = sort_rows(jnp.where(here_TA, expert_here_TA, self.own), self.own, buffer_rows(self.rows))
-        rows = SortedRows(x_XRD=to_rows(tokens.x_TD, plan), sizes_XE=sizes_E)
+        weights_R = weights_to_rows(tokens.weights_TA, plan)
+        rows = SortedRows(x_XRD=to_rows(tokens.x_TD, plan), sizes_XE=sizes_E, weights_XR=weights_R)
         return rows, RoundPlan(rows=plan, weights_TA=tokens.weights_TA, rounds=rounds)
 
     def _send_rows(self, turn: jax.Array | int, tokens: Assignments) -> tuple[SortedRows, RoundPlan]:
@@ -246,14 +248,17 @@ class Buffers:
         received_XE = checkpoint_name(jax.lax.all_to_all(sizes_XE, "expert", 0, 0, tiled=True), EXCHANGED)
         received_X = jnp.sum(received_XE, axis=1, dtype=jnp.int32)
         x_RD = exchange_rows(to_rows(tokens.x_TD, outgoing), sent_X, received_X, kind=self.exchange)
-        x_RD = checkpoint_name(x_RD, EXCHANGED)
+        weights_R = weights_to_rows(tokens.weights_TA, outgoing)
+        weights_R = jax.lax.all_to_all(weights_R, "expert", 0, 0, tiled=True)
+        x_RD, weights_R = (checkpoint_name(x, EXCHANGED) for x in (x_RD, weights_R))
 
         # Each received chunk is sorted by expert; all of them together are sorted here.
         end_XE = jnp.cumsum(received_XE, axis=1, dtype=jnp.int32)
         position_1S1 = jnp.arange(self.rows, dtype=jnp.int32)[None, :, None]
         expert_XS = jnp.sum(position_1S1 >= end_XE[:, None, :], axis=-1, dtype=jnp.int32)
         plan, own_sizes_E = sort_rows(expert_XS.reshape(-1, 1), self.own, buffer_rows(total))
-        rows = SortedRows(x_XRD=to_rows(x_RD, plan), sizes_XE=own_sizes_E)
+        weights_R = weights_to_rows(weights_R[:, None], plan)
+        rows = SortedRows(x_XRD=to_rows(x_RD, plan), sizes_XE=own_sizes_E, weights_XR=weights_R)
         return rows, RoundPlan(
             rows=plan,
             weights_TA=tokens.weights_TA,

@@ -111,12 +111,14 @@ class SortedRows:
     Attributes:
         x_XRD: R of `buffer_rows`; rows past the sum of the sizes mean nothing.
         sizes_XE: int32; rows of each of the device's experts.
+        weights_XR: what each row counts, for the backward pass (`combine_rows`); None where `from_rows` weights them.
         overflow: the rounds after the first; None where one always suffices.
         served_XTD: after the experts, the sums of those rounds for the device's own tokens; None without `overflow`.
     """
 
     x_XRD: jax.Array
     sizes_XE: jax.Array
+    weights_XR: jax.Array | None = None
     overflow: Overflow | None = None
     served_XTD: jax.Array | None = None
 
@@ -252,6 +254,46 @@ def _from_rows_backward(saved: tuple[jax.Array, jax.Array, RowPlan], gradient_TD
 
 
 from_rows.defvjp(_from_rows_forward, _from_rows_backward)
+
+
+@jax.custom_vjp
+def combine_rows(y_RD: jax.Array, weights_TA: jax.Array, plan: RowPlan) -> jax.Array:
+    """`from_rows`, which leaves the weights' part of the backward pass to the experts.
+
+    The gradient of y is that of the unweighted sum, and the weights have none here. The experts know what each of their
+    rows counts, and have both gradients from their transposed product (`experts.with_weights_in_gradient`). So y has no
+    part in the backward pass: it is not kept, nor computed again, nor sent again.
+    """
+    return from_rows(y_RD, weights_TA, plan)
+
+
+def _combine_rows_forward(y_RD: jax.Array, weights_TA: jax.Array, plan: RowPlan):
+    return from_rows(y_RD, weights_TA, plan), (jnp.zeros((), y_RD.dtype), plan)
+
+
+def _combine_rows_backward(saved: tuple[jax.Array, RowPlan], gradient_TD: jax.Array):
+    like, plan = saved
+    return to_rows(_row_major(gradient_TD.astype(like.dtype)), plan), None, None
+
+
+combine_rows.defvjp(_combine_rows_forward, _combine_rows_backward)
+
+
+@jax.custom_vjp
+def weights_to_rows(weights_TA: jax.Array, plan: RowPlan) -> jax.Array:
+    """The weight of the assignment in each row, [R]; 0 in empty rows."""
+    return _take(weights_TA.reshape(-1), plan.assignment_R)
+
+
+def _weights_to_rows_forward(weights_TA: jax.Array, plan: RowPlan):
+    return weights_to_rows(weights_TA, plan), plan
+
+
+def _weights_to_rows_backward(plan: RowPlan, gradient_R: jax.Array):
+    return _take(gradient_R, plan.row_TA), None
+
+
+weights_to_rows.defvjp(_weights_to_rows_forward, _weights_to_rows_backward)
 
 
 def _choices(plan: RowPlan, weights_TA: jax.Array):
