@@ -28,6 +28,7 @@ from qwen_moe_jax.attention_kernels.cached import (
     write_slots,
 )
 from qwen_moe_jax.attention_kernels.cached_cpu import attends_in_place, write_and_attend
+from qwen_moe_jax.attention_kernels.flash_cpu import attend_stored, attends_many
 from qwen_moe_jax.config import LayerKind, ModelConfig
 from qwen_moe_jax.errors import ShardingError
 from qwen_moe_jax.model.segments import plan_segments
@@ -301,8 +302,8 @@ def update_and_attend(
 ) -> tuple[jax.Array, LayerCache]:
     """Attention of new tokens over all of their row so far, and the cache with their keys and values.
 
-    Padding is not written, and its results mean nothing; see `attend_cached`. Few tokens on CPUs read the cache in
-    place (`attention_kernels.cached_cpu`).
+    Padding is not written, and its results mean nothing; see `attend_cached`. CPUs read the cache in place, few tokens
+    by `attention_kernels.cached_cpu`, many by `attention_kernels.flash_cpu`.
     """
 
     def local(q_BTNH, k_BTKH, v_BTKH, stored: KeyValues, layer, lengths_B, token_mask_BT) -> tuple:
@@ -314,7 +315,10 @@ def update_and_attend(
             )
         else:
             keys, values = write_slots(keys, k_BTKH, *new, mask), write_slots(values, v_BTKH, *new, mask)
-            mixed_BTNH = attend_cached(q_BTNH, keys, values, *new, mask, sliding_window)
+            if attends_many(q_BTNH, keys):
+                mixed_BTNH = attend_stored(q_BTNH, keys, values, *new, mask, sliding_window=sliding_window)
+            else:
+                mixed_BTNH = attend_cached(q_BTNH, keys, values, *new, mask, sliding_window)
         return mixed_BTNH, KeyValues(keys_LBSKH=keys, values_LBSKH=values)
 
     def paged(q_BTNH, k_BTKH, v_BTKH, stored: PagedKeyValues, layer, lengths_B, token_mask_BT, table_BM) -> tuple:
@@ -327,7 +331,8 @@ def update_and_attend(
         else:
             keys = write_blocks(keys, k_BTKH, *new, mask, table_BM)
             values = write_blocks(values, v_BTKH, *new, mask, table_BM)
-            mixed_BTNH = attend_blocks(q_BTNH, keys, values, *new, mask, table_BM)
+            attend = attend_stored if attends_many(q_BTNH, keys) else attend_blocks
+            mixed_BTNH = attend(q_BTNH, keys, values, *new, mask, table_BM=table_BM)
         return mixed_BTNH, PagedKeyValues(keys_LPSKH=keys, values_LPSKH=values)
 
     arguments = [q_BTNH, k_BTKH, v_BTKH, cache.stored, cache.layer, cache.lengths_B, token_mask_BT]

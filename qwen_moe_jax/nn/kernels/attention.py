@@ -83,7 +83,7 @@ def _write_run_chunk(module: ir.Module, format: Format) -> Code:
     length, count = (code.read(code.read(job, field) + row * 4, kind=INT32) for field in (AT_LENGTHS, AT_COUNTS))
     size = head_dim * (format.bits // 8)
     with code.count(count.at_most(tokens)) as token:
-        slot = _slot(code, job, row, length + token)
+        slot = slot_at(code, job, row, length + token)
         new = ((row * tokens + token) * kv_heads + head) * size
         stored = (slot * kv_heads + head) * size
         for source, target in ((AT_NEW_KEYS, AT_KEYS), (AT_NEW_VALUES, AT_VALUES)):
@@ -121,18 +121,18 @@ def _write_attend(module: ir.Module, format: Format) -> Code:
     def address(field: int, slot: Int) -> Int:
         return code.read(job, field) + (slot * kv_heads + head) * head_dim * (format.bits // 8)
 
-    with _runs(code, job, row, first, count) as (begin, slot, length):
+    with runs(code, job, row, first, count) as (begin, slot, length):
         code.write(arrays, 0, address(AT_KEYS, slot))
         code.call(multiply, arrays, 0, length, head_dim, queries, group, scores + begin * 4, width)
     code.call(softmax, scores, group, count, width)
-    with _runs(code, job, row, first, count) as (begin, slot, length):
+    with runs(code, job, row, first, count) as (begin, slot, length):
         values = address(AT_VALUES, slot)
         code.call(add_values, values, stride, length, head_dim, scores + begin * 4, width, group, results)
     code.end()
     return code
 
 
-def _slot(code: Code, job: Int, row: Int, position: Int) -> Int:
+def slot_at(code: Code, job: Int, row: Int, position: Int) -> Int:
     """The slot of a row's position, counted over all layers and blocks."""
     slots, blocks, layer = (code.read(job, field) for field in (SLOTS, BLOCKS, LAYER))
     block = Variable(code, INT64, row)
@@ -143,7 +143,7 @@ def _slot(code: Code, job: Int, row: Int, position: Int) -> Int:
 
 
 @contextlib.contextmanager
-def _runs(code: Code, job: Int, row: Int, first: Int, count: Int) -> Iterator[tuple[Int, Int, Int]]:
+def runs(code: Code, job: Int, row: Int, first: Int, count: Int) -> Iterator[tuple[Int, Int, Int]]:
     """A loop over the runs of slots that follow one another: tokens before it, its first slot, and its length."""
     slots, done = code.read(job, SLOTS), Variable(code, INT64, code.integer(0))
     with code.loop() as leave_if:
@@ -151,7 +151,7 @@ def _runs(code: Code, job: Int, row: Int, first: Int, count: Int) -> Iterator[tu
         before = done.get()
         position = first + before
         length = (slots - position % slots).at_most(count - before)
-        yield before, _slot(code, job, row, position), length
+        yield before, slot_at(code, job, row, position), length
         done.set(before + length)
 
 

@@ -12,17 +12,29 @@ from llvmlite import ir
 from qwen_moe_jax.compilation_cache import keep, read_kept, source_hash
 from qwen_moe_jax.nn.kernels.attention import write_attention
 from qwen_moe_jax.nn.kernels.delta_rule import write_delta_rule
-from qwen_moe_jax.nn.kernels.formats import FORMATS
+from qwen_moe_jax.nn.kernels.flash import write_flash_attention
+from qwen_moe_jax.nn.kernels.formats import FORMATS, Format
 from qwen_moe_jax.nn.kernels.grouped import Product, write_grouped_matmul
 from qwen_moe_jax.nn.kernels.handler import write_picked_matmul
-from qwen_moe_jax.nn.kernels.tiles import NUMBERS
+from qwen_moe_jax.nn.kernels.tiles import NUMBERS, Numbers
 
 #: What holds the machine code.
 _engines: list[llvm.ExecutionEngine] = []
 
 
+def _write_flash_attention(module: ir.Module, format: Format, name: str) -> None:
+    """For a format of floats."""
+    _, height, vectors = tiles_of("float32")
+    write_flash_attention(module, Numbers(format.bits // 8), height, vectors, name)
+
+
 #: What writes the kernels that come in `FORMATS`, of (module, format, name of the function).
-KERNELS = {"picked_matmul": write_picked_matmul, "attention": write_attention, "delta_rule": write_delta_rule}
+KERNELS = {
+    "picked_matmul": write_picked_matmul,
+    "attention": write_attention,
+    "delta_rule": write_delta_rule,
+    "flash_attention": _write_flash_attention,
+}
 
 
 @functools.cache
