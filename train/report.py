@@ -25,10 +25,10 @@ from train.config import SECTIONS, TrainConfig, load_config
 from train.config.toml import as_table
 from train.folder import RunFolder
 from train.reporting.metrics import ASIDES, Metrics, read_metrics
-from train.reporting.start import Start
 
 if TYPE_CHECKING:
     from train.reporting.figures import Drawing
+    from train.reporting.start import Start
 
 TEMPLATES = Path(__file__).parent / "reporting" / "templates"
 
@@ -153,6 +153,7 @@ def report_page(metrics: Metrics, *, name: str, config: str, state: str) -> str:
         state: whether it is over.
     """
     from train.reporting.figures import curves, load_map, router_curves, term_curves
+    from train.reporting.start import Start  # imports JAX, which --help need not wait for
 
     routers = tuple(map(_figure, router_curves(metrics)))
     page = ReportPage(
@@ -238,7 +239,7 @@ def _time_split(metrics: Metrics) -> str:
     return f"{format_seconds(whole)}: {', '.join(parts)}"
 
 
-def _settings(start: Start) -> dict[str, str]:
+def _settings(start: "Start") -> dict[str, str]:
     mesh = format_mesh(start.mesh)
     execution = ", ".join(f"{key} {value}" for key, value in start.execution.items() if value is not None)
     settings = {

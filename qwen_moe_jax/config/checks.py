@@ -2,6 +2,7 @@
 
 import dataclasses
 import operator
+from numbers import Integral, Real
 from types import NoneType, TracebackType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -77,6 +78,25 @@ class Checks:
             holds = not names or found in names or (found is None and NoneType in kinds)
             self(holds, field.name, "one of " + ", ".join(map(repr, names)))
 
+    def types(self) -> bool:
+        """Each field that is annotated as a bool, int or float is one, or None where it may be.
+
+        NumPy's numbers, and floats that are integers, are kept as Python's.
+
+        Returns:
+            Whether all of them are.
+        """
+        for field in dataclasses.fields(self._config):
+            kinds = get_args(field.type) if get_origin(field.type) in (Union, UnionType) else (field.type,)
+            kind = next((kind for kind in kinds if kind in _NUMBERS), None)
+            found = getattr(self._config, field.name)
+            if kind is None or (found is None and NoneType in kinds):
+                continue
+            value = _as_number(kind, found)
+            if self(value is not None, field.name, _NUMBERS[kind]):
+                object.__setattr__(self._config, field.name, value)
+        return not self._problems
+
     def at_least(self, least: int, *fields: str) -> None:
         """Each field is an integer or a number not below `least`, or None."""
         words = {0: "zero or a positive number", 1: "a positive integer"}
@@ -94,6 +114,22 @@ class Checks:
                 object.__setattr__(self._config, field, dtype_name(field, found))
             except ConfigError as error:
                 self._problems.extend(error.problems)
+
+
+#: The types that `Checks.types` checks, in words.
+_NUMBERS: dict[Any, str] = {bool: "True or False", int: "an integer", float: "a number"}
+
+
+def _as_number(kind: type, found: Any) -> bool | int | float | None:
+    """The value as a bool, int or float; None where it is none."""
+    if isinstance(found, bool) or getattr(getattr(found, "dtype", None), "kind", None) == "b":  # NumPy's, not imported
+        return bool(found) if kind is bool else None
+    if not isinstance(found, Real) or kind is bool:
+        return None
+    if kind is int and isinstance(found, Integral):
+        return int(found)
+    number = float(found)
+    return number if kind is float else int(number) if number.is_integer() else None
 
 
 def invalid(problems: list[Problem]) -> ConfigError:

@@ -4,12 +4,15 @@ import dataclasses
 import math
 import sys
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 from qwen_moe_jax.config.checks import Checks, require, strings, token_ids
 
 #: Tokens that are proposed at a time: fewer than a chunk of decoding returns.
 MOST_SPECULATIVE_TOKENS = 15
+#: The smallest number that logits are divided by: by a smaller one they become infinite in float32.
+LEAST_DIVISOR = 1e-30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,15 +91,17 @@ class GenerationConfig:
     hub_fields: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
 
     def __post_init__(self) -> None:
+        with Checks(self) as check:
+            check.types()
         frozen = {
             "stop_strings": strings("stop_strings", self.stop_strings),
             **{name: token_ids(name, getattr(self, name)) for name in _TOKENS},
             "logit_bias": _biases("logit_bias", self.logit_bias),
-            "bad_words_ids": tuple(token_ids("bad_words_ids", word) for word in self.bad_words_ids),
+            "bad_words_ids": _words("bad_words_ids", self.bad_words_ids),
         }
         for name, value in frozen.items():
             object.__setattr__(self, name, value)
-        if self.exponential_decay_length_penalty is not None:
+        if isinstance(self.exponential_decay_length_penalty, Iterable):
             object.__setattr__(self, "exponential_decay_length_penalty", tuple(self.exponential_decay_length_penalty))
         with Checks(self) as check:
             most = MOST_SPECULATIVE_TOKENS
@@ -113,10 +118,10 @@ class GenerationConfig:
             for name in ("presence_penalty", "frequency_penalty"):
                 check(-2 <= getattr(self, name) <= 2, name, "in [-2, 2]")
             expected = "a positive number (1 changes nothing)"
-            check(0 < self.repetition_penalty < math.inf, "repetition_penalty", expected)
+            check(LEAST_DIVISOR <= self.repetition_penalty <= 1 / LEAST_DIVISOR, "repetition_penalty", expected)
             if check(0 <= self.temperature < math.inf, "temperature", "a positive number"):
-                expected = "a positive number, or do_sample=False"
-                check(self.temperature > 0 or not self.do_sample, "temperature", expected)
+                expected = f"a positive number, at least {LEAST_DIVISOR:g}, or do_sample=False"
+                check(self.temperature >= LEAST_DIVISOR or not self.do_sample, "temperature", expected)
             seeded = self.seed is None or 0 <= self.seed < 2**64
             check(seeded, "seed", "between 0 and 2**64, exclusive, or None")
 
@@ -125,20 +130,31 @@ class GenerationConfig:
 _TOKENS = ("eos_token_id", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id")
 
 
-def _is_decay(found: tuple[int, float] | None) -> bool:
+def _is_decay(found: Any) -> bool:
     """Whether a penalty is None, or a start and a factor."""
     if found is None:
         return True
+    if not isinstance(found, tuple):
+        return False
     numbers = len(found) == 2 and all(isinstance(x, int | float) and not isinstance(x, bool) for x in found)
     return numbers and isinstance(found[0], int) and found[0] >= 0 and 0 < found[1] < math.inf
+
+
+def _words(field: str, found: Any) -> tuple[tuple[int, ...], ...]:
+    require(isinstance(found, Iterable), field, found, "a sequence of sequences of token ids")
+    return tuple(token_ids(field, word) for word in found)
 
 
 def _biases(field: str, found: Any) -> tuple[tuple[int | tuple[int, ...], float], ...]:
     """The last of several biases of one sequence counts, as in a mapping; a sequence of one token is that token."""
     biases: dict[int | tuple[int, ...], float] = {}
-    for key, bias in found.items() if isinstance(found, Mapping) else found:
+    expected = "(token id or ids, number) pairs, infinity excluded"
+    pairs = list(found.items() if isinstance(found, Mapping) else found) if isinstance(found, Iterable) else [None]
+    require(all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs), field, found, expected)
+    for key, bias in pairs:
         ids = token_ids(field, key if isinstance(key, Iterable) else (key,))
+        require(isinstance(bias, Real) and not isinstance(bias, bool), field, found, expected)
         finite = bias == -math.inf or abs(bias) <= sys.float_info.max
-        require(len(ids) > 0 and finite, field, found, "(token id or ids, number) pairs, infinity excluded")
+        require(len(ids) > 0 and finite, field, found, expected)
         biases[ids if len(ids) > 1 else ids[0]] = float(bias)
     return tuple(biases.items())

@@ -60,7 +60,12 @@ def _form(service: Service) -> ChatForm:
 
 def _tools(body: ChatRequest, form: ChatForm) -> Tools:
     """The functions that may be called, by name, as the template is given them; none with tool_choice "none"."""
-    tools = {tool.function.name: tool.model_dump(exclude_none=True) for tool in body.tools or []}
+    tools: dict[str, dict[str, Any]] = {}
+    for number, tool in enumerate(body.tools or []):
+        if tool.function.name in tools:
+            where = f"tools[{number}].function.name"
+            raise invalid(f"{where}: {tool.function.name!r} is also that of an earlier tool, expected another.", where)
+        tools[tool.function.name] = tool.model_dump(exclude_none=True)
     if isinstance(body.tool_choice, NamedTool) and body.tool_choice.function.name not in tools:
         name = body.tool_choice.function.name
         raise invalid(

@@ -8,7 +8,16 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from qwen_moe_jax.server.errors import invalid
@@ -148,6 +157,13 @@ class SamplingRequest(_Body):
     n: int | None = Field(None, ge=1, le=MOST_SEQUENCES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+    @field_validator("stream_options")
+    @classmethod
+    def _of_a_stream(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if value is not None and "stream" in info.data and not info.data["stream"]:
+            raise ValueError("it has a meaning with stream: true only, expected it to be left out")
+        return value
 
 
 class CompletionRequest(SamplingRequest):

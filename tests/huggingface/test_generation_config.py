@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 
 import qwen_moe_jax as qmj
@@ -175,6 +176,16 @@ def test_sequences_are_frozen_whatever_they_were():
         ("bad_words_ids", ((),)),
         ("seed", -1),
         ("seed", 2**64),
+        ("seed", 1.5),
+        ("top_k", 2.5),
+        ("max_new_tokens", True),
+        ("do_sample", "no"),
+        ("temperature", None),
+        ("repetition_penalty", 1e-40),  # 0 in float32, by which logits are divided
+        ("bad_words_ids", 5),
+        ("logit_bias", {1: "x"}),
+        ("logit_bias", [(1, 2, 3)]),
+        ("exponential_decay_length_penalty", 5),
     ],
 )
 def test_refusal_names_field_and_value(field, value):
@@ -193,6 +204,19 @@ def test_nothing_is_drawn_at_temperature_zero():
     assert qmj.GenerationConfig(temperature=0.0).temperature == 0
     with pytest.raises(qmj.ConfigError, match="temperature=0.0.*do_sample=False"):
         qmj.GenerationConfig(temperature=0.0, do_sample=True)
+    with pytest.raises(qmj.ConfigError, match="temperature=1e-40.*at least 1e-30, or do_sample=False"):
+        qmj.GenerationConfig(temperature=1e-40, do_sample=True)  # of which no logit would be finite
+
+
+def test_numbers_of_numpy_are_kept_as_pythons():
+    found = qmj.GenerationConfig(seed=np.int64(3), top_k=5.0, temperature=1, do_sample=np.True_)
+    assert [type(value) for value in (found.seed, found.top_k, found.temperature, found.do_sample)] == [
+        int,
+        int,
+        float,
+        bool,
+    ]
+    assert found == qmj.GenerationConfig(seed=3, top_k=5, temperature=1.0, do_sample=True)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,8 @@ TEXT = {"model": "tiny", "prompt": "x"}
         ("chat/completions", {**CHAT, "stop": list("abcde")}, "stop", "at most 4"),
         ("chat/completions", {**CHAT, "stop_token_ids": [-1]}, "stop_token_ids", "token id -1"),
         ("chat/completions", {**CHAT, "tool_choice": "required"}, "tool_choice", "there are no tools"),
+        ("chat/completions", {**CHAT, "tools": [TOOL, SUB, TOOL]}, "tools[2].function.name", "'add' is also that of"),
+        ("chat/completions", {**CHAT, "stream_options": {}}, "stream_options", "with stream: true only"),
         ("chat/completions", {**CHAT, "tools": [TOOL], "tool_choice": SUB}, "tool_choice", "names 'sub', expected"),
         ("chat/completions", {**CHAT, "response_format": {"type": "json_schema"}}, "response_format.json_schema", ""),
         (

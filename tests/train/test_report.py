@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import xml.dom.minidom
 from html.parser import HTMLParser
 
@@ -160,3 +162,13 @@ def test_several_runs_are_compared_by_results_curves_and_settings(tmp_path, caps
     assert {"held-out loss", "training cross_entropy", "training rewards/margins", "training gradient_norm"} <= {*found}
     assert re.search(r"<th>optimizer.learning_rate</th><td>0.003</td><td>0.25</td>", page)
     assert "optimizer.beta1" not in page  # on which both agree
+
+
+def test_help_answers_without_jax():
+    code = (
+        "import sys; from train import report\n"
+        "try: report.main(['--help'])\n"
+        "except SystemExit: print(sorted({'jax', 'grain', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\n[]\n")
