@@ -16,6 +16,7 @@ from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.model.lora import is_adapter
 from qwen_moe_jax.nn.parameters import parameters_with_paths
 from qwen_moe_jax.nn.quantised import QuantisedParam
+from qwen_moe_jax.sharding.compiler_options import compiler_options
 from train.config import TrainConfig
 from train.objectives.chosen import objective_of
 from train.objectives.contract import Objective
@@ -119,6 +120,7 @@ def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> 
             config.run.gradient_accumulation_steps,
             objective,
             config.optimizer.ema_decay,
+            compiler_options(mesh) if config.run.async_collectives else None,
         ),
         eval_step=make_eval_step(eval_graph, objective),
         optimizer=optimizer,

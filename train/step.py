@@ -143,6 +143,7 @@ def make_train_step(
     accumulation_steps: int = 1,
     objective: Objective = language_modelling,
     ema_decay: float | None = None,
+    compiler_options: dict[str, str] | None = None,
 ) -> TrainStep:
     """The jitted step `(state, fixed, batch) → (state, metrics)`.
 
@@ -158,6 +159,7 @@ def make_train_step(
         accumulation_steps: the number of micro-batches, which are in memory one after the other.
         objective: what is minimised (`train.objectives`).
         ema_decay: of the average, where the state has one.
+        compiler_options: of XLA, by name; None leaves all of them as they are.
     """
 
     def loss_and_stats(
@@ -223,7 +225,12 @@ def make_train_step(
         kept = jax.tree.map(lambda new, old: jnp.where(is_update, new, old), new, state)
         return dataclasses.replace(kept, step=state.step + 1), metrics
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, shardings.step))
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=(shardings, shardings.step),
+        compiler_options=compiler_options,
+    )
 
 
 def _micro_batches(batch: Any, count: int) -> Any:

@@ -7,9 +7,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import qwen_moe_jax as qmj
+from qwen_moe_jax.plan.chips import CHIPS
+from qwen_moe_jax.sharding import compiler_options
 from tests.train.whole_rows import batch_of
 from train.config import TrainConfig, build_config
 from train.parameters import merge, partition, paths, select
+from train.plan import plan_training
 from train.program import Program, assemble
 
 TABLES = {
@@ -43,6 +46,24 @@ def test_a_program_allocates_nothing_and_says_where_everything_lies():
     program = assembled()
     for leaf in jax.tree.leaves((program.state, program.fixed, program.batch)):
         assert isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding.mesh.size == 4
+
+
+def test_a_step_and_its_plan_are_compiled_with_the_options_of_the_device(monkeypatch):
+    """Seen by one that no compiler knows, which is refused before anything is compiled."""
+    assert compiler_options.compiler_options(qmj.make_mesh(fsdp=2, expert=2)) is None, "of CPUs there are none"
+    monkeypatch.setitem(compiler_options.OPTIONS, "cpu", {"xla_of_this_test": "true"})
+    program = assembled()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_of_this_test"):
+        program.train_step.lower(program.state, program.fixed, program.batch).compile()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_of_this_test"):
+        plan_training(config(), "cpu:4")
+    monkeypatch.setattr("train.program.make_train_step", lambda *arguments: arguments[-1])
+    assert assembled(run={"async_collectives": False}).train_step is None
+
+
+def test_the_options_are_those_of_a_known_kind_of_device():
+    kinds = {kind for chip in CHIPS for kind in chip.device_kinds}
+    assert compiler_options.OPTIONS.keys() <= kinds
 
 
 def test_a_classifier_with_adapters_trains_its_head_beside_them():

@@ -330,6 +330,8 @@ class RunConfig:
         profile: first:end, as 10:13 for steps 10, 11 and 12: write JAX's trace of them to profile/.
         plan: a JSON file that --plan TARGET --json FILE wrote: the run says whether the memory of its step and the time
             of its first steps are as planned, and warns where they are 5 % over.
+        async_collectives: compile the train step, and its plans, with options for the kind of device under which
+            collectives run next to products (v5p; no other kind has any).
     """
 
     output_dir: str = "runs/default"
@@ -358,6 +360,7 @@ class RunConfig:
     tracker_project: str = "qwen-moe-jax"
     profile: str = ""
     plan: str = ""
+    async_collectives: bool = True
 
     def __post_init__(self) -> None:
         with Checks(self) as check:
