@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from qwen_moe_jax.model import cross_entropy_cpu
 from qwen_moe_jax.nn.embedding import TABLE
 from qwen_moe_jax.nn.lora import LoraAdapter
 from qwen_moe_jax.nn.many_rows import local_matmul, multiplies_local
@@ -124,7 +125,8 @@ def _device_log_probs(
         chunk = max(1, MAX_LOGITS // (batch * rows))
     chunks = math.ceil(length / chunk)
     # With several chunks, nothing is kept for the backward pass. The logits of a single one are: it begins with them.
-    kept = jax.checkpoint_policies.save_only_these_names(*([LOGITS] if chunks == 1 else []))
+    names = [LOGITS, cross_entropy_cpu.LOGSUMEXP] if chunks == 1 else []
+    kept = jax.checkpoint_policies.save_only_these_names(*names)
     recomputed = functools.partial(jax.checkpoint, prevent_cse=False, policy=kept)
 
     # Nor is the gathered table kept, as no weight is. It is widened again, so that its gradient is summed in float32.
@@ -144,6 +146,8 @@ def _device_log_probs(
                 logits_BCV = logits_BCV / temperature
             if table_rows > vocab_size:
                 logits_BCV = jnp.where(vocabulary_V < vocab_size, logits_BCV, _MASKED)
+            if not entropy and cross_entropy_cpu.is_worth_it(logits_BCV):
+                return cross_entropy_cpu.target_and_logsumexp(logits_BCV, targets_BC - first)
             is_target_BCV = targets_BC[..., None] == vocabulary_V
             target_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), axis=-1)
             logsumexp_BC = jax.nn.logsumexp(logits_BCV, axis=-1)

@@ -16,6 +16,7 @@ from qwen_moe_jax.nn.kernels.flash import write_flash_attention
 from qwen_moe_jax.nn.kernels.formats import FORMATS, Format
 from qwen_moe_jax.nn.kernels.grouped import Product, write_grouped_matmul
 from qwen_moe_jax.nn.kernels.handler import write_picked_matmul
+from qwen_moe_jax.nn.kernels.softmax import write_log_softmax, write_softmax_gradient
 from qwen_moe_jax.nn.kernels.tiles import NUMBERS, Numbers
 
 #: What holds the machine code.
@@ -34,6 +35,8 @@ KERNELS = {
     "attention": write_attention,
     "delta_rule": write_delta_rule,
     "flash_attention": _write_flash_attention,
+    "log_softmax": write_log_softmax,
+    "softmax_gradient": write_softmax_gradient,
 }
 
 
