@@ -11,10 +11,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 # Most of a test's time goes into XLA making machine code that runs once: half of that into LLVM optimising it, half of
 # the rest into emitters of fusions by way of MLIR, where jaxlib 0.10 still has older and quicker ones. The program that
-# is compiled, its collectives and its order of operations stay the same; only the machine code is plainer.
+# is compiled, its collectives and its order of operations stay the same; only the machine code is plainer. It is made
+# in one piece: in parts for several threads it takes a tenth longer, and there are no cores for them.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0"
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
     + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
 )
 # Commands keep no programs in the cache folder of whoever runs the tests; those that share some set a folder.
@@ -26,6 +27,10 @@ import jax
 import pytest
 
 from tests.marks import mark
+
+# A worker comes to millions of objects, which tracing makes and few of which are garbage: by Python's own numbers,
+# looking through them takes a tenth of the time.
+gc.set_threshold(20_000, 20, 20)
 
 jax.devices()  # starts the eight: else a plan for simulated devices, asked first, starts a number of its own
 
