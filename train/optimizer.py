@@ -17,12 +17,12 @@ from train.per_matrix import adafactor, muon
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: 0 up to `learning_rate`, then down to `final_learning_rate` at step `steps`.
+    """Learning rate by step: 0 up to `learning_rate`, then down to `lowest_learning_rate` at step `steps`.
 
     "cosine" and "linear" decay right after the warm-up; "wsd" (warm-up, stable, decay: arXiv 2404.06395) stays constant
     until `decay_steps` before the end, and then decays linearly.
     """
-    top, bottom, warmup = config.learning_rate, config.final_learning_rate, config.warmup_of(steps)
+    top, bottom, warmup = config.learning_rate, config.lowest_learning_rate, config.warmup_of(steps)
     if config.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(
             init_value=0.0, peak_value=top, warmup_steps=warmup, decay_steps=steps, end_value=bottom

@@ -147,6 +147,12 @@ def test_a_pattern_that_means_nothing_is_refused_with_what_is_near(pattern, part
         assert part in str(refusal.value)
 
 
+def test_without_a_last_rate_the_learning_rate_falls_to_a_tenth_of_its_highest():
+    schedule = make_schedule(OptimizerConfig(learning_rate=1e-5, warmup_steps=10), 110)
+    rates = [float(schedule(step)) for step in range(111)]
+    assert max(rates) == rates[10] and rates[10] == pytest.approx(1e-5) and rates[110] == pytest.approx(1e-6)
+
+
 def test_the_learning_rate_climbs_then_falls_to_its_end():
     config = OptimizerConfig(learning_rate=1.0, final_learning_rate=0.1, warmup_steps=10)
     schedule = make_schedule(config, steps=110)

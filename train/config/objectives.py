@@ -3,6 +3,7 @@
 A file has one of them at most (`OBJECTIVE_TABLES`); without one the run is language modelling.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,7 +50,7 @@ class RewardModelConfig:
 
     def __post_init__(self) -> None:
         with Checks(self) as check:
-            check(self.center_rewards_coefficient >= 0, "center_rewards_coefficient", NOT_NEGATIVE)
+            check(0 <= self.center_rewards_coefficient < math.inf, "center_rewards_coefficient", NOT_NEGATIVE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class DpoConfig:
     def __post_init__(self) -> None:
         with Checks(self) as check:
             check.literals()
-            check(self.beta > 0, "beta", ABOVE_ZERO)
+            check(0 < self.beta < math.inf, "beta", ABOVE_ZERO)
             check(0 <= self.label_smoothing < 0.5, "label_smoothing", "at least 0 and less than 0.5")
             smooth = self.loss_type in ("sigmoid", "robust") or not self.label_smoothing
             expected = f"0 with loss_type {self.loss_type}: it belongs to sigmoid and robust"
@@ -102,5 +103,5 @@ class DistillationConfig:
             check.literals()
             check.at_least(1, "top_k")
             check(self.teacher != "", "teacher", "a checkpoint")
-            check(self.temperature > 0, "temperature", ABOVE_ZERO)
+            check(0 < self.temperature < math.inf, "temperature", ABOVE_ZERO)
             check(0 <= self.cross_entropy_coef <= 1, "cross_entropy_coef", "a number from 0 to 1")

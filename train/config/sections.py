@@ -93,7 +93,7 @@ class LossConfig:
                 "router_bias_update_rate",
                 "mtp_coef",
             ):
-                check((getattr(self, field) or 0.0) >= 0, field, NOT_NEGATIVE)
+                check(0 <= (getattr(self, field) or 0.0) < math.inf, field, NOT_NEGATIVE)
 
 
 #: The values of data.format, and which files of a folder are read where data.pattern is left out.
@@ -235,7 +235,7 @@ class OptimizerConfig:
         type: adamw; muon, which makes the updates of matrices orthogonal and leaves the rest to AdamW; or adafactor,
             which keeps sums over rows and columns for a second moment, and no first.
         learning_rate: the highest rate, after the warm-up.
-        final_learning_rate: the rate at the last step.
+        final_learning_rate: the rate at the last step; left out, a tenth of learning_rate.
         warmup_steps: steps from zero to the highest rate; in a run of no more steps than that, a tenth of its steps.
         schedule: how the rate decays after the warm-up: cosine, linear, or wsd (stays constant, then linear).
         decay_steps: with schedule wsd, the number of last steps in which the rate decays.
@@ -251,7 +251,7 @@ class OptimizerConfig:
 
     type: Literal["adamw", "muon", "adafactor"] = "adamw"
     learning_rate: float = 3e-3
-    final_learning_rate: float = 3e-4
+    final_learning_rate: float | None = None
     warmup_steps: int = 40
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
     decay_steps: int | None = None
@@ -263,6 +263,11 @@ class OptimizerConfig:
     ema_decay: float | None = None
     frozen: tuple[str, ...] = ()
 
+    @property
+    def lowest_learning_rate(self) -> float:
+        """The rate at the last step."""
+        return self.learning_rate / 10 if self.final_learning_rate is None else self.final_learning_rate
+
     def warmup_of(self, max_steps: int) -> int:
         """The steps of the warm-up in a run of `max_steps`."""
         return self.warmup_steps if self.warmup_steps < max_steps else max_steps // 10
@@ -270,8 +275,15 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         with Checks(self) as check:
             check.literals()
-            for field in ("learning_rate", "max_grad_norm"):
-                check(getattr(self, field) > 0, field, ABOVE_ZERO)
+            check(0 < self.learning_rate < math.inf, "learning_rate", ABOVE_ZERO)
+            expected = "a number from 0 to optimizer.learning_rate, or none, which is a tenth of it"
+            final = self.final_learning_rate
+            falls = final is None or 0 <= final <= self.learning_rate
+            check(falls, "final_learning_rate", expected, given=("learning_rate",))
+            check(self.max_grad_norm > 0, "max_grad_norm", ABOVE_ZERO)
+            check(0 <= self.weight_decay < math.inf, "weight_decay", NOT_NEGATIVE)
+            for field in ("beta1", "beta2"):
+                check(0 <= getattr(self, field) < 1, field, "at least 0 and less than 1")
             check(self.warmup_steps >= 0, "warmup_steps", NOT_NEGATIVE)
             if self.ema_decay is not None:
                 check(0 < self.ema_decay < 1, "ema_decay", "between 0 and 1, as 0.999")
@@ -375,6 +387,7 @@ class RunConfig:
                 check(0 < epochs < math.inf, "num_train_epochs", ABOVE_ZERO)
                 expected = "none with run.num_train_epochs, which says how many they are. Leave one of the two out"
                 check(self.max_steps is None, "max_steps", expected, given=("num_train_epochs",))
+            check(0 <= self.seed < 2**32, "seed", "an integer from 0 to 2**32 - 1")
             for field in ("max_skipped", "sample_steps"):
                 check((getattr(self, field) or 0) >= 0, field, NOT_NEGATIVE)
             for field in ("greater_is_better", "early_stopping_patience"):
