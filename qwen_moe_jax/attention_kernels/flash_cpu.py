@@ -4,11 +4,14 @@ XLA copies heads before it multiplies, computes the scores that no query may see
 their masks. The function (`nn.kernels.flash`) has those of a few queries and keys at a time.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from qwen_moe_jax.attention_kernels.blockwise import ATTENDED
 from qwen_moe_jax.attention_kernels.cached_cpu import FORMATS
 from qwen_moe_jax.nn.kernels import cpu
 
@@ -58,6 +61,67 @@ def attend_stored(
     numbers = layer, sliding_window or 0, table_BM is not None, 0
     table_BM = lengths_B[:, None] if table_BM is None else table_BM
     return _call(q_BTNH, keys, values, numbers, lengths_B, count_B, table_BM, table_BM)[0]
+
+
+def attends_rows(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> bool:
+    """Whether `attend_rows` can be used for these arrays of one device: on a mesh of one CPU, and as `attends_many`."""
+    dtype = q_BTNH.dtype.name
+    return (
+        jax.sharding.get_abstract_mesh().size <= 1
+        and dtype in FORMATS.values()
+        and dtype == k_BTKH.dtype.name == v_BTKH.dtype.name
+        and q_BTNH.shape[-1] % cpu.LANES == 0
+        and cpu.on_cpu()
+        and cpu.target("flash_attention", dtype) is not None
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend_rows(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array, window: int | None
+) -> jax.Array:
+    """Causal attention within segments over whole rows, as `blockwise.attend_in_blocks`, with gradients.
+
+    Scores, softmax, weights and sums are float32, rounded once. Results of padding are zeros.
+
+    Args:
+        q_BTNH, k_BTKH, v_BTKH: for which it `attends_rows`.
+        segment_ids_BT: int32; 0 is padding.
+        window: number of keys a query sees, itself included; None for all.
+
+    Returns:
+        [B, T, N, H] in the dtype of the queries.
+    """
+    return _whole_rows(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)[0]
+
+
+def _whole_rows(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window: int | None) -> Sequence[jax.Array]:
+    batch, tokens = segment_ids_BT.shape
+    lengths_B, count_B = jnp.zeros(batch, jnp.int32), jnp.full(batch, tokens, jnp.int32)
+    numbers = 0, window or 0, 0, 1
+    return _call(q_BTNH, k_BTKH[None], v_BTKH[None], numbers, lengths_B, count_B, lengths_B[:, None], segment_ids_BT)
+
+
+def _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window: int | None):
+    out_BTNH, (largest_BTN, sum_BTN) = _whole_rows(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
+    out_BTNH = checkpoint_name(out_BTNH, ATTENDED)
+    logsumexp_BTN = checkpoint_name(largest_BTN + jnp.log(jnp.maximum(sum_BTN, 1e-30)), ATTENDED)
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, out_BTNH, logsumexp_BTN)
+
+
+def _backward(window: int | None, saved, gradient_BTNH):
+    q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, out_BTNH, logsumexp_BTN = saved
+    together_BTN = jnp.sum(gradient_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
+    name = cpu.target("flash_gradients", q_BTNH.dtype.name)
+    assert name is not None  # attends_rows
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BTNH, k_BTKH, v_BTKH)]
+    call = jax.ffi.ffi_call(name, results, vmap_method="sequential")
+    numbers, scale = jnp.full(1, window or 0, jnp.int32), jnp.full(1, q_BTNH.shape[-1] ** -0.5, jnp.float32)
+    inputs = q_BTNH, gradient_BTNH, k_BTKH, v_BTKH, together_BTN, logsumexp_BTN
+    return *call(*inputs, segment_ids_BT.astype(jnp.int32), numbers, scale), None
+
+
+attend_rows.defvjp(_forward, _backward)
 
 
 def _call(q_BTNH, keys, values, numbers, lengths_B, count_B, table_BM, segment_ids_BT) -> Sequence[jax.Array]:

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.attention_kernels.blockwise import Blocks, attend_in_blocks
 from qwen_moe_jax.attention_kernels.context import attend_over_context
+from qwen_moe_jax.attention_kernels.flash_cpu import attend_rows, attends_rows
 from qwen_moe_jax.attention_kernels.splash import LANES, attend_by_splash
 from qwen_moe_jax.config import ExecutionConfig, ModelConfig
 from qwen_moe_jax.model.cache import LayerCache, update_and_attend
@@ -128,6 +129,8 @@ def attend(
     blocks = Blocks.of(q_BTNH.shape[1], execution.attention_block, sliding_window, multiple)
     # A gradient is summed over the axes that no spec names: over one device that is nothing, but a copy.
     in_specs = tuple(map(with_single_axes, (heads, heads, heads, P(BATCH, None))))
-    local = functools.partial(method, blocks=blocks)
+    local: Callable[..., jax.Array] = functools.partial(method, blocks=blocks)
+    if execution.attention == "blocks" and attends_rows(q_BTNH, k_BTKH, v_BTKH):
+        local = functools.partial(attend_rows, window=sliding_window)
     inputs = map(jax.sharding.reshard, (q_BTNH, k_BTKH, v_BTKH, context.segment_ids_BT), in_specs)
     return jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=False)(*inputs)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 #: How the names begin under which XLA knows them; `nn.kernels.cpu` and `nn.kernels.matmul` register them.
 _NAMES = tuple(f"qwen_moe_jax_{product}_matmul_" for product in ("picked", "plain", "transposed", "outer"))
+#: The products of attention over many tokens, by the name of its function, and which of its operands the keys are.
+_ATTENTION = {"qwen_moe_jax_flash_attention_": (2, 7), "qwen_moe_jax_flash_gradients_": (5, 2)}
 
 Shape = tuple[int, ...]
 
@@ -20,6 +22,8 @@ def product_flops(
         balanced_rows: of the experts of a device at a balanced load, which buffers hold of rows for several experts.
             None takes buffers as filled.
     """
+    if target.startswith(tuple(_ATTENTION)):
+        return _attention_flops(target, operands)
     if not target.startswith(_NAMES):
         return None
     rows, inputs = operands[0]
@@ -31,3 +35,12 @@ def product_flops(
     if target.startswith(_NAMES[3]):
         return 2.0 * rows * inputs * operands[1][1]
     return 2.0 * rows * inputs * math.prod(results[0][1:])
+
+
+def _attention_flops(target: str, operands: Sequence[Shape]) -> float:
+    """Of whole rows those with a query's own key and all before it; of a cache those with all of its slots."""
+    products, keys = next(found for name, found in _ATTENTION.items() if target.startswith(name))
+    batch, tokens, heads, head_dim = operands[0]
+    slots = operands[keys][-3]
+    pairs = tokens * (tokens + 1) // 2 if slots == tokens else tokens * slots
+    return 2.0 * products * batch * heads * head_dim * pairs

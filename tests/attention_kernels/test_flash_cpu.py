@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qwen_moe_jax.attention_kernels import cached
-from qwen_moe_jax.attention_kernels.flash_cpu import attend_stored, attends_many
+from qwen_moe_jax.attention_kernels.flash_cpu import attend_rows, attend_stored, attends_many, attends_rows
 
 pytest.importorskip("llvmlite")
 
@@ -23,13 +23,34 @@ def normal(*shape, seed=0):
 
 
 def attention(q_TNH, k_SKH, v_SKH, seen_TS):
-    """Of one row, in float64; a query sees some key."""
-    heads = [np.arange(q_TNH.shape[1]) // (q_TNH.shape[1] // k_SKH.shape[1])]
-    k_SNH, v_SNH = k_SKH[:, heads[0]], v_SKH[:, heads[0]]
-    scores_NTS = np.einsum("TNH,SNH->NTS", q_TNH, k_SNH) * q_TNH.shape[-1] ** -0.5
+    """Of one row, in float64."""
+    weights_NTS, v_SNH = weights(q_TNH, k_SKH, seen_TS), by_query_head(v_SKH, q_TNH)
+    return np.einsum("NTS,SNH->TNH", weights_NTS, v_SNH)
+
+
+def by_query_head(x_SKH, q_TNH):
+    return np.repeat(x_SKH, q_TNH.shape[1] // x_SKH.shape[1], axis=1)
+
+
+def weights(q_TNH, k_SKH, seen_TS):
+    """Those of a query that sees nothing are zeros."""
+    scores_NTS = np.einsum("TNH,SNH->NTS", q_TNH, by_query_head(k_SKH, q_TNH)) * q_TNH.shape[-1] ** -0.5
     scores_NTS = np.where(seen_TS, scores_NTS, -np.inf)
-    weights_NTS = np.exp(scores_NTS - scores_NTS.max(-1, keepdims=True))
-    return np.einsum("NTS,SNH->TNH", weights_NTS / weights_NTS.sum(-1, keepdims=True), v_SNH)
+    exp_NTS = np.exp(scores_NTS - np.maximum(scores_NTS.max(-1, keepdims=True), -1e30))
+    return exp_NTS / np.maximum(exp_NTS.sum(-1, keepdims=True), 1e-300)
+
+
+def gradients(q_TNH, k_SKH, v_SKH, seen_TS, of_out_TNH):
+    """Those of queries, keys and values, in float64."""
+    weights_NTS, k_SNH, v_SNH = weights(q_TNH, k_SKH, seen_TS), *(by_query_head(x, q_TNH) for x in (k_SKH, v_SKH))
+    of_weights_NTS = np.einsum("TNH,SNH->NTS", of_out_TNH, v_SNH)
+    mean_NT1 = np.sum(of_weights_NTS * weights_NTS, -1, keepdims=True)
+    of_scores_NTS = weights_NTS * (of_weights_NTS - mean_NT1) * q_TNH.shape[-1] ** -0.5
+    of_q_TNH = np.einsum("NTS,SNH->TNH", of_scores_NTS, k_SNH)
+    of_k_SNH = np.einsum("NTS,TNH->SNH", of_scores_NTS, q_TNH)
+    of_v_SNH = np.einsum("NTS,TNH->SNH", weights_NTS, of_out_TNH)
+    of_k_SKH, of_v_SKH = (x.reshape(*k_SKH.shape[:2], -1, k_SKH.shape[-1]).sum(2) for x in (of_k_SNH, of_v_SNH))
+    return of_q_TNH, of_k_SKH, of_v_SKH
 
 
 def rounded(x, dtype):
@@ -75,6 +96,32 @@ def test_new_tokens_attend_to_their_row_where_it_is_stored(heads, head_dim, wind
         slot_S = position_S % size
         expected = attention(q64[row, :count], keys[1][1, row_S, slot_S], values[1][1, row_S, slot_S], seen_TS)
         np.testing.assert_allclose(found[row, :count], expected, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("heads", "head_dim", "window"), [(4, 16, None), (2, 80, 130)])
+def test_rows_of_packed_segments_and_their_gradients(heads, head_dim, window, dtype):
+    tokens, shapes = 300, [(2, 300, count, head_dim) for count in (heads, KV_HEADS, KV_HEADS, heads)]
+    (q, q64), (k, k64), (v, v64), (of_out, of_out64) = (
+        rounded(normal(*shape, seed=seed), dtype) for seed, shape in enumerate(shapes)
+    )
+    segments_BT = np.repeat([[1, 2, 5, 0], [3, 0, 4, 0]], [tokens // 3, 1, tokens // 2, 49], axis=1)
+    assert attends_rows(q, k, v)
+
+    @jax.jit
+    def run(q, k, v, of_out):
+        out, backward = jax.vjp(lambda *x: attend_rows(*x, jnp.asarray(segments_BT), window), q, k, v)
+        return out, *backward(of_out)
+
+    found = [np.asarray(x.astype(jnp.float32)) for x in run(q, k, v, of_out)]
+    distance_TS = np.arange(tokens)[:, None] - np.arange(tokens)
+    near_TS = (distance_TS >= 0) & (distance_TS < (window or tokens))
+    for row, segments_T in enumerate(segments_BT):
+        seen_TS = near_TS & (segments_T[:, None] == segments_T) & (segments_T != 0)
+        arrays = [x[row] for x in (q64, k64, v64)]
+        expected = attention(*arrays, seen_TS), *gradients(*arrays, seen_TS, of_out64[row])
+        for x, like in zip(found, expected, strict=True):
+            np.testing.assert_allclose(x[row], like, atol=5 * TOLERANCES[dtype], rtol=2 * TOLERANCES[dtype])
 
 
 def test_other_numbers_are_left_to_xla():

@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 import qwen_moe_jax as qmj
+from qwen_moe_jax.model import attention
 from qwen_moe_jax.nn.kernels import matmul
 from qwen_moe_jax.plan.chips import peak_flops
 from qwen_moe_jax.plan.compile import plan_step, target_mesh
@@ -108,6 +109,7 @@ def test_the_compiled_rule_has_the_formula_s_flops_within_a_third(value_heads):
 )
 def test_xla_counts_the_same_in_a_compiled_forward_pass(changes, monkeypatch):
     monkeypatch.setattr(matmul, "is_worth_it", lambda *_: False)  # XLA counts no FLOPs of C functions
+    monkeypatch.setattr(attention, "attends_rows", lambda *_: False)
     config = read(**changes)
     model = qmj.CausalLM(config, rngs=nnx.Rngs(0), execution=qmj.ExecutionConfig(dispatch="dense"))
     rows, length = 2, 64
@@ -118,7 +120,7 @@ def test_xla_counts_the_same_in_a_compiled_forward_pass(changes, monkeypatch):
 
 
 def test_a_plan_counts_the_same_where_c_functions_multiply():
-    """Without llvmlite there are none, and the count is the same."""
+    """Without llvmlite there are none, and the count is the same but for keys that no query sees: 2 %."""
     config = read(model_type="qwen3", intermediate_size=768)
     request, rows, length = parse_target("cpu:1"), 2, 64
     mesh = target_mesh(request, {})
@@ -160,3 +162,13 @@ def test_the_kernels_of_cpus_count_the_rows_of_a_balanced_load():
     picked = [(4, 32), (4,), (4,), (8, 64, 32), (8, 16, 32)]
     assert product_flops("qwen_moe_jax_picked_matmul_float32", picked, [(4, 64), (4, 16)], 9) == 2 * 4 * 32 * 80
     assert product_flops("TopK", picked, [(4, 64)], 9) is None
+
+
+def test_attention_on_cpus_counts_the_keys_that_are_seen():
+    """3 rows of 5 tokens with 8 heads of 16: 15 pairs of a query and a key each; or all 64 slots of a cache."""
+    small = [(4,), (1,), (3,), (3,), (3, 1), (3, 5)]
+    name, slots = "qwen_moe_jax_flash_attention_float32", (2, 3, 64, 4, 16)
+    assert product_flops(name, [(3, 5, 8, 16), *small, (1, 3, 5, 4, 16)], [], None) == 2 * 2 * 15 * 3 * 8 * 16
+    assert product_flops(name, [(3, 5, 8, 16), *small, slots], [], None) == 2 * 2 * 5 * 64 * 3 * 8 * 16
+    gradients = [(3, 5, 8, 16), (3, 5, 8, 16), (3, 5, 4, 16), (3, 5, 4, 16)]
+    assert product_flops("qwen_moe_jax_flash_gradients_float32", gradients, [], None) == 2 * 5 * 15 * 3 * 8 * 16

@@ -13,6 +13,7 @@ from qwen_moe_jax.compilation_cache import keep, read_kept, source_hash
 from qwen_moe_jax.nn.kernels.attention import write_attention
 from qwen_moe_jax.nn.kernels.delta_rule import write_delta_rule
 from qwen_moe_jax.nn.kernels.flash import write_flash_attention
+from qwen_moe_jax.nn.kernels.flash_backward import write_flash_gradients
 from qwen_moe_jax.nn.kernels.formats import FORMATS, Format
 from qwen_moe_jax.nn.kernels.grouped import Product, write_grouped_matmul
 from qwen_moe_jax.nn.kernels.handler import write_picked_matmul
@@ -23,18 +24,19 @@ from qwen_moe_jax.nn.kernels.tiles import NUMBERS, Numbers
 _engines: list[llvm.ExecutionEngine] = []
 
 
-def _write_flash_attention(module: ir.Module, format: Format, name: str) -> None:
-    """For a format of floats."""
+def _by_tiles(write: Callable[..., None], module: ir.Module, format: Format, name: str) -> None:
+    """For a format of floats, by tiles of float32."""
     _, height, vectors = tiles_of("float32")
-    write_flash_attention(module, Numbers(format.bits // 8), height, vectors, name)
+    write(module, Numbers(format.bits // 8), height, vectors, name)
 
 
 #: What writes the kernels that come in `FORMATS`, of (module, format, name of the function).
-KERNELS = {
+KERNELS: dict[str, Callable[[ir.Module, Format, str], None]] = {
     "picked_matmul": write_picked_matmul,
     "attention": write_attention,
     "delta_rule": write_delta_rule,
-    "flash_attention": _write_flash_attention,
+    "flash_attention": functools.partial(_by_tiles, write_flash_attention),
+    "flash_gradients": functools.partial(_by_tiles, write_flash_gradients),
     "log_softmax": write_log_softmax,
     "softmax_gradient": write_softmax_gradient,
 }

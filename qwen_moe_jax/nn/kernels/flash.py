@@ -163,7 +163,7 @@ def _write_run_chunk(module: ir.Module, numbers: Numbers, height: int, vectors: 
     with code.count(position + some, first, KEYS) as key:
         keys = (position + some - key).at_most(KEYS)
         code.call(pack_keys, job, row, head, key, keys, memory.keys, memory.values, memory.gathered)
-        _write_segments(code, job, row, key, keys, memory.segments)
+        write_segments(code, job, row, key, keys, memory.segments)
         with code.count(group) as member:
             of_member = member * QUERIES
             code.call(
@@ -182,7 +182,7 @@ def _write_run_chunk(module: ir.Module, numbers: Numbers, height: int, vectors: 
     return code
 
 
-def _write_segments(code: Code, job: Int, row: Int, first: Int, count: Int, target: Int) -> None:
+def write_segments(code: Code, job: Int, row: Int, first: Int, count: Int, target: Int) -> None:
     """The segments of a block of keys; without segments all are in segment 1."""
     source = code.read(job, AT_SEGMENTS)
     with code.when(source >= 1):
