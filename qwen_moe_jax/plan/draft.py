@@ -153,9 +153,11 @@ def _traffic(outline: Outline, mesh: Mapping[str, int]) -> dict[tuple[str, ...],
     hidden = tokens * config.hidden_size * _width(work.dtype)
     layers, sparse = len(config.layers), sum(kind.mlp == "sparse" for kind in config.layers)
     if mesh["expert"] > 1 and sparse:
-        # To the experts and back, in each pass; what came over is kept but under "full".
-        exchanges = min(_passes(work), 3 if work.execution.get("remat") in ("full", "experts") else 2)
-        send(("expert",), 2 * exchanges * sparse * hidden * _exchanged(outline, mesh["expert"]))
+        # To the experts and back, forward and backward; again under "full" and "experts", dropless' results excepted.
+        repeated = _passes(work) == 3 and work.execution.get("remat") in ("full", "experts")
+        again = (1 if _dispatch(outline) == "dropless" else 2) if repeated else 0
+        exchanges = 2 * min(_passes(work), 2) + again
+        send(("expert",), exchanges * sparse * hidden * _exchanged(outline, mesh["expert"]))
     if mesh.get(CONTEXT, 1) > 1:
         attending = sum(kind.mixer != "linear" for kind in config.layers)
         send((CONTEXT,), attending * tokens * _keys_sent(outline, mesh))
@@ -239,6 +241,7 @@ class _Activations:
         ffn: of one of the feed-forward products, of all rows that the token's experts multiply.
         rows: of these rows, as they enter or leave the experts.
         exchanged: of what came over the `expert` axis.
+        results: of the rows' results, where the backward pass needs them.
     """
 
     hidden: float
@@ -246,6 +249,7 @@ class _Activations:
     ffn: float
     rows: float
     exchanged: float
+    results: float
 
     @property
     def all(self) -> float:
@@ -259,7 +263,7 @@ class _Activations:
             "full": self.hidden,
             "exchange": self.hidden + self.exchanged,
             "experts": 2 * self.hidden + 3 * self.heads,
-            "dots": 2 * self.hidden + 3 * self.heads + 2 * self.ffn + self.rows + self.exchanged,
+            "dots": 2 * self.hidden + 3 * self.heads + 2 * self.ffn + self.results + self.exchanged,
         }[remat]
 
 
@@ -268,17 +272,20 @@ def _activations(outline: Outline, mesh: Mapping[str, int]) -> _Activations:
     hidden, tensor, ways = config.hidden_size, mesh["tensor"], mesh["expert"]
     heads = config.attention.num_attention_heads * config.attention.head_dim / tensor
     if config.moe is None:
-        return _Activations(hidden=hidden, heads=heads, ffn=config.intermediate_size / tensor, rows=0, exchanged=0)
-    rows = _rows_per_token(outline)
-    if ways == 1 and _dispatch(outline) == "dropless":
+        return _Activations(
+            hidden=hidden, heads=heads, ffn=config.intermediate_size / tensor, rows=0, exchanged=0, results=0
+        )
+    rows, dropless = _rows_per_token(outline), _dispatch(outline) == "dropless"
+    if ways == 1 and dropless:
         rows = config.moe.num_experts_per_tok  # on one device of experts, the buffer is what all tokens need
-    exchanged = ways if _gathers_tokens(outline) else 2 * rows
+    exchanged = ways if _gathers_tokens(outline) else rows if dropless else 2 * rows
     return _Activations(
         hidden=hidden,
         heads=heads,
         ffn=rows * config.moe.moe_intermediate_size / tensor,
         rows=rows * hidden,
         exchanged=exchanged * hidden if ways > 1 else 0,
+        results=0 if dropless else rows * hidden,
     )
 
 

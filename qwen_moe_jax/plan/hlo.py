@@ -52,6 +52,9 @@ _SPLASH = re.compile(rf"{PRODUCT_FLOPS}(\d+).*\bsplash_mha_({'|'.join(_SPLASH_PR
 _CHAINED = re.compile(r'\bchain_id="')
 _CHAIN_CALLS = ("AsyncCollectiveStart", "AsyncCollectiveDone")
 
+#: An array that something else fills.
+_UNINITIALISED = 'custom_call_target="AllocateBuffer"'
+
 #: The source of a TPU's grouped products, whose kernels pass over tiles without rows.
 _GROUPED = re.compile(r"\bjit\(t?gmm\)")
 
@@ -275,6 +278,11 @@ class Module:
             return 2 * sum(array.traffic for array in update.results) if update else 0
         if instruction.opcode == "fusion":
             return self._moved_by_fusion(instruction)
+        if instruction.opcode == "ragged-all-to-all":  # the rows there are, into an array that exists
+            rows = instruction.results[0].shape[0]
+            return int(2 * written * min(1.0, (self.balanced_rows or rows) / rows))
+        if _UNINITIALISED in instruction.attributes:
+            return 0
         if instruction.opcode != "custom-call":
             return written + sum(array.traffic for array in self.operand_arrays(run))
         rows, share = self._filled(run)

@@ -2,8 +2,8 @@
 
 from jax.sharding import Mesh
 
-#: Gathers, scatters and reductions are started on a TPU's SparseCores, along one dimension of the torus or several, and
-#: waited for where their result is needed. Without them, libtpu lets the chip wait for nearly every collective.
+#: Collectives are started on a TPU's SparseCores, along one dimension of the torus or several, and waited for where
+#: their result is needed. Without these options, libtpu lets the chip wait for nearly every collective.
 _ON_SPARSECORES = {
     f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "true"
     for kind in (
@@ -13,8 +13,9 @@ _ON_SPARSECORES = {
         "reduce_scatter",
         "nd_reduce_scatter",
         "all_reduce",
+        "ragged_all_to_all",
     )
-}
+} | {"xla_tpu_enable_async_ragged_all_to_all": "true"}
 
 #: How jax names a device → the options. Of libtpu 0.0.42; what they do is in benchmarks/results/plan.md.
 OPTIONS = {"TPU v5": _ON_SPARSECORES, "TPU v5p": _ON_SPARSECORES}

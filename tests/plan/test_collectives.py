@@ -144,6 +144,24 @@ ENTRY %main (a: bf16[64,64]) -> bf16[64,128] {
     assert module.memory_bytes() == 64 * 64 * 2 + 64 * 128 * 2
 
 
+def test_a_ragged_exchange_moves_and_sends_the_rows_of_a_balanced_load():
+    text = """HloModule x
+
+ENTRY %main (a: bf16[64,2,8], s: s32[4]) -> bf16[64,2,8] {
+  %a = bf16[64,2,8]{2,1,0} parameter(0)
+  %s = s32[4]{0} parameter(1)
+  %empty = bf16[64,2,8]{2,1,0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %r = bf16[64,2,8]{2,1,0} ragged-all-to-all(%a, %empty, %s, %s, %s, /*index=5*/%s), replica_groups=[2,4]<=[8]
+}
+"""
+    for rows, share in ((None, 1), (32, 2)):
+        module = Module(text, balanced_rows=rows)
+        [exchange] = collectives_of(module, MESH, "tpu")
+        size = 64 * 16 * 2 // share
+        assert exchange.bytes == size * 3 // 4
+        assert module.memory_bytes() == 2 * size, "read once and written once, and nothing is made for it to fill"
+
+
 def test_an_all_reduce_sliced_in_its_fusion_is_a_reduce_scatter():
     text = """HloModule x
 

@@ -11,9 +11,12 @@ Nothing is ever dropped. Shapes are fixed when the program is compiled, so a dev
 rows: `buffer_factor` times a balanced load. Rows beyond it are served in further rounds through the same buffers
 (`overflow`), as many as the fullest device of the mesh needs. Where the buffer covers the worst case, on one expert
 shard and for few tokens, the program has no such loop.
+
+Letters of this file besides the package's: h, half of D.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -217,9 +220,11 @@ class Buffers:
         """The experts' results back to the device's own tokens' weighted sums [T, D], inside a shard_map."""
         if self.exchange == "all_gather":
             return _reduce_scatter(combine_rows(y_RD, plan.weights_TA, plan.rows))
-        y_RD = combine_rows(y_RD, jnp.ones((self.num_shards * self.rows, 1), y_RD.dtype), plan.rows)
-        y_RD = exchange_rows(y_RD, plan.received_X, plan.sent_X, kind=self.exchange)
-        return combine_rows(checkpoint_name(y_RD, EXCHANGED), plan.weights_TA, plan.outgoing)
+        ones = jnp.ones((self.num_shards * self.rows, 1), y_RD.dtype)
+        y_R2h = combine_rows(_in_halves(y_RD), ones, plan.rows)
+        y_R2h = exchange_rows(y_R2h, plan.received_X, plan.sent_X, self.exchange)
+        sum_T2h = combine_rows(checkpoint_name(y_R2h, EXCHANGED), plan.weights_TA, plan.outgoing)
+        return sum_T2h.reshape(len(sum_T2h), -1)
 
     def _send_to_all(self, turn: jax.Array | int, tokens: Assignments) -> tuple[SortedRows, RoundPlan]:
         """All-gather: of all tokens of the axis, those that chose an expert of this device."""
@@ -247,10 +252,10 @@ class Buffers:
         outgoing = plan_rows(jnp.where(served_TA, row_TA, total), total)
         received_XE = checkpoint_name(jax.lax.all_to_all(sizes_XE, "expert", 0, 0, tiled=True), EXCHANGED)
         received_X = jnp.sum(received_XE, axis=1, dtype=jnp.int32)
-        x_RD = exchange_rows(to_rows(tokens.x_TD, outgoing), sent_X, received_X, kind=self.exchange)
+        x_R2h = exchange_rows(to_rows(_in_halves(tokens.x_TD), outgoing), sent_X, received_X, self.exchange)
         weights_R = weights_to_rows(tokens.weights_TA, outgoing)
         weights_R = jax.lax.all_to_all(weights_R, "expert", 0, 0, tiled=True)
-        x_RD, weights_R = (checkpoint_name(x, EXCHANGED) for x in (x_RD, weights_R))
+        x_R2h, weights_R = (checkpoint_name(x, EXCHANGED) for x in (x_R2h, weights_R))
 
         # Each received chunk is sorted by expert; all of them together are sorted here.
         end_XE = jnp.cumsum(received_XE, axis=1, dtype=jnp.int32)
@@ -258,7 +263,8 @@ class Buffers:
         expert_XS = jnp.sum(position_1S1 >= end_XE[:, None, :], axis=-1, dtype=jnp.int32)
         plan, own_sizes_E = sort_rows(expert_XS.reshape(-1, 1), self.own, buffer_rows(total))
         weights_R = weights_to_rows(weights_R[:, None], plan)
-        rows = SortedRows(x_XRD=to_rows(x_RD, plan), sizes_XE=own_sizes_E, weights_XR=weights_R)
+        x_R2h = to_rows(x_R2h, plan)
+        rows = SortedRows(x_XRD=x_R2h.reshape(len(x_R2h), -1), sizes_XE=own_sizes_E, weights_XR=weights_R)
         return rows, RoundPlan(
             rows=plan,
             weights_TA=tokens.weights_TA,
@@ -278,22 +284,44 @@ class Buffers:
         return routed_TA & (round_TA == turn), jnp.max(jnp.where(routed_TA, round_TA, 0)) + 1
 
 
-def exchange_rows(rows_RD: jax.Array, sent_X: jax.Array, received_X: jax.Array, *, kind: Exchange) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def exchange_rows(rows_R2h: jax.Array, sent_X: jax.Array, received_X: jax.Array, kind: Exchange) -> jax.Array:
     """Sends chunk x of the rows to device x of the `expert` axis; chunk x of the result came from device x.
 
     Args:
-        rows_RD: [X * S, D]; of chunk x, the first `sent_X[x]` rows mean something.
+        rows_R2h: [X * S, …]; of chunk x, the first `sent_X[x]` rows mean something.
         sent_X, received_X: int32; how many rows go to, and come from, each device.
-        kind: "ragged_all_to_all" sends only those; the rows after them are then zero.
+        kind: "ragged_all_to_all" sends only those; the rows after them are then anything, in gradients, too.
     """
     if kind == "all_to_all":
-        return jax.lax.all_to_all(rows_RD, "expert", 0, 0, tiled=True)
-    size = len(rows_RD) // len(sent_X)
+        return jax.lax.all_to_all(rows_R2h, "expert", 0, 0, tiled=True)
+    size = len(rows_R2h) // len(sent_X)
     starts_X = jnp.arange(len(sent_X), dtype=jnp.int32) * size
     there_X = jnp.full_like(starts_X, size) * jax.lax.axis_index("expert")
-    return jax.lax.ragged_all_to_all(
-        rows_RD, jnp.zeros_like(rows_RD), starts_X, sent_X, there_X, received_X, axis_name="expert"
-    )
+    received_R2h = jax.lax.empty(rows_R2h.shape, rows_R2h.dtype)
+    return jax.lax.ragged_all_to_all(rows_R2h, received_R2h, starts_X, sent_X, there_X, received_X, axis_name="expert")
+
+
+def _exchange_rows_forward(rows_R2h: jax.Array, sent_X: jax.Array, received_X: jax.Array, kind: Exchange):
+    return exchange_rows(rows_R2h, sent_X, received_X, kind), (sent_X, received_X)
+
+
+def _exchange_rows_backward(kind: Exchange, saved: tuple[jax.Array, jax.Array], gradient_R2h: jax.Array):
+    sent_X, received_X = saved
+    return exchange_rows(gradient_R2h, received_X, sent_X, kind), None, None
+
+
+exchange_rows.defvjp(_exchange_rows_forward, _exchange_rows_backward)
+
+
+def _in_halves(x_RD: jax.Array) -> jax.Array:
+    """Rows [R, 2, D / 2]. An odd D is one part.
+
+    A TPU stores numbers of two bytes in pairs of rows. Its ragged all-to-all needs each row for itself, as the two
+    halves of one are, and would copy rows [R, D] into that form, and what it received back.
+    """
+    parts = 2 - x_RD.shape[-1] % 2
+    return x_RD.reshape(len(x_RD), parts, -1)
 
 
 def _all_gather(x_TD: jax.Array) -> jax.Array:

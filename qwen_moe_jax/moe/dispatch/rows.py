@@ -237,7 +237,8 @@ to_rows.defvjp(_to_rows_forward, _to_rows_backward)
 @jax.custom_vjp
 def from_rows(y_RD: jax.Array, weights_TA: jax.Array, plan: RowPlan) -> jax.Array:
     """Each token's weighted sum over its rows, [T, D] in the wider of the two dtypes; without rows, zeros."""
-    return _row_major(_sum(_take(y_RD, row_T) * weight_T[:, None] for row_T, weight_T in _choices(plan, weights_TA)))
+    across = (slice(None), *(None,) * (y_RD.ndim - 1))
+    return _row_major(_sum(_take(y_RD, row_T) * weight_T[across] for row_T, weight_T in _choices(plan, weights_TA)))
 
 
 def _from_rows_forward(y_RD: jax.Array, weights_TA: jax.Array, plan: RowPlan):
@@ -313,7 +314,7 @@ def _row_major(x_TD: jax.Array) -> jax.Array:
     """
 
     def constrained(x_TD: jax.Array) -> jax.Array:
-        return with_layout_constraint(x_TD, Layout((0, 1)))
+        return with_layout_constraint(x_TD, Layout(tuple(range(x_TD.ndim))))
 
     return jax.lax.platform_dependent(x_TD, tpu=constrained, default=lambda x_TD: x_TD)
 
