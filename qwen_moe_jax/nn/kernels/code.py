@@ -112,12 +112,12 @@ class Code:
             value = self.builder.trunc(value, kind) if kind is INT32 else value
         self.builder.store(value, self._pointer(address + offset), align=1)
 
-    def prefetch(self, address: Int) -> None:
-        """Asks for what is stored at an address, which need not exist, to be read soon."""
+    def prefetch(self, address: Int, cache: int = 1) -> None:
+        """Asks for what is stored at an address, which need not exist, to be read soon into a cache: 1, 2 or 3."""
         kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), INT32, INT32, INT32])
         name = "llvm.prefetch.p0"
         function = self.builder.module.globals.get(name) or ir.Function(self.builder.module, kind, name)
-        numbers = [ir.Constant(INT32, number) for number in (0, 3, 1)]  # to read, into all caches, data
+        numbers = [ir.Constant(INT32, number) for number in (0, 4 - cache, 1)]  # to read, data
         self.builder.call(function, [self._pointer(address), *numbers])
 
     def add_atomically(self, address: Int, offset: int, value: int) -> Int:

@@ -3,6 +3,7 @@
 Only `nn.kernels` imports this, where llvmlite is installed.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -12,7 +13,9 @@ from qwen_moe_jax.nn.kernels.cpu import LANES
 from qwen_moe_jax.nn.kernels.formats import FLOATS, Format
 
 #: Rows of the matrix that are read side by side, and rows that they meet at once: their sums stay in registers.
-OUTPUTS, ROWS = 4, (4, 2, 1)
+OUTPUTS, ROWS = 4, (6, 4, 2, 1)
+#: How far ahead rows of the matrix are fetched, in blocks of `OUTPUTS` rows.
+AHEAD = 2
 
 
 def write_multiply(module: ir.Module, format: Format, name: str = "multiply") -> Code:
@@ -24,24 +27,61 @@ def write_multiply(module: ir.Module, format: Format, name: str = "multiply") ->
     code = Code(module, name, 8, inner=True)
     table, first, outputs, inputs, x, rows, y, width = code.arguments
     arrays = [code.read(table, 8 * number) for number in range(format.arrays)]
-    whole = outputs - outputs % OUTPUTS
+    whole, blocks = outputs - outputs % OUTPUTS, _number_of_blocks(rows)
     for count, begin, end in ((OUTPUTS, code.integer(0), whole), (1, whole, outputs)):
         with code.count(end, begin, count) as output:
+            fetch = _write_fetch(code, format, arrays, first + output, count, inputs, blocks)
             row = Variable(code, INT64, code.integer(0))
             for block in ROWS:
                 with code.loop() as leave_if:
                     leave_if(rows - row.get() < block)
                     at = row.get()
                     from_x, to_y = x + at * inputs * 4, y + (at * width + output) * 4
-                    _write_block(code, format, arrays, first + output, count, inputs, from_x, block, to_y, width)
+                    _write_block(code, format, arrays, first + output, count, inputs, from_x, block, to_y, width, fetch)
                     row.set(at + block)
     code.end()
     return code
 
 
+def _number_of_blocks(rows: Int) -> Int:
+    """In how many blocks of `ROWS` these rows are multiplied."""
+    blocks, left = rows // ROWS[0], rows % ROWS[0]
+    for block in ROWS[1:]:
+        blocks, left = blocks + left // block, left % block
+    return blocks
+
+
+def _write_fetch(
+    code: Code, format: Format, arrays: list[Int], first: Int, count: int, inputs: Int, blocks: Int
+) -> Callable[[Int, int], None]:
+    """What asks for rows of the matrix that come next, of (column, columns of a step).
+
+    By itself, a processor reads ahead within a page of memory only. Each block of rows asks for a part of them: all
+    asked for by the first, they would come while it waits, and while the others are multiplied memory would rest.
+    """
+    if format.strided:  # rows that do not follow one another
+        following = [(first + (count + number)) * arrays[-1] * format.bits // 8 + arrays[0] for number in range(count)]
+
+        def fetch_rows(column: Int, step: int) -> None:
+            for row in following:
+                code.prefetch(row + column * format.bits // 8)
+
+        return fetch_rows
+    step_bytes = code.integer(count * LANES * format.bits // 8) // blocks.at_least(1)
+    ahead = Variable(code, INT64, (first + count * AHEAD) * inputs * format.bits // 8 + arrays[0])
+
+    def fetch(column: Int, step: int) -> None:
+        size = step_bytes * (step // LANES)
+        for number in range(OUTPUTS):
+            code.prefetch(ahead.get() + size * number // OUTPUTS, cache=2)
+        ahead.set(ahead.get() + size)
+
+    return fetch
+
+
 def _write_block(
     code: Code, format: Format, arrays: list[Int], first: Int, count: int, inputs: Int, x: Int, rows: int, y: Int,
-    width: Int,
+    width: Int, fetch: Callable[[Int, int], None],
 ) -> None:  # fmt: skip
     """`count` rows of the matrix times `rows` rows, whose sums are in registers."""
     zeros = ir.Constant(FLOATS, [0.0] * LANES)
@@ -58,15 +98,10 @@ def _write_block(
                 scaled = code.builder.fmul(x_row, weights[number], flags=["contract"])  # one operation with the sum
                 variable.set(code.builder.fadd(scaled, variable.get(), flags=["contract"]))
 
-    # The next rows of the matrix are fetched meanwhile: by itself, a processor reads ahead within a page of memory.
-    distance = arrays[-1] if format.strided else inputs
-    ahead = [(first + (count + number)) * distance * format.bits // 8 + arrays[0] for number in range(count)]
-
     step = copies * LANES
     whole = inputs - inputs % step
     with code.count(whole, step=step) as column:
-        for following in ahead:
-            code.prefetch(following + column * format.bits // 8)
+        fetch(column, step)
         for copy in range(copies):
             add(column + copy * LANES, copy)
     if copies > 1:
