@@ -192,12 +192,13 @@ def _named_arrays(state: TrainState) -> dict[str, jax.Array]:
 def _copied_to_host(array: jax.Array) -> jax.Array:
     """The array in host memory, sharded as before.
 
-    It is copied shard by shard: `device_put` of the global array would be a program that all processes have to run.
+    What is there already is copied, too: the next step may reuse its memory. It is copied shard by shard: `device_put`
+    of the global array would be a program that all processes have to run.
     """
     sharding = array.sharding.with_memory_kind("pinned_host")
     by_device = {shard.device: shard.data for shard in array.addressable_shards}
     parts = [
-        jax.device_put(by_device[device], SingleDeviceSharding(device, memory_kind="pinned_host"))
+        jax.device_put(by_device[device], SingleDeviceSharding(device, memory_kind="pinned_host"), may_alias=False)
         for device in sharding.addressable_devices_indices_map(array.shape)
     ]
     return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)

@@ -19,7 +19,8 @@ _FIXED_RUN_KEYS = (
     "max_steps", "num_train_epochs", "seed", "model_name_or_path", "drop_mtp", "metric_for_best_model",
     "greater_is_better", "early_stopping_patience",
 )  # fmt: skip
-_FREE_KEYS = ("data.cache_dir", "data.num_proc")  # of a fixed section; the documents of the run are made by then
+# Of the fixed sections: the documents of the run are made by then, and a memory changes no number.
+_FREE_KEYS = ("data.cache_dir", "data.num_proc", "optimizer.memory_kind")
 _LENGTH_KEYS = ("max_steps", "num_train_epochs")
 _WAYS_OUT = "Add --fresh to delete that run and start anew, or choose another folder: --run.output_dir FOLDER."
 

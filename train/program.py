@@ -20,6 +20,7 @@ from qwen_moe_jax.sharding.compiler_options import compiler_options
 from train.config import TrainConfig
 from train.objectives.chosen import objective_of
 from train.objectives.contract import Objective
+from train.offload import DEVICE, check_memory_kind, in_memory
 from train.optimizer import frozen_paths, make_optimizer, stack_axes
 from train.parameters import Params, partition, paths, select
 from train.step import (
@@ -102,6 +103,10 @@ def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> 
         raise ConfigError(f"optimizer.frozen: {[*config.optimizer.frozen]} leaves no parameter to train.")
     optimizer = make_optimizer(config.optimizer, config.run.steps, stack_axes(model))
     shardings = state_shardings(trained, optimizer, mesh)
+    if (kind := config.optimizer.memory_kind) != DEVICE:
+        check_memory_kind(kind, mesh)
+        moments = in_memory(kind, shardings.optimizer, jax.eval_shape(optimizer.init, trained))
+        shardings = dataclasses.replace(shardings, optimizer=moments)
     if config.optimizer.ema_decay is not None:
         shardings = dataclasses.replace(shardings, ema=shardings.params)
     return Program(

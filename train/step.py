@@ -19,6 +19,7 @@ from train.config import LossConfig
 from train.ema import first_average, next_average
 from train.objectives import language_modelling
 from train.objectives.contract import LossTerms, Objective, WholeBatch
+from train.offload import as_stored, on_devices
 from train.parameters import Params, merge, select
 from train.per_matrix import PerMatrixState
 
@@ -213,6 +214,7 @@ def make_train_step(
             load_imbalance=jnp.float32(0) if stats is None else jnp.max(stats.load_imbalance),
             router=stats,
         )
+        state = dataclasses.replace(state, optimizer=on_devices(state.optimizer, shardings.optimizer))
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         if loss_config.router_bias_update_rate > 0:
@@ -223,7 +225,8 @@ def make_train_step(
         is_update = metrics.finite & (whole.targets > 0)
         new = TrainState(step=state.step, params=params, optimizer=moments, ema=ema)
         kept = jax.tree.map(lambda new, old: jnp.where(is_update, new, old), new, state)
-        return dataclasses.replace(kept, step=state.step + 1), metrics
+        stored = as_stored(kept.optimizer, shardings.optimizer)
+        return dataclasses.replace(kept, step=state.step + 1, optimizer=stored), metrics
 
     return jax.jit(
         train_step,

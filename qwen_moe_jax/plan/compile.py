@@ -138,7 +138,8 @@ def plan_step(step: Step, request: TargetRequest, mesh: Mesh, calibration: Calib
         flops = module.matmul_flops()
         program_flops = None if flops is None else flops * target.devices
         speeds = (PUBLISHED, None) if calibration is None else (calibration.speeds, calibration.shares)
-        roofline = roofline_of(target, chip, sizes, step, program_flops, module, collectives, *speeds)
+        moved = memory.host_arguments
+        roofline = roofline_of(target, chip, sizes, step, program_flops, module, collectives, *speeds, moved)
     moe = step.config.moe
     plan = Plan(
         target=target,
@@ -208,6 +209,7 @@ def group_of(name: str, tree: Any) -> Group:
                 dtype=str(leaf.dtype),
                 spec=tuple(mesh_axes(axes) for axes in (*spec, *(None,) * (len(shape) - len(spec)))),
                 bytes=math.prod(local) * leaf.dtype.itemsize,
+                memory_kind=(named and named.memory_kind) or "device",
             )
         )
     return Group(name=name, arrays=tuple(arrays))
@@ -263,15 +265,18 @@ def _memory(
     needed, available = refused_bytes(refusal or "")
     arguments = sum(group.bytes for group in groups)
     analysis = None if compiled is None else compiled.memory_analysis()
+    # The CPU's compiler has one memory, and counts the host's among the device's.
+    found = None if analysis is None else analysis.argument_size_in_bytes + analysis.host_argument_size_in_bytes
     return Memory(
         groups=groups,
-        padding=None if analysis is None else analysis.argument_size_in_bytes - arguments,
+        padding=None if found is None else found - arguments,
         gradients=gradient_bytes,
         outputs=None if analysis is None else analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
         temporaries=None if analysis is None else analysis.temp_size_in_bytes,
         code=None if analysis is None else analysis.generated_code_size_in_bytes,
         needed=needed,
         available=available or target.memory_bytes,
+        host_temporaries=0 if analysis is None else analysis.host_temp_size_in_bytes,
     )
 
 

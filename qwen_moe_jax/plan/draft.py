@@ -100,7 +100,7 @@ def draft_of(
         mesh=dict(mesh),
         settings=dict(settings or {}),
         tokens=work.tokens,
-        arguments=sum(group.bytes for group in groups),
+        arguments=sum(group.device_bytes for group in groups),
         workspace=_workspace(outline, mesh, target.platform),
         available=target.memory_bytes,
         traffic=traffic,

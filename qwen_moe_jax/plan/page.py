@@ -284,7 +284,8 @@ def _parts(plan: Plan) -> Iterator[tuple[str, int, str]]:
     """Name, bytes and note of what is in a device's memory, in the order of how long it lives."""
     memory = plan.memory
     for group in memory.groups:
-        yield group.name, group.bytes, ""
+        host = group.host_bytes
+        yield group.name, group.device_bytes, f"{format_bytes(host)} more in the host’s memory" if host else ""
     if memory.temporaries is None:
         if memory.needed is not None:
             rest = max(memory.needed - memory.arguments, 0)

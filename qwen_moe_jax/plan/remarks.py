@@ -86,7 +86,7 @@ def _replicated(plan: Plan) -> Iterator[Remark]:
                 )
     copies = plan.mesh["data"]
     state = [group for group in plan.memory.groups if group.name in ("parameters", "optimizer state")]
-    size = sum(group.bytes for group in state)
+    size = sum(group.device_bytes for group in state)
     if copies > 1 and plan.memory.available and size > 0.25 * plan.memory.available:
         yield Remark(
             about="replicated",

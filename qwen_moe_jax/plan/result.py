@@ -115,6 +115,7 @@ class PlacedArray:
         dtype: of its numbers.
         spec: for each dimension the mesh axes it is sharded over; none for one that is not sharded.
         bytes: of one device's shard.
+        memory_kind: the memory it is in, by JAX's name: "device", or "pinned_host", that of the host.
     """
 
     name: str
@@ -122,6 +123,7 @@ class PlacedArray:
     dtype: str
     spec: tuple[tuple[str, ...], ...]
     bytes: int
+    memory_kind: str = "device"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,6 +143,16 @@ class Group:
         """Bytes of all arrays."""
         return sum(array.bytes for array in self.arrays)
 
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the arrays in a device's memory."""
+        return sum(array.bytes for array in self.arrays if array.memory_kind == "device")
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the arrays in the host's memory, of one device's shards."""
+        return self.bytes - self.device_bytes
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
@@ -158,6 +170,7 @@ class Memory:
         code: the program itself.
         needed: the compiler's own total, where it refused the program for lack of memory; None where it did not.
         available: as `Target.memory_bytes`.
+        host_temporaries: of the step in the host's memory, of one device.
     """
 
     groups: tuple[Group, ...]
@@ -168,18 +181,29 @@ class Memory:
     code: int | None
     needed: int | None
     available: int | None
+    host_temporaries: int = 0
 
     @property
     def arguments(self) -> int:
-        """Bytes of all groups."""
-        return sum(group.bytes for group in self.groups)
+        """Bytes of all groups in a device's memory."""
+        return sum(group.device_bytes for group in self.groups)
+
+    @property
+    def host_arguments(self) -> int:
+        """Bytes of all groups in the host's memory, of one device's shards."""
+        return sum(group.host_bytes for group in self.groups)
+
+    @property
+    def compiled(self) -> int | None:
+        """Bytes at the peak that the compiled program lists, without itself; None where the compiler refused it."""
+        if self.temporaries is None:
+            return None
+        return self.arguments + self.temporaries + (self.padding or 0) + (self.outputs or 0)
 
     @property
     def total(self) -> int | None:
         """Bytes at the peak; None where the compiler refused the program and gave no number."""
-        if self.temporaries is None:
-            return self.needed
-        return self.arguments + self.temporaries + (self.padding or 0) + (self.outputs or 0) + (self.code or 0)
+        return self.needed if self.compiled is None else self.compiled + (self.code or 0)
 
     @property
     def fits(self) -> bool | None:

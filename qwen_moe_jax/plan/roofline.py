@@ -9,6 +9,7 @@ import numpy as np
 from qwen_moe_jax.plan.chips import Chip, Network
 from qwen_moe_jax.plan.hlo import Module
 from qwen_moe_jax.plan.result import PUBLISHED, AxisTraffic, Bound, Collective, Roofline, Target, Work
+from qwen_moe_jax.units import format_bytes
 
 if TYPE_CHECKING:
     from qwen_moe_jax.plan.compile import Step
@@ -27,8 +28,9 @@ def roofline_of(
     collectives: Sequence[Collective],
     speeds: str = PUBLISHED,
     shares: Mapping[str, float] | None = None,
+    host_bytes: int = 0,
 ) -> Roofline | None:
-    """The estimate of a step; None for a chip whose numbers are not known.
+    """The estimate of a step; None for a chip whose numbers are not known. Arguments in host memory have `host_bytes`.
 
     Where the program's FLOPs are not known, the model's are used, with a third more for layers that are computed again.
     """
@@ -59,7 +61,7 @@ def roofline_of(
         utilisation=step.model_flops / target.devices / target.peak_flops / seconds,
         operations=operations,
         speeds=speeds,
-        assumptions=_assumptions(step, program_flops, speeds),
+        assumptions=_assumptions(step, program_flops, speeds, host_bytes),
         expected=expected,
     )
 
@@ -69,7 +71,7 @@ def recomputes(work: Work) -> bool:
     return work.purpose == "train" and work.execution.get("remat") in ("full", "exchange", "experts")
 
 
-def _assumptions(step: "Step", program_flops: float | None, speeds: str) -> tuple[str, ...]:
+def _assumptions(step: "Step", program_flops: float | None, speeds: str, host_bytes: int) -> tuple[str, ...]:
     """What the times rest on, in words."""
     found = ["the shortest time has compute, memory and network overlap, the longest has nothing overlap"]
     if speeds == PUBLISHED:
@@ -80,6 +82,8 @@ def _assumptions(step: "Step", program_flops: float | None, speeds: str) -> tupl
         found.append("experts have a balanced load: an overflow adds a round to the layer")
     if program_flops is None:
         found.append("FLOPs are the model's: the program has loops or kernels that do not state theirs")
+    if host_bytes:
+        found.append(f"{format_bytes(host_bytes)} are copied from the host's memory and back in no time")
     return tuple(found)
 
 

@@ -92,7 +92,7 @@ def _memory_table(memory: Memory) -> Table:
     table.add_column("memory of a device")
     table.add_column("bytes", justify="right", no_wrap=True)
     for group in memory.groups:
-        table.add_row(group.name, format_bytes(group.bytes))
+        table.add_row(group.name, format_bytes(group.device_bytes))
     if memory.temporaries is not None:
         if (memory.padding or 0) > 0:
             table.add_row("padding of the layouts", format_bytes(memory.padding))
@@ -106,6 +106,11 @@ def _memory_table(memory: Memory) -> Table:
             table.add_row("the program", format_bytes(memory.code))
     if memory.total is not None:
         table.add_row("total", format_bytes(memory.total), style="bold")
+    for group in memory.groups:
+        if group.host_bytes:
+            table.add_row(f"in the host's memory: {group.name}", format_bytes(group.host_bytes))
+    if memory.host_temporaries:
+        table.add_row("in the host's memory: temporaries", format_bytes(memory.host_temporaries))
     return table
 
 

@@ -244,6 +244,8 @@ class OptimizerConfig:
         beta2: decay rate of the second moment; adafactor's follows the step, 1 - step^-0.8.
         max_grad_norm: gradients with a larger norm, over all parameters, are scaled down to it.
         mu_dtype: of the first moment, float32 or bfloat16; left out, that of the parameters.
+        memory_kind: where the state is between steps: device, or pinned_host, the memory of the host, from which every
+            step copies it to the devices and back.
         ema_decay: of a moving average of the trained weights in float32, as 0.999; evaluations, samples and the export
             take it in place of the last weights. Left out, there is none.
         frozen: regular expressions; parameters with matching names on the Hub are not trained and have no moments.
@@ -260,6 +262,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     max_grad_norm: float = 1.0
     mu_dtype: DTypeLike | None = None
+    memory_kind: Literal["device", "pinned_host"] = "device"
     ema_decay: float | None = None
     frozen: tuple[str, ...] = ()
 

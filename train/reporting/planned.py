@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.plan.compile import group_of
 from qwen_moe_jax.plan.result import Work
 from qwen_moe_jax.text import format_mesh
 from qwen_moe_jax.units import format_bytes, format_seconds
@@ -28,7 +29,8 @@ class Planned:
         file: it is from.
         mesh: sizes of the axes.
         work: the fields of `plan.result.Work`.
-        memory: bytes of a device, without the program itself; None where the compiler refused the program.
+        memory: bytes of a device that the compiled step lists, without the program itself; None where the compiler
+            refused the program.
         seconds: of a step, where everything overlaps and where nothing does, or what is expected by steps that were
             measured; None without speeds.
         speeds: where these are from.
@@ -51,12 +53,11 @@ class Planned:
         try:
             plan = json.loads(Path(file).read_text(encoding="utf-8"))
             memory, line, work = plan["memory"], plan["roofline"], plan["work"]
-            total = memory["total"]
             found = cls(
                 file=file,
                 mesh=plan["mesh"],
                 work=work,
-                memory=None if total is None else total - (memory["code"] or 0),
+                memory=memory["compiled"],
                 seconds=None if line is None else (line["seconds"], line["likely"]),
                 speeds="" if line is None else line["speeds"],
             )
@@ -137,4 +138,6 @@ def step_memory(program: Program, arguments: tuple[Any, ...]) -> int | None:
     if analysis is None:
         return None
     kept = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return analysis.argument_size_in_bytes + kept + analysis.temp_size_in_bytes
+    on_host = sum(group_of("", argument).host_bytes for argument in arguments)
+    arguments_size = analysis.argument_size_in_bytes + analysis.host_argument_size_in_bytes - on_host
+    return arguments_size + kept + analysis.temp_size_in_bytes

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.plan.chips import peak_flops
+from qwen_moe_jax.plan.compile import group_of
 from qwen_moe_jax.plan.flops import training_flops_per_token
 from qwen_moe_jax.plan.work import format_sharding
 from qwen_moe_jax.text import format_mesh
@@ -48,6 +49,7 @@ class Start:
         shown: further terms in progress lines.
         captions: of terms, for the page.
         other_bytes: what a device holds besides, by name: the cache in which completions are sampled, a reference.
+        host_bytes: of the moments in the memory of the host, of one device's shards.
     """
 
     time: str
@@ -71,6 +73,7 @@ class Start:
     shown: list[str] = field(default_factory=list)
     captions: dict[str, str] = field(default_factory=dict)
     other_bytes: dict[str, int] = field(default_factory=dict)
+    host_bytes: int = 0
 
     @property
     def parameters_in_words(self) -> str:
@@ -103,7 +106,7 @@ def start_of(
     model, description = program.model, program.objective.description
     device_kind = jax.devices()[0].device_kind
     trained_bytes = bytes_per_device(state.params)
-    execution = model.execution_in_use
+    execution, on_host = model.execution_in_use, group_of("moments", state.optimizer).host_bytes
     average = {} if state.ema is None else {"averaged weights": bytes_per_device(state.ema)}
     parameters, active = model.config.num_parameters(), model.config.num_active_parameters()
     if not isinstance(model, qmj.CausalLM):  # another head than the config counts
@@ -119,7 +122,7 @@ def start_of(
         device_kind="simulated" if config.mesh.simulated else device_kind,
         execution={**dataclasses.asdict(execution), "sharding": format_sharding(execution.rules)},
         weight_bytes=trained_bytes + bytes_per_device(fixed),
-        moment_bytes=bytes_per_device(state.optimizer),
+        moment_bytes=bytes_per_device(state.optimizer) - on_host,
         gradient_bytes=trained_bytes,  # shapes, dtypes and shardings are those of the trained parameters
         text_tokens=text_tokens,
         tokens_per_step=config.data.batch_size * description.sequences * config.data.seq_len,
@@ -135,6 +138,7 @@ def start_of(
         shown=[*description.shown],
         captions=dict(description.captions),
         other_bytes={**average, **other_bytes},
+        host_bytes=on_host,
     )
 
 
@@ -143,12 +147,13 @@ def introduction(start: Start, epochs: float) -> str:
     mesh = format_mesh(start.mesh)
     bytes_needed, split = sum(start.memory.values()), start.memory
     weights = f"; weights {low_bit}" if (low_bit := start.execution.get("weights")) else ""
+    on_host = f"; in the host's memory: moments {format_bytes(start.host_bytes)}" if start.host_bytes else ""
     objective = "" if start.objective == "language modelling" else f"{start.objective}; "
     return (
         f"{objective}parameters: {start.parameters_in_words}; "
         f"{start.devices} {start.device_kind} device(s): {mesh}; dispatch {start.execution['dispatch']}{weights}\n"
         f"{format_bytes(bytes_needed)} per device without activations: "
-        f"{', '.join(f'{name} {format_bytes(size)}' for name, size in split.items())}\n"
+        f"{', '.join(f'{name} {format_bytes(size)}' for name, size in split.items())}{on_host}\n"
         f"{start.text_tokens / 1e6:.2f}M tokens of text, {epochs:.1f} epochs of steps of {start.tokens_per_step} tokens"
     )
 

@@ -1,0 +1,105 @@
+"""Optimizer state in the host's memory changes no number: steps, checkpoints and plans."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import qwen_moe_jax as qmj
+from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.plan.compile import plan_step
+from qwen_moe_jax.plan.targets import parse_target
+from tests.train.test_ema import HUB_CONFIG
+from tests.train.whole_rows import batch_of
+from train import offload
+from train.checkpoint import Checkpoints
+from train.config import build_config
+from train.plan import training_step
+from train.program import assemble
+from train.reporting.planned import step_memory
+
+HOST = "pinned_host"
+MODEL = {**HUB_CONFIG, "vocab_size": 259}
+TABLES = {"model": MODEL, "data": {"vocab_size": 259, "batch_size": 4, "seq_len": 8}, "mesh": {"fsdp": 2}}
+
+
+def assembled(kind, **optimizer):
+    config = build_config({**TABLES, "optimizer": {"memory_kind": kind, "warmup_steps": 0, **optimizer}}, [], "a test")
+    mesh = qmj.make_mesh(fsdp=2)
+    return config, mesh, assemble(config, qmj.ModelConfig.from_pretrained(MODEL), mesh)
+
+
+@pytest.fixture(scope="module")
+def programs():
+    return {kind: assembled(kind) for kind in ("device", HOST)}
+
+
+def begin(program):
+    model = qmj.CausalLM(program.model.config, rngs=nnx.Rngs(0), mesh=program.model.mesh)
+    return program.begin(nnx.to_pure_dict(nnx.state(model)))
+
+
+def batches(program):
+    tokens = np.random.default_rng(0).integers(1, 32, (3, 4, 8), dtype=np.int32)
+    return [jax.device_put(batch_of(tokens_BT), program.batch.tokens_BT.sharding) for tokens_BT in tokens]
+
+
+def kinds(state):
+    return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim}
+
+
+def assert_equal(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_steps_are_equal_bit_for_bit_and_go_on_from_a_checkpoint(programs, tmp_path):
+    """Saved by a run with its state in the host's memory, restored by one with it on the devices, and the reverse."""
+    found = {}
+    for kind, (_, _, program) in programs.items():
+        state, (*first, last) = begin(program), batches(program)
+        assert kinds(state) == {kind}
+        for batch in first:
+            state, _ = program.train_step(state, program.fixed, batch)
+        with Checkpoints(tmp_path / kind, keep=1) as checkpoints:
+            checkpoints.save(2, state)  # the next step reuses the state's memory while it is written
+            state, metrics = program.train_step(state, program.fixed, last)
+        assert kinds(state) == {kind}
+        found[kind] = state, metrics
+    assert_equal(*(jax.tree.map(np.asarray, one) for one in found.values()))
+
+    for saved, restored in (("device", HOST), (HOST, "device")):
+        _, _, program = programs[restored]
+        with Checkpoints(tmp_path / saved, keep=1) as checkpoints:
+            state = checkpoints.restore(program.state, program.model)
+        assert kinds(state) == {restored}
+        state, _ = program.train_step(state, program.fixed, batches(program)[2])
+        assert_equal(*(jax.tree.map(np.asarray, one) for one in (state, found[saved][0])))
+
+
+def test_a_plan_counts_the_memory_of_the_host_apart(programs):
+    request, plans = parse_target("cpu:2"), {}
+    for kind, (config, mesh, program) in programs.items():
+        plans[kind] = plan_step(training_step(config, program, "offload"), request, mesh).memory
+    on_device, on_host = plans["device"], plans[HOST]
+    moments = sum(array.bytes for array in on_device.groups[1].arrays if array.shape)
+    assert moments == on_host.host_arguments > 0 and on_device.host_arguments == 0
+    assert on_host.arguments == on_device.arguments - moments and on_host.padding == on_device.padding
+    _, _, program = programs[HOST]
+    assert step_memory(program, (program.state, program.fixed, program.batch)) == on_host.compiled
+
+
+def test_a_memory_that_devices_do_not_have_is_refused_with_the_way_out():
+    mesh = qmj.make_mesh(fsdp=2)
+    offload.check_memory_kind(HOST, mesh)
+    with pytest.raises(ConfigError, match=r"optimizer.memory_kind: found 'tape'.*Leave the key out"):
+        offload.check_memory_kind("tape", mesh)
+
+
+@pytest.mark.parametrize("kind", ["muon", "adafactor"])
+def test_every_optimizers_arrays_are_offloaded_and_its_counters_are_not(kind):
+    _, _, program = assembled(HOST, type=kind)
+    state = program.state
+    assert kinds(state) == {HOST} and state.step.sharding.memory_kind != HOST
+    counters = [leaf for leaf in jax.tree.leaves(state.optimizer) if not leaf.ndim]
+    assert all(leaf.sharding.memory_kind != HOST for leaf in counters)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} != {HOST}

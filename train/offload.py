@@ -1,0 +1,65 @@
+"""Optimizer state that is kept in the memory of the host, and is on the devices only while a step updates it.
+
+Both memories are named by JAX's memory kinds: "device" and "pinned_host" (page-locked memory of the host, from which
+devices copy by themselves). The arrays are sharded alike in both, so every device copies its own shard.
+"""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qwen_moe_jax.errors import ConfigError
+
+DEVICE = "device"
+
+
+def check_memory_kind(kind: str, mesh: Mesh) -> None:
+    """Refuses a memory that the mesh's devices do not have.
+
+    Raises:
+        ConfigError: they have none of that kind.
+    """
+    try:
+        NamedSharding(mesh, PartitionSpec(), memory_kind=kind)
+    except ValueError:  # JAX looks it up for devices that are only compiled for, too
+        device = mesh.devices.flat[0]
+        raise ConfigError(
+            f"optimizer.memory_kind: found {kind!r}, expected a memory that {device.device_kind} devices have: this "
+            "one cannot be addressed by them. Leave the key out to keep the optimizer state on the devices."
+        ) from None
+
+
+def in_memory(kind: str, shardings: Any, abstract: Any) -> Any:
+    """The shardings of optimizer state whose arrays are kept in a memory; scalars, which are counters, stay on devices.
+
+    Args:
+        kind: of the memory.
+        shardings: of the state on devices.
+        abstract: the state's arrays, of which shapes are needed only.
+    """
+    return jax.tree.map(
+        lambda sharding, array: sharding.with_memory_kind(kind) if array.ndim else sharding, shardings, abstract
+    )
+
+
+def on_devices(arrays: Any, shardings: Any) -> Any:
+    """Within a jitted function, arrays of these shardings with those in another memory copied to the devices."""
+
+    def fetch(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+        return jax.device_put(array, sharding.with_memory_kind(DEVICE)) if _is_offloaded(sharding) else array
+
+    return jax.tree.map(fetch, arrays, shardings)
+
+
+def as_stored(arrays: Any, shardings: Any) -> Any:
+    """Within a jitted function, arrays on devices with those that are kept in another memory copied there."""
+
+    def store(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+        return jax.device_put(array, sharding) if _is_offloaded(sharding) else array
+
+    return jax.tree.map(store, arrays, shardings)
+
+
+def _is_offloaded(sharding: NamedSharding) -> bool:
+    return sharding.memory_kind not in (None, DEVICE)
