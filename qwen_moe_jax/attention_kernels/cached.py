@@ -37,9 +37,16 @@ def write_slots(
         lengths_B: int32; tokens of each row before these.
         token_mask_BT: False for padding, which is not written.
     """
+    position_BT = lengths_B[:, None] + jnp.arange(x_BTKH.shape[1], dtype=jnp.int32)
+    return write_slots_at(store_LBSKH, x_BTKH, layer, position_BT, token_mask_BT)
+
+
+def write_slots_at(
+    store_LBSKH: jax.Array, x_BTKH: jax.Array, layer: jax.Array, position_BT: jax.Array, written_BT: jax.Array
+) -> jax.Array:
+    """`write_slots` at these positions, of the tokens that are to be written."""
     num_slots = store_LBSKH.shape[2]
-    slot_BT = (lengths_B[:, None] + jnp.arange(x_BTKH.shape[1], dtype=jnp.int32)) % num_slots
-    slot_BT = jnp.where(token_mask_BT, slot_BT, num_slots)  # outside: not written
+    slot_BT = jnp.where(written_BT, position_BT % num_slots, num_slots)  # outside: not written
     row_B1 = jnp.arange(x_BTKH.shape[0], dtype=jnp.int32)[:, None]
     x_BTKH = as_stored(x_BTKH, store_LBSKH)
     return store_LBSKH.at[layer, row_B1, slot_BT].set(x_BTKH, mode="drop", unique_indices=True)
@@ -60,10 +67,22 @@ def write_blocks(
     table_BM: jax.Array,
 ) -> jax.Array:
     """`write_slots` into blocks: `table_BM` int32 has those of each row, one for every S tokens."""
-    num_blocks, size = store_LPSKH.shape[1:3]
     position_BT = lengths_B[:, None] + jnp.arange(x_BTKH.shape[1], dtype=jnp.int32)
+    return write_blocks_at(store_LPSKH, x_BTKH, layer, position_BT, token_mask_BT, table_BM)
+
+
+def write_blocks_at(
+    store_LPSKH: jax.Array,
+    x_BTKH: jax.Array,
+    layer: jax.Array,
+    position_BT: jax.Array,
+    written_BT: jax.Array,
+    table_BM: jax.Array,
+) -> jax.Array:
+    """`write_blocks` at these positions, of the tokens that are to be written."""
+    num_blocks, size = store_LPSKH.shape[1:3]
     index_BT = jnp.minimum(position_BT // size, table_BM.shape[1] - 1)
-    block_BT = jnp.where(token_mask_BT, jnp.take_along_axis(table_BM, index_BT, axis=1), num_blocks)
+    block_BT = jnp.where(written_BT, jnp.take_along_axis(table_BM, index_BT, axis=1), num_blocks)
     x_BTKH = as_stored(x_BTKH, store_LPSKH)
     return store_LPSKH.at[layer, block_BT, position_BT % size].set(x_BTKH, mode="drop", unique_indices=True)
 
@@ -155,10 +174,10 @@ def attend_blocks(
     table_BM = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % group)))
     end_B = lengths_B + jnp.sum(token_mask_BT, axis=1, dtype=jnp.int32)
     query_BT = lengths_B[:, None] + jnp.arange(length, dtype=jnp.int32)
-    attend = _add_one_query if length == 1 else _add_many_queries
+    attend = add_one_query if length == 1 else add_many_queries
     tokens = group * size
 
-    def step(index: jax.Array, carry: _Online) -> _Online:
+    def step(index: jax.Array, carry: Online) -> Online:
         block_BG = jax.lax.dynamic_slice_in_dim(table_BM, index * group, group, axis=1)
         keys_BSKH, values_BSKH = (
             from_bits(x[layer, block_BG]).reshape(q_BTNH.shape[0], tokens, *x.shape[3:]).astype(q_BTNH.dtype)
@@ -168,35 +187,39 @@ def attend_blocks(
         seen_BTS = (position_S <= query_BT[:, :, None]) & (position_S < end_B[:, None, None])
         return attend(carry, q_BTNH, keys_BSKH, values_BSKH, seen_BTS)
 
-    batch, _, heads, head_dim = q_BTNH.shape
-    start = _Online(
-        jnp.full((batch, length, heads), UNSEEN, jnp.float32),
-        jnp.zeros((batch, length, heads), jnp.float32),
-        jnp.zeros((batch, length, heads, head_dim), jnp.float32),
-    )
     steps = (jnp.max(end_B) + tokens - 1) // tokens
-    done = jax.lax.fori_loop(0, steps, step, start)
-    return (done.mixed_BTNH / jnp.maximum(done.sum_BTN, 1e-30)[..., None]).astype(q_BTNH.dtype)
+    return jax.lax.fori_loop(0, steps, step, Online.nothing(q_BTNH)).result().astype(q_BTNH.dtype)
 
 
-class _Online(NamedTuple):
-    """Softmax over the keys so far: the largest score, the sum of weights, and the weighted sum of values."""
+class Online(NamedTuple):
+    """Softmax over the keys so far, float32: the largest score, the sum of weights, and the weighted sum of values."""
 
     top_BTN: jax.Array
     sum_BTN: jax.Array
     mixed_BTNH: jax.Array
 
+    @classmethod
+    def nothing(cls, q_BTNH: jax.Array) -> "Online":
+        """Before the first key."""
+        shape = q_BTNH.shape
+        none_BTN = jnp.zeros(shape[:-1], jnp.float32)
+        return cls(jnp.full(shape[:-1], UNSEEN, jnp.float32), none_BTN, jnp.zeros(shape, jnp.float32))
 
-def _rescaled(carry: _Online, top_BTN: jax.Array) -> tuple[jax.Array, _Online]:
+    def result(self) -> jax.Array:
+        """Attention [B, T, N, H], float32; zeros for a query that saw no key."""
+        return self.mixed_BTNH / jnp.maximum(self.sum_BTN, 1e-30)[..., None]
+
+
+def _rescaled(carry: Online, top_BTN: jax.Array) -> tuple[jax.Array, Online]:
     """The new largest score, and the sums so far by it."""
     top_BTN = jnp.maximum(carry.top_BTN, top_BTN)
     scale_BTN = jnp.exp(carry.top_BTN - top_BTN)
-    return top_BTN, _Online(top_BTN, carry.sum_BTN * scale_BTN, carry.mixed_BTNH * scale_BTN[..., None])
+    return top_BTN, Online(top_BTN, carry.sum_BTN * scale_BTN, carry.mixed_BTNH * scale_BTN[..., None])
 
 
-def _add_many_queries(
-    carry: _Online, q_BTNH: jax.Array, keys_BSKH: jax.Array, values_BSKH: jax.Array, seen_BTS: jax.Array
-) -> _Online:
+def add_many_queries(
+    carry: Online, q_BTNH: jax.Array, keys_BSKH: jax.Array, values_BSKH: jax.Array, seen_BTS: jax.Array
+) -> Online:
     """More keys for many queries a row; see `_many_queries`."""
     batch, length, heads, head_dim = q_BTNH.shape
     kv_heads = keys_BSKH.shape[2]
@@ -214,12 +237,12 @@ def _add_many_queries(
         "BKGTS,BSKH->BTKGH", weights_BKGTS.astype(q_BTNH.dtype), values_BSKH, preferred_element_type=jnp.float32
     )
     sum_BTN = carry.sum_BTN + by_query(jnp.sum(weights_BKGTS, axis=-1))
-    return _Online(top_BTN, sum_BTN, carry.mixed_BTNH + mixed_BTKGH.reshape(carry.mixed_BTNH.shape))
+    return Online(top_BTN, sum_BTN, carry.mixed_BTNH + mixed_BTKGH.reshape(carry.mixed_BTNH.shape))
 
 
-def _add_one_query(
-    carry: _Online, q_BTNH: jax.Array, keys_BSKH: jax.Array, values_BSKH: jax.Array, seen_BTS: jax.Array
-) -> _Online:
+def add_one_query(
+    carry: Online, q_BTNH: jax.Array, keys_BSKH: jax.Array, values_BSKH: jax.Array, seen_BTS: jax.Array
+) -> Online:
     """More keys for one query a row; see `_one_query`."""
     batch, _, heads, head_dim = q_BTNH.shape
     num_slots, kv_heads = keys_BSKH.shape[1:3]
@@ -235,6 +258,6 @@ def _add_one_query(
         "BSN,BSI->BNI", weights_BSN.astype(q_BTNH.dtype), values_BSI, preferred_element_type=jnp.float32
     )
     mixed_BNH = jnp.einsum("BNKH,KN->BNH", mixed_BNI.reshape(batch, heads, kv_heads, head_dim), own_KN)
-    return _Online(
+    return Online(
         top_B1N, carry.sum_BTN + jnp.sum(weights_BSN, axis=1)[:, None], carry.mixed_BTNH + mixed_BNH[:, None]
     )

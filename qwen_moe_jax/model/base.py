@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, LoraConfig, ModelConfig
 from qwen_moe_jax.config.resolve import SPLASH_MULTIPLE, resolve
 from qwen_moe_jax.errors import ConfigError, RequestError, ShardingError
-from qwen_moe_jax.model.cache import Cache, require_whole_rows
+from qwen_moe_jax.model.cache import Cache
 from qwen_moe_jax.model.decoder import Decoder, DecoderOutput
 from qwen_moe_jax.model.inputs import ModelInputs, checked_inputs, in_order, input_specs, pad_rows
 from qwen_moe_jax.model.output import ModelOutput, RouterOutput
@@ -25,7 +25,16 @@ from qwen_moe_jax.nn.parameters import ParameterFactory, as_rngs
 from qwen_moe_jax.sharding.explicit import apart_from_callers_mesh, with_explicit_axes
 from qwen_moe_jax.sharding.mesh import checked_mesh
 from qwen_moe_jax.sharding.positions import RowOrder
-from qwen_moe_jax.sharding.rules import BATCH, CONTEXT, positions_axis, spec_of, stored, tokens_spec
+from qwen_moe_jax.sharding.rules import (
+    BATCH,
+    CONTEXT,
+    position_shards,
+    positions_axis,
+    positions_over_context,
+    spec_of,
+    stored,
+    tokens_spec,
+)
 from qwen_moe_jax.suggest import missing_attribute, refuse_hub_arguments
 
 
@@ -183,7 +192,6 @@ class Model(nnx.Module):
             _check_trainable(self.config)
             self._require_adapters_over_low_bits()
         if cache is not None:
-            require_whole_rows(self.mesh)
             _check_cached(cache, inputs, math.prod(self.mesh.shape[axis] for axis in BATCH))
         with apart_from_callers_mesh(self.mesh):
             return _forward(self, inputs, cache, self._checked_noise_key(noise_key), read_out=read_out)
@@ -317,7 +325,7 @@ def _forward(
     """Pads the batch to the mesh, runs the model on explicitly sharded arrays, and takes the padding off again."""
     batch, num_shards = inputs.tokens_BT.shape[0], math.prod(model.mesh.shape[axis] for axis in BATCH)
     padded = pad_rows(inputs, num_shards, cached=cache is not None)
-    order = model.row_order(inputs.tokens_BT.shape[1], noise=noise_key is not None)
+    order = None if cache is not None else model.row_order(inputs.tokens_BT.shape[1], noise=noise_key is not None)
     prepared = in_order(read_out.prepared(model, padded), order)
 
     def run(model: Model, inputs: ModelInputs, cache: Cache | None, noise_key: jax.Array | None) -> Any:
@@ -331,8 +339,8 @@ def _forward(
         )
         return read_out(model, out, inputs)
 
-    specs = (input_specs(prepared, model.mesh), None if cache is None else cache.specs(), P())
-    with matmul_precision(model.execution.dtype):
+    with matmul_precision(model.execution.dtype), positions_over_context(cache is None):
+        specs = (input_specs(prepared, model.mesh), None if cache is None else cache.specs(), P())
         out = with_explicit_axes(run, model.mesh, specs)(model, prepared, cache, noise_key)
     out = out if order is None else out.restored(order)
     return out if padded.tokens_BT.shape[0] == batch else out.first_rows(batch)
@@ -354,7 +362,7 @@ def token_at(x_BTD: jax.Array, index_B: jax.Array) -> jax.Array:
 
 def copies_of(x_BD: jax.Array) -> jax.Array:
     """A token of each row as activations [B, X, D]: one copy for each of the X devices of `context`."""
-    shape = len(x_BD), jax.sharding.get_abstract_mesh().shape[CONTEXT], x_BD.shape[1]
+    shape = len(x_BD), position_shards(), x_BD.shape[1]
     if shape[1] == 1:
         return x_BD[:, None]
     return jax.sharding.reshard(jnp.broadcast_to(x_BD[:, None], shape), tokens_spec(None))

@@ -5,6 +5,9 @@ of its layer. Layers of full attention have a slot for every token there may be;
 their window and what is written in one step. Linear layers keep a state that does not grow; it cannot go back to an
 earlier token, only to none: a row of length 0 starts from zeros, whatever is stored.
 
+The mesh axis `context` shards the slots of attention, and nothing else of a step: its tokens, and the states of linear
+layers, are on all devices of it.
+
 Letters of this file besides the package's: W columns of a convolution, C its channels. In the state of a linear layer
 [B, N, H, H], N are value heads, and the sizes are those of a key head and of a value head.
 """
@@ -27,17 +30,19 @@ from qwen_moe_jax.attention_kernels.cached import (
     write_blocks,
     write_slots,
 )
+from qwen_moe_jax.attention_kernels.cached_context import attend_over_devices, write_own
 from qwen_moe_jax.attention_kernels.cached_cpu import attends_in_place, write_and_attend
 from qwen_moe_jax.attention_kernels.flash_cpu import attend_stored, attends_many
 from qwen_moe_jax.config import LayerKind, ModelConfig
 from qwen_moe_jax.errors import ShardingError
 from qwen_moe_jax.model.segments import plan_segments
 from qwen_moe_jax.nn.bits import from_bits
-from qwen_moe_jax.rounding import ceil_div
+from qwen_moe_jax.rounding import ceil_div, round_up
 from qwen_moe_jax.sharding.rules import BATCH, CONTEXT
 
-#: Keys and values [L, B, S, K, H] are sharded as their rows and heads are: attention needs no collective.
-STORED: Any = P(None, BATCH, None, "tensor", None)
+#: Keys and values [L, B, S, K, H] are sharded as their rows and heads are, which needs no collective, and their slots
+#: over `context` (`attention_kernels.cached_context`).
+STORED: Any = P(None, BATCH, CONTEXT, "tensor", None)
 #: Queries, keys and values [B, T, heads, H] of new tokens.
 HEADS = P(BATCH, None, "tensor", None)
 #: The state [B, N, H, H] of a linear layer, and the columns [B, W, C] of its convolution.
@@ -177,19 +182,6 @@ class LayerCache(Generic[Kept]):
     table_BM: jax.Array | None = None
 
 
-def require_whole_rows(mesh: Mesh) -> None:
-    """Refuses a cache on a mesh that shards positions: a step of decoding is one token of each row.
-
-    Raises:
-        ShardingError: the mesh axis `context` has several devices.
-    """
-    if mesh.shape[CONTEXT] > 1:
-        raise ShardingError(
-            f"a cache was asked for on a mesh with context={mesh.shape[CONTEXT]}: its keys are not sharded over "
-            "positions. Generate on a mesh with context=1; the same devices serve as data, expert or tensor."
-        )
-
-
 def slots(config: ModelConfig, kind: LayerKind, max_length: int, max_write: int) -> int:
     """Slots S of attention: one for each of `max_length` tokens, or, sliding, for a window and `max_write` tokens more.
 
@@ -230,9 +222,14 @@ def abstract_cache(
         blocks: in which full layers keep keys and values; None gives every row `max_length` slots.
 
     Raises:
-        ShardingError: the mesh shards positions (`context`).
+        ShardingError: the tokens of a block do not divide over the mesh axis `context`.
     """
-    require_whole_rows(mesh)
+    shards = mesh.shape[CONTEXT]
+    if blocks is not None and blocks.size % shards:
+        raise ShardingError(
+            f"blocks of {blocks.size} tokens do not divide over the mesh axis {CONTEXT}={shards}: each device has the "
+            f"same number of slots of a block. Choose a block size that {shards} divides."
+        )
     attention, linear = config.attention, config.linear_attention
     dtype = stored_dtype(dtype, mesh.devices.flat[0].platform)
 
@@ -251,7 +248,7 @@ def abstract_cache(
             shape = (repeats, blocks.count, blocks.size, attention.num_key_value_heads, attention.head_dim)
             one = zeros(shape, dtype, STORED)
             return PagedKeyValues(keys_LPSKH=one, values_LPSKH=one)
-        num_slots = slots(config, kind, max_length, max_write)
+        num_slots = round_up(slots(config, kind, max_length, max_write), shards)
         one = zeros((repeats, batch, num_slots, attention.num_key_value_heads, attention.head_dim), dtype, STORED)
         return KeyValues(keys_LBSKH=one, values_LBSKH=one)
 
@@ -305,47 +302,56 @@ def update_and_attend(
     Padding is not written, and its results mean nothing; see `attend_cached`. CPUs read the cache in place, few tokens
     by `attention_kernels.cached_cpu`, many by `attention_kernels.flash_cpu`.
     """
+    specs = cache.stored.specs()
 
-    def local(q_BTNH, k_BTKH, v_BTKH, stored: KeyValues, layer, lengths_B, token_mask_BT) -> tuple:
-        new, mask = (layer, lengths_B), token_mask_BT
-        keys, values = stored.keys_LBSKH, stored.values_LBSKH
-        if attends_in_place(q_BTNH, keys):
-            mixed_BTNH, keys, values = write_and_attend(
-                q_BTNH, k_BTKH, v_BTKH, keys, values, *new, mask, sliding_window=sliding_window
-            )
-        else:
-            keys, values = write_slots(keys, k_BTKH, *new, mask), write_slots(values, v_BTKH, *new, mask)
-            if attends_many(q_BTNH, keys):
-                mixed_BTNH = attend_stored(q_BTNH, keys, values, *new, mask, sliding_window=sliding_window)
-            else:
-                mixed_BTNH = attend_cached(q_BTNH, keys, values, *new, mask, sliding_window)
-        return mixed_BTNH, KeyValues(keys_LBSKH=keys, values_LBSKH=values)
+    def local(q_BTNH, k_BTKH, v_BTKH, stored, layer, lengths_B, token_mask_BT, table_BM) -> tuple:
+        (keys, values), structure = jax.tree.flatten(stored)
+        new = layer, lengths_B, token_mask_BT
+        mixed_BTNH, *both = _store_and_attend(
+            q_BTNH, k_BTKH, v_BTKH, keys, values, *new, sliding_window=sliding_window, table_BM=table_BM
+        )
+        return mixed_BTNH, jax.tree.unflatten(structure, both)
 
-    def paged(q_BTNH, k_BTKH, v_BTKH, stored: PagedKeyValues, layer, lengths_B, token_mask_BT, table_BM) -> tuple:
-        new, mask = (layer, lengths_B), token_mask_BT
-        keys, values = stored.keys_LPSKH, stored.values_LPSKH
-        if attends_in_place(q_BTNH, keys):
-            mixed_BTNH, keys, values = write_and_attend(
-                q_BTNH, k_BTKH, v_BTKH, keys, values, *new, mask, table_BM=table_BM
-            )
-        else:
-            keys = write_blocks(keys, k_BTKH, *new, mask, table_BM)
-            values = write_blocks(values, v_BTKH, *new, mask, table_BM)
-            attend = attend_stored if attends_many(q_BTNH, keys) else attend_blocks
-            mixed_BTNH = attend(q_BTNH, keys, values, *new, mask, table_BM=table_BM)
-        return mixed_BTNH, PagedKeyValues(keys_LPSKH=keys, values_LPSKH=values)
-
-    arguments = [q_BTNH, k_BTKH, v_BTKH, cache.stored, cache.layer, cache.lengths_B, token_mask_BT]
-    specs: list[Any] = [HEADS, HEADS, HEADS, cache.stored.specs(), P(), P(BATCH), P(BATCH, None)]
-    attend: Callable = local
-    if isinstance(cache.stored, PagedKeyValues):
-        attend = paged
-        arguments.append(cache.table_BM)
-        specs.append(P(BATCH, None))
-    out_specs = HEADS, cache.stored.specs()
-    mapped = jax.shard_map(attend, in_specs=tuple(specs), out_specs=out_specs, check_vma=False)
-    mixed_BTNH, stored = mapped(*arguments)
+    rows: Any = P(BATCH)
+    table_BM = cache.table_BM if isinstance(cache.stored, PagedKeyValues) else None
+    in_specs = (HEADS, HEADS, HEADS, specs, P(), rows, P(BATCH, None), None if table_BM is None else rows)
+    mapped = jax.shard_map(local, in_specs=in_specs, out_specs=(HEADS, specs), check_vma=False)
+    mixed_BTNH, stored = mapped(
+        q_BTNH, k_BTKH, v_BTKH, cache.stored, cache.layer, cache.lengths_B, token_mask_BT, table_BM
+    )
     return mixed_BTNH, dataclasses.replace(cache, stored=stored)
+
+
+def _store_and_attend(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    *new: jax.Array,
+    sliding_window: int | None,
+    table_BM: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same on one device's arrays; `new` are the layer, the lengths of the rows and the mask of the new tokens."""
+    if jax.lax.axis_size(CONTEXT) > 1:
+        keys, values = write_own(keys, k_BTKH, *new, table_BM), write_own(values, v_BTKH, *new, table_BM)
+        mixed_BTNH = attend_over_devices(q_BTNH, keys, values, *new, sliding_window=sliding_window, table_BM=table_BM)
+        return mixed_BTNH, keys, values
+    if attends_in_place(q_BTNH, keys):
+        return write_and_attend(
+            q_BTNH, k_BTKH, v_BTKH, keys, values, *new, sliding_window=sliding_window, table_BM=table_BM
+        )
+    if table_BM is None:
+        keys, values = write_slots(keys, k_BTKH, *new), write_slots(values, v_BTKH, *new)
+    else:
+        keys, values = write_blocks(keys, k_BTKH, *new, table_BM), write_blocks(values, v_BTKH, *new, table_BM)
+    if attends_many(q_BTNH, keys):
+        mixed_BTNH = attend_stored(q_BTNH, keys, values, *new, sliding_window=sliding_window, table_BM=table_BM)
+    elif table_BM is None:
+        mixed_BTNH = attend_cached(q_BTNH, keys, values, *new, sliding_window)
+    else:
+        mixed_BTNH = attend_blocks(q_BTNH, keys, values, *new, table_BM)
+    return mixed_BTNH, keys, values
 
 
 def read_state(

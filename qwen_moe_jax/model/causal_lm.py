@@ -27,7 +27,7 @@ from qwen_moe_jax.nn.parameters import ParameterFactory
 from qwen_moe_jax.nn.quantised import Quantised
 from qwen_moe_jax.nn.stacked import reads_in_place, stacked_matmul
 from qwen_moe_jax.sharding.explicit import with_explicit_axes
-from qwen_moe_jax.sharding.rules import BATCH, partition_spec, tokens_spec
+from qwen_moe_jax.sharding.rules import BATCH, partition_spec, positions_over_context, tokens_spec
 from qwen_moe_jax.suggest import refuse_hub_arguments
 
 
@@ -125,7 +125,7 @@ class CausalLM(Model):
             return model.head_of_few(last_BD[:, None], inputs)[:, 0], last_BD, cache
 
         specs = (P(BATCH, None), P(BATCH, None, None), P(BATCH, None), cache.specs())
-        with matmul_precision(self.execution.dtype):
+        with matmul_precision(self.execution.dtype), positions_over_context(False):
             return with_explicit_axes(run, self.mesh, specs)(self, tokens_BT, hidden_BTD, token_mask_BT, cache)
 
     def mtp_states(

@@ -11,7 +11,7 @@ from qwen_moe_jax.nn.bits import as_bits, from_bits
 from qwen_moe_jax.nn.lora import LoraAdapter
 from qwen_moe_jax.nn.matmul import weight_einsum
 from qwen_moe_jax.nn.parameters import ParameterFactory
-from qwen_moe_jax.sharding.rules import BATCH, mesh_axes, positions_axis, spec_of, tokens_spec
+from qwen_moe_jax.sharding.rules import BATCH, mesh_axes, position_shards, positions_axis, spec_of, tokens_spec
 
 #: Logical axes of the token table and of the output head.
 TABLE = ("vocab", "embed")
@@ -87,7 +87,7 @@ def without_padding(logits_BTV: jax.Array, vocab_size: int) -> jax.Array:
     if logits_BTV.shape[-1] == vocab_size:
         return logits_BTV
     shape = jax.sharding.get_abstract_mesh().shape
-    divides = logits_BTV.shape[1] % (shape["context"] * shape["tensor"]) == 0
+    divides = logits_BTV.shape[1] % (position_shards() * shape["tensor"]) == 0
     positions: Any = positions_axis()
     if divides:
         positions = (positions, "tensor") if positions else "tensor"

@@ -9,6 +9,8 @@ over `expert`, and no weight over `tensor`.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -22,6 +24,9 @@ BATCH = ("data", "fsdp", "expert")
 
 #: The mesh axis that the positions of each row are sharded over.
 CONTEXT = "context"
+
+#: Whether the program that is traced shards positions over `context`; JAX keeps what it traces under either apart.
+_shards_positions: Any = jax.make_user_context(default_value=True)
 
 #: The mesh axes of each logical axis during a layer; the layers' arithmetic is written for these.
 COMPUTE_AXES: Mapping[str, tuple[str, ...]] = {
@@ -55,11 +60,26 @@ def batch_shards(mesh: Mesh) -> int:
 def positions_axis(mesh: Mesh | None = None) -> str | None:
     """The mesh axis of positions, of `mesh` or in the program that is traced; None where it has one device.
 
+    Also None where `positions_over_context(False)` says so.
+
     Explicit axes tell an array whose sharding names an axis of one device from an array whose sharding does not. Steps
     of single tokens, and whatever else knows nothing of the axis, are written without it.
     """
     shape = jax.sharding.get_abstract_mesh().shape if mesh is None else mesh.shape
-    return CONTEXT if shape[CONTEXT] > 1 else None
+    return CONTEXT if shape[CONTEXT] > 1 and _shards_positions.value else None
+
+
+def positions_over_context(sharded: bool) -> AbstractContextManager:
+    """A context for tracing a step that shards its positions over `context`, or one that does not.
+
+    Steps with a cache do not: their few tokens are on every device of `context`, which shards the slots of the cache.
+    """
+    return _shards_positions(sharded)
+
+
+def position_shards() -> int:
+    """The number of devices that share the positions of a row in the program that is traced."""
+    return jax.sharding.get_abstract_mesh().shape[CONTEXT] if positions_axis() else 1
 
 
 def tokens_spec(*rest: str | None, mesh: Mesh | None = None) -> P:
@@ -70,7 +90,7 @@ def tokens_spec(*rest: str | None, mesh: Mesh | None = None) -> P:
 def token_shards() -> int:
     """The number of devices that share the tokens of a batch in the program that is traced."""
     shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[axis] for axis in (*BATCH, CONTEXT))
+    return math.prod(shape[axis] for axis in BATCH) * position_shards()
 
 
 def group_axes(*, without_expert: bool = False) -> tuple[str, ...]:

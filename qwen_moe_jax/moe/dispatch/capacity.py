@@ -25,7 +25,7 @@ from qwen_moe_jax.config import DropPolicy, ExecutionConfig
 from qwen_moe_jax.moe.dispatch.rows import EXCHANGED, RowPlan, Slots, from_rows, plan_rows, ranks, slots_spec, to_rows
 from qwen_moe_jax.moe.router import Routing
 from qwen_moe_jax.moe.stats import Drops, no_drops
-from qwen_moe_jax.sharding.rules import BATCH, CONTEXT, group_axes, token_shards, tokens_spec
+from qwen_moe_jax.sharding.rules import BATCH, group_axes, position_shards, token_shards, tokens_spec
 
 
 def expert_capacity(
@@ -219,7 +219,7 @@ def _into_groups(x: jax.Array, group_size: int) -> jax.Array:
 def _out_of_groups(x_GgD: jax.Array, batch: int, length: int) -> jax.Array:
     """The inverse of `_into_groups`."""
     shape = jax.sharding.get_abstract_mesh().shape
-    local_batch, local_length = batch // math.prod(shape[axis] for axis in BATCH), length // shape[CONTEXT]
+    local_batch, local_length = batch // math.prod(shape[axis] for axis in BATCH), length // position_shards()
 
     def local(x_GgD: jax.Array) -> jax.Array:
         rows = x_GgD.reshape(-1, x_GgD.shape[-1])

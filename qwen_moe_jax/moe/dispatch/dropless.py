@@ -46,7 +46,7 @@ from qwen_moe_jax.moe.dispatch.rows import (
 from qwen_moe_jax.moe.kernels.grouped_matmul import buffer_rows
 from qwen_moe_jax.moe.router import Routing
 from qwen_moe_jax.moe.stats import Drops, no_drops
-from qwen_moe_jax.sharding.rules import CONTEXT, token_shards, tokens_spec, with_single_axes
+from qwen_moe_jax.sharding.rules import position_shards, token_shards, tokens_spec, with_single_axes
 
 #: Where no `buffer_factor` is given, buffers of up to this many rows are sized for the worst case: 4 MiB in bfloat16 at
 #: a hidden size of 2048.
@@ -137,7 +137,7 @@ def dispatch(
 
 def combine(rows: SortedRows | SingleToken, plan: DroplessPlan) -> tuple[jax.Array, Drops]:
     """Each token's weighted sum over its experts [B, T, D]. Nothing is dropped."""
-    length = plan.routing.experts_BTA.shape[1] // jax.sharding.get_abstract_mesh().shape[CONTEXT]
+    length = plan.routing.experts_BTA.shape[1] // position_shards()
 
     def local(rows, first):
         rows, first = drop_device_axis((rows, first))
