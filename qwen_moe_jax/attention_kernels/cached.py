@@ -258,6 +258,4 @@ def add_one_query(
         "BSN,BSI->BNI", weights_BSN.astype(q_BTNH.dtype), values_BSI, preferred_element_type=jnp.float32
     )
     mixed_BNH = jnp.einsum("BNKH,KN->BNH", mixed_BNI.reshape(batch, heads, kv_heads, head_dim), own_KN)
-    return Online(
-        top_B1N, carry.sum_BTN + jnp.sum(weights_BSN, axis=1)[:, None], carry.mixed_BTNH + mixed_BNH[:, None]
-    )
+    return Online(top_B1N, carry.sum_BTN + jnp.sum(weights_BSN, axis=1)[:, None], carry.mixed_BTNH + mixed_BNH[:, None])

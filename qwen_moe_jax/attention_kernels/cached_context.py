@@ -19,11 +19,11 @@ from qwen_moe_jax.attention_kernels.cached import (
     Online,
     add_many_queries,
     add_one_query,
-    as_stored,
     write_blocks_at,
     write_slots_at,
 )
 from qwen_moe_jax.nn.bits import from_bits
+from qwen_moe_jax.rounding import ceil_div
 from qwen_moe_jax.sharding.rules import CONTEXT
 
 #: Slots of each row that are read at a time: of many queries, the scores of all of them are in memory.
@@ -36,7 +36,7 @@ def write_own(
     layer: jax.Array,
     lengths_B: jax.Array,
     token_mask_BT: jax.Array,
-    table_BM: jax.Array | None,
+    table_BM: jax.Array | None = None,
 ) -> jax.Array:
     """Writes keys or values of this device's own among the new tokens; as `cached.write_slots` and `write_blocks`.
 
@@ -99,14 +99,22 @@ def attend_over_devices(
             seen_BTS &= distance_BTS < sliding_window
         return attend(carry, q_BTNH, keys_BSKH, values_BSKH, seen_BTS)
 
-    used = jnp.minimum(jnp.max(last_B) + 1, slots)
-    done = jax.lax.fori_loop(0, (used + count - 1) // count, step, Online.nothing(q_BTNH))
+    # The loop's length does not depend on the rows, so that its work can be counted before it runs.
+    def step_if_used(index: jax.Array, carry: Online) -> Online:
+        return jax.lax.cond(index * count <= jnp.max(last_B), step, lambda _, carry: carry, index, carry)
+
+    done = jax.lax.fori_loop(0, ceil_div(slots, count), step_if_used, Online.nothing(q_BTNH))
     return _combined(done).result().astype(q_BTNH.dtype)
 
 
 def combined_bytes(rows: int, tokens: int, heads: int, head_dim: int) -> int:
     """Bytes that are all-reduced over `context` in one layer: a device's rows, their new tokens, its query heads."""
     return rows * tokens * heads * (head_dim + 2) * 4
+
+
+def read_at_a_time(slots: int, length: int) -> int:
+    """Slots that are read at a time, of so many of a row on a device, for so many new tokens."""
+    return min(slots, _READ_BY_ONE if length == 1 else _READ_BY_MANY)
 
 
 def _combined(own: Online) -> Online:
@@ -125,13 +133,11 @@ def _slots_of(keys: jax.Array, table_BM: jax.Array | None) -> int:
 def _at_a_time(keys: jax.Array, table_BM: jax.Array | None, length: int) -> int:
     """Slots that are read at a time, whole blocks of them."""
     if table_BM is None:
-        return min(keys.shape[2], _READ_BY_ONE if length == 1 else _READ_BY_MANY)
+        return read_at_a_time(keys.shape[2], length)
     return keys.shape[2] * max(min(GATHERED // keys.shape[2], table_BM.shape[1]), 1)
 
 
-def _read(
-    store: jax.Array, layer: jax.Array, first: jax.Array, count: int, table_BM: jax.Array | None
-) -> jax.Array:
+def _read(store: jax.Array, layer: jax.Array, first: jax.Array, count: int, table_BM: jax.Array | None) -> jax.Array:
     """Keys or values of some slots of every row, [B, count, K, H]."""
     if table_BM is None:
         sizes = (1, store.shape[1], count, *store.shape[3:])

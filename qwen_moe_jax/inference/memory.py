@@ -15,7 +15,7 @@ from qwen_moe_jax.model.cache import Blocks, Cache, KeyValues, PagedKeyValues, R
 from qwen_moe_jax.model.causal_lm import CausalLM
 from qwen_moe_jax.model.lora import matrices
 from qwen_moe_jax.rounding import ceil_div, round_up
-from qwen_moe_jax.sharding.rules import batch_shards
+from qwen_moe_jax.sharding.rules import CONTEXT, batch_shards
 from qwen_moe_jax.units import format_bytes
 
 #: Tokens of prompts that are read between two decoding steps, by each of the devices that share the batch.
@@ -33,10 +33,10 @@ def has_row_states(model: CausalLM) -> bool:
 
 def blocks_for(model: CausalLM, slots: int, max_length: int, cache_tokens: int | None) -> Blocks:
     """The blocks of an engine: for so many tokens (None: `max_length` a slot), and for one request on each shard."""
-    shards = batch_shards(model.mesh)
+    shards, size = batch_shards(model.mesh), round_up(BLOCK_SIZE, model.mesh.shape[CONTEXT])
     tokens = slots * max_length if cache_tokens is None else cache_tokens
-    each = max(ceil_div(ceil_div(tokens, shards), BLOCK_SIZE), ceil_div(max_length, BLOCK_SIZE))
-    return Blocks(count=shards * (each + 1), size=BLOCK_SIZE)
+    each = max(ceil_div(ceil_div(tokens, shards), size), ceil_div(max_length, size))
+    return Blocks(count=shards * (each + 1), size=size)
 
 
 def engine_memory(

@@ -37,10 +37,10 @@ from qwen_moe_jax.plan.result import (
     Target,
     Work,
 )
-from qwen_moe_jax.plan.roofline import roofline_of
+from qwen_moe_jax.plan.roofline import roofline_of, token_axes
 from qwen_moe_jax.plan.targets import TargetRequest
 from qwen_moe_jax.sharding.mesh import AXES, make_mesh
-from qwen_moe_jax.sharding.rules import BATCH, CONTEXT, mesh_axes
+from qwen_moe_jax.sharding.rules import mesh_axes
 from qwen_moe_jax.text import format_mesh
 
 
@@ -225,7 +225,7 @@ def balanced_rows(step: Step, mesh: Mapping[str, int]) -> int | None:
     if step.config.moe is None:
         return None
     tokens = step.work.rows * step.work.tokens_per_row // step.work.accumulation_steps
-    return tokens * step.config.moe.num_experts_per_tok // math.prod(mesh[axis] for axis in (*BATCH, CONTEXT))
+    return tokens * step.config.moe.num_experts_per_tok // math.prod(mesh[axis] for axis in token_axes(step.work))
 
 
 def _compile(

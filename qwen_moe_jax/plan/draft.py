@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 
+from qwen_moe_jax.attention_kernels.cached_context import combined_bytes, read_at_a_time
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.config.execution import BUFFER_FACTOR
 from qwen_moe_jax.config.resolve import attention_block
 from qwen_moe_jax.plan.chips import Network
 from qwen_moe_jax.plan.result import Group, PlacedArray, Target, Work
-from qwen_moe_jax.plan.roofline import network_of, recomputes
+from qwen_moe_jax.plan.roofline import network_of, recomputes, token_axes
 from qwen_moe_jax.plan.settings import Settings, with_settings
 from qwen_moe_jax.sharding.rules import BATCH, CONTEXT
 
@@ -93,7 +94,7 @@ def draft_of(
     found = {axes: network_of(axes, networks, mesh) for axes in traffic}
     over = {axes: network.bandwidth for axes, network in found.items() if network is not None}
     if target.peak_flops is not None and target.memory_bandwidth is not None and len(over) == len(traffic):
-        compute = _program_flops(outline) / (target.devices * target.peak_flops)
+        compute = _program_flops(outline, mesh) / (target.devices * target.peak_flops)
         memory = _read(outline, mesh) / target.memory_bandwidth
         seconds = compute + memory + sum(sent / over[axes] for axes, sent in traffic.items())
     return Draft(
@@ -149,7 +150,7 @@ def _traffic(outline: Outline, mesh: Mapping[str, int]) -> dict[tuple[str, ...],
             ways = _num_shards(copies, mesh)
             send(copies, work.accumulation_steps * 2 * _used_bytes(array, work) * (ways - 1) / ways)
 
-    tokens = work.tokens / _num_shards((*BATCH, CONTEXT), mesh)
+    tokens = work.tokens / _num_shards(token_axes(work), mesh)
     hidden = tokens * config.hidden_size * _width(work.dtype)
     layers, sparse = len(config.layers), sum(kind.mlp == "sparse" for kind in config.layers)
     if mesh["expert"] > 1 and sparse:
@@ -160,7 +161,8 @@ def _traffic(outline: Outline, mesh: Mapping[str, int]) -> dict[tuple[str, ...],
         send(("expert",), exchanges * sparse * hidden * _exchanged(outline, mesh["expert"]))
     if mesh.get(CONTEXT, 1) > 1:
         attending = sum(kind.mixer != "linear" for kind in config.layers)
-        send((CONTEXT,), attending * tokens * _keys_sent(outline, mesh))
+        each = _scores_sent(outline, mesh) if work.context else _keys_sent(outline, mesh)
+        send((CONTEXT,), attending * tokens * each)
     if mesh["tensor"] > 1:
         # Sums over the parts of a hidden row: after o_proj and down_proj, and backward before q, k, v, gate and up.
         attention, mlp = (4, 3) if training else (1, 1)
@@ -180,6 +182,13 @@ def _keys_sent(outline: Outline, mesh: Mapping[str, int]) -> float:
     ring = work.execution.get("context_parallel") == "ring"
     gradients = numbers * _width("float32") * mesh[CONTEXT] if ring else sent
     return _passes(work) * sent + gradients
+
+
+def _scores_sent(outline: Outline, mesh: Mapping[str, int]) -> float:
+    """Bytes that a device sends over `context` for each new token in a layer, where that axis shards a cache."""
+    attention, ways = outline.config.attention, mesh[CONTEXT]
+    heads = attention.num_attention_heads // mesh["tensor"]
+    return combined_bytes(1, 1, heads, attention.head_dim) * 2 * (ways - 1) / ways
 
 
 def _exchanged(outline: Outline, ways: int) -> float:
@@ -219,16 +228,19 @@ def _rows_per_token(outline: Outline) -> float:
     return outline.config.moe.num_experts_per_tok * factor
 
 
-def _program_flops(outline: Outline) -> float:
+def _program_flops(outline: Outline, mesh: Mapping[str, int]) -> float:
     """The model's FLOPs, with what is computed twice, and rows of experts that the model does not ask for."""
-    config, factor = outline.config, 1.0
+    work, config, factor = outline.work, outline.config, 1.0
     if config.moe is not None and _dispatch(outline) != "dropless":
         sparse = sum(kind.mlp == "sparse" for kind in config.layers)
         chosen = config.moe.num_experts_per_tok
         weights = sparse * chosen * 3 * config.hidden_size * config.moe.moe_intermediate_size
         share = min(1.0, weights / config.num_active_parameters())
         factor += share * (_rows_per_token(outline) / chosen - 1)
-    return outline.flops * factor * (4 / 3 if recomputes(outline.work) else 1)
+    # Where `context` shards a cache, all of its devices compute the layers of the same tokens, but for attention.
+    copies = mesh.get(CONTEXT, 1) - 1 if work.context else 0
+    again = copies * work.tokens * 2 * config.num_active_parameters(exclude_embeddings=True)
+    return (outline.flops + again) * factor * (4 / 3 if recomputes(work) else 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -291,18 +303,23 @@ def _activations(outline: Outline, mesh: Mapping[str, int]) -> _Activations:
 
 def _tokens(outline: Outline, mesh: Mapping[str, int]) -> float:
     """Tokens of a device in a micro-batch."""
-    return outline.work.tokens / outline.work.accumulation_steps / _num_shards((*BATCH, CONTEXT), mesh)
+    return outline.work.tokens / outline.work.accumulation_steps / _num_shards(token_axes(outline.work), mesh)
 
 
 def _workspace(outline: Outline, mesh: Mapping[str, int], platform: str) -> int:
     """Bytes of gradients, saved activations, one layer's activations and its gathered weights."""
     work, config, parameters = outline.work, outline.config, _parameters(outline)
     rows = work.rows / work.accumulation_steps / _num_shards(BATCH, mesh)
-    # Scores in float32, and their exponentials: of all that is in a cache, or of a block of queries and one of keys,
-    # unless splash keeps these on the chip.
+    # Scores in float32, and their exponentials: of all that is in a cache, of a part where `context` shards it, or of a
+    # block of queries and one of keys, unless splash keeps these on the chip.
     block = min(work.execution.get("attention_block") or attention_block(platform), work.tokens_per_row)
     in_blocks = 0 if work.execution.get("attention") == "splash" else block * block
-    pairs = work.tokens_per_row * work.context if work.context else in_blocks
+    slots = (
+        work.context
+        if mesh.get(CONTEXT, 1) == 1
+        else read_at_a_time(work.context // mesh[CONTEXT], work.tokens_per_row)
+    )
+    pairs = work.tokens_per_row * slots if work.context else in_blocks
     scores = 2 * 4 * rows * config.attention.num_attention_heads / mesh["tensor"] * pairs
     activations, token = _activations(outline, mesh), _tokens(outline, mesh) * _width(work.dtype)
     layer = scores + token * activations.all

@@ -9,6 +9,7 @@ import numpy as np
 from qwen_moe_jax.plan.chips import Chip, Network
 from qwen_moe_jax.plan.hlo import Module
 from qwen_moe_jax.plan.result import PUBLISHED, AxisTraffic, Bound, Collective, Roofline, Target, Work
+from qwen_moe_jax.sharding.rules import BATCH, CONTEXT
 from qwen_moe_jax.units import format_bytes
 
 if TYPE_CHECKING:
@@ -69,6 +70,11 @@ def roofline_of(
 def recomputes(work: Work) -> bool:
     """Whether the backward pass computes the layers' products again."""
     return work.purpose == "train" and work.execution.get("remat") in ("full", "exchange", "experts")
+
+
+def token_axes(work: Work) -> tuple[str, ...]:
+    """The mesh axes that share the new tokens: `context` shards the slots of a cache, where there is one, not these."""
+    return BATCH if work.context else (*BATCH, CONTEXT)
 
 
 def _assumptions(step: "Step", program_flops: float | None, speeds: str, host_bytes: int) -> tuple[str, ...]:

@@ -244,14 +244,14 @@ def _that_divide(outline: Outline, mesh: Mapping[str, int], settings: Iterable[S
 
 
 def _splits_rows(work: Work, ways: int) -> bool:
-    """Whether rows are long enough to be sharded so many ways: a cache is not, and short parts save no memory."""
-    return not work.context and work.tokens_per_row >= ways * SHORTEST_PART
+    """Whether rows, or the slots of a cache, are long enough to be sharded so many ways: short parts save no memory."""
+    return (work.context or work.tokens_per_row) >= ways * SHORTEST_PART
 
 
 def _short_parts(work: Work) -> str:
-    if work.context:
-        return "A cache is not sharded over `context`."
-    return f"Rows of {work.tokens_per_row:,} tokens are too short for `context`: parts have {SHORTEST_PART:,} at least."
+    length = f"A cache of {work.context:,}" if work.context else f"Rows of {work.tokens_per_row:,}"
+    verb = "is" if work.context else "are"
+    return f"{length} tokens {verb} too short for `context`: parts have {SHORTEST_PART:,} at least."
 
 
 def meshes_of(devices: int) -> Iterator[dict[str, int]]:

@@ -9,7 +9,7 @@ import math
 from qwen_moe_jax.config.execution import BUFFER_FACTOR
 from qwen_moe_jax.moe.dispatch.dropless import WORST_CASE_ROWS, device_rows
 from qwen_moe_jax.plan.result import Plan
-from qwen_moe_jax.sharding.rules import BATCH, CONTEXT
+from qwen_moe_jax.plan.roofline import token_axes
 
 
 def worst_rounds(plan: Plan) -> int:
@@ -21,7 +21,7 @@ def worst_rounds(plan: Plan) -> int:
     execution, model, ways = plan.work.execution, plan.model, plan.mesh["expert"]
     if not model.experts or execution["dispatch"] != "dropless":
         raise ValueError(f"rounds of a dropless layer: found dispatch {execution.get('dispatch')!r}.")
-    shards = math.prod(plan.mesh.get(axis, 1) for axis in (*BATCH, CONTEXT))
+    shards = math.prod(plan.mesh.get(axis, 1) for axis in token_axes(plan.work))
     tokens = plan.work.tokens // plan.work.accumulation_steps // shards
     senders = ways if execution.get("exchange") == "all_gather" else 1
     chosen = min(model.experts_per_token, model.experts // ways)

@@ -1,0 +1,112 @@
+"""Text that is generated on a mesh whose axis `context` shards the cache is that of one device."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qwen_moe_jax as qmj
+from qwen_moe_jax.attention_kernels.cached_context import combined_bytes
+from qwen_moe_jax.config import INFERENCE_SHARDING
+from qwen_moe_jax.model.cache import Cache, abstract_cache, empty_cache
+from qwen_moe_jax.plan.compile import group_of, plan_step, target_of
+from qwen_moe_jax.plan.draft import Outline, draft_of
+from qwen_moe_jax.plan.inference import decode_step
+from qwen_moe_jax.plan.targets import parse_target
+from tests.model.hybrid_configs import hybrid_config, hybrid_model
+from tests.plan.golden import TINY
+
+#: Prompts in chunks of 8, with padding in every chunk but one, and 5 more tokens.
+LENGTHS, CHUNK, NEW = (13, 8, 3, 1), 8, 5
+SLOTS = 32
+#: By family: a mixture, sliding and full layers (windows of 5, rings of 12 slots), linear and full layers.
+MODELS = {
+    "qwen3_moe": dataclasses.replace(qmj.ModelConfig.from_pretrained({**TINY, "num_hidden_layers": 2}), vocab_size=98),
+    "sliding": hybrid_config("Wf"),
+    "hybrid": hybrid_config("lF"),
+}
+MESHES = {
+    "qwen3_moe": (dict(data=2, expert=2, context=2), dict(sharding="expert+fsdp+context")),
+    "sliding": (dict(context=4, tensor=2), dict(sharding=INFERENCE_SHARDING)),
+    "hybrid": (dict(context=8), dict(dispatch="capacity", eval_capacity_factor=8.0)),
+}
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def read_tokens(model: qmj.CausalLM, tokens_BT: jax.Array, count_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    mask_BT = jnp.arange(tokens_BT.shape[1]) < count_B[:, None]
+    out = model(tokens_BT, mask_BT, cache=cache)
+    return out.logits, out.cache
+
+
+def continued(model: qmj.CausalLM, prompts: list[list[int]]) -> tuple[list[list[int]], list[np.ndarray]]:
+    """The most probable tokens after each prompt, and the logits [T, V] of all tokens that were read."""
+    sizes = dict(batch=len(prompts), max_length=SLOTS, max_write=CHUNK, dtype="float32")
+    cache = empty_cache(abstract_cache(model.config, model.mesh, **sizes))
+    texts, logits = [list(prompt) for prompt in prompts], [[] for _ in prompts]
+    while len(texts[0]) < len(prompts[0]) + NEW:
+        unread = [text[len(read) :] for text, read in zip(texts, logits, strict=True)]
+        length = 1 if max(map(len, unread)) == 1 else CHUNK
+        parts = [tokens[:length] for tokens in unread]
+        tokens_BT = np.array([part + [0] * (length - len(part)) for part in parts])
+        logits_BTV, cache = read_tokens(model, tokens_BT, np.array(list(map(len, parts))), cache)
+        for row, part in enumerate(parts):
+            logits[row].extend(np.asarray(logits_BTV[row, : len(part)]))
+        if all(len(text) == len(read) for text, read in zip(texts, logits, strict=True)):
+            for text, read_TV in zip(texts, logits, strict=True):
+                text.append(int(read_TV[-1].argmax()))
+    return texts, list(map(np.stack, logits))
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_prompts_and_new_tokens_over_context_give_what_one_device_gives(family):
+    """One device reads the texts that were written whole, without a cache."""
+    drawn = np.random.default_rng(0)
+    prompts = [drawn.integers(1, 98, length).tolist() for length in LENGTHS]
+    axes, execution = MESHES[family]
+    texts, found = continued(
+        hybrid_model(MODELS[family], qmj.make_mesh(**axes), qmj.ExecutionConfig(**execution)), prompts
+    )
+    longest = len(texts[0])
+    tokens_BT = np.array([text + [0] * (longest - len(text)) for text in texts])
+    mask_BT = np.arange(longest) < np.array(list(map(len, texts)))[:, None]
+    logits_BTV = np.asarray(hybrid_model(MODELS[family])(tokens_BT, mask_BT).logits)
+    for prompt, text, ours, whole_TV in zip(prompts, texts, found, logits_BTV, strict=True):
+        expected = whole_TV[: len(ours)]
+        assert np.linalg.norm(ours - expected) < 1e-5 * np.linalg.norm(expected)
+        assert text[len(prompt) :] == expected[len(prompt) - 1 :].argmax(axis=-1).tolist()
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """A decoding step over context=4, compiled, and the estimate for it."""
+    request, mesh = parse_target("cpu:8"), qmj.make_mesh(context=4, tensor=2)
+    config, execution = qmj.ModelConfig.from_pretrained(TINY), qmj.ExecutionConfig(sharding=INFERENCE_SHARDING)
+    step = decode_step(config, "tiny", mesh, execution, rows=4, max_length=64)
+    groups = tuple(group_of(name, tree) for name, tree in step.groups.items())
+    outline = Outline(config=config, work=step.work, flops=step.model_flops, groups=groups)
+    return plan_step(step, request, mesh), draft_of(outline, mesh.shape, target_of(request, mesh, None), ())
+
+
+def test_a_step_sends_partial_softmaxes_and_no_keys(planned):
+    """All-reduces as long as the formula says, nothing else over `context`, and no all-gather at all."""
+    plan, draft = planned
+    over = [one for one in plan.collectives if "context" in one.axes]
+    assert {one.kind for one in over} == {"all-reduce"} and all(one.in_layers for one in over)
+    assert "all-gather" not in {one.kind for one in plan.collectives}
+    heads = TINY["num_attention_heads"] // 2
+    reduced = TINY["num_hidden_layers"] * combined_bytes(rows=4, tokens=1, heads=heads, head_dim=TINY["head_dim"])
+    assert sum(one.bytes * one.count for one in over) == reduced * 2 * 3 / 4  # a ring of four devices
+    assert draft.traffic[("context",)] == reduced * 2 * 3 / 4
+
+
+def test_a_device_holds_its_share_of_the_cache_and_no_copy_of_it(planned):
+    plan, _ = planned
+    [cache] = [group for group in plan.memory.groups if group.name == "cache"]
+    whole = 2 * TINY["num_hidden_layers"] * 4 * 64 * TINY["num_key_value_heads"] * TINY["head_dim"] * 4
+    lengths = 4 * 4
+    assert cache.bytes == whole / (4 * 2) + lengths
+    assert plan.memory.temporaries < cache.bytes
