@@ -308,7 +308,7 @@ def update_and_attend(
         (keys, values), structure = jax.tree.flatten(stored)
         new = layer, lengths_B, token_mask_BT
         mixed_BTNH, *both = _store_and_attend(
-            q_BTNH, k_BTKH, v_BTKH, keys, values, *new, sliding_window=sliding_window, table_BM=table_BM
+            q_BTNH, k_BTKH, v_BTKH, keys, values, new, sliding_window=sliding_window, table_BM=table_BM
         )
         return mixed_BTNH, jax.tree.unflatten(structure, both)
 
@@ -328,7 +328,8 @@ def _store_and_attend(
     v_BTKH: jax.Array,
     keys: jax.Array,
     values: jax.Array,
-    *new: jax.Array,
+    new: tuple[jax.Array, jax.Array, jax.Array],
+    *,
     sliding_window: int | None,
     table_BM: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
