@@ -53,7 +53,7 @@ CASES = {
     "30b-32k-v5p": Case(LONG, "tpu:v5p:4x4x4", "--data.seq_len=32768"),
     "30b-128k-v5p": Case(LONG, "tpu:v5p:4x4x4"),
     "30b-4k-v6e": Case(SHORT, "tpu:v6e:8x8", "--execution.remat=experts"),
-    "30b-4k-h200": Case(SHORT, "gpu:h200:64", "--execution.remat=experts"),
+    "30b-4k-h200": Case(SHORT, "gpu:h200:64"),
     "235b-4k-v5p": Case(BIG, "tpu:v5p:4x8x8"),
     "235b-32k-v5p": Case(BIG, "tpu:v5p:4x8x8", _rows(32768)),
     "235b-128k-v5p": Case(BIG, "tpu:v5p:4x8x8", _rows(131072)),
@@ -61,7 +61,10 @@ CASES = {
     "8x22b-4k-v5p": Case(
         SHORT,
         "tpu:v5p:4x4x8",
-        _model("mistralai/Mixtral-8x22B-Instruct-v0.1", "--mesh.fsdp=16 --data.batch_size=128"),
+        _model(
+            "mistralai/Mixtral-8x22B-Instruct-v0.1",
+            "--mesh.fsdp=16 --data.batch_size=128 --execution.remat=experts",
+        ),
     ),
     "35b-4k-v5p": Case(HYBRID, "tpu:v5p:4x4x4"),
     "397b-4k-v5p": Case(
