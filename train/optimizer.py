@@ -1,5 +1,6 @@
 """The optimizer: clipping, warm-up and decay, weight decay on matrices only; and which parameters are frozen."""
 
+import operator
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from qwen_moe_jax.huggingface.linear_rows import published_name
 from qwen_moe_jax.huggingface.tensors import hub_parameters
 from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.suggest import similar
+from train.adamw_cpu import AdamW
 from train.config import OptimizerConfig
 from train.per_matrix import adafactor, muon
 
@@ -68,9 +70,18 @@ def make_optimizer(
     else:
         of_type = {"muon": muon, "adafactor": adafactor}[config.type]
         main = of_type(config, schedule, _has_decay, stack_axes or {})
-    return optax.chain(
+    chain = optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm), main, optax.masked(optax.set_to_zero(), moves_by_itself)
     )
+    return chain if config.type != "adamw" else _adamw(chain, config, schedule)
+
+
+def _adamw(chain: optax.GradientTransformation, config: OptimizerConfig, schedule: optax.Schedule) -> AdamW:
+    """The chain, with what a step in place needs."""
+    optimizer = AdamW(chain.init, chain.update)
+    optimizer.config, optimizer.schedule, optimizer.decays = config, schedule, decays
+    optimizer.moves = lambda params: jax.tree.map(operator.not_, moves_by_itself(params))
+    return optimizer
 
 
 def stack_axes(model: Model) -> dict[str, int]:

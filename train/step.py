@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_moe_jax.model.balancing import update_balancing_biases
 from qwen_moe_jax.moe.stats import RouterStats, sum_stats
+from train import adamw_cpu
 from train.config import LossConfig
 from train.ema import first_average, next_average
 from train.objectives import language_modelling
@@ -215,16 +216,26 @@ def make_train_step(
             router=stats,
         )
         state = dataclasses.replace(state, optimizer=on_devices(state.optimizer, shardings.optimizer))
-        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        is_update = metrics.finite & (whole.targets > 0)
+        in_place = adamw_cpu.in_place(optimizer, shardings.params, state.params)
+        if is_kept := any(jax.tree.leaves(in_place)):
+            params, moments = adamw_cpu.step(
+                optimizer, gradients, gradient_norm, state.params, state.optimizer, is_update, in_place
+            )
+        else:
+            updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
         if loss_config.router_bias_update_rate > 0:
             model = nnx.merge(graphdef, merge(params, fixed))
             model = update_balancing_biases(model, stats, loss_config.router_bias_update_rate)
             params = select(nnx.to_pure_dict(nnx.state(model)), like=params)
         ema = None if ema_decay is None else next_average(state.ema, params, state.step + 1, ema_decay)
-        is_update = metrics.finite & (whole.targets > 0)
         new = TrainState(step=state.step, params=params, optimizer=moments, ema=ema)
-        kept = jax.tree.map(lambda new, old: jnp.where(is_update, new, old), new, state)
+        # What was moved in place is the old array where there is no update.
+        is_done = dataclasses.replace(
+            jax.tree.map(lambda _: False, new), params=in_place, optimizer=jax.tree.map(lambda _: is_kept, moments)
+        )
+        kept = jax.tree.map(lambda done, new, old: new if done else jnp.where(is_update, new, old), is_done, new, state)
         stored = as_stored(kept.optimizer, shardings.optimizer)
         return dataclasses.replace(kept, step=state.step + 1, optimizer=stored), metrics
 

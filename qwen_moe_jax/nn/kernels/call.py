@@ -18,7 +18,7 @@ FRAME_NUM_ARGUMENTS, FRAME_ARGUMENTS, FRAME_NUM_RESULTS, FRAME_RESULTS = 56, 72,
 EXTENSION_TYPE, EXTENSION_METADATA, METADATA = 8, 24, 1
 VERSION_MAJOR, VERSION_MINOR, TRAITS, STATE_TYPE = 24, 28, 32, 40
 #: Fields of XLA_FFI_Buffer and XLA_FFI_Api.
-BUFFER_DATA, BUFFER_DIMS = 24, 40
+BUFFER_DATA, BUFFER_RANK, BUFFER_DIMS = 24, 32, 40
 API_ERROR_DESTROY, API_SCHEDULE, API_NUM_THREADS = 64, 136, 144
 
 #: Fields that every job begins with, int64 each: the next chunk, how many are done, users of the job, chunks.
@@ -98,6 +98,13 @@ class Operands:
     def dimension(self, buffer: Int, axis: int) -> Int:
         """The length of an axis of a buffer."""
         return self._code.read(self._code.read(buffer, BUFFER_DIMS), 8 * axis)
+
+    def size(self, buffer: Int) -> Int:
+        """How many numbers a buffer has."""
+        product = Variable(self._code, INT64, self._code.integer(1))
+        with self._code.count(self._code.read(buffer, BUFFER_RANK)) as axis:
+            product.set(product.get() * self._code.read(self._code.read(buffer, BUFFER_DIMS) + axis * 8))
+        return product.get()
 
 
 def _write_leave(module: ir.Module) -> Code:

@@ -10,6 +10,7 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 from qwen_moe_jax.compilation_cache import keep, read_kept, source_hash
+from qwen_moe_jax.nn.kernels.adamw import write_adamw
 from qwen_moe_jax.nn.kernels.attention import write_attention
 from qwen_moe_jax.nn.kernels.delta_rule import write_delta_rule
 from qwen_moe_jax.nn.kernels.flash import write_flash_attention
@@ -37,6 +38,7 @@ KERNELS: dict[str, Callable[[ir.Module, Format, str], None]] = {
     "delta_rule": write_delta_rule,
     "flash_attention": functools.partial(_by_tiles, write_flash_attention),
     "flash_gradients": functools.partial(_by_tiles, write_flash_gradients),
+    "adamw": write_adamw,
     "log_softmax": write_log_softmax,
     "softmax_gradient": write_softmax_gradient,
 }
