@@ -17,6 +17,7 @@ from train.checkpoint import Checkpoints
 from train.config import RunConfig, TrainConfig
 from train.data.corpus import Corpus
 from train.data.feed import Feed, Setting
+from train.data.lengths import position_notes
 from train.export import export, export_dtype
 from train.folder import RunFolder
 from train.initial import check_checkpoint_exists, initial_model_config, initial_state
@@ -75,6 +76,7 @@ def _train(config: TrainConfig, folder: RunFolder) -> None:
         report, profiler = _reports(config, folder, start, first_step=first_step)
         with report, profiler, stop_requests(lambda: leave(folder), says=is_process_zero()) as asked:
             notes = [*corpus.forms, *corpus.notes, *feed.notes]
+            notes += position_notes(config.data.seq_len, program.model.config.max_position_embeddings)
             notes += schedule_notes(config.optimizer, config.run.steps)
             notes += [] if planned is None else planned.notes(training_step(config, program, "").work, mesh.shape)
             notes += _length_notes(config.run, epochs, feed, config.data.batch_size, folder)

@@ -39,7 +39,7 @@ def replaced_folder(folder: Path, stale: Callable[[str], bool]) -> Iterator[Path
     staging = folder.parent / f".{folder.name}.{broadcast(secrets.token_hex(4))}.partial"
     try:
         if is_process_zero():
-            staging.mkdir(parents=True)
+            _make(staging, folder)
         barrier(f"made {staging}")
         yield staging
         barrier(f"wrote {staging}")
@@ -62,6 +62,13 @@ def replaced_folder(folder: Path, stale: Callable[[str], bool]) -> Iterator[Path
     finally:
         if is_process_zero():
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _make(staging: Path, folder: Path) -> None:
+    try:
+        staging.mkdir(parents=True)
+    except (FileExistsError, FileNotFoundError) as error:  # a link to nothing above it, or no folder for files
+        raise CheckpointError(f"{folder}: {error.filename} cannot be made a folder: {error.strerror}.") from None
 
 
 def _swap(new: Path, old: Path) -> None:

@@ -93,3 +93,10 @@ def test_a_file_or_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
     with pytest.raises(qmj.CheckpointError, match="mount point or the working directory"), replaced_folder(Path(".")):
         pass
     assert (tmp_path / "plain").read_text() == "a file"
+
+
+def test_a_folder_below_a_link_to_nothing_is_refused_by_its_path(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(qmj.CheckpointError, match="link/new: .*link cannot be made a folder: File exists"):
+        with replaced_folder(tmp_path / "link" / "new"):
+            pass

@@ -211,6 +211,7 @@ def test_sections_are_the_package_s_config_classes_over_one_preset():
         ("--run.max_steps=three", ["--run.max_steps", "'three'", "expected an integer"]),
         ("--model.hiden_size=3", ["--model.hiden_size", "did you mean 'hidden_size'"]),
         ("--model.hidden_size=3.5", ["--model.hidden_size", "3.5", "expected an integer", "64"]),
+        ("--run.output_dir=caf\udce9", ["--run.output_dir: found 'caf\\udce9', expected text in UTF-8"]),
     ],
 )
 def test_a_wrong_override_is_refused_by_naming_the_option(override, parts):

@@ -17,6 +17,7 @@ from train.data.batches import batch_at
 from train.data.corpus import load_corpus
 from train.data.documents import Documents
 from train.data.feed import make_feed
+from train.data.lengths import position_notes
 from train.data.rows import pack
 from train.data.tokenizer import save_tokenizer, train_tokenizer
 from train.program import assemble, batch_sharding
@@ -116,3 +117,9 @@ def test_a_step_without_targets_changes_no_weight_and_no_moment(tmp_path):
     state, metrics = program.train_step(state, {}, batch)
     assert int(metrics.learned_tokens) == 14
     assert not np.array_equal(jax.tree.leaves(before[0])[0], jax.tree.leaves(state.params)[0])
+
+
+def test_rows_beyond_the_models_positions_are_named():
+    assert position_notes(64, 64) == []
+    [note] = position_notes(128, 64)
+    assert "128 tokens (data.seq_len), more than the 64 positions" in note and "max_position_embeddings" in note

@@ -124,6 +124,9 @@ def _override(tables: dict[str, Any], overrides: list[str]) -> tuple[dict[str, s
         key = option.removeprefix("--")
         section, _, field = key.partition(".")
         options[key] = option
+        if not word.isascii() and word != word.encode("utf-8", "replace").decode("utf-8"):
+            problems.append(KeyProblem((section, field), f"found {word!r}, expected text in UTF-8"))
+            continue
         if section not in tables:
             options[section] = option  # an unknown section is refused by this option
         table = tables.setdefault(section, {})

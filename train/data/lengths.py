@@ -7,6 +7,16 @@ from typing import Any, Literal
 from train.data.chat import Example
 
 
+def position_notes(seq_len: int, positions: int) -> list[str]:
+    """What the start of a run says about rows of more tokens than the model's config has positions."""
+    if seq_len <= positions:
+        return []
+    return [
+        f"rows have up to {seq_len:,} tokens (data.seq_len), more than the {positions:,} positions of the model's "
+        "config (max_position_embeddings), which the exported model keeps: raise it there for a model of longer rows"
+    ]
+
+
 class LengthRule:
     """Applies `data.too_long` to the documents of a source.
 
