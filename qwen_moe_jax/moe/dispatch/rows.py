@@ -19,6 +19,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.nn.bits import as_bits, from_bits
+from qwen_moe_jax.nn.kernels import sorting
 from qwen_moe_jax.sharding.rules import group_axes, positions_axis
 
 #: The name that remat policies know the arrays by that came over the `expert` axis.
@@ -198,6 +199,9 @@ def sort_rows(keys_TA: jax.Array, num_keys: int, num_rows: int) -> tuple[RowPlan
         The plan, and int32 [K]: how many rows each key has.
     """
     keys_N = keys_TA.reshape(-1)
+    if sorting.is_available():
+        assignment_R, row_N, sizes_K = sorting.counting_sort(keys_N, num_keys, num_rows)
+        return RowPlan(assignment_R=assignment_R, row_TA=row_N.reshape(keys_TA.shape)), sizes_K
     position_N = jnp.arange(len(keys_N), dtype=jnp.int32)
     sorted_N, order_N = jax.lax.sort((keys_N, position_N), num_keys=1, is_stable=True)
     starts_K = jnp.searchsorted(sorted_N, jnp.arange(num_keys + 1), side="left").astype(jnp.int32)

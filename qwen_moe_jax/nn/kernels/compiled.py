@@ -12,6 +12,7 @@ from llvmlite import ir
 from qwen_moe_jax.compilation_cache import keep, read_kept, source_hash
 from qwen_moe_jax.nn.kernels.adamw import write_adamw
 from qwen_moe_jax.nn.kernels.attention import write_attention
+from qwen_moe_jax.nn.kernels.counting_sort import write_counting_sort
 from qwen_moe_jax.nn.kernels.delta_rule import write_delta_rule
 from qwen_moe_jax.nn.kernels.flash import write_flash_attention
 from qwen_moe_jax.nn.kernels.flash_backward import write_flash_gradients
@@ -48,6 +49,12 @@ KERNELS: dict[str, Callable[[ir.Module, Format, str], None]] = {
 def kernel(name: str, format: str) -> int:
     """The address of the C function of one of `KERNELS` for one of `FORMATS`."""
     return _compiled(f"{name}-{format}", lambda module, function: KERNELS[name](module, FORMATS[format], function))
+
+
+@functools.cache
+def counting_sort() -> int:
+    """The address of the C function of `sorting`."""
+    return _compiled("counting_sort", write_counting_sort)
 
 
 def tiles_of(dtype: str) -> tuple[str, int, int]:
