@@ -230,7 +230,9 @@ def problems_of(checkpoint: Checkpoint, parameters: list[HubParameter], optional
         elif tensor.shape != wanted[name]:
             problems.append(f"shape: {name} is {list(tensor.shape)} in {tensor.source}, expected {list(wanted[name])}")
         elif tensor.dtype not in FLOATS:
-            problems.append(f"dtype: {name} is {tensor.dtype} in {tensor.source}, expected one of {', '.join(FLOATS)}")
+            hint = ": save the model in float32" if tensor.dtype == "float64" else ""
+            expected = f"expected one of {', '.join(FLOATS)}{hint}"
+            problems.append(f"dtype: {name} is {tensor.dtype} in {tensor.source}, {expected}")
     return problems
 
 

@@ -21,6 +21,8 @@ LAYOUTS = (
     ("pytorch_model.bin", False, open_torch_file),
     ("pytorch_model.bin.index.json", True, open_torch_file),
 )
+#: Names of the files that an index names.
+_PARTS = {"model-*-of-*.safetensors": INDEX, "pytorch_model-*-of-*.bin": "pytorch_model.bin.index.json"}
 #: Prefixes that wrappers of a model put before the names of all its tensors.
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
 #: The vision tower of a multimodal folder, which the text model does not use.
@@ -75,6 +77,12 @@ def open_files(folder: Path) -> Files:
     for name, is_index, opener in LAYOUTS:
         if (folder / name).is_file():
             return open_indexed(folder / name, opener) if is_index else Files(*opener(folder / name))
+    for pattern, index in _PARTS.items():
+        if parts := sorted(path.name for path in folder.glob(pattern)):
+            raise CheckpointError(
+                f"{folder}: found {parts[0]}, one of several files of weights, without {index}, which says which "
+                "tensor is in which file. Download or copy it, too."
+            )
     names = ", ".join(name for name, _, _ in LAYOUTS)
     raise CheckpointError(
         f"{folder}: found none of {names}, but {_content(folder)}. A checkpoint folder needs one of them; other "

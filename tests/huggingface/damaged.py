@@ -34,7 +34,7 @@ COMMON = dict(
 QWEN = dict(model_type="qwen3_moe", num_experts=2, moe_intermediate_size=6, **COMMON)
 MIXTRAL = dict(model_type="mixtral", num_local_experts=2, **COMMON)
 FP8 = {"quant_method": "fp8", "weight_block_size": [4, 4]}
-DTYPES = {"F32": "float32", "I32": "int32", "F8_E4M3": "float8_e4m3fn"}
+DTYPES = {"F32": "float32", "I32": "int32", "F8_E4M3": "float8_e4m3fn", "F64": "float64"}
 
 
 @pytest.fixture(scope="module")

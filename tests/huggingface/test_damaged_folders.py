@@ -140,6 +140,10 @@ KINDS = {
         both(without(SINGLE), text("model.gguf", b"GGUF")), "found none of model.safetensors",
         "but config.json, generation_config.json, model.gguf.", "other formats have to be saved as safetensors first",
     ),
+    "one of several files without their index": tensor_kind(
+        both(without(SINGLE), text("model-00001-of-00002.safetensors", b"")),
+        "found model-00001-of-00002.safetensors, one of several", "without model.safetensors.index.json", "Download",
+    ),
     "a folder in place of the file": tensor_kind(as_folder, "found none of", f"but {CONFIG}", f"{SINGLE}/."),
     "index naming an absent file": tensor_kind(
         without(shard(2)), "(1 problem)", f"absent: {INDEX} names {shard(2)}, which is not in the folder", of="sharded"
@@ -232,6 +236,10 @@ KINDS = {
     "integers as weights": tensor_kind(
         entry_of(NORM, dtype="I32"), "(1 problem)",
         f"dtype: {NORM} is int32 in {SINGLE}, expected one of float32, bfloat16, float16",
+    ),
+    "weights in float64": tensor_kind(
+        set_tensor(NORM, 8, dtype="float64"), "(1 problem)",
+        f"dtype: {NORM} is float64 in {SINGLE}", "save the model in float32",
     ),
     "wrong shape": tensor_kind(
         set_tensor(GATE, 8, 6), "(1 problem)", f"shape: {GATE} is [8, 6] in {SINGLE}, expected [6, 8]"
