@@ -13,7 +13,6 @@ from qwen_moe_jax.huggingface.load import load_model
 from qwen_moe_jax.huggingface.save import write_configs
 from qwen_moe_jax.model.base import Model
 from qwen_moe_jax.sharding.distributed import is_process_zero, num_processes
-from qwen_moe_jax.sharding.rules import CONTEXT
 from train.config import TrainConfig
 from train.data.corpus import Corpus
 from train.data.tokenizer import copy_tokenizer, name_turn_ends
@@ -46,7 +45,7 @@ def export(trained: Model, config: TrainConfig, folder: RunFolder, corpus: Corpu
             _save_tokenizer(folder, folder.hub, corpus)
         qmj.save_pretrained(in_dtype(trained, export_dtype(config, trained)), folder.hub)
         trained = type(trained).from_pretrained(folder.hub, mesh=trained.mesh if num_processes() > 1 else None)
-    if not isinstance(trained, qmj.CausalLM) or trained.mesh.shape[CONTEXT] > 1:
+    if not isinstance(trained, qmj.CausalLM):
         return None
     greedy = dataclasses.replace(trained.generation_config, do_sample=False)
     prompt, count = config.run.sample_prompt, config.run.sample_tokens

@@ -267,8 +267,8 @@ def _shared_corpus(objective: Objective, folder: RunFolder, config: TrainConfig)
 
 
 def _sampler(config: TrainConfig, program: Program, corpus: Corpus) -> Sampler | None:
-    """What continues `run.sample_prompt`; None for a classifier, and on a mesh that shards positions."""
-    if not isinstance(program.model, qmj.CausalLM) or config.mesh.context > 1:
+    """What continues `run.sample_prompt`; None for a classifier."""
+    if not isinstance(program.model, qmj.CausalLM):
         return None
     return Sampler(config.run, program.eval_graph, corpus.tokenizer)
 

@@ -57,7 +57,9 @@ class KeptProgram:
         leaves, structure = jax.tree.flatten((arguments, dynamic))
         settings = {name: value for name, value in jax.config.values.items() if "cache" not in name}
         flags = {name: value for name, value in os.environ.items() if name.startswith(("XLA_", "JAX_"))}
-        kinds = [(str(jax.typeof(leaf)), leaf.weak_type, str(leaf.sharding)) for leaf in map(_as_array, leaves)]
+        kinds = [
+            (str(jax.typeof(leaf)), jax.typeof(leaf).weak_type, str(leaf.sharding)) for leaf in map(_as_array, leaves)
+        ]
         parts = source_hash(), self._name, structure, kinds, static, jax.devices(), sorted(settings.items()), flags
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 

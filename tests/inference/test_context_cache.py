@@ -11,7 +11,8 @@ import pytest
 import qwen_moe_jax as qmj
 from qwen_moe_jax.attention_kernels.cached_context import combined_bytes
 from qwen_moe_jax.config import INFERENCE_SHARDING
-from qwen_moe_jax.model.cache import Cache, abstract_cache, empty_cache
+from qwen_moe_jax.inference.memory import blocks_for
+from qwen_moe_jax.model.cache import Blocks, Cache, abstract_cache, empty_cache
 from qwen_moe_jax.plan.compile import group_of, plan_step, target_of
 from qwen_moe_jax.plan.draft import Outline, draft_of
 from qwen_moe_jax.plan.inference import decode_step
@@ -110,3 +111,15 @@ def test_a_device_holds_its_share_of_the_cache_and_no_copy_of_it(planned):
     lengths = 4 * 4
     assert cache.bytes == whole / (4 * 2) + lengths
     assert plan.memory.temporaries < cache.bytes
+
+
+def test_blocks_of_an_engine_have_as_many_slots_on_every_device():
+    model = qmj.CausalLM(qmj.ModelConfig.from_pretrained(TINY), rngs=None, mesh=qmj.make_mesh(context=3))
+    blocks = blocks_for(model, slots=2, max_length=70, cache_tokens=None)
+    assert blocks == Blocks(count=2 * 70 // 33 + 1 + 1, size=33)
+    sizes = dict(batch=2, max_length=70, max_write=8, dtype="float32")
+    cache = abstract_cache(model.config, model.mesh, **sizes, blocks=blocks)
+    keys = cache.segments[0][0].keys_LPSKH
+    assert keys.sharding.shard_shape(keys.shape)[2] == 11
+    with pytest.raises(qmj.ShardingError, match="blocks of 32 tokens do not divide over the mesh axis context=3"):
+        abstract_cache(model.config, model.mesh, **sizes, blocks=dataclasses.replace(blocks, size=32))

@@ -9,6 +9,7 @@ from flax import nnx
 import qwen_moe_jax as qmj
 from qwen_moe_jax.compilation_cache import use_compilation_cache
 from qwen_moe_jax.inference import programs
+from qwen_moe_jax.inference.kept_programs import KeptProgram
 from tests.cases import CASES
 from tests.test_compilation_cache import SETTINGS
 
@@ -69,6 +70,11 @@ def test_a_second_start_traces_nothing_and_a_changed_model_or_file_is_compiled_a
         file.write_bytes(file.read_bytes()[:100])
     assert answer(model) == expected
     assert [file.name for file in files if file.stat().st_size == 100] == []
+
+
+def test_a_key_of_random_numbers_is_an_argument_as_others(folder):
+    program, key = KeptProgram(jax.jit(jax.random.bits), "draw", []), jax.random.key(3)
+    assert program(key) == jax.random.bits(key)
 
 
 def test_without_the_commands_cache_nothing_is_kept(model, tmp_path, monkeypatch):

@@ -153,8 +153,6 @@ class TrainConfig:
             check(text.format == "jsonl", field, expected, found=repr(text.format), given=("grpo",))
         expected = "the model's, with a [grpo] table: prompts alone are too little text to train one on"
         check(self.data.tokenizer != "", "data.tokenizer", expected, given=("grpo",))
-        expected = "1 with a [grpo] table: completions are decoded, which needs whole rows"
-        check(self.mesh.context == 1, "mesh.context", expected, given=("grpo",))
         rows, generations = self.data.batch_size, self.grpo.num_generations
         expected = f"a divisor of data.batch_size, {rows}: the completions of a prompt are learned from in one step"
         check(rows % generations == 0, "grpo.num_generations", expected, given=("data.batch_size",))
