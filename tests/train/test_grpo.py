@@ -177,6 +177,11 @@ def test_prompts_are_texts_or_conversations_of_which_some_are_held_out(place):
         ({"prompt": "?", "messages": []}, "line 1: found both prompt and messages"),
         ({"messages": [{"role": "assistant", "content": "!"}]}, "the last message is the assistant's"),
         ({"prompt": ""}, "found no token, expected a prompt"),
+        ({"prompt": "?", "tools": [{"name": "add"}]}, "line 1: tools: found with a prompt of text"),
+        (
+            {"messages": [{"role": "user", "content": "?"}], "tools": [{"name": "add"}]},
+            "line 1: tools: the chat template of .* renders the same with and without",
+        ),
         ({"prompt": "far too long for the row"}, "found 0 prompts of at most 16 tokens"),
     ],
 )

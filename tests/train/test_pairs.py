@@ -52,6 +52,7 @@ def test_pairs_of_texts_have_a_prompt_or_begin_with_the_same_words():
     [
         ({"prompt": "a", "chosen": "b"}, "found the keys prompt, chosen, expected"),
         ({"prompt": "a", "messages": [ASKED], "chosen": "b", "rejected": "c"}, "found both prompt and messages"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "tools": [{}]}, "tools: found with a prompt of text"),
         ({"prompt": "a", "chosen": 3, "rejected": "c"}, "chosen: found 3, expected a string"),
         ({"prompt": "a", "chosen": " ", "rejected": "c"}, "chosen: found ' ', expected a text after the prompt"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "1"}, "margin: found '1', expected a number"),

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -67,6 +67,13 @@ def template_variables(tools: Any, variables: Any, place: str, tools_column: str
         refuse(f'{place}: {column}: found {variables!r:.80}, expected an object: {{"enable_thinking": …}}.')
     tools = _checked_tools(tools, f"{place}: {tools_column}")
     return {**variables, "tools": tools} if tools else variables
+
+
+def refuse_template_fields(values: Mapping[str, Any], names: Mapping[str, str], place: str) -> None:
+    """Refuses tools and variables of the chat template with a prompt of text, which no template renders."""
+    for name in ("tools", "chat_template_kwargs"):
+        if values.get(name):
+            refuse(f"{place}: {names[name]}: found with a prompt of text, expected it with messages only.")
 
 
 def refuse_surrogates(value: Any, place: str) -> None:

@@ -21,6 +21,7 @@ from train.data.messages import (
     finite_number,
     refuse,
     refuse_surrogates,
+    refuse_template_fields,
     template_variables,
 )
 from train.data.records import Completion, Read
@@ -74,6 +75,7 @@ _FIELDS = ("prompt", "messages", "chosen", "rejected", "margin", "tools", "chat_
 
 
 def _texts(values: Mapping[str, Any], names: Mapping[str, str], place: str) -> list[Any]:
+    refuse_template_fields(values, names, place)
     texts = {field: values.get(field, "") for field in ("prompt", "chosen", "rejected")}
     for field, text in texts.items():
         if not isinstance(text, str):

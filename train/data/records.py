@@ -14,6 +14,7 @@ from train.data.messages import (
     checked_messages,
     refuse,
     refuse_surrogates,
+    refuse_template_fields,
     template_variables,
 )
 from train.data.sharegpt import is_sharegpt
@@ -219,9 +220,7 @@ def _completion(values: dict[str, Any], names: dict[str, str], place: str) -> Co
             refuse(f"{place}: {names['completion']}: found no message of the assistant, expected one to learn from.")
         messages, variables = [*before, *after], _variables(values, names, place)
         return as_conversation(messages, variables, place, names["prompt"], context=range(len(before)))
-    for field in ("tools", "chat_template_kwargs"):
-        if values.get(field):
-            refuse(f"{place}: {names[field]}: found with a prompt of text, expected it with messages only.")
+    refuse_template_fields(values, names, place)
     prompt, completion = (_string(values, names, field, place) for field in ("prompt", "completion"))
     return Completion(prompt, completion) if completion.strip() else None
 

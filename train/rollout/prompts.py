@@ -13,7 +13,16 @@ from qwen_moe_jax.errors import RequestError
 from qwen_moe_jax.inference.chat_template import ChatTemplate
 from qwen_moe_jax.inference.tokenizer import Tokenizer, encode
 from train.config import ColumnsConfig
-from train.data.messages import checked_messages, refuse, refuse_surrogates, template_variables
+from train.data.messages import (
+    Conversation,
+    checked_messages,
+    refuse,
+    refuse_surrogates,
+    refuse_template_fields,
+    template_variables,
+)
+from train.data.rendered import require_rendered
+from train.data.tool_calls import with_arguments_as_rendered
 
 _WANTED = '{"prompt": text or messages, …} or {"messages": […], …}, with what the reward reads in other columns'
 
@@ -98,6 +107,8 @@ def prompt_of(
         refuse(f"{place}: found {found}, expected {_WANTED}.")
     prompt = record[present[0]]
     if isinstance(prompt, str) and present[0] == named["prompt"]:
+        names = {field: columns.given.get(field, field) for field in ("tools", "chat_template_kwargs")}
+        refuse_template_fields({field: record.get(name) for field, name in names.items()}, names, place)
         token_ids = encode(tokenizer, prompt)
     else:
         prompt = checked_messages(prompt, place, present[0])
@@ -123,8 +134,10 @@ def _rendered(
         refuse(f"{place}: {column}: the last message is the assistant's, expected one that is to be answered.")
     tools, own = columns.tools or "tools", columns.chat_template_kwargs or "chat_template_kwargs"
     variables = template_variables(record.get(tools), record.get(own), place, tools, own)
+    conversation = with_arguments_as_rendered(Conversation(messages, variables), template, place)
+    require_rendered(conversation, template, place)
     try:
-        text = template.render(messages, add_generation_prompt=True, **variables)
+        text = template.render(conversation.messages, add_generation_prompt=True, **variables)
     except RequestError as error:
         refuse(f"{place}: {error}")
     return encode(tokenizer, text, add_special_tokens=False)
