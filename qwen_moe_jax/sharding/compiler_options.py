@@ -13,12 +13,21 @@ _ON_SPARSECORES = {
         "reduce_scatter",
         "nd_reduce_scatter",
         "all_reduce",
-        "ragged_all_to_all",
     )
-} | {"xla_tpu_enable_async_ragged_all_to_all": "true"}
+}
+_RAGGED = {
+    "xla_tpu_enable_async_ragged_all_to_all": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_ragged_all_to_all": "true",
+}
 
-#: How jax names a device → the options. Of libtpu 0.0.42; what they do is in benchmarks/results/plan.md.
-OPTIONS = {"TPU v5": _ON_SPARSECORES, "TPU v5p": _ON_SPARSECORES}
+#: How jax names a device → the options that were compiled for it, by libtpu 0.0.42; benchmarks/results/plan.md has what
+#: came of them.
+OPTIONS = {
+    "TPU v5": {**_ON_SPARSECORES, **_RAGGED},
+    "TPU v5p": {**_ON_SPARSECORES, **_RAGGED},
+    "TPU v6 lite": _ON_SPARSECORES,
+    "TPU v6e": _ON_SPARSECORES,
+}
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:

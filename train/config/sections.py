@@ -346,7 +346,7 @@ class RunConfig:
         plan: a JSON file that --plan TARGET --json FILE wrote: the run says whether the memory of its step and the time
             of its first steps are as planned, and warns where they are 5 % over.
         async_collectives: compile the train step, and its plans, with options for the kind of device under which
-            collectives run next to products (v5p; no other kind has any).
+            collectives run next to products (v5p and v6e; no other kind has any).
     """
 
     output_dir: str = "runs/default"
