@@ -164,6 +164,7 @@ def run(words: str, skewed: bool, shares: dict[str, float]) -> dict:
     prediction = {
         "run": words + (" skewed" if skewed else ""),
         "planned": DEVICES * (plan.memory.total - plan.memory.code),
+        "listed": DEVICES * plan.memory.compiled,
         "parts": plan.roofline.parts,
         "expected": plan.roofline.likely,
     }

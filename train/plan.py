@@ -19,7 +19,7 @@ from qwen_moe_jax.plan.mesh_search import find_mesh
 from qwen_moe_jax.plan.result import Plan
 from qwen_moe_jax.plan.search import Search
 from qwen_moe_jax.plan.search_table import print_progress
-from qwen_moe_jax.plan.settings import ACCUMULATION, VARIED, Settings
+from qwen_moe_jax.plan.settings import ACCUMULATION, MEMORY_KIND, OFFLOADED, VARIED, Settings, of_execution
 from qwen_moe_jax.plan.targets import parse_target
 from qwen_moe_jax.plan.work import work_of
 from train.config import TrainConfig
@@ -74,7 +74,8 @@ def _kept_by_optimizer(program: Program) -> dict[str, Any]:
 #: What a search varies next to the mesh, by the keys of a run.
 KEYS = {
     ACCUMULATION: "run.gradient_accumulation_steps",
-    **{name: f"execution.{name}" for name in VARIED if name != ACCUMULATION},
+    MEMORY_KIND: "optimizer.memory_kind",
+    **{name: f"execution.{name}" for name in VARIED if name not in (ACCUMULATION, MEMORY_KIND)},
 }
 
 
@@ -106,7 +107,14 @@ def search_training(
     axes = {axis: size for axis, size in config.mesh.sizes.items() if f"mesh.{axis}" in given}
     dtype = str(config.execution.dtype or model_config.dtype or "float32")
     return find_mesh(
-        step_on, request, fixed=fixed, axes=axes, dtype=dtype, calibration=calibration, progress=print_progress
+        step_on,
+        request,
+        fixed=fixed,
+        axes=axes,
+        last_resort=None if MEMORY_KIND in fixed else OFFLOADED,
+        dtype=dtype,
+        calibration=calibration,
+        progress=print_progress,
     )
 
 
@@ -116,14 +124,15 @@ def with_choice(config: TrainConfig, sizes: Mapping[str, int], settings: Setting
     Raises:
         ShardingError: they have no meaning in this run.
     """
-    execution = {name: value for name, value in settings.items() if name != ACCUMULATION}
+    kind = settings.get(MEMORY_KIND, config.optimizer.memory_kind)
     mesh: dict[str, Any] = {axis: int(size) for axis, size in sizes.items()}
     steps = settings.get(ACCUMULATION, config.run.gradient_accumulation_steps)
     try:
         return dataclasses.replace(
             config,
             mesh=dataclasses.replace(config.mesh, **mesh),
-            execution=dataclasses.replace(config.execution, **execution),
+            execution=dataclasses.replace(config.execution, **of_execution(settings)),
+            optimizer=dataclasses.replace(config.optimizer, memory_kind=kind),
             run=dataclasses.replace(config.run, gradient_accumulation_steps=steps),
         )
     except ConfigError as error:

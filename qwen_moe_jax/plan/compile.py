@@ -21,6 +21,7 @@ from qwen_moe_jax.model.segments import plan_segments
 from qwen_moe_jax.plan.calibration import Calibration
 from qwen_moe_jax.plan.chips import Chip, chip_of
 from qwen_moe_jax.plan.collectives import collectives_of
+from qwen_moe_jax.plan.cpu_run_time import run_time_bytes
 from qwen_moe_jax.plan.hlo import Module
 from qwen_moe_jax.plan.remarks import remarks_on
 from qwen_moe_jax.plan.result import (
@@ -134,6 +135,8 @@ def plan_step(step: Step, request: TargetRequest, mesh: Mesh, calibration: Calib
     if compiled is not None:
         text, balanced = compiled.as_text() or "", balanced_rows(step, sizes)
         module = Module(text, layer_repeats(step.config), step.open_loop_times, balanced)
+        if request.platform == "cpu":
+            memory = dataclasses.replace(memory, run_time=run_time_bytes(module, target.devices))
         collectives = collectives_of(module, sizes, request.platform)
         flops = module.matmul_flops()
         program_flops = None if flops is None else flops * target.devices

@@ -17,7 +17,7 @@ from qwen_moe_jax.config.resolve import attention_block
 from qwen_moe_jax.plan.chips import Network
 from qwen_moe_jax.plan.result import Group, PlacedArray, Target, Work
 from qwen_moe_jax.plan.roofline import network_of, recomputes, token_axes
-from qwen_moe_jax.plan.settings import Settings, with_settings
+from qwen_moe_jax.plan.settings import MEMORY_KIND, Settings, with_settings
 from qwen_moe_jax.sharding.rules import BATCH, CONTEXT
 
 
@@ -101,12 +101,19 @@ def draft_of(
         mesh=dict(mesh),
         settings=dict(settings or {}),
         tokens=work.tokens,
-        arguments=sum(group.device_bytes for group in groups),
+        arguments=sum(group.device_bytes for group in groups)
+        - (_moments(groups) if MEMORY_KIND in (settings or {}) else 0),
         workspace=_workspace(outline, mesh, target.platform),
         available=target.memory_bytes,
         traffic=traffic,
         seconds=seconds,
     )
+
+
+def _moments(groups: Sequence[Group]) -> int:
+    """Bytes of the optimizer state that can be in another memory: its arrays, not its counters."""
+    state = (array for group in groups if group.name == "optimizer state" for array in group.arrays if array.shape)
+    return sum(array.bytes for array in state if array.memory_kind == "device")
 
 
 def _passes(work: Work) -> int:

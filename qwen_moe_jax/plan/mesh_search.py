@@ -21,6 +21,7 @@ def find_mesh(
     *,
     fixed: Collection[str] = (),
     axes: Mapping[str, int] | None = None,
+    last_resort: Settings | None = None,
     dtype: str = "bfloat16",
     calibration: Calibration | None = None,
     progress: Callable[[Progress], None],
@@ -32,6 +33,7 @@ def find_mesh(
         request: the target.
         fixed: settings that are not varied.
         axes: sizes of mesh axes that are not varied.
+        last_resort: as `search_meshes` takes it.
         dtype: of the activations.
         calibration: measured speeds; without, a chip's published ones.
         progress: called before each compilation.
@@ -64,4 +66,12 @@ def find_mesh(
     chip = chip_for(request, devices, dtype, calibration)
     networks = () if chip is None else chip.networks
     target = target_of(request, make_mesh(data=len(devices), devices=devices), chip)
-    return search_meshes(target, networks, outline_of, compile_plan, settings_of=settings_on, progress=progress)
+    return search_meshes(
+        target,
+        networks,
+        outline_of,
+        compile_plan,
+        settings_of=settings_on,
+        last_resort=last_resort,
+        progress=progress,
+    )

@@ -297,6 +297,7 @@ def _parts(plan: Plan) -> Iterator[tuple[str, int, str]]:
     yield "temporaries", memory.temporaries - gradients, "activations, buffers of collectives"
     yield "results", memory.outputs or 0, "that do not reuse an argument’s memory"
     yield "code", memory.code or 0, "the program itself"
+    yield "run time", memory.run_time, "XLA’s own, at most: queued tasks, and what products pack"
 
 
 def _limit(plan: Plan) -> str:

@@ -171,6 +171,7 @@ class Memory:
         needed: the compiler's own total, where it refused the program for lack of memory; None where it did not.
         available: as `Target.memory_bytes`.
         host_temporaries: of the step in the host's memory, of one device.
+        run_time: at most, of XLA's run time next to the program; 0 but on CPUs, where it was measured.
     """
 
     groups: tuple[Group, ...]
@@ -182,6 +183,7 @@ class Memory:
     needed: int | None
     available: int | None
     host_temporaries: int = 0
+    run_time: int = 0
 
     @property
     def arguments(self) -> int:
@@ -203,7 +205,7 @@ class Memory:
     @property
     def total(self) -> int | None:
         """Bytes at the peak; None where the compiler refused the program and gave no number."""
-        return self.needed if self.compiled is None else self.compiled + (self.code or 0)
+        return self.needed if self.compiled is None else self.compiled + (self.code or 0) + self.run_time
 
     @property
     def fits(self) -> bool | None:

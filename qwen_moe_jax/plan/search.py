@@ -132,6 +132,7 @@ def search_meshes(
     compile_plan: CompilePlan,
     *,
     settings_of: SettingsOf = as_asked,
+    last_resort: Settings | None = None,
     keep: int = 6,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Search:
@@ -143,6 +144,7 @@ def search_meshes(
         outline_of: a step on a mesh.
         compile_plan: its plan under settings.
         settings_of: what is tried on a mesh.
+        last_resort: settings that are tried with all others where nothing fits by arithmetic.
         keep: how many.
         progress: called before each compilation.
 
@@ -150,6 +152,13 @@ def search_meshes(
         ShardingError: no mesh of that many devices divides the model and the batch; the message has the reasons.
     """
     drafts, refused = draft_meshes(target, networks, outline_of, settings_of)
+    if last_resort and all(draft.fits is False for draft in drafts):
+
+        def with_last_resort(outline: Outline, mesh: Mapping[str, int]) -> Iterable[Settings]:
+            return ({**one, **last_resort} for one in settings_of(outline, mesh))
+
+        saving, _ = draft_meshes(target, networks, outline_of, with_last_resort)
+        drafts = sorted([*drafts, *saving], key=promise)
     waiting = Waiting(drafts, keep)
     compiled: list[Candidate] = []
     started = time.monotonic()

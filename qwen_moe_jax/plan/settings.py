@@ -1,7 +1,7 @@
 """Settings that a search varies for each mesh: what a step recomputes, splits and moves. Its result is the same.
 
-They are fields of `ExecutionConfig`, and `accumulation_steps`. Nothing that drops a token is proposed: `capacity` is
-tried only where it was asked for. The attention block, dtypes and rules are left as they are.
+They are fields of `ExecutionConfig`, `accumulation_steps` and the optimizer's `memory_kind`. Nothing that drops a token
+is proposed: `capacity` is tried only where it was asked for. The attention block, dtypes and rules stay as they are.
 """
 
 import dataclasses
@@ -14,13 +14,17 @@ from qwen_moe_jax.config.execution import Remat
 from qwen_moe_jax.plan.result import Work
 from qwen_moe_jax.sharding.rules import BATCH
 
-#: Values by name: `accumulation_steps`, or a field of `ExecutionConfig`.
+#: Values by name: `accumulation_steps`, `memory_kind`, or a field of `ExecutionConfig`.
 Settings = dict[str, Any]
 
 ACCUMULATION = "accumulation_steps"
 
 #: All that a search varies.
-VARIED = (ACCUMULATION, "remat", "dispatch", "exchange", "buffer_factor")
+VARIED = (ACCUMULATION, "remat", "dispatch", "exchange", "buffer_factor", "memory_kind")
+
+#: Where the optimizer state is between steps (`optimizer.memory_kind`), and the choice where nothing else fits.
+MEMORY_KIND = "memory_kind"
+OFFLOADED: Settings = {MEMORY_KIND: "pinned_host"}
 
 #: A `dropless` buffer for balanced routers, in multiples of a balanced load: what exceeds it takes a further round.
 SMALL_BUFFER = 1.25
@@ -66,9 +70,14 @@ def _splits(work: Work, mesh: Mapping[str, int]) -> list[int]:
     return [2**power for power in range(max(rows, 1).bit_length()) if rows % 2**power == 0]
 
 
+def of_execution(settings: Mapping[str, Any]) -> Settings:
+    """Those that are fields of `ExecutionConfig`."""
+    return {name: value for name, value in settings.items() if name not in (ACCUMULATION, MEMORY_KIND)}
+
+
 def with_settings(work: Work, settings: Mapping[str, Any]) -> Work:
     """The step under these settings."""
-    execution = {**work.execution, **{name: value for name, value in settings.items() if name != ACCUMULATION}}
+    execution = {**work.execution, **of_execution(settings)}
     steps = settings.get(ACCUMULATION, work.accumulation_steps)
     return dataclasses.replace(work, execution=execution, accumulation_steps=steps)
 
@@ -83,4 +92,6 @@ def format_settings(settings: Mapping[str, Any]) -> str:
     words += [str(settings[name]) for name in ("dispatch", "exchange") if settings.get(name)]
     if "buffer_factor" in settings:
         words.append(f"buffer {settings['buffer_factor']:g}")
+    if MEMORY_KIND in settings:
+        words.append(f"optimizer state in {settings[MEMORY_KIND]}")
     return ", ".join(words)

@@ -104,6 +104,8 @@ def _memory_table(memory: Memory) -> Table:
             table.add_row("results", format_bytes(memory.outputs))
         if memory.code:
             table.add_row("the program", format_bytes(memory.code))
+        if memory.run_time:
+            table.add_row("XLA's run time, at most", format_bytes(memory.run_time))
     if memory.total is not None:
         table.add_row("total", format_bytes(memory.total), style="bold")
     for group in memory.groups:

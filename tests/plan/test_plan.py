@@ -69,7 +69,7 @@ def test_memory_is_its_parts(capacity):
     parameters, optimizer, _ = (group.bytes for group in memory.groups)
     assert 2 * parameters < optimizer < 2 * parameters + 64, "two moments, and a few counters"
     parts = [memory.arguments, memory.padding, memory.outputs, memory.temporaries, memory.code]
-    assert memory.total == sum(parts)
+    assert memory.compiled + memory.code == sum(parts) and memory.total == sum(parts) + memory.run_time
     assert memory.fits is None, "a simulated device has no limit"
 
 

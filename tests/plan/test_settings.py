@@ -6,8 +6,9 @@ import pytest
 
 from qwen_moe_jax.plan.draft import draft_of
 from qwen_moe_jax.plan.promise import BEATEN, TOO_LARGE, Waiting, unbeaten
+from qwen_moe_jax.plan.result import Group
 from qwen_moe_jax.plan.search import draft_meshes, search_meshes
-from qwen_moe_jax.plan.settings import settings_of, with_settings
+from qwen_moe_jax.plan.settings import OFFLOADED, of_execution, settings_of, with_settings
 from tests.plan.samples import memory, plan, roofline
 from tests.plan.test_search import CHIP, describe, shown, target, work
 
@@ -115,11 +116,41 @@ def test_every_mesh_and_setting_is_compiled_or_has_a_reason_and_the_reasons_are_
     assert "3 compiled" in text
 
 
+def test_optimizer_state_goes_to_the_host_where_nothing_else_fits_and_only_there():
+    """Two moments of each weight are two thirds of the arguments."""
+
+    def with_moments(mesh):
+        outline = describe(mesh)
+        arrays = outline.groups[0].arrays
+        moments = [dataclasses.replace(one, name=f"{name}.{one.name}") for name in ("mu", "nu") for one in arrays]
+        state = Group(name="optimizer state", arrays=(*moments, dataclasses.replace(moments[0], shape=(), bytes=4)))
+        return dataclasses.replace(outline, groups=(*outline.groups, state))
+
+    def kinds(limit):
+        found = search_meshes(
+            target(4, memory_bytes=limit),
+            CHIP.networks,
+            with_moments,
+            lambda mesh, settings: plan(),
+            settings_of=on_all,
+            last_resort=OFFLOADED,
+        )
+        return {one.settings.get("memory_kind") for one in found.compiled}, found
+
+    smallest = min(draft_meshes(target(4), CHIP.networks, with_moments, on_all)[0], key=lambda one: one.total)
+    assert kinds(smallest.total)[0] == {None}
+    saved = 2 * sum(one.bytes for one in describe(smallest.mesh).groups[0].arrays)
+    offloaded, found = kinds(smallest.total - saved)
+    assert "pinned_host" in offloaded and found.candidates[0].settings["memory_kind"] == "pinned_host"
+    assert found.candidates[0].draft.arguments == smallest.arguments - saved
+    assert "optimizer state in pinned_host" in shown(found)
+
+
 def test_the_best_is_printed_as_words_and_as_lines_that_are_read_back(tmp_path):
     from train.config import load_config, split_overrides
     from train.plan import paste
 
-    settings = {"accumulation_steps": 2, "remat": "full", "dispatch": "dropless", "buffer_factor": 1.25}
+    settings = {"accumulation_steps": 2, "remat": "full", "dispatch": "dropless", "buffer_factor": 1.25, **OFFLOADED}
     words, lines = paste({**MESH, "data": 1}, settings)
     overrides, others = split_overrides(words.split())
     read = [load_config("configs/train/tiny.toml", overrides)]
@@ -128,10 +159,10 @@ def test_the_best_is_printed_as_words_and_as_lines_that_are_read_back(tmp_path):
     read.append(load_config(str(file), []))
     for config in read:
         assert config.mesh.sizes == MESH and config.run.gradient_accumulation_steps == 2 and not others
+        assert config.optimizer.memory_kind == "pinned_host"
         chosen = dataclasses.asdict(config.execution)
-        assert {name: chosen[name] for name in settings if name != "accumulation_steps"} == {
-            name: value for name, value in settings.items() if name != "accumulation_steps"
-        }
+        expected = of_execution(settings)
+        assert {name: chosen[name] for name in expected} == expected and len(expected) == 3
 
 
 def test_a_choice_that_has_no_meaning_in_the_run_is_refused():
