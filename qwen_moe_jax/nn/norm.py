@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qwen_moe_jax.nn.kernels.cpu import on_cpu
 from qwen_moe_jax.nn.parameters import ParameterFactory
 
 
@@ -20,7 +21,10 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., size] to the same shape and dtype."""
-        return self.weight[...].astype(x.dtype) * _normalized(x, self.eps).astype(x.dtype)
+        normalized = _normalized(x, self.eps).astype(x.dtype)
+        if x.dtype == jnp.bfloat16 and jax.sharding.get_abstract_mesh().size == 1 and on_cpu():
+            return _scaled(self.weight[...], normalized)
+        return self.weight[...].astype(x.dtype) * normalized
 
 
 class ZeroCenteredRMSNorm(nnx.Module):
@@ -56,6 +60,21 @@ def rms_norm(
 ) -> RMSNorm | ZeroCenteredRMSNorm:
     """The norm of a model, by `ModelConfig.zero_centered_norm`."""
     return (ZeroCenteredRMSNorm if zero_centered else RMSNorm)(name, size, eps, make)
+
+
+@jax.custom_vjp
+def _scaled(weight: jax.Array, x: jax.Array) -> jax.Array:
+    """The weight times [..., size], with the weight's gradient summed in float32: XLA on CPUs is slow in bfloat16."""
+    return weight.astype(x.dtype) * x
+
+
+def _of_scaled(saved: tuple[jax.Array, jax.Array], of_y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    weight, x = saved
+    of_weight = jnp.sum((of_y * x).astype(jnp.float32), axis=tuple(range(x.ndim - 1)))
+    return of_weight.astype(weight.dtype), weight.astype(x.dtype) * of_y
+
+
+_scaled.defvjp(lambda weight, x: (_scaled(weight, x), (weight, x)), _of_scaled)
 
 
 def _normalized(x: jax.Array, eps: float) -> jax.Array:
