@@ -82,6 +82,39 @@ def test_prompts_and_new_tokens_over_context_give_what_one_device_gives(family):
 
 
 @pytest.fixture(scope="module")
+def on_two_by_two() -> qmj.CausalLM:
+    mesh = qmj.make_mesh(context=2, tensor=2)
+    return hybrid_model(MODELS["sliding"], mesh, qmj.ExecutionConfig(sharding=INFERENCE_SHARDING))
+
+
+def greedy_after(prompt: list[int], count: int) -> list[int]:
+    """The most probable tokens after a prompt, each by a forward pass of one device over all before it."""
+    model, text = hybrid_model(MODELS["sliding"]), list(prompt)
+    padded = len(prompt) + count
+    for _ in range(count):
+        tokens_BT = np.array([text + [0] * (padded - len(text))])
+        text.append(int(model(tokens_BT, np.arange(padded)[None] < len(text)).logits[0, len(text) - 1].argmax()))
+    return text[len(prompt) :]
+
+
+def test_generation_and_an_engine_over_context_write_what_one_device_writes(on_two_by_two):
+    """Prompts longer than a window and than a chunk; the second request joins when the first has begun."""
+    drawn = np.random.default_rng(1)
+    prompts = [drawn.integers(1, 98, length).tolist() for length in (21, 3)]
+    expected = [greedy_after(prompt, NEW) for prompt in prompts]
+    assert [list(found.token_ids) for found in qmj.complete(on_two_by_two, prompts, max_new_tokens=NEW)] == expected
+    engine = qmj.Engine(on_two_by_two, slots=2, max_length=SLOTS, prefill_chunk=16)
+    config, tokens = qmj.GenerationConfig(max_new_tokens=NEW), {}
+    waiting = list(prompts)
+    while waiting or not engine.idle:
+        if waiting:
+            tokens[engine.submit(qmj.Request(token_ids=waiting.pop(0), config=config))] = []
+        for chunk in engine.step():
+            tokens[chunk.request].extend(chunk.token_ids)
+    assert list(tokens.values()) == expected
+
+
+@pytest.fixture(scope="module")
 def planned():
     """A decoding step over context=4, compiled, and the estimate for it."""
     request, mesh = parse_target("cpu:8"), qmj.make_mesh(context=4, tensor=2)
