@@ -10,6 +10,8 @@ Which are dropped (`drop_policy`): slots go to the tokens of a group in order, s
 
 How tokens move (`capacity_by`): by einsums with one-hot masks, which every device multiplies at full speed and which
 cost 2/3 * group_size / F of the experts' own matmuls; or by index, as gathers, at no FLOPs. Same slots, same result.
+Slots keep shapes fixed, for exchanges and batched matmuls. A single CPU has the one and needs not the other: by index,
+its experts multiply the rows that found a slot, as in `dropless`, and no empty slots.
 """
 
 import dataclasses
@@ -22,9 +24,22 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import DropPolicy, ExecutionConfig
-from qwen_moe_jax.moe.dispatch.rows import EXCHANGED, RowPlan, Slots, from_rows, plan_rows, ranks, slots_spec, to_rows
+from qwen_moe_jax.moe.dispatch import dropless
+from qwen_moe_jax.moe.dispatch.rows import (
+    EXCHANGED,
+    RowPlan,
+    SingleToken,
+    Slots,
+    SortedRows,
+    from_rows,
+    plan_rows,
+    ranks,
+    slots_spec,
+    to_rows,
+)
 from qwen_moe_jax.moe.router import Routing
 from qwen_moe_jax.moe.stats import Drops, no_drops
+from qwen_moe_jax.nn.kernels import matmul
 from qwen_moe_jax.sharding.rules import BATCH, group_axes, position_shards, token_shards, tokens_spec
 
 
@@ -55,17 +70,19 @@ class CapacityPlan:
     """What `combine` needs.
 
     Attributes:
-        moved: how tokens were moved to slots.
+        moved: how tokens were moved to slots, or those with a slot to sorted rows.
         routing: of the tokens.
         full_BTA: bool; assignments that found their expert full.
     """
 
-    moved: EinsumPlan | RowPlan
+    moved: EinsumPlan | RowPlan | dropless.DroplessPlan
     routing: Routing
     full_BTA: jax.Array
 
 
-def dispatch(hidden_BTD: jax.Array, routing: Routing, execution: ExecutionConfig) -> tuple[Slots, CapacityPlan]:
+def dispatch(
+    hidden_BTD: jax.Array, routing: Routing, execution: ExecutionConfig
+) -> tuple[Slots | SortedRows | SingleToken, CapacityPlan]:
     """Moves tokens to their experts' slots, as far as there are any.
 
     Args:
@@ -87,20 +104,37 @@ def dispatch(hidden_BTD: jax.Array, routing: Routing, execution: ExecutionConfig
         execution.drop_policy,
     )
     full_BTA = routing.token_mask_BT[..., None] & (_out_of_groups(slot_GgA, batch, length) >= capacity)
+    if execution.capacity_by == "index" and _multiplies_sorted_rows(hidden_BTD, execution):
+        with_slot = dataclasses.replace(routing, experts_BTA=jnp.where(full_BTA, num_experts, routing.experts_BTA))
+        worst_case = dataclasses.replace(execution, buffer_factor=None)
+        rows, plan = dropless.dispatch(hidden_BTD, with_slot, worst_case)
+        return rows, CapacityPlan(moved=plan, routing=routing, full_BTA=full_BTA)
     move = _fill_by_einsum if execution.capacity_by == "einsum" else _fill_by_index
     x_EGCD, moved = move(hidden_BTD, routing, slot_GgA, capacity=capacity)
     x_EGCD = checkpoint_name(jax.sharding.reshard(x_EGCD, slots_spec()), EXCHANGED)  # an all-to-all
     return Slots(x_EGCD=x_EGCD), CapacityPlan(moved=moved, routing=routing, full_BTA=full_BTA)
 
 
-def combine(rows: Slots, plan: CapacityPlan) -> tuple[jax.Array, Drops]:
+def combine(rows: Slots | SortedRows | SingleToken, plan: CapacityPlan) -> tuple[jax.Array, Drops]:
     """Each token's weighted sum over the experts that had a slot for it [B, T, D], and what was dropped."""
+    drops = dataclasses.replace(no_drops(plan.routing), dropped_BTA=plan.full_BTA)
+    if isinstance(plan.moved, dropless.DroplessPlan):
+        assert not isinstance(rows, Slots)  # dispatch
+        return dropless.combine(rows, plan.moved)[0], drops
+    assert isinstance(rows, Slots)
     y_EGCD = checkpoint_name(jax.sharding.reshard(rows.x_EGCD, _token_slots()), EXCHANGED)  # an all-to-all
     if isinstance(plan.moved, EinsumPlan):
         combined_BTD = _empty_by_einsum(y_EGCD, plan.routing.weights_BTA, plan.moved)
     else:
         combined_BTD = _empty_by_index(y_EGCD, plan.routing.weights_BTA, plan.moved)
-    return combined_BTD, dataclasses.replace(no_drops(plan.routing), dropped_BTA=plan.full_BTA)
+    return combined_BTD, drops
+
+
+def _multiplies_sorted_rows(hidden_BTD: jax.Array, execution: ExecutionConfig) -> bool:
+    """Whether experts multiply sorted rows of any number as fast as slots: by C functions, on a single CPU."""
+    width = hidden_BTD.shape[-1]
+    alone = jax.sharding.get_abstract_mesh().size == 1 and execution.grouped_matmul == "blocks"
+    return alone and matmul.is_available(hidden_BTD.dtype, width, width)
 
 
 def _assign(

@@ -180,6 +180,9 @@ def ranks(keys_N: jax.Array, num_keys: int, priority_N: jax.Array | None = None)
         num_keys: K; items with the key K are of no interest.
         priority_N: smaller comes first; ties, and None, go by position.
     """
+    if priority_N is None and sorting.is_available():
+        _, row_N, sizes_K = sorting.counting_sort(keys_N, num_keys + 1, len(keys_N))
+        return row_N - (jnp.cumsum(sizes_K, dtype=jnp.int32) - sizes_K)[keys_N]
     position_N = jnp.arange(len(keys_N), dtype=jnp.int32)
     operands = (keys_N, position_N) if priority_N is None else (keys_N, priority_N, position_N)
     sorted_N, *_, from_N = jax.lax.sort(operands, num_keys=len(operands) - 1, is_stable=True)
