@@ -58,7 +58,8 @@ class ExecutionConfig:
         drop_policy: which tokens are dropped when an expert is full: position, the last ones of the group, or probs,
             those with the smallest router weight (batch-prioritised routing, arXiv 2106.05974).
         capacity_by: "einsum" moves tokens by one-hot matmuls (GShard), "index" by gathers: the same tokens to the same
-            slots. None takes "einsum" where it costs at most a third of the experts' matmuls.
+            slots. None takes "einsum" where it costs at most a third of the experts' matmuls, and "index" else, and on
+            CPUs with one shard of experts.
         buffer_factor: under dropless on several expert devices, rows of a device's buffer as a multiple of a perfectly
             balanced load. Nothing is dropped: rows beyond the buffer are served in further rounds. None sizes buffers
             for the worst case where that is at most 1024 rows, and otherwise takes 2.

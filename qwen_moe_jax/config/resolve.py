@@ -79,6 +79,8 @@ def resolve(
             "same, or leave it open."
         )
     group_size, capacity_by = _groups(execution, moe.moe_intermediate_size)
+    if execution.capacity_by is None and platform == "cpu" and expert_shards == 1:
+        capacity_by = "index"  # the same tokens to the same slots: a processor gathers faster than it multiplies
     return dataclasses.replace(
         execution,
         dispatch=execution.dispatch or ("capacity" if training else "dropless"),
