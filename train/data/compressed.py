@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from train.data.messages import refuse
 
@@ -42,7 +42,7 @@ def open_data(file: Path) -> Iterator[BinaryIO]:
 
 def _content(compressed: BinaryIO, file: Path) -> BinaryIO:
     if file.suffix == ".gz":
-        return gzip.GzipFile(fileobj=compressed)  # type: ignore[return-value]
+        return cast(BinaryIO, gzip.GzipFile(fileobj=compressed))
     try:
         import zstandard  # an optional dependency
     except ImportError:

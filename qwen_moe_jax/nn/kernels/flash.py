@@ -9,6 +9,7 @@ Only `nn.kernels` imports this, where llvmlite is installed. Source: Dao, arXiv 
 Letters of this file besides the package's: G query heads of a key/value head.
 """
 
+import itertools
 from typing import NamedTuple
 
 from llvmlite import ir
@@ -86,10 +87,7 @@ class Memory(NamedTuple):
             head_dim * (KEYS * 4), panels_of(head_dim, panel) * (panel * KEYS * 4), head_dim * (KEYS * numbers.size),
             KEYS * 4, wide if numbers.widened else 0, wide, queries, queries, height * SCORES,
         ]  # fmt: skip
-        found = [begin]
-        for size in sizes:
-            found.append(found[-1] + size)
-        return cls(*found)
+        return cls(*itertools.accumulate(sizes, initial=begin))
 
 
 def write_flash_attention(module: ir.Module, numbers: Numbers, height: int, vectors: int, name: str) -> None:

@@ -9,6 +9,7 @@ Only `nn.kernels` imports this, where llvmlite is installed. Source: Dao, arXiv 
 Letters of this file besides the package's: G query heads of a key/value head.
 """
 
+import itertools
 from typing import NamedTuple
 
 from llvmlite import ir
@@ -77,10 +78,7 @@ class Memory(NamedTuple):
             KEYS * 4, block, block, rows, rows, BLOCK * SCORES, BLOCK * SCORES, head_dim * (KEYS * 4),
             head_dim * (KEYS * 4), heads // kv_heads * tokens * head_dim * 4,
         ]  # fmt: skip
-        found = [begin]
-        for size in sizes:
-            found.append(found[-1] + size)
-        return cls(*found)
+        return cls(*itertools.accumulate(sizes, initial=begin))
 
 
 def write_flash_gradients(module: ir.Module, numbers: Numbers, height: int, vectors: int, name: str) -> None:
