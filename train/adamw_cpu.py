@@ -1,7 +1,7 @@
 """A step of AdamW on a single CPU: each array's parameters and moments change in place, in one pass.
 
 XLA writes parameters and moments by a loop each, the clipped gradient by another, and copies what it may not overwrite.
-The C function is that of `qwen_moe_jax.nn.kernels.adamw`.
+The C function is that of `qwen_moe_jax.nn.kernels.functions.adamw`.
 """
 
 import functools

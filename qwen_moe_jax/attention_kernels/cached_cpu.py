@@ -1,14 +1,15 @@
 """Attention of a few new tokens over a cache of keys and values, on CPUs: a C function that reads the cache in place.
 
 XLA copies a layer's keys and values out of the cache before it multiplies with them, all slots of it, and widens
-bfloat16 on the way. The function (`nn.kernels.attention`) reads the slots that a token sees, and writes the new ones.
+bfloat16 on the way. The function (`nn.kernels.functions.attention`) reads the slots that a token sees, and writes the
+new ones.
 """
 
 import jax
 import jax.numpy as jnp
 
 from qwen_moe_jax.attention_kernels.cached import as_stored
-from qwen_moe_jax.nn.kernels import cpu
+from qwen_moe_jax.nn.kernels import LANES, cpu
 
 #: The most new tokens of a row: each reads the keys and values that it sees by itself.
 FEW_TOKENS = 8
@@ -21,7 +22,7 @@ def attends_in_place(q_BTNH: jax.Array, keys: jax.Array) -> bool:
     return (
         q_BTNH.shape[1] <= FEW_TOKENS
         and keys.dtype.name in FORMATS
-        and keys.shape[-1] % cpu.LANES == 0
+        and keys.shape[-1] % LANES == 0
         and cpu.on_cpu()
         and cpu.target("attention", FORMATS[keys.dtype.name]) is not None
     )

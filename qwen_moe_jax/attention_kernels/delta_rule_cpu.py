@@ -1,7 +1,8 @@
 """One token of each row through convolution and gated delta rule, on CPUs: a C function that updates states in place.
 
 By XLA's products a step moves the states of a layer several times: out of the stack of all layers, through two products
-and back. The function (`nn.kernels.delta_rule`) reads and writes a state once, and computes the convolution with it.
+and back. The function (`nn.kernels.functions.delta_rule`) reads and writes a state once, and computes the convolution
+with it.
 
 Letters of this file besides the package's: C channels, W taps of the convolution, N value heads. In the state
 [B, N, H, H], the sizes are those of a key head and of a value head.
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from qwen_moe_jax.attention_kernels.cached import as_stored
 from qwen_moe_jax.attention_kernels.cached_cpu import FORMATS
-from qwen_moe_jax.nn.kernels import cpu
+from qwen_moe_jax.nn.kernels import LANES, cpu
 
 #: Taps of the convolution of the C function.
 TAPS = 4
@@ -24,7 +25,7 @@ def steps_in_place(state_LBNHH: jax.Array, conv_LBWC: jax.Array) -> bool:
     return (
         conv_LBWC.shape[2] == TAPS - 1
         and conv_LBWC.dtype.name in FORMATS
-        and all(size % cpu.LANES == 0 for size in sizes)
+        and all(size % LANES == 0 for size in sizes)
         and cpu.on_cpu()
         and cpu.target("delta_rule", FORMATS[conv_LBWC.dtype.name]) is not None
     )

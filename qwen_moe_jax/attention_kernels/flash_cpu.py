@@ -1,7 +1,7 @@
 """Attention of many queries on CPUs: a C function that reads queries, keys and values where they are stored.
 
 XLA copies heads before it multiplies, computes the scores that no query may see, and has them all in memory, with
-their masks. The function (`nn.kernels.flash`) has those of a few queries and keys at a time.
+their masks. The function (`nn.kernels.functions.flash`) has those of a few queries and keys at a time.
 """
 
 import functools
@@ -13,18 +13,18 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qwen_moe_jax.attention_kernels.blockwise import ATTENDED
 from qwen_moe_jax.attention_kernels.cached_cpu import FORMATS
-from qwen_moe_jax.nn.kernels import cpu
+from qwen_moe_jax.nn.kernels import LANES, cpu
 
 
 def attends_many(q_BTNH: jax.Array, keys: jax.Array) -> bool:
     """Whether `attend_stored` can be used for these queries and stored keys [..., H]; call it as `cpu.is_available`.
 
     Not for other dtypes than float32 and bfloat16, nor for two of them, nor for heads whose size is no multiple of
-    `cpu.LANES`.
+    `LANES`.
     """
     return (
         FORMATS.get(keys.dtype.name) == q_BTNH.dtype.name
-        and keys.shape[-1] % cpu.LANES == 0
+        and keys.shape[-1] % LANES == 0
         and cpu.on_cpu()
         and cpu.target("flash_attention", q_BTNH.dtype.name) is not None
     )
@@ -70,7 +70,7 @@ def attends_rows(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> boo
         jax.sharding.get_abstract_mesh().size <= 1
         and dtype in FORMATS.values()
         and dtype == k_BTKH.dtype.name == v_BTKH.dtype.name
-        and q_BTNH.shape[-1] % cpu.LANES == 0
+        and q_BTNH.shape[-1] % LANES == 0
         and cpu.on_cpu()
         and cpu.target("flash_attention", dtype) is not None
     )

@@ -1,7 +1,7 @@
 """The logits of targets and logsumexp on CPUs, each in one pass over the logits, and their gradient in another.
 
 XLA writes an array as large as the logits for each of them, and takes exponentials on the way that are not vectorised.
-The C functions are those of `nn.kernels.softmax`.
+The C functions are those of `nn.kernels.functions.softmax`.
 
 Letters of this file: `C` tokens of each row, `V` the entries of the vocabulary that one device holds.
 """
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from qwen_moe_jax.nn.kernels import cpu
+from qwen_moe_jax.nn.kernels import LANES, cpu
 
 #: The name by which remat keeps the logsumexp for the backward pass, where it keeps the logits (`model.cross_entropy`).
 LOGSUMEXP = "logsumexp"
@@ -22,7 +22,7 @@ def is_worth_it(logits_BCV: jax.Array) -> bool:
     """Whether `target_and_logsumexp` should be used for these logits; call it as `nn.kernels.cpu.is_available`."""
     return (
         logits_BCV.dtype == jnp.float32
-        and logits_BCV.shape[-1] % cpu.LANES == 0
+        and logits_BCV.shape[-1] % LANES == 0
         and logits_BCV.size >= cpu.WORTH_A_CALL
         and cpu.on_cpu()
         and cpu.target("log_softmax", "float32") is not None

@@ -23,7 +23,7 @@ PACKED_COLUMNS = 64
 BLOCKS = 2**18
 #: The package's own products, and the vectors of 16 numbers of a panel.
 _OWN = re.compile(r"qwen_moe_jax_(plain|transposed|outer)_matmul_\w+_\d+x(\d+)")
-#: Numbers of a chunk's panels, what is contracted at a time, and rows of a chunk: those of `nn.kernels.grouped`.
+#: Numbers of a chunk's panels, what is contracted at a time, and rows of a chunk, as in `nn.kernels.functions.grouped`.
 _PANELS, _CONTRACTED, _ROWS = 2**16, 512, 256
 
 
@@ -62,7 +62,7 @@ def packed_bytes(module: Module, run: Run, threads: int) -> int:
 
 
 def _own_bytes(module: Module, run: Run) -> int:
-    """Bytes that one thread packs in a product of the package's own; 0 for other calls. See `nn.kernels.grouped`."""
+    """Bytes that one thread packs in a product of `nn.kernels.functions.grouped`; 0 for other calls."""
     named = _OWN.search(run.instruction.attribute("custom_call_target") or "")
     if named is None:
         return 0

@@ -1,4 +1,4 @@
-"""Attention by the C function of `nn.kernels.flash`, against sums in float64."""
+"""Attention by the C function of `nn.kernels.functions.flash`, against sums in float64."""
 
 import functools
 

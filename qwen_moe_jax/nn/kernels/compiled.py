@@ -10,17 +10,17 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 from qwen_moe_jax.compilation_cache import keep, read_kept, source_hash
-from qwen_moe_jax.nn.kernels.adamw import write_adamw
-from qwen_moe_jax.nn.kernels.attention import write_attention
-from qwen_moe_jax.nn.kernels.counting_sort import write_counting_sort
-from qwen_moe_jax.nn.kernels.delta_rule import write_delta_rule
-from qwen_moe_jax.nn.kernels.flash import write_flash_attention
-from qwen_moe_jax.nn.kernels.flash_backward import write_flash_gradients
-from qwen_moe_jax.nn.kernels.formats import FORMATS, Format
-from qwen_moe_jax.nn.kernels.grouped import Product, write_grouped_matmul
-from qwen_moe_jax.nn.kernels.handler import write_picked_matmul
-from qwen_moe_jax.nn.kernels.softmax import write_log_softmax, write_softmax_gradient
-from qwen_moe_jax.nn.kernels.tiles import NUMBERS, Numbers
+from qwen_moe_jax.nn.kernels.functions.adamw import write_adamw
+from qwen_moe_jax.nn.kernels.functions.attention import write_attention
+from qwen_moe_jax.nn.kernels.functions.counting_sort import write_counting_sort
+from qwen_moe_jax.nn.kernels.functions.delta_rule import write_delta_rule
+from qwen_moe_jax.nn.kernels.functions.flash import write_flash_attention
+from qwen_moe_jax.nn.kernels.functions.flash_backward import write_flash_gradients
+from qwen_moe_jax.nn.kernels.functions.grouped import Product, write_grouped_matmul
+from qwen_moe_jax.nn.kernels.functions.picked import write_picked_matmul
+from qwen_moe_jax.nn.kernels.functions.softmax import write_log_softmax, write_softmax_gradient
+from qwen_moe_jax.nn.kernels.llvm.formats import FORMATS, Format
+from qwen_moe_jax.nn.kernels.llvm.tiles import NUMBERS, Numbers
 
 #: What holds the machine code.
 _engines: list[llvm.ExecutionEngine] = []

@@ -2,7 +2,7 @@
 
 XLA has no product that reads a slice where it is stored: it copies the matrix first, and widens bfloat16 on the way,
 which takes longer than the product with a few rows. Here LLVM compiles a C function that XLA calls on the whole stack
-(`handler.py`). Without llvmlite (`pip install 'qwen-moe-jax[cpu]'`) callers use XLA's own products.
+(`functions.picked`). Without llvmlite (`pip install 'qwen-moe-jax[cpu]'`) callers use XLA's own products.
 """
 
 import ctypes
@@ -14,10 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qwen_moe_jax.nn.kernels import LANES
 from qwen_moe_jax.nn.quantised import Quantised, Weight
 
-#: I is a multiple of this.
-LANES = 16
 #: Numbers of all matrices of a product, from which on a call of a C function costs little.
 WORTH_A_CALL = 2**13
 #: What `register` was called with in this process.
@@ -112,7 +111,7 @@ def target(kernel: str, format: str) -> str | None:
     if importlib.util.find_spec("llvmlite") is None:
         return None
     from qwen_moe_jax.nn.kernels import compiled
-    from qwen_moe_jax.nn.kernels.formats import FORMATS
+    from qwen_moe_jax.nn.kernels.llvm.formats import FORMATS
 
     if format not in FORMATS:
         return None

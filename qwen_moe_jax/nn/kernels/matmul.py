@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from qwen_moe_jax.nn.kernels.cpu import LANES, WORTH_A_CALL, on_cpu, register
+from qwen_moe_jax.nn.kernels import LANES
+from qwen_moe_jax.nn.kernels.cpu import WORTH_A_CALL, on_cpu, register
 
 if TYPE_CHECKING:
-    from qwen_moe_jax.nn.kernels.grouped import Product
+    from qwen_moe_jax.nn.kernels.functions.grouped import Product
 
 #: The dtypes that there are functions for, and of what the sizes of their matrices are multiples.
 MULTIPLES = {"float32": LANES, "bfloat16": 2 * LANES}

@@ -2,9 +2,8 @@
 
 A chunk is a block of tokens of one row, in the query heads that share a key/value head. They meet one block of keys
 after the other, each tile of their rows by itself: its scores stay in the first cache. Softmax is computed online, so
-no query's scores are in memory as a whole, and keys that no query of a tile sees cost nothing.
-
-Only `nn.kernels` imports this, where llvmlite is installed. Source: Dao, arXiv 2307.08691.
+no query's scores are in memory as a whole, and keys that no query of a tile sees cost nothing. Source: Dao, arXiv
+2307.08691.
 
 Letters of this file besides the package's: G query heads of a key/value head.
 """
@@ -14,7 +13,8 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from qwen_moe_jax.nn.kernels.attention import (
+from qwen_moe_jax.nn.kernels import LANES
+from qwen_moe_jax.nn.kernels.functions.attention import (
     AT_COUNTS,
     AT_KEYS,
     AT_LENGTHS,
@@ -35,13 +35,21 @@ from qwen_moe_jax.nn.kernels.attention import (
     TOKENS,
     WINDOW,
 )  # fmt: skip
-from qwen_moe_jax.nn.kernels.call import CHUNKS, DONE, NEXT, Operands, write_handler
-from qwen_moe_jax.nn.kernels.code import FLOAT, INT32, INT64, Code, Int, Variable
-from qwen_moe_jax.nn.kernels.cpu import LANES
-from qwen_moe_jax.nn.kernels.flash_blocks import KEYS, LOW, QUERIES, SCORES, UNSEEN, Seen, panels_of, write_pack_keys
-from qwen_moe_jax.nn.kernels.formats import FLOATS
-from qwen_moe_jax.nn.kernels.tiles import Numbers, write_narrow, write_pack_rows, write_tiles
-from qwen_moe_jax.nn.kernels.vectors import added, broadcast, constant, exp, folded, larger
+from qwen_moe_jax.nn.kernels.functions.flash_blocks import (
+    KEYS,
+    LOW,
+    QUERIES,
+    SCORES,
+    UNSEEN,
+    Seen,
+    panels_of,
+    write_pack_keys,
+)
+from qwen_moe_jax.nn.kernels.llvm.call import CHUNKS, DONE, NEXT, Operands, write_handler
+from qwen_moe_jax.nn.kernels.llvm.code import FLOAT, INT32, INT64, Code, Int, Variable
+from qwen_moe_jax.nn.kernels.llvm.formats import FLOATS
+from qwen_moe_jax.nn.kernels.llvm.tiles import Numbers, write_narrow, write_pack_rows, write_tiles
+from qwen_moe_jax.nn.kernels.llvm.vectors import added, broadcast, constant, exp, folded, larger
 
 #: Arguments of the call: queries [B, T, N, H]; numbers int32 [4]: the layer, the sliding window or 0, whether there is
 #: a table, and whether there are segments; the factor of scores float32 [1]; tokens of each row before these int32 [B];
@@ -50,7 +58,7 @@ from qwen_moe_jax.nn.kernels.vectors import added, broadcast, constant, exp, fol
 #: Results: [B, T, N, H] in their dtype; each query's largest score and the sum of its weights, float32 [2, B, T, N].
 QUERIES_, NUMBERS, SCALE, LENGTHS, COUNTS, TABLE, SEGMENTS, KEYS_, VALUES = range(9)
 
-#: Fields of a job after those of `nn.kernels.attention`.
+#: Fields of a job after those of `nn.kernels.functions.attention`.
 AT_SEGMENTS, AT_SUMS, FACTOR, PARTS, ROWS_, LAST = range(END, END + 48, 8)
 
 

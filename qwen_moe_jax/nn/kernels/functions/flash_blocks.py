@@ -1,22 +1,19 @@
-"""What the C functions of attention over whole rows share: blocks of keys, packed, and which of them a query sees.
-
-Only `nn.kernels` imports this, where llvmlite is installed.
-"""
+"""What the C functions of attention over whole rows share: blocks of keys, packed, and which of them a query sees."""
 
 from typing import Any
 
 from llvmlite import ir
 
-from qwen_moe_jax.nn.kernels.attention import (
+from qwen_moe_jax.nn.kernels import LANES
+from qwen_moe_jax.nn.kernels.functions.attention import (
     AT_KEYS,
     AT_VALUES,
     HEAD_DIM,
     KV_HEADS,
     runs,
 )
-from qwen_moe_jax.nn.kernels.code import INT32, Code, Int
-from qwen_moe_jax.nn.kernels.cpu import LANES
-from qwen_moe_jax.nn.kernels.tiles import Numbers, write_pack_transposed
+from qwen_moe_jax.nn.kernels.llvm.code import INT32, Code, Int
+from qwen_moe_jax.nn.kernels.llvm.tiles import Numbers, write_pack_transposed
 
 #: Queries of a token's head, and keys, of a block.
 QUERIES, KEYS = 128, 256

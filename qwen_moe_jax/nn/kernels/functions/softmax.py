@@ -1,7 +1,6 @@
 """The C functions of `model.cross_entropy_cpu`: what the loss needs of rows of logits, and the gradient of the logits.
 
-A chunk is a few rows, each of which is read again while it is in the caches. Only `nn.kernels` imports this, where
-llvmlite is installed.
+A chunk is a few rows, each of which is read again while it is in the caches.
 """
 
 import contextlib
@@ -10,11 +9,11 @@ from typing import Any
 
 from llvmlite import ir
 
-from qwen_moe_jax.nn.kernels.call import CHUNKS, DONE, JOB_FIELDS, NEXT, Operands, write_handler
-from qwen_moe_jax.nn.kernels.code import FLOAT, INT32, Code, Int, Variable
-from qwen_moe_jax.nn.kernels.cpu import LANES
-from qwen_moe_jax.nn.kernels.formats import FLOATS, Format
-from qwen_moe_jax.nn.kernels.vectors import added, broadcast, constant, exp, folded, larger
+from qwen_moe_jax.nn.kernels import LANES
+from qwen_moe_jax.nn.kernels.llvm.call import CHUNKS, DONE, JOB_FIELDS, NEXT, Operands, write_handler
+from qwen_moe_jax.nn.kernels.llvm.code import FLOAT, INT32, Code, Int, Variable
+from qwen_moe_jax.nn.kernels.llvm.formats import FLOATS, Format
+from qwen_moe_jax.nn.kernels.llvm.vectors import added, broadcast, constant, exp, folded, larger
 
 #: Fields of a job after those of every job: rows, numbers of a row, and the addresses of the buffers in their order.
 ROWS, WIDTH, BUFFERS = range(JOB_FIELDS, JOB_FIELDS + 24, 8)

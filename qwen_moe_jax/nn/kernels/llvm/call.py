@@ -1,15 +1,14 @@
 """A C function that XLA calls, which shares its work, a job of many chunks, with XLA's threads.
 
-Only `nn.kernels` imports this, where llvmlite is installed. Offsets are those of the structs in xla/ffi/api/c_api.h,
-which jaxlib brings along (`jax.ffi.include_dir()`), of API version 0.3: they change with the major version only, which
-XLA compares when the function is registered.
+Offsets are those of the structs in xla/ffi/api/c_api.h, which jaxlib brings along (`jax.ffi.include_dir()`), of API
+version 0.3: they change with the major version only, which XLA compares when the function is registered.
 """
 
 from typing import Any
 
 from llvmlite import ir
 
-from qwen_moe_jax.nn.kernels.code import INT32, INT64, Code, Int, Variable
+from qwen_moe_jax.nn.kernels.llvm.code import INT32, INT64, Code, Int, Variable
 
 #: Fields of XLA_FFI_CallFrame.
 FRAME_EXTENSION, FRAME_API, FRAME_CONTEXT = 8, 16, 24

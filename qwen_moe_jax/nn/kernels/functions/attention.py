@@ -1,7 +1,7 @@
 """The C function of `attention_kernels.cached_cpu`: new tokens' keys and values are stored, then they attend to theirs.
 
-A chunk is one row's share of one key/value head: its slots are read where they are stored, in one or more runs of
-slots that follow one another. Only `nn.kernels` imports this, where llvmlite is installed.
+A chunk is one row's share of one key/value head: its slots are read where they are stored, in one or more runs of slots
+that follow one another.
 
 Letters of this file besides the package's: G query heads of a key/value head; S slots of a row, or of a block.
 """
@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 from llvmlite import ir
 
-from qwen_moe_jax.nn.kernels.call import CHUNKS, DONE, JOB_FIELDS, NEXT, Operands, write_handler
-from qwen_moe_jax.nn.kernels.code import FLOAT, INT32, INT64, Code, Int, Variable
-from qwen_moe_jax.nn.kernels.cpu import LANES
-from qwen_moe_jax.nn.kernels.formats import FLOATS, Format
-from qwen_moe_jax.nn.kernels.product import write_multiply
-from qwen_moe_jax.nn.kernels.vectors import added, broadcast, constant, exp, folded, larger, multiply_add
+from qwen_moe_jax.nn.kernels import LANES
+from qwen_moe_jax.nn.kernels.llvm.call import CHUNKS, DONE, JOB_FIELDS, NEXT, Operands, write_handler
+from qwen_moe_jax.nn.kernels.llvm.code import FLOAT, INT32, INT64, Code, Int, Variable
+from qwen_moe_jax.nn.kernels.llvm.formats import FLOATS, Format
+from qwen_moe_jax.nn.kernels.llvm.product import write_multiply
+from qwen_moe_jax.nn.kernels.llvm.vectors import added, broadcast, constant, exp, folded, larger, multiply_add
 
 #: Arguments of the call: queries float32 [B, T, N, H], already scaled; new keys and values [B, T, K, H] as they are
 #: stored; numbers int32 [3]: the layer, the sliding window or 0, and whether there is a table; tokens of each row

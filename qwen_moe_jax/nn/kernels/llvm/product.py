@@ -1,16 +1,13 @@
-"""The innermost loops of `picked_matmul`: a block of a matrix times some rows.
-
-Only `nn.kernels` imports this, where llvmlite is installed.
-"""
+"""The innermost loops of `picked_matmul`: a block of a matrix times some rows."""
 
 from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 
-from qwen_moe_jax.nn.kernels.code import INT32, INT64, Code, Int, Variable
-from qwen_moe_jax.nn.kernels.cpu import LANES
-from qwen_moe_jax.nn.kernels.formats import FLOATS, Format
+from qwen_moe_jax.nn.kernels import LANES
+from qwen_moe_jax.nn.kernels.llvm.code import INT32, INT64, Code, Int, Variable
+from qwen_moe_jax.nn.kernels.llvm.formats import FLOATS, Format
 
 #: Rows of the matrix that are read side by side, and rows that they meet at once: their sums stay in registers.
 OUTPUTS, ROWS = 4, (6, 4, 2, 1)

@@ -1,12 +1,9 @@
-"""The C function of `nn.kernels.sorting`: a counting sort, which passes over the keys twice.
-
-Only `nn.kernels` imports this, where llvmlite is installed.
-"""
+"""The C function of `nn.kernels.sorting`: a counting sort, which passes over the keys twice."""
 
 from llvmlite import ir
 
-from qwen_moe_jax.nn.kernels.call import CHUNKS, DONE, JOB_FIELDS, NEXT, Operands, write_handler
-from qwen_moe_jax.nn.kernels.code import INT32, Code
+from qwen_moe_jax.nn.kernels.llvm.call import CHUNKS, DONE, JOB_FIELDS, NEXT, Operands, write_handler
+from qwen_moe_jax.nn.kernels.llvm.code import INT32, Code
 
 #: Fields of a job: addresses of the keys int32 [N], and of the results: the item of each row int32 [R], N for none; the
 #: row of each item int32 [N], R for none; how many items each key has, int32 [K]; and the three sizes.

@@ -1,6 +1,6 @@
 """Writing C functions in LLVM's intermediate code, in as few words as Python allows.
 
-Addresses are int64. Only `nn.kernels` imports this, where llvmlite is installed.
+Addresses are int64.
 """
 
 import contextlib

@@ -1,18 +1,17 @@
 """The C function of `train.adamw_cpu`: a step of AdamW for one array, whose parameters and moments change in place.
 
-A chunk is some numbers, of which each is read and written once. Only `nn.kernels` imports this, where llvmlite is
-installed.
+A chunk is some numbers, of which each is read and written once.
 """
 
 from typing import Any
 
 from llvmlite import ir
 
-from qwen_moe_jax.nn.kernels.call import CHUNKS, DONE, JOB_FIELDS, NEXT, Operands, write_handler
-from qwen_moe_jax.nn.kernels.code import FLOAT, INT64, Code, Variable
-from qwen_moe_jax.nn.kernels.cpu import LANES
-from qwen_moe_jax.nn.kernels.formats import FLOATS, Format
-from qwen_moe_jax.nn.kernels.vectors import broadcast, multiply_add
+from qwen_moe_jax.nn.kernels import LANES
+from qwen_moe_jax.nn.kernels.llvm.call import CHUNKS, DONE, JOB_FIELDS, NEXT, Operands, write_handler
+from qwen_moe_jax.nn.kernels.llvm.code import FLOAT, INT64, Code, Variable
+from qwen_moe_jax.nn.kernels.llvm.formats import FLOATS, Format
+from qwen_moe_jax.nn.kernels.llvm.vectors import broadcast, multiply_add
 
 #: Numbers that a step has for all elements, float32, in their order in the first argument: what the gradient is
 #: multiplied with; each moment's decay and 1 less that; what the moments are multiplied with before the update, for

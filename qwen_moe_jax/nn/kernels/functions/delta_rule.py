@@ -1,7 +1,7 @@
 """The C function of `attention_kernels.delta_rule_cpu`: one token of each row through convolution and gated delta rule.
 
 A chunk is one row's share of one key head: its channels of the convolution, and the states of its value heads, which
-are read and written where they are stored. Only `nn.kernels` imports this, where llvmlite is installed.
+are read and written where they are stored.
 
 Letters of this file besides the package's: C channels; K key heads, and G value heads that share one, N = K * G; H size
 of a key head, P of a value head.
@@ -11,11 +11,11 @@ from typing import Any
 
 from llvmlite import ir
 
-from qwen_moe_jax.nn.kernels.call import CHUNKS, DONE, JOB_FIELDS, NEXT, Operands, write_handler
-from qwen_moe_jax.nn.kernels.code import FLOAT, INT32, INT64, Code, Int, Variable
-from qwen_moe_jax.nn.kernels.cpu import LANES
-from qwen_moe_jax.nn.kernels.formats import FLOATS, Format
-from qwen_moe_jax.nn.kernels.vectors import added, broadcast, constant, folded, multiply_add, silu
+from qwen_moe_jax.nn.kernels import LANES
+from qwen_moe_jax.nn.kernels.llvm.call import CHUNKS, DONE, JOB_FIELDS, NEXT, Operands, write_handler
+from qwen_moe_jax.nn.kernels.llvm.code import FLOAT, INT32, INT64, Code, Int, Variable
+from qwen_moe_jax.nn.kernels.llvm.formats import FLOATS, Format
+from qwen_moe_jax.nn.kernels.llvm.vectors import added, broadcast, constant, folded, multiply_add, silu
 
 #: Taps of the convolution: the token itself and those before it.
 TAPS = 4

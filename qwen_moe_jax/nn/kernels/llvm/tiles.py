@@ -3,8 +3,6 @@
 A tile is some rows of the left factor times a *panel* of the right one: for every step of the contraction, the panel
 has the numbers of its columns one after another, as vectors are loaded, where a row's number is broadcast. A step is 4
 bytes: a float32 or, where the processor multiplies them, two bfloat16.
-
-Only `nn.kernels` imports this, where llvmlite is installed.
 """
 
 import dataclasses
@@ -13,9 +11,9 @@ from typing import Any, Literal
 
 from llvmlite import ir
 
-from qwen_moe_jax.nn.kernels.code import FLOAT, INT16, INT32, INT64, Code, Int, Variable
-from qwen_moe_jax.nn.kernels.cpu import LANES
-from qwen_moe_jax.nn.kernels.formats import FLOATS
+from qwen_moe_jax.nn.kernels import LANES
+from qwen_moe_jax.nn.kernels.llvm.code import FLOAT, INT16, INT32, INT64, Code, Int, Variable
+from qwen_moe_jax.nn.kernels.llvm.formats import FLOATS
 
 #: How the left factor is stored: [rows, steps], or [steps, rows].
 Left = Literal["rows", "columns"]

@@ -1,16 +1,13 @@
-"""Functions of vectors of `LANES` floats in C functions: exponentials, sums and largest numbers.
-
-Only `nn.kernels` imports this, where llvmlite is installed.
-"""
+"""Functions of vectors of `LANES` floats in C functions: exponentials, sums and largest numbers."""
 
 from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 
-from qwen_moe_jax.nn.kernels.code import INT32, Code
-from qwen_moe_jax.nn.kernels.cpu import LANES
-from qwen_moe_jax.nn.kernels.formats import FLOATS
+from qwen_moe_jax.nn.kernels import LANES
+from qwen_moe_jax.nn.kernels.llvm.code import INT32, Code
+from qwen_moe_jax.nn.kernels.llvm.formats import FLOATS
 
 _INTEGERS = ir.VectorType(INT32, LANES)
 #: Below this, exp is 0 here: the result would be no normal number.

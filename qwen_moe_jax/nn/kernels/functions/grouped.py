@@ -2,18 +2,16 @@
 
 A job has entries: a part of a group's rows (of the results' rows, for the gradient of the weights). A chunk is an entry
 times some columns of the result: their panels are packed, and then each tile of the entry's rows meets all of them.
-
-Only `nn.kernels` imports this, where llvmlite is installed.
 """
 
 from typing import Literal
 
 from llvmlite import ir
 
-from qwen_moe_jax.nn.kernels.call import CHUNKS, DONE, JOB_FIELDS, NEXT, Operands, write_handler
-from qwen_moe_jax.nn.kernels.code import INT32, INT64, Code, Variable
-from qwen_moe_jax.nn.kernels.cpu import LANES
-from qwen_moe_jax.nn.kernels.tiles import (
+from qwen_moe_jax.nn.kernels import LANES
+from qwen_moe_jax.nn.kernels.llvm.call import CHUNKS, DONE, JOB_FIELDS, NEXT, Operands, write_handler
+from qwen_moe_jax.nn.kernels.llvm.code import INT32, INT64, Code, Variable
+from qwen_moe_jax.nn.kernels.llvm.tiles import (
     Left,
     Numbers,
     write_narrow,

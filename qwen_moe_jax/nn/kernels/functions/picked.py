@@ -1,14 +1,11 @@
-"""The C function that XLA calls for `picked_matmul`: its job and the job's chunks.
-
-Only `nn.kernels` imports this, where llvmlite is installed.
-"""
+"""The C function that XLA calls for `picked_matmul`: its job and the job's chunks."""
 
 from llvmlite import ir
 
-from qwen_moe_jax.nn.kernels.call import CHUNKS, DONE, JOB_FIELDS, NEXT, Operands, write_handler
-from qwen_moe_jax.nn.kernels.code import INT32, INT64, Code, Variable
-from qwen_moe_jax.nn.kernels.formats import Format
-from qwen_moe_jax.nn.kernels.product import OUTPUTS, write_multiply
+from qwen_moe_jax.nn.kernels.llvm.call import CHUNKS, DONE, JOB_FIELDS, NEXT, Operands, write_handler
+from qwen_moe_jax.nn.kernels.llvm.code import INT32, INT64, Code, Variable
+from qwen_moe_jax.nn.kernels.llvm.formats import Format
+from qwen_moe_jax.nn.kernels.llvm.product import OUTPUTS, write_multiply
 
 #: Fields of a job after those of every job, int64 each: stacks, chunks of a group in all stacks, I, and the address of
 #: x. After them those of each stack and of each group that has rows.

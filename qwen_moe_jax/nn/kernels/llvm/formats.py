@@ -1,7 +1,4 @@
-"""How the numbers of a matrix are stored: what a kind of weights brings to `picked_matmul`.
-
-Only `nn.kernels` imports this, where llvmlite is installed.
-"""
+"""How the numbers of a matrix are stored: what a kind of weights brings to `picked_matmul`."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -9,8 +6,8 @@ from typing import Any
 
 from llvmlite import ir
 
-from qwen_moe_jax.nn.kernels.code import FLOAT, INT8, INT16, INT32, Code, Int
-from qwen_moe_jax.nn.kernels.cpu import LANES
+from qwen_moe_jax.nn.kernels import LANES
+from qwen_moe_jax.nn.kernels.llvm.code import FLOAT, INT8, INT16, INT32, Code, Int
 
 FLOATS = ir.VectorType(FLOAT, LANES)
 _BITS = ir.VectorType(INT32, LANES)

@@ -2,9 +2,7 @@
 
 A chunk is a row and a key/value head. Blocks of keys meet the blocks of queries that see them, in all query heads that
 share the head: their weights are computed again from the logarithms of the queries' sums, and the gradients of keys and
-values are summed over the queries, those of queries over the keys.
-
-Only `nn.kernels` imports this, where llvmlite is installed. Source: Dao, arXiv 2307.08691.
+values are summed over the queries, those of queries over the keys. Source: Dao, arXiv 2307.08691.
 
 Letters of this file besides the package's: G query heads of a key/value head.
 """
@@ -14,15 +12,21 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from qwen_moe_jax.nn.kernels.attention import HEAD_DIM, HEADS, KV_HEADS, THREADS, TOKENS, WINDOW
-from qwen_moe_jax.nn.kernels.call import CHUNKS, DONE, NEXT, Operands, write_handler
-from qwen_moe_jax.nn.kernels.code import FLOAT, INT32, Code, Int
-from qwen_moe_jax.nn.kernels.cpu import LANES
-from qwen_moe_jax.nn.kernels.flash import AT_SEGMENTS, FACTOR, LAST, segment_of, visible, write_segments
-from qwen_moe_jax.nn.kernels.flash_blocks import KEYS, SCORES, Seen, panels_of
-from qwen_moe_jax.nn.kernels.formats import FLOATS
-from qwen_moe_jax.nn.kernels.tiles import Numbers, write_narrow, write_pack_rows, write_pack_transposed, write_tiles
-from qwen_moe_jax.nn.kernels.vectors import broadcast, constant, exp
+from qwen_moe_jax.nn.kernels import LANES
+from qwen_moe_jax.nn.kernels.functions.attention import HEAD_DIM, HEADS, KV_HEADS, THREADS, TOKENS, WINDOW
+from qwen_moe_jax.nn.kernels.functions.flash import AT_SEGMENTS, FACTOR, LAST, segment_of, visible, write_segments
+from qwen_moe_jax.nn.kernels.functions.flash_blocks import KEYS, SCORES, Seen, panels_of
+from qwen_moe_jax.nn.kernels.llvm.call import CHUNKS, DONE, NEXT, Operands, write_handler
+from qwen_moe_jax.nn.kernels.llvm.code import FLOAT, INT32, Code, Int
+from qwen_moe_jax.nn.kernels.llvm.formats import FLOATS
+from qwen_moe_jax.nn.kernels.llvm.tiles import (
+    Numbers,
+    write_narrow,
+    write_pack_rows,
+    write_pack_transposed,
+    write_tiles,
+)
+from qwen_moe_jax.nn.kernels.llvm.vectors import broadcast, constant, exp
 
 #: Arguments of the call: queries and the gradients of their results [B, T, N, H]; keys and values [B, T, K, H], all of
 #: one dtype; of each query how much its weights would grow together, and the logarithm of its sum, float32 [B, T, N];
