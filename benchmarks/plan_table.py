@@ -1,13 +1,15 @@
 """Plans of training steps on pods, as one table: `python benchmarks/plan_table.py FOLDER [NAME …]`.
 
-Each case below is a training step that `python -m train CONFIG --plan` compiles for its target, without a device. The
-named ones are compiled, one after the other, each in a process of its own that writes FOLDER/NAME.json; a name may end
-with `*`. Then the table of all plans in the folder is printed, of one device: memory, bytes sent in a step, FLOPs over
-the model's, the times of compute, memory and network by published peaks, what bounds the step, and the share of peak
-FLOPs at best. A compilation takes minutes and some GB of memory. The extras `plan` and `plan-gpu` bring the compilers.
+The steps of `pod_steps` that are named (`*` stands for any letters) are compiled for their targets, without a device,
+one after the other, each by `python -m train CONFIG --plan TARGET` in a process of its own that writes
+FOLDER/NAME.json. Their remat is the first of dots, experts and full under which the step may fit by arithmetic, and the
+next where the compiled program does not. Then the table of all plans in the folder is printed, of one device: memory,
+bytes sent in a step, FLOPs over the model's, the times of compute, memory and network by published peaks, what bounds
+the step, and the share of peak FLOPs at best.
+
+A compilation takes a minute or more and some GB of memory. The extras `plan` and `plan-gpu` bring the compilers.
 """
 
-import dataclasses
 import fnmatch
 import json
 import subprocess
@@ -15,67 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pod_steps
+
 ROOT = Path(__file__).parents[1]
-LONG = "configs/train/qwen3-coder-30b-a3b-128k.toml"
-SHORT = "configs/train/qwen3-30b-a3b-sft.toml"
-BIG = "configs/train/qwen3-235b-a22b.toml"
-HYBRID = "configs/train/qwen3.5-35b-a3b-sft.toml"
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A step.
-
-    Attributes:
-        config: the recipe.
-        target: of the plan.
-        changes: of the recipe, as on the command line.
-    """
-
-    config: str
-    target: str
-    changes: str = ""
-
-
-def _model(name: str, changes: str) -> str:
-    return f"--run.model_name_or_path={name} {changes}"
-
-
-def _rows(length: int) -> str:
-    """32 rows of so many tokens on 256 devices."""
-    mesh = "--mesh.fsdp=1 --mesh.context=8 --mesh.expert=32 --sharding.rules=expert+fsdp+context"
-    return f"--data.seq_len={length} --data.batch_size=32 {mesh}"
-
-
-#: By model, length of a row and chip.
-CASES = {
-    "30b-4k-v5p": Case(SHORT, "tpu:v5p:4x4x4"),
-    "30b-32k-v5p": Case(LONG, "tpu:v5p:4x4x4", "--data.seq_len=32768"),
-    "30b-128k-v5p": Case(LONG, "tpu:v5p:4x4x4"),
-    "30b-4k-v6e": Case(SHORT, "tpu:v6e:8x8", "--execution.remat=experts"),
-    "30b-4k-h200": Case(SHORT, "gpu:h200:64"),
-    "235b-4k-v5p": Case(BIG, "tpu:v5p:4x8x8"),
-    "235b-32k-v5p": Case(BIG, "tpu:v5p:4x8x8", _rows(32768)),
-    "235b-128k-v5p": Case(BIG, "tpu:v5p:4x8x8", _rows(131072)),
-    "57b-4k-v5p": Case(SHORT, "tpu:v5p:4x4x8", _model("Qwen/Qwen2-57B-A14B", "--mesh.fsdp=16 --data.batch_size=128")),
-    "8x22b-4k-v5p": Case(
-        SHORT,
-        "tpu:v5p:4x4x8",
-        _model(
-            "mistralai/Mixtral-8x22B-Instruct-v0.1",
-            "--mesh.fsdp=16 --data.batch_size=128 --execution.remat=experts",
-        ),
-    ),
-    "35b-4k-v5p": Case(HYBRID, "tpu:v5p:4x4x4"),
-    "397b-4k-v5p": Case(
-        HYBRID,
-        "tpu:v5p:4x8x8",
-        _model(
-            "Qwen/Qwen3.5-397B-A17B",
-            "--mesh.fsdp=16 --mesh.expert=16 --data.batch_size=256 --execution.remat=full",
-        ),
-    ),
-}
 
 COLUMNS = (
     "step",
@@ -83,6 +27,7 @@ COLUMNS = (
     "remat",
     "memory of a device",
     "sent",
+    "of it asynchronous",
     "FLOPs, program / model",
     "compute",
     "memory",
@@ -92,13 +37,18 @@ COLUMNS = (
 )
 
 
-def compile_case(name: str, folder: Path) -> None:
-    """Writes the plan of one case."""
-    case = CASES[name]
-    words = [str(ROOT / case.config), *case.changes.split(), "--plan", case.target]
-    command = [sys.executable, "-m", "train", *words, "--json", str(folder / f"{name}.json")]
-    print(*command[1:], file=sys.stderr, flush=True)
-    subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+def compile_step(step: pod_steps.Step, folder: Path) -> None:
+    """Writes the step's plan: that of the first remat under which it fits, or of the last one."""
+    first, _ = pod_steps.first_that_fits(step)
+    start = pod_steps.REMATS.index(first) if first else len(pod_steps.REMATS) - 1
+    written = folder / f"{step.name}.json"
+    for remat in pod_steps.REMATS[start:]:
+        words = [str(step.config), *step.changes, f"--execution.remat={remat}", "--plan", step.target]
+        command = [sys.executable, "-m", "train", *words, "--json", str(written)]
+        print(*command[1:], file=sys.stderr, flush=True)
+        subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+        if json.loads(written.read_text())["memory"]["total"] is not None:
+            return
 
 
 def cells(name: str, plan: dict[str, Any]) -> list[str]:
@@ -113,22 +63,25 @@ def cells(name: str, plan: dict[str, Any]) -> list[str]:
     if roofline is None:
         return found
     sent = sum(one["bytes"] for one in roofline["traffic"])
+    asynchronous = sum(one["bytes_per_step"] for one in plan["collectives"] if one["asynchronous"])
     ratio = "not known" if flops["program"] is None else f"{flops['program'] / flops['model']:.2f}"
     times = [f"{roofline[each]:.2f} s" for each in ("compute", "memory", "network")]
-    return [*found, f"{sent / 1e9:.0f} GB", ratio, *times, roofline["bound"], f"{roofline['utilisation']:.0%}"]
+    gigabytes = [f"{each / 1e9:.0f} GB" for each in (sent, asynchronous)]
+    return [*found, *gigabytes, ratio, *times, roofline["bound"], f"{roofline['utilisation']:.0%}"]
 
 
 def main(folder: str, *names: str) -> None:
-    """Compiles the cases that are named, and prints the table of all that were."""
+    """Compiles the steps that are named, and prints the table of all that were."""
     where = Path(folder)
     where.mkdir(parents=True, exist_ok=True)
-    for name in CASES:
-        if any(fnmatch.fnmatch(name, pattern) for pattern in names):
-            compile_case(name, where)
+    steps = pod_steps.steps()
+    for step in steps:
+        if any(fnmatch.fnmatch(step.name, pattern) for pattern in names):
+            compile_step(step, where)
     lines = [list(COLUMNS), ["---"] * len(COLUMNS)]
-    for name in CASES:
-        if (plan := where / f"{name}.json").exists():
-            found = cells(name, json.loads(plan.read_text()))
+    for step in steps:
+        if (plan := where / f"{step.name}.json").exists():
+            found = cells(step.name, json.loads(plan.read_text()))
             lines.append(found + [""] * (len(COLUMNS) - len(found)))
     for line in lines:
         print("| " + " | ".join(line) + " |")
