@@ -112,9 +112,9 @@ class TokenLosses:
 
     def restored(self, order: RowOrder) -> "TokenLosses":
         """The same with tokens in the order of their rows."""
-        router, tokens = self.router, dataclasses.replace(self, router=None)
-        router = None if router is None else router.restored(order)
-        return dataclasses.replace(jax.tree.map(order.restore, tokens), router=router)
+        tokens = dataclasses.replace(self, router=None, mtp_router=None)
+        router = None if self.router is None else self.router.restored(order)
+        return dataclasses.replace(jax.tree.map(order.restore, tokens), router=router, mtp_router=self.mtp_router)
 
 
 def _first_rows(router: RouterOutput | None, batch: int) -> Any:

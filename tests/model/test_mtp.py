@@ -72,7 +72,7 @@ def test_reading_in_pieces_predicts_what_reading_at_once_does(pieces):
         assert_near(-log_probs_BV[np.arange(2), targets], expected[:, position], TOLERANCE, f"{position}")
 
 
-@pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, {"fsdp": 2, "expert": 4}], ids=str)
+@pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, {"fsdp": 2, "expert": 4}, {"context": 2}], ids=str)
 def test_a_mesh_computes_what_one_device_does(axes):
     # Heads for two devices, experts for four.
     model, tokens = model_of(), np.random.default_rng(0).integers(1, 96, (8, 6))
