@@ -40,6 +40,7 @@ from qwen_moe_jax.plan.result import (
 )
 from qwen_moe_jax.plan.roofline import roofline_of, token_axes
 from qwen_moe_jax.plan.targets import TargetRequest
+from qwen_moe_jax.plan.worst_case import is_dropless, worst_rounds
 from qwen_moe_jax.sharding.mesh import AXES, make_mesh
 from qwen_moe_jax.sharding.rules import mesh_axes
 from qwen_moe_jax.text import format_mesh
@@ -129,14 +130,13 @@ def plan_step(step: Step, request: TargetRequest, mesh: Mesh, calibration: Calib
     compiled, refusal, cost = _compile(step, request, mesh)
 
     memory = _memory(groups, step.gradient_bytes, compiled, refusal, target)
+    module: Module | None = None
     collectives: tuple[Collective, ...] = ()
     program_flops: float | None = None
     roofline: Roofline | None = None
     if compiled is not None:
         text, balanced = compiled.as_text() or "", balanced_rows(step, sizes)
         module = Module(text, layer_repeats(step.config), step.open_loop_times, balanced)
-        if request.platform == "cpu":
-            memory = dataclasses.replace(memory, run_time=run_time_bytes(module, target.devices))
         collectives = collectives_of(module, sizes, request.platform)
         flops = module.matmul_flops()
         program_flops = None if flops is None else flops * target.devices
@@ -167,6 +167,10 @@ def plan_step(step: Step, request: TargetRequest, mesh: Mesh, calibration: Calib
         cost=cost,
         versions=_versions(request),
     )
+    if module is not None and request.platform == "cpu":
+        at_worst = module.with_overflow(worst_rounds(plan) - 1) if is_dropless(plan) else module
+        memory = dataclasses.replace(memory, run_time=run_time_bytes(at_worst, target.devices))
+        plan = dataclasses.replace(plan, memory=memory)
     return dataclasses.replace(plan, remarks=remarks_on(plan))
 
 

@@ -12,18 +12,27 @@ import re
 from qwen_moe_jax.plan.hlo import Module, Run
 from qwen_moe_jax.plan.hlo_text import numbers
 
-#: Tasks that a thread of the pool may have queued: parts of operations whose other threads did them first. XLA runs a
-#: task at once where the queue is full.
+#: Tasks that a thread of the pool may have queued. XLA runs a task at once where the queue is full.
 QUEUE = 1024
 #: Bytes that a queued task keeps, as the C library allocates them: a work queue of 2,560, closures of 256, 128 and 128.
 TASK = 2576 + 272 + 2 * 144 + 32
+#: The same of a task of this package's functions: a closure, and a share of the job.
+OWN_TASK = 512
+#: Tasks of a product that XLA leaves to neither YNNPACK nor this package, as counted.
+OF_A_DOT = 2
+#: What a device keeps of its operations, their arguments and events while a step runs; 0.13 to 0.25 MB were measured.
+LISTS = 2**18
 #: Columns of a matrix that a thread packs at a time, with all that is contracted.
 PACKED_COLUMNS = 64
 #: Bytes by which packed operands exceed the operands, since blocks are whole.
 BLOCKS = 2**18
+#: In how many parts XLA divides an operation, by its axes.
+_PARTS = re.compile(r'"outer_dimension_partitions":\[([^\]]*)\]')
+#: How the names of all of the package's functions begin.
+_OWN_CALL = "qwen_moe_jax_"
 #: The package's own products, and the vectors of 16 numbers of a panel.
 _OWN = re.compile(r"qwen_moe_jax_(plain|transposed|outer)_matmul_\w+_\d+x(\d+)")
-#: Numbers of a chunk's panels, what is contracted at a time, and rows of a chunk, as in `nn.kernels.functions.grouped`.
+#: Numbers of a chunk's panels, what is contracted at a time, and rows of a chunk: those of `functions.grouped`.
 _PANELS, _CONTRACTED, _ROWS = 2**16, 512, 256
 
 
@@ -31,14 +40,41 @@ def run_time_bytes(module: Module, devices: int, cores: int | None = None) -> in
     """The most bytes a device, of simulated ones in one process.
 
     Args:
-        module: the compiled program.
+        module: the compiled program, with the rounds of the worst routing (`with_overflow`).
         devices: how many there are.
         cores: of the machine; those of this one if left out.
     """
     pool = max(devices, cores or os.cpu_count() or 1)
     threads = 1 + math.ceil(pool / devices)
     packed = max((packed_bytes(module, run, threads) for run in module.runs), default=0)
-    return math.ceil(pool / devices) * QUEUE * TASK + packed
+    return queued_bytes(module, pool, math.ceil(pool / devices)) + packed + LISTS
+
+
+def queued_bytes(module: Module, pool: int, queues: int) -> int:
+    """The most bytes of a device's tasks that wait in the queues of the pool.
+
+    An operation in parts offers all but one of them to the pool, and then does itself what no other thread has begun.
+    Where each thread of the pool runs a device, nobody takes the tasks before the step ends: they add up over it.
+    """
+    full, total = queues * QUEUE * TASK, 0
+    for run in module.runs:
+        if run.fused or not (one := _task_bytes(run, pool)):
+            continue
+        if run.times is None:  # as often as it takes
+            return full
+        total += one * run.times
+    return min(total, full)
+
+
+def _task_bytes(run: Run, pool: int) -> int:
+    """Bytes of the tasks that an instruction offers to the pool each time it runs."""
+    instruction = run.instruction
+    if _OWN_CALL in (instruction.attribute("custom_call_target") or ""):
+        return (pool - 1) * OWN_TASK
+    if instruction.opcode == "dot":
+        return OF_A_DOT * TASK
+    parts = _PARTS.search(instruction.attributes)
+    return (math.prod(int(part) for part in re.findall(r"\d+", parts[1])) - 1) * TASK if parts else 0
 
 
 def packed_bytes(module: Module, run: Run, threads: int) -> int:
@@ -70,10 +106,12 @@ def _own_bytes(module: Module, run: Run) -> int:
     left, _, sizes = module.operand_arrays(run)[:3]
     result = run.instruction.results[0]
     height, width = result.shape[-2:]
-    contracted = max(left.shape[0] // sizes.shape[0], 128) if outer else left.shape[1]
-    columns = max(_PANELS // (min(contracted, _CONTRACTED) * panel), 1) * panel
+    contracted = left.shape[0] if outer else left.shape[1]  # all rows may be of one group
+    expected = max(left.shape[0] // sizes.shape[0], 128) if outer else contracted
+    columns = max(_PANELS // (min(expected, _CONTRACTED) * panel), 1) * panel
     columns = min(columns, math.ceil(width / panel) * panel)
+    held = min(max(_PANELS // columns // 16 * 16, 16), _CONTRACTED, contracted)
     narrow = result.bytes < 4 * math.prod(result.shape)
     rows = min(height, _ROWS)
-    packed = columns * _CONTRACTED + (rows * _CONTRACTED if outer or narrow else 0) + (rows * columns if narrow else 0)
+    packed = columns * held + (rows * held if outer or narrow else 0) + (rows * columns if narrow else 0)
     return 4 * packed + 64

@@ -5,6 +5,7 @@ it runs. `dropless` counts as with a balanced load: no rounds for rows beyond it
 are filled. Shapes in the text are those of one device.
 """
 
+import copy
 import dataclasses
 import math
 import re
@@ -108,6 +109,7 @@ class Module:
         self._entry = ""
         self._layer_repeats = layer_repeats
         self._open_loop_times = open_loop_times
+        self._overflow_rounds = 0  # a balanced load is served without them
         self.balanced_rows = balanced_rows
         current: dict[str, Instruction] = {}
         for line in whole_lines(text):
@@ -119,6 +121,13 @@ class Module:
                 current[instruction.name] = instruction
         self.runs: tuple[Run, ...] = tuple(self._walk(self._entry, 1, 0, False, False, False))
 
+    def with_overflow(self, rounds: int) -> "Module":
+        """The program where each layer of `dropless` takes so many rounds for rows beyond its buffers."""
+        found = copy.copy(self)
+        found._overflow_rounds = rounds
+        found.runs = tuple(found._walk(self._entry, 1, 0, False, False, False))
+        return found
+
     def _walk(
         self, name: str, times: int | None, layers: int, fused: bool, looped: bool, started: bool
     ) -> Iterator[Run]:
@@ -128,7 +137,7 @@ class Module:
             if instruction.opcode == "while":
                 trips = self.trips(instruction, computation)
                 if trips is None and f"{SCOPE}/" in instruction.source:
-                    trips = 0  # the rows of a balanced load are served without these rounds
+                    trips = self._overflow_rounds
                 elif trips is None and not looped:
                     trips = self._open_loop_times
                 body = bare(instruction.attribute("body"))

@@ -12,6 +12,11 @@ from qwen_moe_jax.plan.result import Plan
 from qwen_moe_jax.plan.roofline import token_axes
 
 
+def is_dropless(plan: Plan) -> bool:
+    """Whether the plan is of a model with experts under `dropless`."""
+    return bool(plan.model.experts) and plan.work.execution.get("dispatch") == "dropless"
+
+
 def worst_rounds(plan: Plan) -> int:
     """Rounds of a `dropless` layer if all tokens choose the experts of one device; 1 where its buffer takes them all.
 
@@ -19,7 +24,7 @@ def worst_rounds(plan: Plan) -> int:
         ValueError: the plan is of another dispatcher.
     """
     execution, model, ways = plan.work.execution, plan.model, plan.mesh["expert"]
-    if not model.experts or execution["dispatch"] != "dropless":
+    if not is_dropless(plan):
         raise ValueError(f"rounds of a dropless layer: found dispatch {execution.get('dispatch')!r}.")
     shards = math.prod(plan.mesh.get(axis, 1) for axis in token_axes(plan.work))
     tokens = plan.work.tokens // plan.work.accumulation_steps // shards
@@ -34,13 +39,12 @@ def worst_rounds(plan: Plan) -> int:
 
 def worst_case(plan: Plan) -> str:
     """A sentence about memory and time under the worst routing; "" without experts."""
-    dispatch = plan.work.execution.get("dispatch") if plan.model.experts else None
-    if dispatch == "dropless":
+    if is_dropless(plan):
         rounds = worst_rounds(plan)
         how = "a layer's buffers take them all at once"
         if rounds > 1:
             how = f"a layer takes {rounds} rounds through the same buffers"
         return f"This is the memory of any routing: if all tokens choose the experts of one device, {how}."
-    if dispatch == "capacity":
+    if plan.model.experts and plan.work.execution.get("dispatch") == "capacity":
         return "This is the memory of any routing: what exceeds an expert's slots is dropped."
     return ""

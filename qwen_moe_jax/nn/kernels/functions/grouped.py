@@ -34,7 +34,7 @@ MATRIX, ROW, ROWS, BEGIN, COUNT, ENTRY_SIZE = range(0, 48, 8)
 
 #: Rows of an entry.
 LONGEST = 256
-#: Bytes of a chunk's panels, and numbers that are contracted at a time: they should stay in a processor's second cache.
+#: Bytes of a chunk's panels at most, and numbers that are contracted at a time: they should stay in the second cache.
 PANELS, CONTRACTED = 2**18, 512
 
 
@@ -136,17 +136,21 @@ def _write_run_chunk(module: ir.Module, product: Product, numbers: Numbers, heig
     from_left, from_right, to = left + at_left * size, right + at_right * size, result + at_result * size
     contracted = rows if outer else left_width
 
-    of_panels = (most + panel - 1) // panel * panel * CONTRACTED * 4
-    of_left = count * CONTRACTED * 4 if packs_left else code.integer(0)
+    widest = (most + panel - 1) // panel * panel
+    # A group of outer products may have more rows than were expected when the columns were chosen.
+    held = (code.integer(PANELS // 4) // widest // LANES * LANES).at_least(LANES).at_most(CONTRACTED)
+    held = held.at_most(contracted.at_least(1))
+    of_panels = widest * held * 4
+    of_left = count * held * 4 if packs_left else code.integer(0)
     of_result = count * columns * 4 if size == 2 else code.integer(0)
     memory = code.call("malloc", of_panels + of_left + of_result + 64)
     panels = (memory + 63) // 64 * 64
     wide, wide_stride = (panels + of_panels + of_left, columns * 4) if size == 2 else (to, width * 4)
     # Without rows the result is zeros: there is one step at least.
-    blocks = ((contracted + CONTRACTED - 1) // CONTRACTED).at_least(1)
+    blocks = ((contracted + held - 1) // held).at_least(1)
     with code.count(blocks) as block:
-        start = block * CONTRACTED
-        some = (contracted - start).at_most(CONTRACTED)
+        start = block * held
+        some = (contracted - start).at_most(held)
         left_step = left_width * size if outer else code.integer(size)
         right_step = code.integer(size) if product == "transposed" else right_width * size
         code.call(
