@@ -11,11 +11,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_moe_jax.errors import ConfigError
 
-DEVICE = "device"
+DEVICE, HOST = "device", "pinned_host"
 
 
-def check_memory_kind(kind: str, mesh: Mesh) -> None:
-    """Refuses a memory that the mesh's devices do not have.
+def check_memory_kind(kind: str, mesh: Mesh, key: str = "optimizer.memory_kind") -> None:
+    """Refuses a memory that the mesh's devices do not have; `key` is what asks for it.
 
     Raises:
         ConfigError: they have none of that kind.
@@ -25,8 +25,8 @@ def check_memory_kind(kind: str, mesh: Mesh) -> None:
     except ValueError:  # JAX looks it up for devices that are only compiled for, too
         device = mesh.devices.flat[0]
         raise ConfigError(
-            f"optimizer.memory_kind: found {kind!r}, expected a memory that {device.device_kind} devices have: this "
-            "one cannot be addressed by them. Leave the key out to keep the optimizer state on the devices."
+            f"{key}: it needs {kind!r}, expected a memory that {device.device_kind} devices have: this one cannot be "
+            "addressed by them. Leave the key out to keep everything on the devices."
         ) from None
 
 

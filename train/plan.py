@@ -19,7 +19,7 @@ from qwen_moe_jax.plan.mesh_search import find_mesh
 from qwen_moe_jax.plan.result import Plan
 from qwen_moe_jax.plan.search import Search
 from qwen_moe_jax.plan.search_table import print_progress
-from qwen_moe_jax.plan.settings import ACCUMULATION, MEMORY_KIND, OFFLOADED, VARIED, Settings, of_execution
+from qwen_moe_jax.plan.settings import ACCUMULATION, ACTIVATIONS, MEMORY_KIND, OFFLOADED, VARIED, Settings, of_execution
 from qwen_moe_jax.plan.targets import parse_target
 from qwen_moe_jax.plan.work import work_of
 from train.config import TrainConfig
@@ -104,6 +104,7 @@ def search_training(
         return training_step(chosen, assemble(chosen, model_config, mesh), name)
 
     fixed = [setting for setting, key in KEYS.items() if key in given]
+    own = {*fixed, ACTIVATIONS} if request.platform == "cpu" else {*fixed}  # CPUs keep activations in one memory
     axes = {axis: size for axis, size in config.mesh.sizes.items() if f"mesh.{axis}" in given}
     dtype = str(config.execution.dtype or model_config.dtype or "float32")
     return find_mesh(
@@ -111,7 +112,7 @@ def search_training(
         request,
         fixed=fixed,
         axes=axes,
-        last_resort=None if MEMORY_KIND in fixed else OFFLOADED,
+        last_resorts=[one for one in OFFLOADED if one.keys().isdisjoint(own)],
         dtype=dtype,
         calibration=calibration,
         progress=print_progress,
@@ -151,7 +152,12 @@ def paste(sizes: Mapping[str, int], settings: Settings) -> tuple[str, str]:
         section, _, name = key.partition(".")
         tables.setdefault(section, []).append(f"{name} = {toml_value(value)}")
     lines = "".join("\n".join([f"[{section}]", *rows]) + "\n" for section, rows in tables.items())
-    return " ".join(f"--{key} {value}" for key, value in values.items()), lines
+    return " ".join(f"--{key} {_as_word(value)}" for key, value in values.items()), lines
+
+
+def _as_word(value: Any) -> str:
+    """A value of a command line; true and false are written as in TOML."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def training_step(config: TrainConfig, program: Program, name: str) -> Step:

@@ -20,7 +20,7 @@ from qwen_moe_jax.sharding.compiler_options import compiler_options
 from train.config import TrainConfig
 from train.objectives.chosen import objective_of
 from train.objectives.contract import Objective
-from train.offload import DEVICE, check_memory_kind, in_memory
+from train.offload import DEVICE, HOST, check_memory_kind, in_memory
 from train.optimizer import frozen_paths, make_optimizer, stack_axes
 from train.parameters import Params, partition, paths, select
 from train.step import (
@@ -98,6 +98,8 @@ def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> 
     train_graph, abstract = nnx.split(model)
     shapes = nnx.to_pure_dict(abstract)
 
+    if config.execution.activation_offloading:
+        check_memory_kind(HOST, mesh, "execution.activation_offloading")
     trained, fixed = partition(shapes, _fixed_paths(config, model))
     if not trained:
         raise ConfigError(f"optimizer.frozen: {[*config.optimizer.frozen]} leaves no parameter to train.")

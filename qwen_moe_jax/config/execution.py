@@ -86,6 +86,9 @@ class ExecutionConfig:
             but what came over the `expert` axis; experts, the routed experts and their exchange, but neither attention
             nor other matmuls with weights; dots, none of these. Weights gathered over fsdp are gathered again in any
             case.
+        activation_offloading: whether what is kept for the backward pass, the layers' inputs included, waits in the
+            memory of the host ("pinned_host"), to which the devices copy it, and from which they copy it back, layer by
+            layer. It needs a `remat` that says what is kept. CPUs have one memory.
         sharding: the mesh axes that weights are stored sharded over, a `ShardingRules` or the name of one
             (`SHARDING_RULES`).
 
@@ -114,6 +117,7 @@ class ExecutionConfig:
     linear_attention: LinearAttention | None = None
     context_parallel: ContextParallel | None = None
     remat: Remat = "none"
+    activation_offloading: bool = False
     sharding: ShardingRules | str = ShardingRules()
 
     @property
@@ -147,6 +151,8 @@ class ExecutionConfig:
                 check(getattr(self, name) > 0, name, "a positive number")
             factor = self.buffer_factor
             check(factor is None or 1 <= factor < math.inf, "buffer_factor", "a number of at least 1, or None")
+            expected = "False under remat='none', which names nothing to keep: take remat='dots', 'experts' or 'full'"
+            check(not self.activation_offloading or self.remat != "none", "activation_offloading", expected)
             check.at_least(1, "min_capacity", "group_size", "attention_block")
             check.at_least(SMALLEST_GROUP, "weights_group_size")
             check(self.weights_group_size % 2 == 0, "weights_group_size", "an even number: two are stored in a byte")

@@ -12,45 +12,25 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 from flax import nnx
 
-from qwen_moe_jax.attention_kernels.blockwise import ATTENDED
 from qwen_moe_jax.config import ExecutionConfig, ModelConfig
 from qwen_moe_jax.model.cache import Cache, LayerCache, Stored
 from qwen_moe_jax.model.inputs import ModelInputs, TokenContext
 from qwen_moe_jax.model.layer import DecoderLayer, LayerOutput
+from qwen_moe_jax.model.remat import with_remat
 from qwen_moe_jax.model.rotary import rotary_tables
 from qwen_moe_jax.model.segments import Segment, plan_segments
 from qwen_moe_jax.moe.block import SparseMoeBlock
-from qwen_moe_jax.moe.dispatch.rows import EXCHANGED
 from qwen_moe_jax.moe.experts import Experts
 from qwen_moe_jax.moe.router import ForcedRouting
 from qwen_moe_jax.moe.stats import RouterStats, RouterTrace
 from qwen_moe_jax.nn.bits import rows_at
 from qwen_moe_jax.nn.embedding import Embedding
 from qwen_moe_jax.nn.linear import Linear
-from qwen_moe_jax.nn.matmul import EXPERT_MATMUL, WEIGHT_MATMUL
 from qwen_moe_jax.nn.norm import rms_norm
 from qwen_moe_jax.nn.parameters import ParameterFactory
-
-
-def _all_but_reshards(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> bool:
-    """Everything may be saved but the results of reshards: a weight whose sharding is only written differently
-    would be copied into the residuals of every layer.
-    """
-    return primitive.name != "reshard"
-
-
-#: What jax.checkpoint may save, by the name ExecutionConfig.remat gives it.
-SAVEABLE = {
-    "none": _all_but_reshards,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "exchange": jax.checkpoint_policies.save_only_these_names(EXCHANGED),
-    "experts": jax.checkpoint_policies.save_only_these_names(WEIGHT_MATMUL, ATTENDED),
-    "dots": jax.checkpoint_policies.save_only_these_names(EXCHANGED, WEIGHT_MATMUL, EXPERT_MATMUL, ATTENDED),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,7 +142,8 @@ class LayerStack(nnx.Module):
         """Runs the layers; see `Decoder.__call__`. The hidden states it returns are those before the final norm."""
         run_layer: Callable[..., Any] = functools.partial(_run_layer, execution=execution)
         if cache is None:  # with a cache nothing is differentiated
-            run_layer = self._with_remat(run_layer, execution)
+            unrolled = any(segment.repeats == 1 for segment in self.plan)  # the compiler unrolls a scan of one step
+            run_layer = with_remat(run_layer, execution, unrolled=unrolled)
 
         def keep(out: LayerOutput, entered_BTD: jax.Array) -> tuple:
             # With a cache, a step is a few tokens, whose statistics are only wanted together with the trace.
@@ -203,13 +184,6 @@ class LayerStack(nnx.Module):
             new_B = jnp.sum(context.token_mask_BT, axis=1, dtype=jnp.int32)
             cache = dataclasses.replace(cache, segments=tuple(segments), lengths_B=cache.lengths_B + new_B)
         return DecoderOutput(hidden_BTD=hidden_BTD, cache=cache, stats=stats, trace=trace, inputs_LBTD=inputs)
-
-    def _with_remat(self, run_layer: Callable[..., LayerOutput], execution: ExecutionConfig) -> Callable:
-        # The compiler unrolls a scan of one step, and would then undo the recomputation without a barrier. In a longer
-        # one it cannot, and the barrier (prevent_cse) would only cost.
-        unrolled = any(segment.repeats == 1 for segment in self.plan)
-        barrier = unrolled and execution.remat != "none"
-        return jax.checkpoint(run_layer, policy=SAVEABLE[execution.remat], prevent_cse=barrier)
 
 
 _Stored = tuple[Stored, ...] | None

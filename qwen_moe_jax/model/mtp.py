@@ -13,9 +13,9 @@ from flax import nnx
 
 from qwen_moe_jax.config import ExecutionConfig, ModelConfig
 from qwen_moe_jax.model.cache import Cache, LayerCache
-from qwen_moe_jax.model.decoder import SAVEABLE
 from qwen_moe_jax.model.inputs import TokenContext
 from qwen_moe_jax.model.layer import DecoderLayer, LayerOutput
+from qwen_moe_jax.model.remat import with_remat
 from qwen_moe_jax.moe.stats import RouterStats
 from qwen_moe_jax.nn.linear import Linear
 from qwen_moe_jax.nn.norm import rms_norm
@@ -62,7 +62,9 @@ class NextTokenHead(nnx.Module):
             mixed_BTD = self.fc(jnp.concatenate(pair, axis=-1))
             [layer] = self.layers
             if cache is None:
-                out = _with_remat(layer, mixed_BTD, context, execution)
+                out = with_remat(functools.partial(_run_layer, execution=execution), execution, unrolled=True)(
+                    layer, mixed_BTD, context
+                )
                 return self.norm(out.hidden_BTD), None, out.stats
             [[stored]] = cache.segments
             out = layer(
@@ -91,12 +93,7 @@ def following(x_BT: jax.Array, segment_ids_BT: jax.Array) -> tuple[jax.Array, ja
     return next_BT, jnp.pad(same_BT, ((0, 0), (0, 1)))
 
 
-def _with_remat(
-    layer: DecoderLayer, hidden_BTD: jax.Array, context: TokenContext, execution: ExecutionConfig
+def _run_layer(
+    layer: DecoderLayer, hidden_BTD: jax.Array, context: TokenContext, *, execution: ExecutionConfig
 ) -> LayerOutput:
-    def run(layer: DecoderLayer, hidden_BTD: jax.Array, context: TokenContext) -> LayerOutput:
-        return layer(hidden_BTD, context, execution)
-
-    # Outside a scan, the compiler would undo the recomputation without a barrier.
-    barrier = execution.remat != "none"
-    return jax.checkpoint(run, policy=SAVEABLE[execution.remat], prevent_cse=barrier)(layer, hidden_BTD, context)
+    return layer(hidden_BTD, context, execution)

@@ -141,7 +141,7 @@ def plan_step(step: Step, request: TargetRequest, mesh: Mesh, calibration: Calib
         flops = module.matmul_flops()
         program_flops = None if flops is None else flops * target.devices
         speeds = (PUBLISHED, None) if calibration is None else (calibration.speeds, calibration.shares)
-        moved = memory.host_arguments
+        moved = memory.host_arguments + memory.host_temporaries * step.work.accumulation_steps
         roofline = roofline_of(target, chip, sizes, step, program_flops, module, collectives, *speeds, moved)
     moe = step.config.moe
     plan = Plan(

@@ -334,9 +334,10 @@ def _workspace(outline: Outline, mesh: Mapping[str, int], platform: str) -> int:
     if work.purpose != "train":
         return round(layer + gathered)
     kept = token * activations.kept(work.execution.get("remat") or "none")
+    waiting = 2 if work.execution.get("activation_offloading") else len(config.layers)  # one layer's are on their way
     sums = parameters.bytes if work.accumulation_steps > 1 else 0
     # A layer backward: its activations and their gradients, those of sums in float32.
-    return round(parameters.bytes + sums + len(config.layers) * kept + 4 * layer + gathered)
+    return round(parameters.bytes + sums + waiting * kept + 4 * layer + gathered)
 
 
 def _read(outline: Outline, mesh: Mapping[str, int]) -> float:

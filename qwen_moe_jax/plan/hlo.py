@@ -30,8 +30,8 @@ _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _FREE = frozenset(
     "parameter constant get-tuple-element tuple bitcast while call call-start async-start conditional after-all "
     "partition-id opt-barrier "
-    "copy-done all-gather-done all-reduce-done collective-permute-done async-done async-update "
-    "call-done".split()
+    "copy-done dynamic-slice-done dynamic-update-slice-done all-gather-done all-reduce-done collective-permute-done "
+    "async-done async-update call-done".split()
 )
 
 #: Instructions that start a computation, which others do not wait for.
@@ -39,6 +39,9 @@ _STARTS = ("call-start", "async-start")
 
 #: Instructions of which only as much is read of their first operand as they make.
 _SLICES = ("dynamic-slice", "slice", "gather")
+
+#: Instructions that copy a part of an array in the host's memory, and which of their results is it on the device.
+_HOST_COPIES = {"dynamic-slice-start": -2, "dynamic-update-slice-start": 1}
 
 #: Instructions that update a part of an array in place, and which of their operands is that part.
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
@@ -282,6 +285,8 @@ class Module:
             return written + self._sliced(instruction, computation)
         if instruction.opcode == "copy-start":  # its results: the copy, the operand, and a semaphore
             return sum(array.traffic for array in instruction.results[:2])
+        if instruction.opcode in _HOST_COPIES:
+            return instruction.results[_HOST_COPIES[instruction.opcode]].traffic
         if instruction.opcode in _UPDATES:
             update = computation.get(instruction.operands[_UPDATES[instruction.opcode]])
             return 2 * sum(array.traffic for array in update.results) if update else 0

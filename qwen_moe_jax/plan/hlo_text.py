@@ -8,6 +8,8 @@ from collections.abc import Iterator
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 #: A TPU's layout, which has tiles, of an array in memory on the chip: any space but 0, its HBM, and 5, the host's.
 _ON_CHIP = re.compile(r":.*T\(.*S\([^05]\)")
+#: A layout of an array in the host's memory.
+_ON_HOST = re.compile(r":.*S\(5\)")
 _BYTES = {"pred": 1, "c64": 8, "c128": 16}
 NAME = re.compile(r"%([\w.\-]+)")
 
@@ -20,11 +22,13 @@ class Array:
         dtype: XLA's name of it: "bf16", "f32", "s32".
         shape: of one device's shard.
         on_chip: whether it is in a TPU core's own memory, so that no bandwidth is needed to read or write it.
+        on_host: whether it is in the host's memory.
     """
 
     dtype: str
     shape: tuple[int, ...]
     on_chip: bool = False
+    on_host: bool = False
 
     @property
     def bytes(self) -> int:
@@ -39,8 +43,8 @@ class Array:
 
     @property
     def traffic(self) -> int:
-        """Bytes between memory and the chip when it is read or written."""
-        return 0 if self.on_chip else self.bytes
+        """Bytes between the device's memory and the chip when it is read or written."""
+        return 0 if self.on_chip or self.on_host else self.bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +106,8 @@ def read_instruction(line: str) -> Instruction | None:
         return None
     inside = rest[start + 1 : stop]
     results = tuple(
-        Array(dtype, numbers(dims), _ON_CHIP.search(layout) is not None) for dtype, dims, layout in _ARRAY.findall(kind)
+        Array(dtype, numbers(dims), _ON_CHIP.search(layout) is not None, _ON_HOST.search(layout) is not None)
+        for dtype, dims, layout in _ARRAY.findall(kind)
     )
     # A constant's or a parameter's parentheses hold a value; it is kept with the attributes.
     attributes = f"{inside}), {rest[stop + 1 :]}" if opcode in ("constant", "parameter") else rest[stop + 1 :]

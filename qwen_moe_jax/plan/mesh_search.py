@@ -21,7 +21,7 @@ def find_mesh(
     *,
     fixed: Collection[str] = (),
     axes: Mapping[str, int] | None = None,
-    last_resort: Settings | None = None,
+    last_resorts: Collection[Settings] = (),
     dtype: str = "bfloat16",
     calibration: Calibration | None = None,
     progress: Callable[[Progress], None],
@@ -33,7 +33,7 @@ def find_mesh(
         request: the target.
         fixed: settings that are not varied.
         axes: sizes of mesh axes that are not varied.
-        last_resort: as `search_meshes` takes it.
+        last_resorts: as `search_meshes` takes it.
         dtype: of the activations.
         calibration: measured speeds; without, a chip's published ones.
         progress: called before each compilation.
@@ -72,6 +72,6 @@ def find_mesh(
         outline_of,
         compile_plan,
         settings_of=settings_on,
-        last_resort=last_resort,
+        last_resorts=last_resorts,
         progress=progress,
     )

@@ -31,9 +31,10 @@ def roofline_of(
     shares: Mapping[str, float] | None = None,
     host_bytes: int = 0,
 ) -> Roofline | None:
-    """The estimate of a step; None for a chip whose numbers are not known. Arguments in host memory have `host_bytes`.
+    """The estimate of a step; None for a chip whose numbers are not known.
 
-    Where the program's FLOPs are not known, the model's are used, with a third more for layers that are computed again.
+    `host_bytes` are copied from the host's memory and back. Where the program's FLOPs are not known, the model's are
+    used, with a third more for layers that are computed again.
     """
     if chip is None or target.peak_flops is None or target.memory_bandwidth is None:
         return None
@@ -62,7 +63,7 @@ def roofline_of(
         utilisation=step.model_flops / target.devices / target.peak_flops / seconds,
         operations=operations,
         speeds=speeds,
-        assumptions=_assumptions(step, program_flops, speeds, host_bytes),
+        assumptions=_assumptions(step, program_flops, speeds, host_bytes, seconds),
         expected=expected,
     )
 
@@ -77,7 +78,9 @@ def token_axes(work: Work) -> tuple[str, ...]:
     return BATCH if work.context else (*BATCH, CONTEXT)
 
 
-def _assumptions(step: "Step", program_flops: float | None, speeds: str, host_bytes: int) -> tuple[str, ...]:
+def _assumptions(
+    step: "Step", program_flops: float | None, speeds: str, host_bytes: int, seconds: float
+) -> tuple[str, ...]:
     """What the times rest on, in words."""
     found = ["the shortest time has compute, memory and network overlap, the longest has nothing overlap"]
     if speeds == PUBLISHED:
@@ -89,7 +92,10 @@ def _assumptions(step: "Step", program_flops: float | None, speeds: str, host_by
     if program_flops is None:
         found.append("FLOPs are the model's: the program has loops or kernels that do not state theirs")
     if host_bytes:
-        found.append(f"{format_bytes(host_bytes)} are copied from the host's memory and back in no time")
+        found.append(
+            f"{format_bytes(host_bytes)} are copied from the host's memory and back in no time: within the shortest, "
+            f"that takes {format_bytes(round(host_bytes / seconds))}/s each way"
+        )
     return tuple(found)
 
 

@@ -18,14 +18,14 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from qwen_moe_jax.errors import ConfigError, ShardingError
 from qwen_moe_jax.plan.chips import Network
 from qwen_moe_jax.plan.draft import Draft, Outline, draft_of
 from qwen_moe_jax.plan.promise import Waiting, promise
 from qwen_moe_jax.plan.result import Plan, Target, Work
-from qwen_moe_jax.plan.settings import Settings, with_settings
+from qwen_moe_jax.plan.settings import Settings, can_offload, with_settings
 from qwen_moe_jax.plan.work import check_rows
 from qwen_moe_jax.sharding.mesh import AXES
 from qwen_moe_jax.sharding.rules import BATCH, CONTEXT
@@ -132,7 +132,7 @@ def search_meshes(
     compile_plan: CompilePlan,
     *,
     settings_of: SettingsOf = as_asked,
-    last_resort: Settings | None = None,
+    last_resorts: Collection[Settings] = (),
     keep: int = 6,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Search:
@@ -144,7 +144,7 @@ def search_meshes(
         outline_of: a step on a mesh.
         compile_plan: its plan under settings.
         settings_of: what is tried on a mesh.
-        last_resort: settings that are tried with all others where nothing fits by arithmetic.
+        last_resorts: settings, each of which is tried with all others where nothing fits by arithmetic.
         keep: how many.
         progress: called before each compilation.
 
@@ -152,12 +152,13 @@ def search_meshes(
         ShardingError: no mesh of that many devices divides the model and the batch; the message has the reasons.
     """
     drafts, refused = draft_meshes(target, networks, outline_of, settings_of)
-    if last_resort and all(draft.fits is False for draft in drafts):
+    if last_resorts and all(draft.fits is False for draft in drafts):
 
-        def with_last_resort(outline: Outline, mesh: Mapping[str, int]) -> Iterable[Settings]:
-            return ({**one, **last_resort} for one in settings_of(outline, mesh))
+        def with_last_resorts(outline: Outline, mesh: Mapping[str, int]) -> Iterable[Settings]:
+            tried = itertools.product(settings_of(outline, mesh), last_resorts)
+            return ({**one, **resort} for one, resort in tried if can_offload(one, resort))
 
-        saving, _ = draft_meshes(target, networks, outline_of, with_last_resort)
+        saving, _ = draft_meshes(target, networks, outline_of, with_last_resorts)
         drafts = sorted([*drafts, *saving], key=promise)
     waiting = Waiting(drafts, keep)
     compiled: list[Candidate] = []

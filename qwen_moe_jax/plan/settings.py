@@ -20,11 +20,18 @@ Settings = dict[str, Any]
 ACCUMULATION = "accumulation_steps"
 
 #: All that a search varies.
-VARIED = (ACCUMULATION, "remat", "dispatch", "exchange", "buffer_factor", "memory_kind")
+VARIED = (ACCUMULATION, "remat", "dispatch", "exchange", "buffer_factor", "memory_kind", "activation_offloading")
 
-#: Where the optimizer state is between steps (`optimizer.memory_kind`), and the choice where nothing else fits.
+#: Where the optimizer state is between steps (`optimizer.memory_kind`).
 MEMORY_KIND = "memory_kind"
-OFFLOADED: Settings = {MEMORY_KIND: "pinned_host"}
+#: Where what is kept for the backward pass waits: a field of `ExecutionConfig`.
+ACTIVATIONS = "activation_offloading"
+#: The memory of the host, for one or both, where nothing else fits.
+OFFLOADED: tuple[Settings, ...] = (
+    {MEMORY_KIND: "pinned_host"},
+    {ACTIVATIONS: True},
+    {MEMORY_KIND: "pinned_host", ACTIVATIONS: True},
+)
 
 #: A `dropless` buffer for balanced routers, in multiples of a balanced load: what exceeds it takes a further round.
 SMALL_BUFFER = 1.25
@@ -70,6 +77,11 @@ def _splits(work: Work, mesh: Mapping[str, int]) -> list[int]:
     return [2**power for power in range(max(rows, 1).bit_length()) if rows % 2**power == 0]
 
 
+def can_offload(settings: Mapping[str, Any], choice: Mapping[str, Any]) -> bool:
+    """Whether one of `OFFLOADED` has a meaning under settings: remat has to name the activations that are kept."""
+    return not (choice.get(ACTIVATIONS) and settings.get("remat") == "none")
+
+
 def of_execution(settings: Mapping[str, Any]) -> Settings:
     """Those that are fields of `ExecutionConfig`."""
     return {name: value for name, value in settings.items() if name not in (ACCUMULATION, MEMORY_KIND)}
@@ -94,4 +106,6 @@ def format_settings(settings: Mapping[str, Any]) -> str:
         words.append(f"buffer {settings['buffer_factor']:g}")
     if MEMORY_KIND in settings:
         words.append(f"optimizer state in {settings[MEMORY_KIND]}")
+    if settings.get(ACTIVATIONS):
+        words.append("activations in pinned_host")
     return ", ".join(words)

@@ -1,4 +1,4 @@
-"""Optimizer state in the host's memory changes no number: steps, checkpoints and plans."""
+"""Optimizer state and activations in the host's memory change no number: steps, checkpoints and plans."""
 
 import jax
 import numpy as np
@@ -91,7 +91,7 @@ def test_a_plan_counts_the_memory_of_the_host_apart(programs):
 def test_a_memory_that_devices_do_not_have_is_refused_with_the_way_out():
     mesh = qmj.make_mesh(fsdp=2)
     offload.check_memory_kind(HOST, mesh)
-    with pytest.raises(ConfigError, match=r"optimizer.memory_kind: found 'tape'.*Leave the key out"):
+    with pytest.raises(ConfigError, match=r"optimizer.memory_kind: it needs 'tape'.*Leave the key out"):
         offload.check_memory_kind("tape", mesh)
 
 
@@ -103,3 +103,28 @@ def test_every_optimizers_arrays_are_offloaded_and_its_counters_are_not(kind):
     counters = [leaf for leaf in jax.tree.leaves(state.optimizer) if not leaf.ndim]
     assert all(leaf.sharding.memory_kind != HOST for leaf in counters)
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} != {HOST}
+
+
+@pytest.mark.parametrize("remat", ["full", "exchange", "experts", "dots"])
+def test_gradients_do_not_depend_on_the_memory_in_which_activations_wait(remat):
+    """CPUs have one memory, but the program asks for the other: each named value is sent there, and fetched from it."""
+    tokens_BT = np.random.default_rng(0).integers(1, 32, (4, 8))
+    found = []
+    for activation_offloading in (False, True):
+        execution = qmj.ExecutionConfig(remat=remat, activation_offloading=activation_offloading)
+        config = qmj.ModelConfig.from_pretrained({**MODEL, "num_hidden_layers": 3})
+        model = qmj.CausalLM(config, execution=execution, rngs=nnx.Rngs(0), mesh=qmj.make_mesh(fsdp=2, expert=2))
+        graph, params = nnx.split(model)
+
+        def loss(params, graph=graph):
+            return nnx.merge(graph, params).token_losses(tokens_BT, tokens_BT).losses.sum()
+
+        moved = str(jax.make_jaxpr(jax.grad(loss))(params)).count("MemorySpace.Host")
+        assert (moved > 0) is activation_offloading
+        found.append(jax.jit(jax.grad(loss))(params))
+    assert_equal(*found)
+
+
+def test_activations_of_no_policy_are_refused_with_the_way_out():
+    with pytest.raises(ConfigError, match=r"activation_offloading=True.*remat='none'.*take remat='dots'"):
+        qmj.ExecutionConfig(activation_offloading=True)
