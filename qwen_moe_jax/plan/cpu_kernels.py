@@ -5,8 +5,16 @@ from collections.abc import Sequence
 
 #: How the names begin under which XLA knows them; `nn.kernels.cpu` and `nn.kernels.matmul` register them.
 _NAMES = tuple(f"qwen_moe_jax_{product}_matmul_" for product in ("picked", "plain", "transposed", "outer"))
-#: The products of attention over many tokens, by the name of its function, and which of its operands the keys are.
-_ATTENTION = {"qwen_moe_jax_flash_attention_": (2, 7), "qwen_moe_jax_flash_gradients_": (5, 2)}
+#: Attention that stores new keys and values among those of all layers, in place.
+_STORING = "qwen_moe_jax_attention_"
+#: The products of attention, by the name of its function, and which of its operands the keys and a row's blocks are.
+_ATTENTION: dict[str, tuple[int, int, int | None]] = {
+    _STORING: (2, 7, 6),
+    "qwen_moe_jax_flash_attention_": (2, 7, 5),
+    "qwen_moe_jax_flash_gradients_": (5, 2, None),
+}
+#: One token of the gated delta rule, and which of its operands the taps of the convolution and the states are.
+_RULE, _TAPS, _STATES = "qwen_moe_jax_delta_rule_", 2, 8
 
 Shape = tuple[int, ...]
 
@@ -24,6 +32,9 @@ def product_flops(
     """
     if target.startswith(tuple(_ATTENTION)):
         return _attention_flops(target, operands)
+    if target.startswith(_RULE):
+        _, rows, heads, key_size, value_size = operands[_STATES]
+        return 2.0 * rows * (3 * heads * key_size * value_size + math.prod(operands[_TAPS]))
     if not target.startswith(_NAMES):
         return None
     rows, inputs = operands[0]
@@ -37,10 +48,15 @@ def product_flops(
     return 2.0 * rows * inputs * math.prod(results[0][1:])
 
 
+def stores_what_it_is_given(target: str) -> bool:
+    """Whether a function writes no more of the arrays that it updates in place than its other operands have."""
+    return target.startswith(_STORING)
+
+
 def _attention_flops(target: str, operands: Sequence[Shape]) -> float:
     """Of whole rows those with a query's own key and all before it; of a cache those with all of its slots."""
-    products, keys = next(found for name, found in _ATTENTION.items() if target.startswith(name))
+    products, keys, blocks = next(found for name, found in _ATTENTION.items() if target.startswith(name))
     batch, tokens, heads, head_dim = operands[0]
-    slots = operands[keys][-3]
+    slots = operands[keys][-3] * (1 if blocks is None else operands[blocks][1])
     pairs = tokens * (tokens + 1) // 2 if slots == tokens else tokens * slots
     return 2.0 * products * batch * heads * head_dim * pairs

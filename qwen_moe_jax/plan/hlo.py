@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from qwen_moe_jax.attention_kernels.splash import PRODUCT_FLOPS
 from qwen_moe_jax.moe.dispatch.overflow import SCOPE
-from qwen_moe_jax.plan.cpu_kernels import product_flops
+from qwen_moe_jax.plan.cpu_kernels import product_flops, stores_what_it_is_given
 from qwen_moe_jax.plan.hlo_text import (
     NAME,
     Array,
@@ -42,6 +42,9 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 #: Instructions that copy a part of an array in the host's memory, and which of their results is it on the device.
 _HOST_COPIES = {"dynamic-slice-start": -2, "dynamic-update-slice-start": 1}
+
+#: Instructions of which a fusion makes as much as is taken of their result.
+_CONVERSIONS = ("bitcast", "reshape", "bitcast-convert", "convert")
 
 #: Instructions that update a part of an array in place, and which of their operands is that part.
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
@@ -268,7 +271,8 @@ class Module:
         An operand that is only sliced counts as its slices, and a result that is written into one that exists as what
         is written. What a TPU keeps on the chip counts where it is copied from memory or back, and not else. Of the
         stack of all layers, a kernel in the loop over them reads one layer's part; what it reads several times counts
-        once. A loop of unknown trip count counts once.
+        once. A kernel that updates an operand in place writes as much of it as it reads, or what it is given to store.
+        A loop of unknown trip count counts once.
         """
         total = 0.0
         for run in self.runs:
@@ -304,11 +308,21 @@ class Module:
         def counted(array: Array) -> int:
             return int(array.traffic * share) if array.shape[:1] == (rows,) else array.traffic
 
-        moved = sum(map(counted, instruction.results))
-        for name in instruction.operands:
+        def read(name: str) -> int:
+            total = 0
             for array in computation[name].results if name in computation else ():
                 layer = run.layers and array.shape and array.shape[0] % run.layers == 0 and _is_carried(run, name)
-                moved += array.traffic // run.layers if layer else counted(array)
+                total += array.traffic // run.layers if layer else counted(array)
+            return total
+
+        target = (instruction.attribute("custom_call_target") or "").strip('"')
+        moved = sum(map(read, instruction.operands))
+        for number, array in enumerate(instruction.results):
+            updated = _updated_operand(instruction, number)
+            if updated is None:
+                moved += counted(array)
+            elif not stores_what_it_is_given(target):
+                moved += read(updated)
         return moved
 
     def _moved_by_fusion(self, fusion: Instruction) -> int:
@@ -325,7 +339,7 @@ class Module:
             if one.name in passed:
                 continue
             if one.opcode == "parameter" and any(array.traffic for array in one.results):
-                touched = self._touched(one.name, users)
+                touched = self._touched(one, users)
                 moved += sum(array.traffic for array in one.results) if touched is None else touched
             if one.root:
                 parts = [fused[name] for name in one.operands] if one.opcode == "tuple" else [one]
@@ -337,13 +351,15 @@ class Module:
                     moved += sum(_written_bytes(part, fused) for part in parts)
         return moved
 
-    def _touched(self, name: str, users: dict[str, list[Instruction]]) -> int | None:
+    def _touched(self, one: Instruction, users: dict[str, list[Instruction]]) -> int | None:
         """Bytes of an array that are read inside a fusion, and in those within it; None for all of it."""
-        total = 0
+        total, name = 0, one.name
         for taker in users.get(name, []):
             part: int | None = None
-            if taker.opcode in ("bitcast", "reshape") and not taker.root:
-                part = self._touched(taker.name, users)
+            if taker.opcode in _CONVERSIONS and not taker.root:
+                part = self._touched(taker, users)
+                if part is not None and (size := taker.results[0].bytes):
+                    part = part * one.results[0].bytes // size
             elif taker.opcode == "fusion":
                 part = self._touched_within(taker, name)
             elif taker.opcode in _SLICES and name not in taker.operands[1:]:
@@ -361,7 +377,7 @@ class Module:
         positions = {position for position, name in enumerate(fusion.operands) if name == operand}
         taken = [one for one in fused.values() if one.opcode == "parameter" and parameter_number(one) in positions]
         users = _users(fused)
-        parts = [self._touched(one.name, users) for one in taken]
+        parts = [self._touched(one, users) for one in taken]
         return sum(part or 0 for part in parts) if taken and None not in parts else None
 
     def _sliced(self, instruction: Instruction, computation: dict[str, Instruction]) -> int:
@@ -370,6 +386,14 @@ class Module:
         if source is not None and source.results and source.results[0].on_chip:
             return 0
         return sum(array.bytes for array in instruction.results)
+
+
+def _updated_operand(call: Instruction, number: int) -> str | None:
+    """The operand that a custom call updates in place for its result of that number; None where the result is new."""
+    aliases = call.attributes.partition("output_to_operand_aliasing={")[2].partition(")}")[0]
+    index = str(number) if len(call.results) > 1 else r"\d*"
+    found = re.search(rf"\{{{index}\}}: \((\d+),", aliases)
+    return call.operands[int(found[1])] if found else None
 
 
 def _users(computation: dict[str, Instruction]) -> dict[str, list[Instruction]]:

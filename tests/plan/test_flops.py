@@ -170,5 +170,15 @@ def test_attention_on_cpus_counts_the_keys_that_are_seen():
     name, slots = "qwen_moe_jax_flash_attention_float32", (2, 3, 64, 4, 16)
     assert product_flops(name, [(3, 5, 8, 16), *small, (1, 3, 5, 4, 16)], [], None) == 2 * 2 * 15 * 3 * 8 * 16
     assert product_flops(name, [(3, 5, 8, 16), *small, slots], [], None) == 2 * 2 * 5 * 64 * 3 * 8 * 16
+    paged = [*small[:4], (3, 2), small[5]]
+    assert product_flops(name, [(3, 5, 8, 16), *paged, slots], [], None) == 2 * 2 * 5 * 128 * 3 * 8 * 16
+    stored = [(3, 1, 8, 16), (3, 1, 4, 16), (3, 1, 4, 16), (3,), (3,), (3,), (3, 2), (2, 9, 64, 4, 16)]
+    assert product_flops("qwen_moe_jax_attention_bfloat16", stored, [], None) == 2 * 2 * 128 * 3 * 8 * 16
     gradients = [(3, 5, 8, 16), (3, 5, 8, 16), (3, 5, 4, 16), (3, 5, 4, 16)]
     assert product_flops("qwen_moe_jax_flash_gradients_float32", gradients, [], None) == 2 * 5 * 15 * 3 * 8 * 16
+
+
+def test_a_token_of_the_rule_costs_three_products_with_its_state_and_its_taps():
+    """3 rows with 4 value heads of 16 × 8, and 96 channels of 5 taps."""
+    operands = [(3, 96), (3, 96), (5, 96), (3, 4), (3, 4), (1,), (3,), (3,), (2, 3, 4, 16, 8), (2, 3, 4, 96)]
+    assert product_flops("qwen_moe_jax_delta_rule_float32", operands, [], None) == 2 * 3 * (3 * 4 * 16 * 8 + 5 * 96)

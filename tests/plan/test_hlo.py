@@ -109,3 +109,50 @@ def test_rounds_beyond_the_first_are_not_counted():
     product = 2 * 4 * 64 * 8
     assert Module(LAYERS.replace("SCOPE", SCOPE)).matmul_flops() == product
     assert Module(LAYERS.replace("SCOPE", "somewhere")).matmul_flops() is None
+
+
+IN_PLACE = """HloModule step
+
+%slice (stack: bf16[10,64,8], index: s32[]) -> f32[64,8] {
+  %stack = bf16[10,64,8]{2,1,0} parameter(0)
+  %index = s32[] parameter(1)
+  %bits = u16[10,64,8]{2,1,0} bitcast-convert(%stack)
+  %wide = f32[10,64,8]{2,1,0} convert(%bits)
+  %zero = s32[] constant(0)
+  %one = f32[1,64,8]{2,1,0} dynamic-slice(%wide, %index, %zero, %zero), dynamic_slice_sizes={1,64,8}
+  ROOT %layer = f32[64,8]{1,0} bitcast(%one)
+}
+
+%body (state: (s32[], f32[10,32], bf16[10,64,8])) -> (s32[], f32[10,32], bf16[10,64,8]) {
+  %state = (s32[], f32[10,32]{1,0}, bf16[10,64,8]{2,1,0}) parameter(0)
+  %turn = s32[] get-tuple-element(%state), index=0
+  %cache = f32[10,32]{1,0} get-tuple-element(%state), index=1
+  %weights = bf16[10,64,8]{2,1,0} get-tuple-element(%state), index=2
+  %matrix = f32[64,8]{1,0} fusion(%weights, %turn), kind=kLoop, calls=%slice
+  %new = f32[16]{0} custom-call(), custom_call_target="AllocateBuffer"
+  %call = (f32[4]{0}, f32[10,32]{1,0}) custom-call(%new, %cache), custom_call_target="TARGET", \
+output_to_operand_aliasing={{1}: (1, {})}
+  %stored = f32[10,32]{1,0} get-tuple-element(%call), index=1
+  ROOT %next = (s32[], f32[10,32]{1,0}, bf16[10,64,8]{2,1,0}) tuple(%turn, %stored, %weights)
+}
+
+%condition (state: (s32[], f32[10,32], bf16[10,64,8])) -> pred[] {
+  %state = (s32[], f32[10,32]{1,0}, bf16[10,64,8]{2,1,0}) parameter(0)
+  ROOT %goes = pred[] constant(true)
+}
+
+ENTRY %main (start: (s32[], f32[10,32], bf16[10,64,8])) -> (s32[], f32[10,32], bf16[10,64,8]) {
+  %start = (s32[], f32[10,32]{1,0}, bf16[10,64,8]{2,1,0}) parameter(0)
+  ROOT %end = (s32[], f32[10,32]{1,0}, bf16[10,64,8]{2,1,0}) while(%start), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"10"}}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "written"), [("qwen_moe_jax_delta_rule_float32", 32), ("qwen_moe_jax_attention_float32", 0)]
+)
+def test_a_call_in_the_loop_over_layers_updates_one_layer_in_place_and_slices_are_converted_alone(target, written):
+    """A layer's matrix as bfloat16, its index, and as float32; the call's small operand, layer and first result."""
+    slices, call = 2 * 64 * 8 + 4 + 4 * 64 * 8, 4 * (16 + 32 + 4 + written)
+    assert Module(IN_PLACE.replace("TARGET", target), frozenset({10})).memory_bytes() == 10 * (slices + call)
