@@ -344,7 +344,7 @@ class RunConfig:
         tracker_project: the project of the run in wandb and trackio; its name there is that of its folder.
         profile: first:end, as 10:13 for steps 10, 11 and 12: write JAX's trace of them to profile/.
         plan: a JSON file that --plan TARGET --json FILE wrote: the run says whether the memory of its step and the time
-            of its first steps are as planned, and warns where they are 5 % over.
+            of its first steps are as planned, and warns where they are 5 % over or under.
         async_collectives: compile the train step, and its plans, with options for the kind of device under which
             collectives run next to products (v5p and v6e; no other kind has any).
     """

@@ -15,7 +15,7 @@ from qwen_moe_jax.text import format_mesh
 from qwen_moe_jax.units import format_bytes, format_seconds
 from train.program import Program
 
-#: A run leaves its plan where it needs more than this many times what was planned.
+#: A run leaves its plan where it needs this many times more than was planned, or less.
 TOLERANCE = 1.05
 #: Steps whose median is compared, after the first two: one compiles, and the next still waits for it.
 TIMED_STEPS, SKIPPED_STEPS = 5, 2
@@ -31,8 +31,8 @@ class Planned:
         work: the fields of `plan.result.Work`.
         memory: bytes of a device that the compiled step lists, without the program itself; None where the compiler
             refused the program.
-        seconds: of a step, where everything overlaps and where nothing does, or what is expected by steps that were
-            measured; None without speeds.
+        seconds: of a step, at least and at most: where everything overlaps, and where nothing does or, instead of this,
+            what is expected by steps that were measured; None without speeds.
         speeds: where these are from.
     """
 
@@ -58,7 +58,7 @@ class Planned:
                 mesh=plan["mesh"],
                 work=work,
                 memory=memory["compiled"],
-                seconds=None if line is None else (line["seconds"], line["likely"]),
+                seconds=None if line is None else _interval(line["seconds"], line["likely"]),
                 speeds="" if line is None else line["speeds"],
             )
         except OSError as error:
@@ -114,7 +114,7 @@ class PlanCheck:
         if found is None or planned is None:
             return
         words = f"a device needs {format_bytes(found)} in the compiled step, planned {format_bytes(planned)}"
-        self._verdict(words, found / planned)
+        self._verdict(words, found, (planned, planned))
 
     def _compare_time(self, found: float) -> None:
         if self._planned.seconds is None:
@@ -124,11 +124,20 @@ class PlanCheck:
             f"a step takes {format_seconds(found)} (the median of {TIMED_STEPS}), planned {format_seconds(shortest)} "
             f"to {format_seconds(longest)} by {self._planned.speeds}"
         )
-        self._verdict(words, found / longest)
+        self._verdict(words, found, (shortest, longest))
 
-    def _verdict(self, words: str, ratio: float) -> None:
-        over = f"warning: {100 * (ratio - 1):.0f} % over the plan: " if ratio > TOLERANCE else "as planned: "
-        self._say(f"{over}{words} ({self._planned.file})")
+    def _verdict(self, words: str, found: float, planned: tuple[float, float]) -> None:
+        least, most = planned
+        verdict = "as planned"
+        if found > TOLERANCE * most:
+            verdict = f"warning: {100 * (found / most - 1):.0f} % over the plan"
+        elif TOLERANCE * found < least:
+            verdict = f"warning: {100 * (1 - found / least):.0f} % under the plan"
+        self._say(f"{verdict}: {words} ({self._planned.file})")
+
+
+def _interval(one: float, other: float) -> tuple[float, float]:
+    return min(one, other), max(one, other)
 
 
 def step_memory(program: Program, arguments: tuple[Any, ...]) -> int | None:
