@@ -5,14 +5,17 @@ under any sliding window, are shared by all devices. Whole parts of a row would 
 is nearly full, and under a window for ever. What is true of positions in `cached.py` is true here of a device's own
 numbers: number j is in slot `j % S`, or in block `table_BM[row, j // S]`, of S slots on each device.
 
-The new tokens are on all devices. Each device stores those that are its own, and attends to its own keys; then the
-largest scores, sums of weights and sums of values are combined. Keys and values are never sent.
+Each device stores those of the new tokens that are its own, and attends to its own keys; then the largest scores, sums
+of weights and sums of values are combined. What is in the cache is never sent. A few new tokens are on all devices, and
+so are their results, by all-reduces. Of a chunk of a prompt, each device has the x-th part: queries, keys and values of
+the chunk are gathered, and a reduce-scatter gives every device the results of its own.
 
 Letters of this file besides the package's: X devices of the axis, M blocks of a row.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qwen_moe_jax.attention_kernels.cached import (
     GATHERED,
@@ -66,17 +69,21 @@ def attend_over_devices(
     *,
     sliding_window: int | None = None,
     table_BM: jax.Array | None = None,
+    shared: bool = False,
 ) -> jax.Array:
     """Attention of new tokens, stored already, over all of their row so far, [B, T, N, H]; as `cached.attend_cached`.
 
+    With `shared`, each device has the results of its own part of the tokens alone, [B, T / X, N, H].
+
     Args:
-        q_BTNH: queries of the new tokens, on every device of `context`.
+        q_BTNH: queries of all new tokens, on every device of `context`.
         keys, values: this device's, of all layers, [L, B, S, K, H], or in blocks, [L, P, S, K, H].
         layer: int32 []; which layer to attend in.
         lengths_B: int32; tokens of each row before these.
         token_mask_BT: False for padding, which follows the tokens of a row; its results mean nothing.
         sliding_window: number of keys a query sees, itself included; None for all.
         table_BM: int32; the blocks of each row, where keys and values are in blocks.
+        shared: whether the devices share the new tokens.
     """
     shards, own, length = jax.lax.axis_size(CONTEXT), jax.lax.axis_index(CONTEXT), q_BTNH.shape[1]
     query_BT = lengths_B[:, None] + jnp.arange(length, dtype=jnp.int32)
@@ -104,7 +111,14 @@ def attend_over_devices(
         return jax.lax.cond(index * count <= jnp.max(last_B), step, lambda _, carry: carry, index, carry)
 
     done = jax.lax.fori_loop(0, ceil_div(slots, count), step_if_used, Online.nothing(q_BTNH))
-    return _combined(done).result().astype(q_BTNH.dtype)
+    return _combined(done, shared=shared).result().astype(q_BTNH.dtype)
+
+
+def gather_tokens(*parts: jax.Array) -> list[jax.Array]:
+    """Queries, keys and values [B, T / X, heads, H] of all devices' new tokens, [B, T, heads, H], by one all-gather."""
+    ends = np.cumsum([part.shape[2] for part in parts])[:-1]
+    gathered = jax.lax.all_gather(jnp.concatenate(parts, axis=2), CONTEXT, axis=1, tiled=True)
+    return jnp.split(gathered, ends, axis=2)
 
 
 def combined_bytes(rows: int, tokens: int, heads: int, head_dim: int) -> int:
@@ -112,16 +126,36 @@ def combined_bytes(rows: int, tokens: int, heads: int, head_dim: int) -> int:
     return rows * tokens * heads * (head_dim + 2) * 4
 
 
+def chunk_bytes(
+    rows: int, tokens: int, heads: int, kv_heads: int, head_dim: int, *, itemsize: int
+) -> tuple[int, int, int]:
+    """The same of chunks of prompts: bytes that are all-gathered, all-reduced, and reduced and scattered.
+
+    Args:
+        rows, tokens, heads, kv_heads: a device's rows, the tokens of a whole chunk, the device's heads.
+        head_dim: of a head.
+        itemsize: bytes of a number of queries, keys and values; sums are float32.
+    """
+    each = rows * tokens
+    return each * (heads + 2 * kv_heads) * head_dim * itemsize, each * heads * 4, each * heads * (head_dim + 1) * 4
+
+
 def read_at_a_time(slots: int, length: int) -> int:
     """Slots that are read at a time, of so many of a row on a device, for so many new tokens."""
     return min(slots, _READ_BY_ONE if length == 1 else _READ_BY_MANY)
 
 
-def _combined(own: Online) -> Online:
-    """Softmax over the keys of all devices, on each of them."""
+def _combined(own: Online, *, shared: bool) -> Online:
+    """Softmax over the keys of all devices: on each of them, or, `shared`, of the part of the tokens that it has."""
     top_BTN = jax.lax.pmax(own.top_BTN, CONTEXT)
     sums_BTNH = jnp.concatenate([own.mixed_BTNH, own.sum_BTN[..., None]], axis=-1)
-    sums_BTNH = jax.lax.psum(sums_BTNH * jnp.exp(own.top_BTN - top_BTN)[..., None], CONTEXT)
+    sums_BTNH = sums_BTNH * jnp.exp(own.top_BTN - top_BTN)[..., None]
+    if shared:
+        sums_BTNH = jax.lax.psum_scatter(sums_BTNH, CONTEXT, scatter_dimension=1, tiled=True)
+        length = sums_BTNH.shape[1]
+        top_BTN = jax.lax.dynamic_slice_in_dim(top_BTN, jax.lax.axis_index(CONTEXT) * length, length, axis=1)
+    else:
+        sums_BTNH = jax.lax.psum(sums_BTNH, CONTEXT)
     return Online(top_BTN, sums_BTNH[..., -1], sums_BTNH[..., :-1])
 
 

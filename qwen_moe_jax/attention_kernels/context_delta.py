@@ -37,8 +37,8 @@ class Parts(NamedTuple):
     count_XB: jax.Array
 
     @classmethod
-    def of(cls, row_segment_ids_BS: jax.Array, shards: int) -> "Parts":
-        """From whole rows."""
+    def of(cls, row_segment_ids_BS: jax.Array, shards: int, segment_before: int = 0) -> "Parts":
+        """From whole rows, which are behind tokens of a segment, 0 for none."""
         batch = row_segment_ids_BS.shape[0]
         ids_XBT = jnp.moveaxis(row_segment_ids_BS.reshape(batch, shards, -1), 1, 0)
         real_XBT = ids_XBT != 0
@@ -46,7 +46,7 @@ class Parts(NamedTuple):
         at_first_XB1 = jnp.argmax(real_XBT, axis=-1)[..., None]
         at_last_XB1 = ids_XBT.shape[-1] - 1 - jnp.argmax(real_XBT[..., ::-1], axis=-1)[..., None]
         first_XB, last_XB = (jnp.take_along_axis(ids_XBT, at, axis=-1)[..., 0] for at in (at_first_XB1, at_last_XB1))
-        before_B, goes_on = jnp.zeros(batch, ids_XBT.dtype), []
+        before_B, goes_on = jnp.full(batch, segment_before, ids_XBT.dtype), []
         for part in range(shards):
             goes_on.append(~some_XB[part] | (first_XB[part] == before_B))
             before_B = jnp.where(some_XB[part], last_XB[part], before_B)
@@ -60,16 +60,20 @@ class Parts(NamedTuple):
         return self.ids_XBT[jax.lax.axis_index(CONTEXT)]
 
 
-def columns_before(x_BTC: jax.Array, parts: Parts, count: int) -> jax.Array:
-    """The last inputs of the convolution before this device's part that its first token sees, [B, W - 1, C].
+def columns_before(
+    x_BTC: jax.Array, parts: Parts, count: int, columns_BWC: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The last inputs of the convolution before this device's part that its first token sees, [B, W - 1, C], and those
+    of whole rows.
 
     Args:
         x_BTC: inputs of this device's tokens.
         parts: of the rows.
         count: W - 1.
+        columns_BWC: inputs before the rows; None are zeros.
     """
     last_XBWC = jax.lax.all_gather(_last_inputs(x_BTC, parts.own(), count), CONTEXT)
-    columns_BWC, before = jnp.zeros_like(last_XBWC[0]), []
+    columns_BWC, before = jnp.zeros_like(last_XBWC[0]) if columns_BWC is None else columns_BWC, []
     slot_1W = jnp.arange(count, dtype=jnp.int32)[None]
     for part, last_BWC in enumerate(last_XBWC):
         before.append(_where(parts.goes_on_XB[part], columns_BWC))
@@ -78,17 +82,22 @@ def columns_before(x_BTC: jax.Array, parts: Parts, count: int) -> jax.Array:
         moved_BW = jnp.minimum(slot_1W + count_B1, count - 1)
         earlier_BWC = jnp.take_along_axis(earlier_BWC, moved_BW[..., None], axis=1)
         columns_BWC = jnp.where((slot_1W >= count - count_B1)[..., None], last_BWC, earlier_BWC)
-    return jnp.stack(before)[jax.lax.axis_index(CONTEXT)]
+    return jnp.stack(before)[jax.lax.axis_index(CONTEXT)], columns_BWC
 
 
 def delta_rule_over_context(
-    inputs: tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], parts: Parts, *, chunk_size: int
-) -> jax.Array:
-    """The results of `chunk_gated_delta_rule` over whole rows, for this device's tokens, from states of zeros.
+    inputs: tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array],
+    parts: Parts,
+    state_BNHP: jax.Array | None = None,
+    *,
+    chunk_size: int,
+) -> tuple[jax.Array, jax.Array]:
+    """The results of `chunk_gated_delta_rule` over whole rows, for this device's tokens, and the state after the rows.
 
     Args:
         inputs: the first five arguments of `chunk_gated_delta_rule`.
         parts: of the rows.
+        state_BNHP: before the rows, float32; None is zeros.
         chunk_size: see there.
     """
     q_BTKH, k_BTKH, v_BTNP, g_BTN, beta_BTN = inputs
@@ -100,14 +109,14 @@ def delta_rule_over_context(
     out_BTNP, after_BNHP = chunk_gated_delta_rule(
         q_BTKH, k_BTKH, wide_BTNP, g_BTN, beta_BTN, parts.own(), start_BNHP, chunk_size=chunk_size
     )
-    state_BNHP, before = jnp.zeros_like(after_BNHP[..., :value_size]), []
+    state_BNHP, before = jnp.zeros_like(after_BNHP[..., :value_size]) if state_BNHP is None else state_BNHP, []
     with matmul_precision(jnp.float32):
         for part, part_BNHP in enumerate(jax.lax.all_gather(after_BNHP, CONTEXT)):
             before.append(_where(parts.goes_on_XB[part], state_BNHP))
             state_BNHP = part_BNHP[..., value_size:] @ before[-1] + part_BNHP[..., :value_size]
         own_BNHP = jnp.stack(before)[jax.lax.axis_index(CONTEXT)]
         added_BTNP = jnp.einsum("BTNH,BNHP->BTNP", out_BTNP[..., value_size:], own_BNHP)
-    return (out_BTNP[..., :value_size] + added_BTNP).astype(v_BTNP.dtype)
+    return (out_BTNP[..., :value_size] + added_BTNP).astype(v_BTNP.dtype), state_BNHP
 
 
 def _last_inputs(x_BTC: jax.Array, ids_BT: jax.Array, count: int) -> jax.Array:

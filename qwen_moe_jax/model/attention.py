@@ -69,7 +69,7 @@ class Attention(nnx.Module):
                 mixed_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, context, sliding_window, execution)
             else:
                 mixed_BTNH, cache = update_and_attend(
-                    q_BTNH, k_BTKH, v_BTKH, cache, context.token_mask_BT, sliding_window
+                    q_BTNH, k_BTKH, v_BTKH, cache, context.row_ids_BT != 0, sliding_window
                 )
             if gate_BTNH is not None:
                 mixed_BTNH = mixed_BTNH * jax.nn.sigmoid(gate_BTNH)

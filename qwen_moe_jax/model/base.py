@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_moe_jax.config import ExecutionConfig, GenerationConfig, LoraConfig, ModelConfig
 from qwen_moe_jax.config.resolve import SPLASH_MULTIPLE, resolve
 from qwen_moe_jax.errors import ConfigError, RequestError, ShardingError
-from qwen_moe_jax.model.cache import Cache
+from qwen_moe_jax.model.cache import Cache, keeps_steps
 from qwen_moe_jax.model.decoder import Decoder, DecoderOutput
 from qwen_moe_jax.model.inputs import ModelInputs, checked_inputs, in_order, input_specs, pad_rows
 from qwen_moe_jax.model.output import ModelOutput, RouterOutput
@@ -325,7 +325,11 @@ def _forward(
     """Pads the batch to the mesh, runs the model on explicitly sharded arrays, and takes the padding off again."""
     batch, num_shards = inputs.tokens_BT.shape[0], math.prod(model.mesh.shape[axis] for axis in BATCH)
     padded = pad_rows(inputs, num_shards, cached=cache is not None)
-    order = None if cache is not None else model.row_order(inputs.tokens_BT.shape[1], noise=noise_key is not None)
+    length = inputs.tokens_BT.shape[1]
+    if cache is None:
+        order = model.row_order(length, noise=noise_key is not None)
+    else:
+        order = None if keeps_steps(cache) else RowOrder.of_chunk(length, model.mesh.shape[CONTEXT])
     prepared = in_order(read_out.prepared(model, padded), order)
 
     def run(model: Model, inputs: ModelInputs, cache: Cache | None, noise_key: jax.Array | None) -> Any:
@@ -339,7 +343,7 @@ def _forward(
         )
         return read_out(model, out, inputs)
 
-    with matmul_precision(model.execution.dtype), positions_over_context(cache is None):
+    with matmul_precision(model.execution.dtype), positions_over_context(order is not None):
         specs = (input_specs(prepared, model.mesh), None if cache is None else cache.specs(), P())
         out = with_explicit_axes(run, model.mesh, specs)(model, prepared, cache, noise_key)
     out = out if order is None else out.restored(order)

@@ -5,8 +5,8 @@ of its layer. Layers of full attention have a slot for every token there may be;
 their window and what is written in one step. Linear layers keep a state that does not grow; it cannot go back to an
 earlier token, only to none: a row of length 0 starts from zeros, whatever is stored.
 
-The mesh axis `context` shards the slots of attention, and nothing else of a step: its tokens, and the states of linear
-layers, are on all devices of it.
+The mesh axis `context` shards the slots of attention, and the tokens of a chunk of a prompt. A few new tokens, and the
+states of linear layers, are on all devices of it.
 
 Letters of this file besides the package's: W columns of a convolution, C its channels. In the state of a linear layer
 [B, N, H, H], N are value heads, and the sizes are those of a key head and of a value head.
@@ -30,7 +30,7 @@ from qwen_moe_jax.attention_kernels.cached import (
     write_blocks,
     write_slots,
 )
-from qwen_moe_jax.attention_kernels.cached_context import attend_over_devices, write_own
+from qwen_moe_jax.attention_kernels.cached_context import attend_over_devices, gather_tokens, write_own
 from qwen_moe_jax.attention_kernels.cached_cpu import attends_in_place, write_and_attend
 from qwen_moe_jax.attention_kernels.flash_cpu import attend_stored, attends_many
 from qwen_moe_jax.config import LayerKind, ModelConfig
@@ -38,12 +38,12 @@ from qwen_moe_jax.errors import ShardingError
 from qwen_moe_jax.model.segments import plan_segments
 from qwen_moe_jax.nn.bits import from_bits
 from qwen_moe_jax.rounding import ceil_div, round_up
-from qwen_moe_jax.sharding.rules import BATCH, CONTEXT
+from qwen_moe_jax.sharding.rules import BATCH, CONTEXT, positions_axis, tokens_spec
 
 #: Keys and values [L, B, S, K, H] are sharded as their rows and heads are, which needs no collective, and their slots
 #: over `context` (`attention_kernels.cached_context`).
 STORED: Any = P(None, BATCH, CONTEXT, "tensor", None)
-#: Queries, keys and values [B, T, heads, H] of new tokens.
+#: Queries, keys and values [B, T, heads, H] of a few new tokens.
 HEADS = P(BATCH, None, "tensor", None)
 #: The state [B, N, H, H] of a linear layer, and the columns [B, W, C] of its convolution.
 STATE, COLUMNS = P(BATCH, "tensor", None, None), P(BATCH, None, "tensor")
@@ -301,8 +301,14 @@ def update_and_attend(
 
     Padding is not written, and its results mean nothing; see `attend_cached`. CPUs read the cache in place, few tokens
     by `attention_kernels.cached_cpu`, many by `attention_kernels.flash_cpu`.
+
+    Args:
+        q_BTNH, k_BTKH, v_BTKH: of the new tokens, which `context` shards or does not.
+        cache: of their layer.
+        token_mask_BT: False for padding; of whole rows on every device of `context`.
+        sliding_window: number of keys a query sees, itself included; None for all.
     """
-    specs = cache.stored.specs()
+    specs, heads = cache.stored.specs(), tokens_spec("tensor", None)
 
     def local(q_BTNH, k_BTKH, v_BTKH, stored, layer, lengths_B, token_mask_BT, table_BM) -> tuple:
         (keys, values), structure = jax.tree.flatten(stored)
@@ -314,8 +320,8 @@ def update_and_attend(
 
     rows: Any = P(BATCH)
     table_BM = cache.table_BM if isinstance(cache.stored, PagedKeyValues) else None
-    in_specs = (HEADS, HEADS, HEADS, specs, P(), rows, P(BATCH, None), None if table_BM is None else rows)
-    mapped = jax.shard_map(local, in_specs=in_specs, out_specs=(HEADS, specs), check_vma=False)
+    in_specs = (heads, heads, heads, specs, P(), rows, P(BATCH, None), None if table_BM is None else rows)
+    mapped = jax.shard_map(local, in_specs=in_specs, out_specs=(heads, specs), check_vma=False)
     mixed_BTNH, stored = mapped(
         q_BTNH, k_BTKH, v_BTKH, cache.stored, cache.layer, cache.lengths_B, token_mask_BT, table_BM
     )
@@ -335,8 +341,13 @@ def _store_and_attend(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same on one device's arrays; `new` are the layer, the lengths of the rows and the mask of the new tokens."""
     if jax.lax.axis_size(CONTEXT) > 1:
+        shared = positions_axis() is not None
+        if shared:
+            q_BTNH, k_BTKH, v_BTKH = gather_tokens(q_BTNH, k_BTKH, v_BTKH)
         keys, values = write_own(keys, k_BTKH, *new, table_BM), write_own(values, v_BTKH, *new, table_BM)
-        mixed_BTNH = attend_over_devices(q_BTNH, keys, values, *new, sliding_window=sliding_window, table_BM=table_BM)
+        mixed_BTNH = attend_over_devices(
+            q_BTNH, keys, values, *new, sliding_window=sliding_window, table_BM=table_BM, shared=shared
+        )
         return mixed_BTNH, keys, values
     if attends_in_place(q_BTNH, keys):
         return write_and_attend(
@@ -410,6 +421,11 @@ def with_steps(cache: Cache, tokens: int) -> Cache:
         )
 
     return dataclasses.replace(cache, segments=tuple(tuple(map(steps, period)) for period in cache.segments))
+
+
+def keeps_steps(cache: Cache) -> bool:
+    """Whether it keeps states after each of the tokens that are read into it (`with_steps`)."""
+    return any(isinstance(stored, RecurrentSteps) for period in cache.segments for stored in period)
 
 
 def keep_tokens(cache: Cache, lengths_B: jax.Array, count_B: jax.Array) -> Cache:

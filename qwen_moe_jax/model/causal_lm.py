@@ -9,11 +9,18 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_moe_jax.config import ExecutionConfig
 from qwen_moe_jax.errors import RequestError
-from qwen_moe_jax.model.base import Model, ReadOut, first_copy, router_output, token_at
+from qwen_moe_jax.model.base import Model, ReadOut, copies_of, first_copy, router_output, token_at
 from qwen_moe_jax.model.cache import Cache
 from qwen_moe_jax.model.cross_entropy import target_log_probs
 from qwen_moe_jax.model.decoder import DecoderOutput
-from qwen_moe_jax.model.inputs import ModelInputs, TokenContext, checked_inputs
+from qwen_moe_jax.model.inputs import (
+    ModelInputs,
+    TokenContext,
+    checked_inputs,
+    in_order,
+    input_specs,
+    positions_behind,
+)
 from qwen_moe_jax.model.mtp import NextTokenHead, following
 from qwen_moe_jax.model.output import TokenLosses
 from qwen_moe_jax.model.rotary import rotary_tables
@@ -27,7 +34,8 @@ from qwen_moe_jax.nn.parameters import ParameterFactory
 from qwen_moe_jax.nn.quantised import Quantised
 from qwen_moe_jax.nn.stacked import reads_in_place, stacked_matmul
 from qwen_moe_jax.sharding.explicit import with_explicit_axes
-from qwen_moe_jax.sharding.rules import BATCH, partition_spec, positions_over_context, tokens_spec
+from qwen_moe_jax.sharding.positions import RowOrder
+from qwen_moe_jax.sharding.rules import CONTEXT, partition_spec, positions_over_context, tokens_spec
 from qwen_moe_jax.suggest import refuse_hub_arguments
 
 
@@ -118,15 +126,24 @@ class CausalLM(Model):
             float32 logits [B, V], the head's state [B, D] and the cache; the first two of each row's last token.
         """
 
-        def run(model: CausalLM, tokens_BT, hidden_BTD, token_mask_BT, cache):
-            execution, inputs = model.execution_in_use, _cached_inputs(tokens_BT, token_mask_BT, cache)
+        def run(model: CausalLM, inputs: ModelInputs, hidden_BTD: jax.Array, cache: Cache):
+            execution = model.execution_in_use
+            positions_BT = positions_behind(cache.lengths_B, inputs.segment_ids_BT != 0)
+            inputs = dataclasses.replace(inputs, positions_BT=positions_BT)
             states_BTD, cache, _ = model.mtp_states(inputs, inputs.tokens_BT, hidden_BTD, execution, cache)
-            last_BD = token_at(states_BTD, jnp.sum(token_mask_BT, axis=1, dtype=jnp.int32) - 1)
-            return model.head_of_few(last_BD[:, None], inputs)[:, 0], last_BD, cache
+            last_BD = token_at(states_BTD, inputs.logits_at_B)
+            return first_copy(model.head_of_few(copies_of(last_BD), inputs))[:, 0], last_BD, cache
 
-        specs = (P(BATCH, None), P(BATCH, None, None), P(BATCH, None), cache.specs())
-        with matmul_precision(self.execution.dtype), positions_over_context(False):
-            return with_explicit_axes(run, self.mesh, specs)(self, tokens_BT, hidden_BTD, token_mask_BT, cache)
+        order = RowOrder.of_chunk(tokens_BT.shape[1], self.mesh.shape[CONTEXT])
+        inputs = ModelInputs(
+            tokens_BT=tokens_BT,
+            segment_ids_BT=token_mask_BT.astype(jnp.int32),
+            logits_at_B=jnp.sum(token_mask_BT, axis=1, dtype=jnp.int32) - 1,
+        )
+        inputs, hidden_BTD = in_order(inputs, order), hidden_BTD if order is None else order.store(hidden_BTD)
+        with matmul_precision(self.execution.dtype), positions_over_context(order is not None):
+            specs = (input_specs(inputs, self.mesh), tokens_spec(None, mesh=self.mesh), cache.specs())
+            return with_explicit_axes(run, self.mesh, specs)(self, inputs, hidden_BTD, cache)
 
     def mtp_states(
         self,
@@ -270,16 +287,6 @@ class LossesOf(ReadOut):
                 temperature=self.temperature,
                 entropy=self.entropy,
             )
-
-
-def _cached_inputs(tokens_BT: jax.Array, token_mask_BT: jax.Array, cache: Cache) -> ModelInputs:
-    """New tokens behind those of a cache."""
-    positions_BT = cache.lengths_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-    return ModelInputs(
-        tokens_BT=tokens_BT,
-        segment_ids_BT=token_mask_BT.astype(jnp.int32),
-        positions_BT=jnp.where(token_mask_BT, positions_BT, 0),
-    )
 
 
 class TokenClassifier(Model):

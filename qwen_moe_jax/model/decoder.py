@@ -17,7 +17,7 @@ from flax import nnx
 
 from qwen_moe_jax.config import ExecutionConfig, ModelConfig
 from qwen_moe_jax.model.cache import Cache, LayerCache, Stored
-from qwen_moe_jax.model.inputs import ModelInputs, TokenContext
+from qwen_moe_jax.model.inputs import ModelInputs, TokenContext, positions_behind
 from qwen_moe_jax.model.layer import DecoderLayer, LayerOutput
 from qwen_moe_jax.model.remat import with_remat
 from qwen_moe_jax.model.rotary import rotary_tables
@@ -89,8 +89,7 @@ class Decoder(nnx.Module):
         config, dtype = self.config, jnp.dtype(execution.dtype)
         token_mask_BT, positions_BT = inputs.segment_ids_BT != 0, inputs.positions_BT
         if cache is not None:
-            positions_BT = cache.lengths_B[:, None] + jnp.arange(token_mask_BT.shape[1], dtype=jnp.int32)
-            positions_BT = jnp.where(token_mask_BT, positions_BT, 0)
+            positions_BT = positions_behind(cache.lengths_B, token_mask_BT)
         rotary = rotary_tables(config.rope, config.rotary_dim, config.max_position_embeddings, positions_BT, dtype)
         with jax.named_scope("embedding"):
             # The token id of padding is ignored: it may be outside the vocabulary.

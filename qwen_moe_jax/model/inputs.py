@@ -13,7 +13,7 @@ from qwen_moe_jax.errors import RequestError
 from qwen_moe_jax.model.rotary import RotaryTables
 from qwen_moe_jax.moe.router import ForcedRouting, forced_specs
 from qwen_moe_jax.sharding.positions import RowOrder
-from qwen_moe_jax.sharding.rules import BATCH, tokens_spec
+from qwen_moe_jax.sharding.rules import BATCH, positions_axis, tokens_spec
 
 
 @jax.tree_util.register_dataclass
@@ -80,6 +80,11 @@ class TokenContext:
     def token_mask_BT(self) -> jax.Array:
         """False for padding."""
         return self.segment_ids_BT != 0
+
+    @property
+    def row_ids_BT(self) -> jax.Array:
+        """Segments of whole rows, on every device of `context`."""
+        return self.segment_ids_BT if self.row_segment_ids_BT is None else self.row_segment_ids_BT
 
 
 def checked_inputs(
@@ -170,6 +175,12 @@ def positions_in_segments(segment_ids_BT: jax.Array) -> jax.Array:
     before_BT = jnp.pad(filled_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     starts_BT = jnp.where(filled_BT != before_BT, index_BT, 0)
     return index_BT - jax.lax.cummax(starts_BT, axis=1)
+
+
+def positions_behind(lengths_B: jax.Array, token_mask_BT: jax.Array) -> jax.Array:
+    """Positions [B, T] of new tokens behind those of a cache, 0 for padding, sharded as their mask."""
+    index_T = jax.sharding.reshard(jnp.arange(token_mask_BT.shape[1], dtype=jnp.int32), P(positions_axis()))
+    return jnp.where(token_mask_BT, lengths_B[:, None] + index_T, 0)
 
 
 def _as_array(x: Any) -> Any:

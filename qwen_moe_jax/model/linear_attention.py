@@ -184,7 +184,7 @@ class GatedDeltaNet(nnx.Module):
         `context` where positions are sharded over it.
         """
         # With a cache, a row is one text.
-        ids_BT = context.segment_ids_BT if before is None else context.token_mask_BT.astype(jnp.int32)
+        ids_BT = context.row_ids_BT if before is None else (context.row_ids_BT != 0).astype(jnp.int32)
         weight_C1W, A_log_N, dt_bias_N = self._own_parameters()
         one_step = before is not None and qkv_BTC.shape[1] == 1
         mix = _mix_by_steps if keep_steps else functools.partial(_mix, rule=None if one_step else self._rule(execution))
@@ -195,26 +195,19 @@ class GatedDeltaNet(nnx.Module):
         weight_C1W = jax.sharding.reshard(weight_C1W, taps)
         A_log_N, dt_bias_N = (jax.sharding.reshard(x, head) for x in (A_log_N, dt_bias_N))
         if context.order is not None:
-            over = functools.partial(
+            local = functools.partial(
                 _mix_over_context,
                 linear=self.linear,
                 act=ACTIVATIONS[self.act],
                 chunk_size=self.chunk_size,
                 shards=context.order.shards,
             )
-            mixed_BTNH = jax.shard_map(
-                over,
-                in_specs=(rows, rows, rows, P(BATCH, None), taps, head, head),
-                out_specs=tokens_spec("tensor", None),
-                check_vma=False,
-            )(qkv_BTC, b_BTN, a_BTN, context.row_segment_ids_BT, weight_C1W, A_log_N, dt_bias_N)
-            return mixed_BTNH, None
         given = None if before is None else (STATE, COLUMNS, P(BATCH))
         returned = None if before is None else (STATES if keep_steps else STATE, COLUMNS)
         return jax.shard_map(
             local,
             in_specs=(rows, rows, rows, P(BATCH, None), taps, head, head, given),
-            out_specs=(HEADS, returned),
+            out_specs=(tokens_spec("tensor", None), returned),
             check_vma=False,
         )(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before)
 
@@ -249,14 +242,19 @@ def _mix(qkv_BTC, b_BTN, a_BTN, ids_BT, weight_C1W, A_log_N, dt_bias_N, before, 
 
 
 def _mix_over_context(
-    qkv_BTC, b_BTN, a_BTN, row_ids_BS, weight_C1W, A_log_N, dt_bias_N, *, linear, act, chunk_size, shards
+    qkv_BTC, b_BTN, a_BTN, row_ids_BS, weight_C1W, A_log_N, dt_bias_N, before, *, linear, act, chunk_size, shards
 ):
     """`_mix` of one device's part of rows that are sharded over `context`; `row_ids_BS` are of whole rows."""
-    parts = Parts.of(row_ids_BS, shards)
-    columns_BWC = columns_before(qkv_BTC, parts, weight_C1W.shape[-1] - 1)
-    qkv_BTC, _ = causal_conv1d(qkv_BTC, weight_C1W[:, 0].astype(qkv_BTC.dtype), parts.own(), columns_BWC)
+    state_BNHH, columns_BWC, new_B = (None, None, None) if before is None else before
+    if state_BNHH is not None:
+        state_BNHH = jnp.where(new_B[:, None, None, None], 0, state_BNHH)
+    # With a cache, a row is one text, of segment 1, and so is what is before it.
+    parts = Parts.of(row_ids_BS, shards, segment_before=0 if before is None else 1)
+    own_BWC, columns_BWC = columns_before(qkv_BTC, parts, weight_C1W.shape[-1] - 1, columns_BWC)
+    qkv_BTC, _ = causal_conv1d(qkv_BTC, weight_C1W[:, 0].astype(qkv_BTC.dtype), parts.own(), own_BWC)
     inputs = _inputs_of_rule(act(qkv_BTC), b_BTN, a_BTN, A_log_N, dt_bias_N, linear)
-    return delta_rule_over_context(inputs, parts, chunk_size=chunk_size)
+    mixed_BTNH, state_BNHH = delta_rule_over_context(inputs, parts, state_BNHH, chunk_size=chunk_size)
+    return mixed_BTNH, None if before is None else (state_BNHH, columns_BWC)
 
 
 _RuleInputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]

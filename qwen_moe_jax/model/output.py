@@ -66,7 +66,7 @@ class ModelOutput:
 
     def restored(self, order: RowOrder) -> "ModelOutput":
         """The same with tokens in the order of their rows; logits of all tokens are those of this many."""
-        of_all = self.logits.ndim == 3 and self.logits.shape[1] == order.padded
+        of_all = self.logits is not None and self.logits.ndim == 3 and self.logits.shape[1] == order.padded
         return dataclasses.replace(
             self,
             logits=order.restore(self.logits) if of_all else self.logits,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 
-from qwen_moe_jax.attention_kernels.cached_context import combined_bytes, read_at_a_time
+from qwen_moe_jax.attention_kernels.cached_context import chunk_bytes, combined_bytes, read_at_a_time
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.config.execution import BUFFER_FACTOR
 from qwen_moe_jax.config.resolve import attention_block
@@ -192,10 +192,14 @@ def _keys_sent(outline: Outline, mesh: Mapping[str, int]) -> float:
 
 
 def _scores_sent(outline: Outline, mesh: Mapping[str, int]) -> float:
-    """Bytes that a device sends over `context` for each new token in a layer, where that axis shards a cache."""
-    attention, ways = outline.config.attention, mesh[CONTEXT]
-    heads = attention.num_attention_heads // mesh["tensor"]
-    return combined_bytes(1, 1, heads, attention.head_dim) * 2 * (ways - 1) / ways
+    """Bytes that a device sends over `context` for each of its new tokens in a layer, where it shards a cache."""
+    work, attention, ways = outline.work, outline.config.attention, mesh[CONTEXT]
+    heads, kv_heads = (n // mesh["tensor"] for n in (attention.num_attention_heads, attention.num_key_value_heads))
+    if CONTEXT not in token_axes(work):
+        return combined_bytes(1, 1, heads, attention.head_dim) * 2 * (ways - 1) / ways
+    sizes = chunk_bytes(1, 1, heads, kv_heads, attention.head_dim, itemsize=_width(work.dtype))
+    gathered, reduced, scattered = sizes
+    return (gathered + 2 * reduced + scattered) * (ways - 1)  # of as many tokens as all devices have
 
 
 def _exchanged(outline: Outline, ways: int) -> float:
@@ -244,8 +248,8 @@ def _program_flops(outline: Outline, mesh: Mapping[str, int]) -> float:
         weights = sparse * chosen * 3 * config.hidden_size * config.moe.moe_intermediate_size
         share = min(1.0, weights / config.num_active_parameters())
         factor += share * (_rows_per_token(outline) / chosen - 1)
-    # Where `context` shards a cache, all of its devices compute the layers of the same tokens, but for attention.
-    copies = mesh.get(CONTEXT, 1) - 1 if work.context else 0
+    # Of a few new tokens, all devices of `context` compute the layers, but for attention.
+    copies = 0 if CONTEXT in token_axes(work) else mesh.get(CONTEXT, 1) - 1
     again = copies * work.tokens * 2 * config.num_active_parameters(exclude_embeddings=True)
     return (outline.flops + again) * factor * (4 / 3 if recomputes(work) else 1)
 

@@ -9,6 +9,7 @@ import numpy as np
 from qwen_moe_jax.plan.chips import Chip, Network
 from qwen_moe_jax.plan.hlo import Module
 from qwen_moe_jax.plan.result import PUBLISHED, AxisTraffic, Bound, Collective, Roofline, Target, Work
+from qwen_moe_jax.sharding.positions import SHORTEST_CHUNK
 from qwen_moe_jax.sharding.rules import BATCH, CONTEXT
 from qwen_moe_jax.units import format_bytes
 
@@ -74,8 +75,8 @@ def recomputes(work: Work) -> bool:
 
 
 def token_axes(work: Work) -> tuple[str, ...]:
-    """The mesh axes that share the new tokens: `context` shards the slots of a cache, where there is one, not these."""
-    return BATCH if work.context else (*BATCH, CONTEXT)
+    """The mesh axes that share the new tokens: behind a cache, `context` shards those of a chunk, and no fewer."""
+    return BATCH if work.context and work.tokens_per_row < SHORTEST_CHUNK else (*BATCH, CONTEXT)
 
 
 def _assumptions(

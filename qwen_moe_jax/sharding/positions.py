@@ -13,6 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+#: New tokens of a row behind a cache that devices of the axis share. Fewer are decoded tokens and drafts, for which the
+#: same weights are read however few of them a device has.
+SHORTEST_CHUNK = 8
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowOrder:
@@ -40,6 +44,16 @@ class RowOrder:
         count = math.ceil(chunk / (longest - longest % multiple))
         block = math.ceil(chunk / count)
         return cls(length=length, shards=shards, chunks=chunks, count=count, block=block + -block % multiple)
+
+    @classmethod
+    def of_chunk(cls, length: int, shards: int) -> "RowOrder | None":
+        """The order of new tokens behind a cache; None where every device of the axis has all of them.
+
+        It is their own: whatever part of a chunk a device has, its queries see the keys of all devices.
+        """
+        if shards == 1 or length < SHORTEST_CHUNK:
+            return None
+        return cls.of(length, shards, zigzag=False, longest=length)
 
     @property
     def local(self) -> int:
@@ -71,7 +85,8 @@ class RowOrder:
     def store(self, x: jax.Array, axis: int = 1) -> jax.Array:
         """An array in the row's order in the order of storage, padded with zeros."""
         padding = [(0, self.padded - self.length) if number == axis else (0, 0) for number in range(x.ndim)]
-        return jnp.take(jnp.pad(x, padding), self.positions(), axis=axis)
+        x = jnp.pad(x, padding)
+        return x if self.chunks == 1 else jnp.take(x, self.positions(), axis=axis)
 
     def in_row_order(self, x: jax.Array) -> jax.Array:
         """An array [B, padded, …] as it is stored in the order of the row; whole chunks are moved."""
@@ -81,4 +96,6 @@ class RowOrder:
 
     def restore(self, x: jax.Array, axis: int = 1) -> jax.Array:
         """The inverse of `store`, without the padding."""
+        if self.chunks == 1:
+            return jax.lax.slice_in_dim(x, 0, self.length, axis=axis)
         return jnp.take(x, self.stored_at()[: self.length], axis=axis)

@@ -72,7 +72,7 @@ def positions_axis(mesh: Mesh | None = None) -> str | None:
 def positions_over_context(sharded: bool) -> AbstractContextManager:
     """A context for tracing a step that shards its positions over `context`, or one that does not.
 
-    Steps with a cache do not: their few tokens are on every device of `context`, which shards the slots of the cache.
+    Steps of a few tokens behind a cache do not: these are on every device of `context`, which shards its slots.
     """
     return _shards_positions(sharded)
 

@@ -148,8 +148,8 @@ def test_the_delta_rule_and_its_convolution_over_context_are_those_of_one_device
     def part(arrays, row_ids):
         x, decay, beta = arrays
         parts = Parts.of(row_ids, shards)
-        y, _ = causal_conv1d(x, jnp.asarray(weight, x.dtype), parts.own(), columns_before(x, parts, taps - 1))
-        return delta_rule_over_context((*inputs(y), decay, beta), parts, chunk_size=8)
+        y, _ = causal_conv1d(x, jnp.asarray(weight, x.dtype), parts.own(), columns_before(x, parts, taps - 1)[0])
+        return delta_rule_over_context((*inputs(y), decay, beta), parts, chunk_size=8)[0]
 
     local = over_context(part, shards, 3, 1)
 

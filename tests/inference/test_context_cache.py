@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.attention_kernels.cached_context import combined_bytes
+from qwen_moe_jax.attention_kernels.cached_context import chunk_bytes, combined_bytes
 from qwen_moe_jax.config import INFERENCE_SHARDING
 from qwen_moe_jax.inference.memory import blocks_for
 from qwen_moe_jax.model.cache import Blocks, Cache, abstract_cache, empty_cache
 from qwen_moe_jax.plan.compile import group_of, plan_step, target_of
-from qwen_moe_jax.plan.draft import Outline, draft_of
-from qwen_moe_jax.plan.inference import decode_step
+from qwen_moe_jax.plan.draft import Draft, Outline, draft_of
+from qwen_moe_jax.plan.inference import prefill_step
 from qwen_moe_jax.plan.targets import parse_target
 from tests.model.hybrid_configs import hybrid_config, hybrid_model
+from tests.plan import golden
 from tests.plan.golden import TINY
 
 #: Prompts in chunks of 8, with padding in every chunk but one, and 5 more tokens.
@@ -114,31 +115,49 @@ def test_generation_and_an_engine_over_context_write_what_one_device_writes(on_t
     assert list(tokens.values()) == expected
 
 
-@pytest.fixture(scope="module")
-def planned():
-    """A decoding step over context=4, compiled, and the estimate for it."""
-    request, mesh = parse_target("cpu:8"), qmj.make_mesh(context=4, tensor=2)
-    config, execution = qmj.ModelConfig.from_pretrained(TINY), qmj.ExecutionConfig(sharding=INFERENCE_SHARDING)
-    step = decode_step(config, "tiny", mesh, execution, rows=4, max_length=64)
-    groups = tuple(group_of(name, tree) for name, tree in step.groups.items())
-    outline = Outline(config=config, work=step.work, flops=step.model_flops, groups=groups)
-    return plan_step(step, request, mesh), draft_of(outline, mesh.shape, target_of(request, mesh, None), ())
+def drafted(name: str) -> Draft:
+    """The estimate for one of the compiled steps."""
+    step, request, mesh = golden.cached_step(name), parse_target("cpu:8"), qmj.make_mesh(**golden.CACHED_MESH)
+    groups = tuple(group_of(group, tree) for group, tree in step.groups.items())
+    outline = Outline(config=step.config, work=step.work, flops=step.model_flops, groups=groups)
+    return draft_of(outline, mesh.shape, target_of(request, mesh, None), ())
 
 
-def test_a_step_sends_partial_softmaxes_and_no_keys(planned):
+def test_a_step_sends_partial_softmaxes_and_no_keys():
     """All-reduces as long as the formula says, nothing else over `context`, and no all-gather at all."""
-    plan, draft = planned
+    plan = golden.compiled("decode-context4-tensor2")
     over = [one for one in plan.collectives if "context" in one.axes]
     assert {one.kind for one in over} == {"all-reduce"} and all(one.in_layers for one in over)
     assert "all-gather" not in {one.kind for one in plan.collectives}
     heads = TINY["num_attention_heads"] // 2
     reduced = TINY["num_hidden_layers"] * combined_bytes(rows=4, tokens=1, heads=heads, head_dim=TINY["head_dim"])
     assert sum(one.bytes * one.count for one in over) == reduced * 2 * 3 / 4  # a ring of four devices
-    assert draft.traffic[("context",)] == reduced * 2 * 3 / 4
+    assert drafted("decode-context4-tensor2").traffic[("context",)] == reduced * 2 * 3 / 4
 
 
-def test_a_device_holds_its_share_of_the_cache_and_no_copy_of_it(planned):
-    plan, _ = planned
+def test_a_chunk_of_a_prompt_sends_its_own_queries_and_keys_and_nothing_of_the_cache():
+    """In every layer one gather, one all-reduce and one reduce-scatter, as long as the formula says."""
+    plan = golden.compiled("prefill-context4-tensor2")
+    over = {one.kind: one for one in plan.collectives if one.axes == ("context",) and one.in_layers}
+    sizes = dict(rows=4, tokens=32, heads=TINY["num_attention_heads"] // 2, kv_heads=TINY["num_key_value_heads"] // 2)
+    gathered, reduced, scattered = chunk_bytes(**sizes, head_dim=TINY["head_dim"], itemsize=4)
+    expected = {"all-gather": gathered, "all-reduce": 2 * reduced, "reduce-scatter": scattered}
+    assert {kind: one.bytes for kind, one in over.items()} == {kind: n * 3 / 4 for kind, n in expected.items()}
+    assert {one.count for one in over.values()} == {TINY["num_hidden_layers"]}
+    sent = TINY["num_hidden_layers"] * sum(expected.values()) * 3 / 4
+    assert drafted("prefill-context4-tensor2").traffic[("context",)] == sent
+
+
+def test_a_device_does_its_share_of_the_work_on_a_prompt():
+    """A dense model, whose program has the FLOPs of the model and those of scores that the causal mask leaves out."""
+    mesh = qmj.make_mesh(context=8)
+    step = prefill_step(hybrid_config("FF"), "tiny", mesh, qmj.ExecutionConfig(), rows=1, prompt=128, max_length=128)
+    flops = plan_step(step, parse_target("cpu:8"), mesh).flops
+    assert flops.model <= flops.program < 1.5 * flops.model
+
+
+def test_a_device_holds_its_share_of_the_cache_and_no_copy_of_it():
+    plan = golden.compiled("decode-context4-tensor2")
     [cache] = [group for group in plan.memory.groups if group.name == "cache"]
     whole = 2 * TINY["num_hidden_layers"] * 4 * 64 * TINY["num_key_value_heads"] * TINY["head_dim"] * 4
     lengths = 4 * 4

@@ -90,14 +90,14 @@ def test_each_request_gets_the_answer_of_its_merged_model_and_shares_blocks_with
 
 
 def test_on_a_mesh_with_linear_attention_each_row_has_its_own_adapter_too(tmp_path):
-    """Two rows on each of four shards, of which calls decode one or two; the merged model reads on one device.
+    """Four rows on each of two shards, of which calls decode one or two; the merged model reads on one device.
 
     In float64 a merged model and its adapter agree to 1e-14. In float32 each of them is 1.4e-5 to 2.9e-5 away from
     that, at matrices of a spread of 0.4: with linear attention, the two differ by rounding and no more than that.
     """
     targets = {"small": ("q_proj", "in_proj_qkv", "shared_expert"), "large": ("o_proj", "out_proj", "lm_head")}
     folders, models = make(tmp_path, targets, HYBRID)
-    mesh = qmj.make_mesh(data=2, expert=2, tensor=2)
+    mesh = qmj.make_mesh(expert=2, context=2, tensor=2)
     engine = qmj.Engine(on_mesh(models[None], mesh), slots=8, max_length=48, prefill_chunk=32, adapters=folders)
     names = ["large", None, "small", "small", "large"]
     answers = serve(engine, names[:1]) + serve(engine, names)

@@ -91,7 +91,7 @@ def test_turns_of_a_session_are_those_of_plain_decoding():
 def test_a_mesh_decodes_what_one_device_does():
     model, prompts, lengths = model_of("hybrid"), PROMPTS[:2], LENGTHS[:2]
     expected = texts(model, 2, prompts, lengths)
-    assert_same(texts(on_mesh(model, qmj.make_mesh(data=2, tensor=2)), 2, prompts, lengths), expected)
+    assert_same(texts(on_mesh(model, qmj.make_mesh(data=2, context=2, tensor=2)), 2, prompts, lengths), expected)
 
 
 def test_sampled_tokens_have_the_models_distribution():

@@ -66,6 +66,9 @@ STEPS = {
     ),
 }
 ROWS, LENGTH = 8, 64
+#: Of an engine, behind a cache whose slots `context` shards; purpose and tokens of a row.
+CACHED = {"decode-context4-tensor2": ("decode", 1), "prefill-context4-tensor2": ("prefill", 32)}
+CACHED_MESH, CACHED_ROWS, SLOTS = dict(context=4, tensor=2), 4, 64
 
 
 def placed(model: str, mesh: dict[str, int]) -> str:
@@ -122,9 +125,30 @@ class _Nowhere:
         return f"nowhere:{self.id}"
 
 
+def cached_step(name: str):
+    """One of `CACHED`, to be compiled."""
+    import qwen_moe_jax as qmj
+    from qwen_moe_jax.config import INFERENCE_SHARDING
+    from qwen_moe_jax.plan.inference import decode_step, prefill_step
+
+    purpose, length = CACHED[name]
+    execution = qmj.ExecutionConfig(sharding=INFERENCE_SHARDING)
+    model = qmj.ModelConfig.from_pretrained(TINY), "tiny", qmj.make_mesh(**CACHED_MESH), execution
+    if purpose == "decode":
+        return decode_step(*model, rows=CACHED_ROWS, max_length=SLOTS)
+    return prefill_step(*model, rows=CACHED_ROWS, prompt=length, max_length=SLOTS)
+
+
 @functools.cache
 def compiled(name: str):
-    """The plan of one of `STEPS`."""
+    """The plan of one of `STEPS` or `CACHED`."""
+    if name in CACHED:
+        import qwen_moe_jax as qmj
+        from qwen_moe_jax.plan.compile import plan_step
+        from qwen_moe_jax.plan.targets import parse_target
+
+        return plan_step(cached_step(name), parse_target("cpu:8"), qmj.make_mesh(**CACHED_MESH))
+
     from train.config import build_config
     from train.plan import plan_training
 
@@ -135,7 +159,7 @@ def compiled(name: str):
 
 
 def sent(name: str) -> str:
-    """A line for every collective of a compiled training step."""
+    """A line for every collective of a compiled step."""
     lines = [
         f"{one.kind}  {'×'.join(one.axes)}  {one.dtype}{list(one.shape)}  {one.bytes:,} × {one.count}"
         + ("  in layers" if one.in_layers else "")
@@ -151,7 +175,7 @@ def cases() -> dict[str, Callable[[], str]]:
         for mesh in meshes:
             name = "-".join([model, *(f"{axis}{size}" for axis, size in mesh.items())])
             found[name] = lambda model=model, mesh=mesh: placed(model, mesh)
-    for name in STEPS:
+    for name in (*STEPS, *CACHED):
         found[name] = lambda name=name: sent(name)
     return found
 
