@@ -32,7 +32,7 @@ MODELS = {
 }
 MESHES = {
     "qwen3_moe": (dict(data=2, expert=2, context=2), dict(sharding="expert+fsdp+context")),
-    "sliding": (dict(context=4, tensor=2), dict(sharding=INFERENCE_SHARDING)),
+    "sliding": (dict(context=3, tensor=2), dict(sharding=INFERENCE_SHARDING)),
     "hybrid": (dict(context=8), dict(dispatch="capacity", eval_capacity_factor=8.0)),
 }
 

@@ -128,7 +128,7 @@ def pair(config, stopped_early):
     def training(folder: str) -> list[str]:
         return ["train", str(config), "--run.output_dir", str(place / folder)]
 
-    asked = ["--prompt", PROMPT, "--max-new-tokens", "6", "--json", "--mesh", "expert=8"]
+    asked = ["--prompt", PROMPT, "--max-new-tokens", "6", "--json", "--mesh", "context=8"]
     commands = {"two": training("two"), "generate": ["qwen-moe-jax", "generate", str(place / "two" / "hub"), *asked]}
     commands |= {"stopped": training("stopped"), "killed": training("killed")}
     pair = Pair(place, commands)
