@@ -19,7 +19,16 @@ from qwen_moe_jax.plan.mesh_search import find_mesh
 from qwen_moe_jax.plan.result import Plan
 from qwen_moe_jax.plan.search import Search
 from qwen_moe_jax.plan.search_table import print_progress
-from qwen_moe_jax.plan.settings import ACCUMULATION, ACTIVATIONS, MEMORY_KIND, OFFLOADED, VARIED, Settings, of_execution
+from qwen_moe_jax.plan.settings import (
+    ACCUMULATION,
+    ACTIVATIONS,
+    MEMORY_KIND,
+    OFFLOADED,
+    RULES,
+    VARIED,
+    Settings,
+    of_execution,
+)
 from qwen_moe_jax.plan.targets import parse_target
 from qwen_moe_jax.plan.work import work_of
 from train.config import TrainConfig
@@ -74,8 +83,9 @@ def _kept_by_optimizer(program: Program) -> dict[str, Any]:
 #: What a search varies next to the mesh, by the keys of a run.
 KEYS = {
     ACCUMULATION: "run.gradient_accumulation_steps",
+    RULES: "sharding.rules",
     MEMORY_KIND: "optimizer.memory_kind",
-    **{name: f"execution.{name}" for name in VARIED if name not in (ACCUMULATION, MEMORY_KIND)},
+    **{name: f"execution.{name}" for name in VARIED if name not in (ACCUMULATION, RULES, MEMORY_KIND)},
 }
 
 
@@ -84,7 +94,7 @@ def search_training(
 ) -> Search:
     """The plans of one step on the most promising meshes under the most promising settings.
 
-    The config's own mesh, remat, micro-batches, exchange and buffer are not used, but for those in `given`.
+    The config's own mesh, rules, remat, micro-batches, exchange and buffer are not used, but for those in `given`.
 
     Args:
         config: of the run.
@@ -104,6 +114,7 @@ def search_training(
         return training_step(chosen, assemble(chosen, model_config, mesh), name)
 
     fixed = [setting for setting, key in KEYS.items() if key in given]
+    fixed += [RULES] if any(key.startswith("sharding.") for key in given) else []
     own = {*fixed, ACTIVATIONS} if request.platform == "cpu" else {*fixed}  # CPUs keep activations in one memory
     axes = {axis: size for axis, size in config.mesh.sizes.items() if f"mesh.{axis}" in given}
     dtype = str(config.execution.dtype or model_config.dtype or "float32")
@@ -126,13 +137,14 @@ def with_choice(config: TrainConfig, sizes: Mapping[str, int], settings: Setting
         ShardingError: they have no meaning in this run.
     """
     kind = settings.get(MEMORY_KIND, config.optimizer.memory_kind)
+    execution = {**of_execution(settings), "sharding": settings.get(RULES, config.execution.sharding)}
     mesh: dict[str, Any] = {axis: int(size) for axis, size in sizes.items()}
     steps = settings.get(ACCUMULATION, config.run.gradient_accumulation_steps)
     try:
         return dataclasses.replace(
             config,
             mesh=dataclasses.replace(config.mesh, **mesh),
-            execution=dataclasses.replace(config.execution, **of_execution(settings)),
+            execution=dataclasses.replace(config.execution, **execution),
             optimizer=dataclasses.replace(config.optimizer, memory_kind=kind),
             run=dataclasses.replace(config.run, gradient_accumulation_steps=steps),
         )

@@ -10,8 +10,9 @@ from qwen_moe_jax.plan.compile import Step, chip_for, group_of, plan_step, targe
 from qwen_moe_jax.plan.draft import Outline
 from qwen_moe_jax.plan.result import Plan
 from qwen_moe_jax.plan.search import Progress, Search, search_meshes
-from qwen_moe_jax.plan.settings import Settings, settings_of
+from qwen_moe_jax.plan.settings import RULES, Settings, other_rules, settings_of
 from qwen_moe_jax.plan.targets import TargetRequest
+from qwen_moe_jax.plan.work import check_rows
 from qwen_moe_jax.sharding.mesh import make_mesh
 
 
@@ -50,10 +51,14 @@ def find_mesh(
                 raise ShardingError(f"{axis}={size} was asked for.")
         return make_mesh(**sizes, devices=devices)
 
-    def outline_of(sizes: dict[str, int]) -> Outline:
-        step = step_on(mesh_of(sizes), {})
+    def outline_of(sizes: dict[str, int], settings: Settings | None = None) -> Outline:
+        step = step_on(mesh_of(sizes), settings or {})
+        check_rows(step.work.rows, sizes, 1)  # of a batch that is fewer rows than devices there are no shards to count
         groups = tuple(group_of(name, tree) for name, tree in step.groups.items())
         return Outline(config=step.config, work=step.work, flops=step.model_flops, groups=groups)
+
+    def others_of(outline: Outline, sizes: Mapping[str, int]) -> Iterable[Outline]:
+        return (outline_of(dict(sizes), {RULES: name}) for name in other_rules(outline.work, sizes, fixed))
 
     def settings_on(outline: Outline, sizes: Mapping[str, int]) -> Iterable[Settings]:
         sparse = outline.config.moe is not None
@@ -72,6 +77,7 @@ def find_mesh(
         outline_of,
         compile_plan,
         settings_of=settings_on,
+        others_of=others_of,
         last_resorts=last_resorts,
         progress=progress,
     )

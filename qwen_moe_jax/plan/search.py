@@ -25,13 +25,15 @@ from qwen_moe_jax.plan.chips import Network
 from qwen_moe_jax.plan.draft import Draft, Outline, draft_of
 from qwen_moe_jax.plan.promise import Waiting, promise
 from qwen_moe_jax.plan.result import Plan, Target, Work
-from qwen_moe_jax.plan.settings import Settings, can_offload, with_settings
+from qwen_moe_jax.plan.settings import RULES, Settings, can_offload, with_settings
 from qwen_moe_jax.plan.work import check_rows
 from qwen_moe_jax.sharding.mesh import AXES
 from qwen_moe_jax.sharding.rules import BATCH, CONTEXT
 from qwen_moe_jax.text import format_mesh
 
 OutlineOf = Callable[[dict[str, int]], Outline]
+#: The same step under other tables of sharding rules.
+OthersOf = Callable[[Outline, Mapping[str, int]], Iterable[Outline]]
 SettingsOf = Callable[[Outline, Mapping[str, int]], Iterable[Settings]]
 CompilePlan = Callable[[dict[str, int], Settings], Plan]
 
@@ -125,6 +127,11 @@ def as_asked(outline: Outline, mesh: Mapping[str, int]) -> Iterable[Settings]:
     return ({},)
 
 
+def as_stored(outline: Outline, mesh: Mapping[str, int]) -> Iterable[Outline]:
+    """No other rules than those that were asked for."""
+    return ()
+
+
 def search_meshes(
     target: Target,
     networks: Sequence[Network],
@@ -132,6 +139,7 @@ def search_meshes(
     compile_plan: CompilePlan,
     *,
     settings_of: SettingsOf = as_asked,
+    others_of: OthersOf = as_stored,
     last_resorts: Collection[Settings] = (),
     keep: int = 6,
     progress: Callable[[Progress], None] = lambda _: None,
@@ -144,6 +152,7 @@ def search_meshes(
         outline_of: a step on a mesh.
         compile_plan: its plan under settings.
         settings_of: what is tried on a mesh.
+        others_of: under which other rules, each with all of these settings.
         last_resorts: settings, each of which is tried with all others where nothing fits by arithmetic.
         keep: how many.
         progress: called before each compilation.
@@ -151,14 +160,14 @@ def search_meshes(
     Raises:
         ShardingError: no mesh of that many devices divides the model and the batch; the message has the reasons.
     """
-    drafts, refused = draft_meshes(target, networks, outline_of, settings_of)
+    drafts, refused = draft_meshes(target, networks, outline_of, settings_of, others_of)
     if last_resorts and all(draft.fits is False for draft in drafts):
 
         def with_last_resorts(outline: Outline, mesh: Mapping[str, int]) -> Iterable[Settings]:
             tried = itertools.product(settings_of(outline, mesh), last_resorts)
             return ({**one, **resort} for one, resort in tried if can_offload(one, resort))
 
-        saving, _ = draft_meshes(target, networks, outline_of, with_last_resorts)
+        saving, _ = draft_meshes(target, networks, outline_of, with_last_resorts, others_of)
         drafts = sorted([*drafts, *saving], key=promise)
     waiting = Waiting(drafts, keep)
     compiled: list[Candidate] = []
@@ -199,7 +208,11 @@ def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def draft_meshes(
-    target: Target, networks: Sequence[Network], outline_of: OutlineOf, settings_of: SettingsOf = as_asked
+    target: Target,
+    networks: Sequence[Network],
+    outline_of: OutlineOf,
+    settings_of: SettingsOf = as_asked,
+    others_of: OthersOf = as_stored,
 ) -> tuple[list[Draft], list[tuple[dict[str, int], str]]]:
     """Every mesh that divides under all settings, the most promising first, and the other meshes with the reason.
 
@@ -227,6 +240,9 @@ def draft_meshes(
             refused.append((mesh, "In a dense model `expert` shards what `fsdp` does."))
             continue
         drafts += [draft_of(outline, mesh, target, networks, one) for one in settings]
+        for other in others_of(outline, mesh):
+            rules = {RULES: other.work.sharding}
+            drafts += [draft_of(other, mesh, target, networks, {**one, **rules}) for one in settings]
     if not drafts:
         raise _nothing_divides(target, refused)
 

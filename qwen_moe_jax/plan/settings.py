@@ -1,7 +1,8 @@
 """Settings that a search varies for each mesh: what a step recomputes, splits and moves. Its result is the same.
 
-They are fields of `ExecutionConfig`, `accumulation_steps` and the optimizer's `memory_kind`. Nothing that drops a token
-is proposed: `capacity` is tried only where it was asked for. The attention block, dtypes and rules stay as they are.
+They are fields of `ExecutionConfig`, `accumulation_steps`, the named table of sharding rules and the optimizer's
+`memory_kind`. Nothing that drops a token is proposed: `capacity` is tried only where it was asked for. Dtypes stay as
+they are, and so does the attention block: neither arithmetic nor a compiled program says which of several is faster.
 """
 
 import dataclasses
@@ -10,17 +11,21 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, get_args
 
+from qwen_moe_jax.config import SHARDING_RULES
 from qwen_moe_jax.config.execution import Remat
 from qwen_moe_jax.plan.result import Work
-from qwen_moe_jax.sharding.rules import BATCH
+from qwen_moe_jax.sharding.rules import BATCH, CONTEXT
 
-#: Values by name: `accumulation_steps`, `memory_kind`, or a field of `ExecutionConfig`.
+#: Values by name: `accumulation_steps`, `rules`, `memory_kind`, or a field of `ExecutionConfig`.
 Settings = dict[str, Any]
 
 ACCUMULATION = "accumulation_steps"
 
+#: Which of `SHARDING_RULES` the weights are stored by, where it is not the one that was asked for.
+RULES = "rules"
+
 #: All that a search varies.
-VARIED = (ACCUMULATION, "remat", "dispatch", "exchange", "buffer_factor", "memory_kind", "activation_offloading")
+VARIED = (ACCUMULATION, RULES, "remat", "dispatch", "exchange", "buffer_factor", "memory_kind", "activation_offloading")
 
 #: Where the optimizer state is between steps (`optimizer.memory_kind`).
 MEMORY_KIND = "memory_kind"
@@ -71,6 +76,19 @@ def settings_of(
             yield {**settings, "exchange": exchange, **buffer}
 
 
+def other_rules(work: Work, mesh: Mapping[str, int], fixed: Collection[str] = ()) -> list[str]:
+    """The tables of sharding rules to try on a mesh next to that of `work`, where they can pay.
+
+    Over `context`, weights are stored sharded (less memory) or not (less to gather); dense weights that are not sharded
+    over `expert` are not gathered over it. Tables of one's own are not varied.
+    """
+    if work.purpose != "train" or RULES in fixed or work.sharding not in SHARDING_RULES:
+        return []
+    found = ["expert+fsdp", "expert+fsdp+context"] if mesh[CONTEXT] > 1 else []
+    found += ["fsdp"] if mesh["expert"] > 1 else []
+    return [name for name in found if name != work.sharding]
+
+
 def _splits(work: Work, mesh: Mapping[str, int]) -> list[int]:
     """Numbers of micro-batches, powers of two, that leave whole rows to every device."""
     rows = work.rows // math.prod(mesh[axis] for axis in BATCH)
@@ -84,14 +102,14 @@ def can_offload(settings: Mapping[str, Any], choice: Mapping[str, Any]) -> bool:
 
 def of_execution(settings: Mapping[str, Any]) -> Settings:
     """Those that are fields of `ExecutionConfig`."""
-    return {name: value for name, value in settings.items() if name not in (ACCUMULATION, MEMORY_KIND)}
+    return {name: value for name, value in settings.items() if name not in (ACCUMULATION, RULES, MEMORY_KIND)}
 
 
 def with_settings(work: Work, settings: Mapping[str, Any]) -> Work:
     """The step under these settings."""
     execution = {**work.execution, **of_execution(settings)}
-    steps = settings.get(ACCUMULATION, work.accumulation_steps)
-    return dataclasses.replace(work, execution=execution, accumulation_steps=steps)
+    steps, rules = settings.get(ACCUMULATION, work.accumulation_steps), settings.get(RULES, work.sharding)
+    return dataclasses.replace(work, execution=execution, accumulation_steps=steps, sharding=rules)
 
 
 def format_settings(settings: Mapping[str, Any]) -> str:
@@ -104,6 +122,8 @@ def format_settings(settings: Mapping[str, Any]) -> str:
     words += [str(settings[name]) for name in ("dispatch", "exchange") if settings.get(name)]
     if "buffer_factor" in settings:
         words.append(f"buffer {settings['buffer_factor']:g}")
+    if RULES in settings:
+        words.append(f"rules {settings[RULES]}")
     if MEMORY_KIND in settings:
         words.append(f"optimizer state in {settings[MEMORY_KIND]}")
     if settings.get(ACTIVATIONS):

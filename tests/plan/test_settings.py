@@ -4,11 +4,13 @@ import dataclasses
 
 import pytest
 
+from qwen_moe_jax.config import SHARDING_RULES
+from qwen_moe_jax.plan import mesh_search
 from qwen_moe_jax.plan.draft import draft_of
 from qwen_moe_jax.plan.promise import BEATEN, TOO_LARGE, Waiting, unbeaten
 from qwen_moe_jax.plan.result import Group
 from qwen_moe_jax.plan.search import draft_meshes, search_meshes
-from qwen_moe_jax.plan.settings import OFFLOADED, of_execution, settings_of, with_settings
+from qwen_moe_jax.plan.settings import OFFLOADED, of_execution, other_rules, settings_of, with_settings
 from tests.plan.samples import memory, plan, roofline
 from tests.plan.test_search import CHIP, describe, shown, target, work
 
@@ -49,6 +51,49 @@ def test_what_is_fixed_keeps_its_value_and_other_programs_have_nothing_to_vary()
     asked = {"remat": "none", "dispatch": "dropless", "exchange": "all_to_all", "buffer_factor": 2.0}
     assert found == [{"accumulation_steps": 1, **asked}]
     assert list(settings_of(work(purpose="decode"), MESH, "tpu", sparse=True)) == [{}]
+
+
+def test_rules_are_varied_where_they_can_pay_and_none_of_the_users_own_are():
+    context = {**MESH, "context": 2}
+    asked = work(sharding="expert+fsdp")
+    assert other_rules(asked, MESH) == ["fsdp"] and other_rules(asked, {**MESH, "expert": 1}) == []
+    assert other_rules(asked, context) == ["expert+fsdp+context", "fsdp"]
+    assert other_rules(work(sharding="fsdp"), context) == ["expert+fsdp", "expert+fsdp+context"]
+    assert other_rules(asked, MESH, fixed=("rules",)) == [] == other_rules(work(sharding="vocab over tensor"), MESH)
+    assert other_rules(work(sharding="expert+fsdp", purpose="decode"), MESH) == []
+
+
+def test_a_training_run_is_drafted_under_other_rules_and_on_meshes_of_more_devices_than_rows(monkeypatch):
+    """Of four devices and two rows: a mesh that shards rows over all is refused, and not the search."""
+    from train.config import load_config
+    from train.plan import search_training
+
+    def drafts_alone(target, networks, outline_of, compile_plan, *, settings_of, others_of, **_):
+        return draft_meshes(target, networks, outline_of, settings_of, others_of)
+
+    monkeypatch.setattr(mesh_search, "search_meshes", drafts_alone)
+    changes = [
+        "--mesh.data=1",
+        "--mesh.fsdp=1",
+        "--mesh.expert=1",
+        "--data.batch_size=2",
+        "--data.seq_len=16384",
+        "--run.max_steps=1",
+        "--model.num_hidden_layers=1",
+    ]
+
+    def found(given=()):
+        drafts, refused = search_training(load_config("configs/train/tiny.toml", changes), "cpu:4", given)
+        by_rules = {}
+        for one in drafts:
+            if one.mesh == {**MESH, "fsdp": 1, "context": 2}:
+                by_rules.setdefault(one.settings.get("rules"), set()).add(one.arguments)
+        return by_rules, {reason for mesh, reason in refused if mesh["fsdp"] == 4}
+
+    by_rules, refused = found()
+    assert set(by_rules) == {None, "expert+fsdp+context", "fsdp"} and len(refused) == 1 and "2 rows" in refused.pop()
+    assert max(by_rules["expert+fsdp+context"]) < min(by_rules[None]) <= max(by_rules[None]) < min(by_rules["fsdp"])
+    assert set(found(["sharding.embed"])[0]) == {None}
 
 
 def draft(**settings):
@@ -150,7 +195,14 @@ def test_the_best_is_printed_as_words_and_as_lines_that_are_read_back(tmp_path):
     from train.config import load_config, split_overrides
     from train.plan import paste
 
-    settings = {"accumulation_steps": 2, "remat": "full", "dispatch": "dropless", "buffer_factor": 1.25, **OFFLOADED[2]}
+    settings = {
+        "accumulation_steps": 2,
+        "remat": "full",
+        "dispatch": "dropless",
+        "buffer_factor": 1.25,
+        "rules": "fsdp",
+    }
+    settings |= OFFLOADED[2]
     words, lines = paste({**MESH, "data": 1}, settings)
     overrides, others = split_overrides(words.split())
     read = [load_config("configs/train/tiny.toml", overrides)]
@@ -160,6 +212,7 @@ def test_the_best_is_printed_as_words_and_as_lines_that_are_read_back(tmp_path):
     for config in read:
         assert config.mesh.sizes == MESH and config.run.gradient_accumulation_steps == 2 and not others
         assert config.optimizer.memory_kind == "pinned_host"
+        assert config.execution.sharding == SHARDING_RULES["fsdp"]
         chosen = dataclasses.asdict(config.execution)
         expected = of_execution(settings)
         assert {name: chosen[name] for name in expected} == expected and len(expected) == 4
