@@ -119,6 +119,18 @@ def delta_rule_over_context(
     return (out_BTNP[..., :value_size] + added_BTNP).astype(v_BTNP.dtype), state_BNHP
 
 
+def part_bytes(heads: int, key_size: int, value_size: int, *, columns: int, channels: int, itemsize: int) -> int:
+    """Bytes that a device sends to each other one for a row in a layer, forward: A, B and the last inputs of its part.
+
+    Args:
+        heads, channels: a device's value heads, and channels of its convolution.
+        key_size, value_size: of a head.
+        columns: W - 1.
+        itemsize: bytes of an input of the convolution; states are float32.
+    """
+    return heads * key_size * (key_size + value_size) * 4 + columns * channels * itemsize
+
+
 def _last_inputs(x_BTC: jax.Array, ids_BT: jax.Array, count: int) -> jax.Array:
     """The last inputs of this part's last segment, the newest last, zeros where there are fewer, [B, W - 1, C]."""
     run_BT = runs_of(ids_BT)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 
 from qwen_moe_jax.attention_kernels.cached_context import chunk_bytes, combined_bytes, read_at_a_time
+from qwen_moe_jax.attention_kernels.context_delta import part_bytes
 from qwen_moe_jax.config import ModelConfig
 from qwen_moe_jax.config.execution import BUFFER_FACTOR
 from qwen_moe_jax.config.resolve import attention_block
@@ -170,6 +171,8 @@ def _traffic(outline: Outline, mesh: Mapping[str, int]) -> dict[tuple[str, ...],
         attending = sum(kind.mixer != "linear" for kind in config.layers)
         each = _scores_sent(outline, mesh) if work.context else _keys_sent(outline, mesh)
         send((CONTEXT,), attending * tokens * each)
+        if CONTEXT in token_axes(work):
+            send((CONTEXT,), (layers - attending) * _states_sent(outline, mesh))
     if mesh["tensor"] > 1:
         # Sums over the parts of a hidden row: after o_proj and down_proj, and backward before q, k, v, gate and up.
         attention, mlp = (4, 3) if training else (1, 1)
@@ -200,6 +203,22 @@ def _scores_sent(outline: Outline, mesh: Mapping[str, int]) -> float:
     sizes = chunk_bytes(1, 1, heads, kv_heads, attention.head_dim, itemsize=_width(work.dtype))
     gathered, reduced, scattered = sizes
     return (gathered + 2 * reduced + scattered) * (ways - 1)  # of as many tokens as all devices have
+
+
+def _states_sent(outline: Outline, mesh: Mapping[str, int]) -> float:
+    """Bytes that a device sends over `context` in a linear layer: what its parts of rows make of states before them."""
+    work, linear, tensor = outline.work, outline.config.linear_attention, mesh["tensor"]
+    if linear is None:
+        return 0
+    each = part_bytes(
+        linear.num_value_heads // tensor,
+        linear.key_head_dim,
+        linear.value_head_dim,
+        columns=linear.conv_kernel_dim - 1,
+        channels=linear.conv_dim // tensor,
+        itemsize=_width(work.dtype),
+    )
+    return _passes(work) * work.rows / _num_shards(BATCH, mesh) * each * (mesh[CONTEXT] - 1)
 
 
 def _exchanged(outline: Outline, ways: int) -> float:

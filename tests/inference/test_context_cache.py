@@ -10,6 +10,7 @@ import pytest
 
 import qwen_moe_jax as qmj
 from qwen_moe_jax.attention_kernels.cached_context import chunk_bytes, combined_bytes
+from qwen_moe_jax.attention_kernels.context_delta import part_bytes
 from qwen_moe_jax.config import INFERENCE_SHARDING
 from qwen_moe_jax.inference.memory import blocks_for
 from qwen_moe_jax.model.cache import Blocks, Cache, abstract_cache, empty_cache
@@ -136,16 +137,29 @@ def test_a_step_sends_partial_softmaxes_and_no_keys():
 
 
 def test_a_chunk_of_a_prompt_sends_its_own_queries_and_keys_and_nothing_of_the_cache():
-    """In every layer one gather, one all-reduce and one reduce-scatter, as long as the formula says."""
-    plan = golden.compiled("prefill-context4-tensor2")
-    over = {one.kind: one for one in plan.collectives if one.axes == ("context",) and one.in_layers}
-    sizes = dict(rows=4, tokens=32, heads=TINY["num_attention_heads"] // 2, kv_heads=TINY["num_key_value_heads"] // 2)
-    gathered, reduced, scattered = chunk_bytes(**sizes, head_dim=TINY["head_dim"], itemsize=4)
-    expected = {"all-gather": gathered, "all-reduce": 2 * reduced, "reduce-scatter": scattered}
-    assert {kind: one.bytes for kind, one in over.items()} == {kind: n * 3 / 4 for kind, n in expected.items()}
-    assert {one.count for one in over.values()} == {TINY["num_hidden_layers"]}
-    sent = TINY["num_hidden_layers"] * sum(expected.values()) * 3 / 4
-    assert drafted("prefill-context4-tensor2").traffic[("context",)] == sent
+    """By a gather, an all-reduce and a reduce-scatter in the full layer, and two gathers in the three linear ones.
+
+    Outside of layers, the last token of each row is sent, and its logits.
+    """
+    name, config = "prefill-hybrid-context4-tensor2", qmj.ModelConfig.from_pretrained(golden.TINY_HYBRID)
+    sizes = dict(rows=4, tokens=32, heads=config.attention.num_attention_heads // 2, head_dim=config.attention.head_dim)
+    gathered, reduced, scattered = chunk_bytes(**sizes, kv_heads=1, itemsize=4)
+    linear = config.linear_attention
+    sizes = linear.num_value_heads // 2, linear.key_head_dim, linear.value_head_dim
+    state, columns = (part_bytes(*sizes, columns=n, channels=linear.conv_dim // 2, itemsize=4) for n in (0, 3))
+    expected = {
+        ("all-gather", gathered * 3 / 4, 1),
+        ("all-reduce", reduced * 2 * 3 / 4, 1),
+        ("reduce-scatter", scattered * 3 / 4, 1),
+        ("all-gather", 4 * state * 3, 3),
+        ("all-gather", 4 * (columns - state) * 3, 3),
+    }
+    over = [one for one in golden.compiled(name).collectives if one.axes == ("context",)]
+    assert expected <= {(one.kind, one.bytes, one.count) for one in over}
+    layers = sum(size * count for _, size, count in expected)
+    assert drafted(name).traffic[("context",)] == layers
+    tokens = 4 * (4 * config.vocab_size // 2 + 2 * config.hidden_size) * 4
+    assert sum(one.bytes * one.count for one in over) - layers < tokens
 
 
 def test_a_device_does_its_share_of_the_work_on_a_prompt():

@@ -66,8 +66,11 @@ STEPS = {
     ),
 }
 ROWS, LENGTH = 8, 64
-#: Of an engine, behind a cache whose slots `context` shards; purpose and tokens of a row.
-CACHED = {"decode-context4-tensor2": ("decode", 1), "prefill-context4-tensor2": ("prefill", 32)}
+#: Of an engine, behind a cache whose slots `context` shards; purpose, model and tokens of a row.
+CACHED = {
+    "decode-context4-tensor2": ("decode", TINY, 1),
+    "prefill-hybrid-context4-tensor2": ("prefill", TINY_HYBRID, 32),
+}
 CACHED_MESH, CACHED_ROWS, SLOTS = dict(context=4, tensor=2), 4, 64
 
 
@@ -131,9 +134,9 @@ def cached_step(name: str):
     from qwen_moe_jax.config import INFERENCE_SHARDING
     from qwen_moe_jax.plan.inference import decode_step, prefill_step
 
-    purpose, length = CACHED[name]
+    purpose, config, length = CACHED[name]
     execution = qmj.ExecutionConfig(sharding=INFERENCE_SHARDING)
-    model = qmj.ModelConfig.from_pretrained(TINY), "tiny", qmj.make_mesh(**CACHED_MESH), execution
+    model = qmj.ModelConfig.from_pretrained(config), "tiny", qmj.make_mesh(**CACHED_MESH), execution
     if purpose == "decode":
         return decode_step(*model, rows=CACHED_ROWS, max_length=SLOTS)
     return prefill_step(*model, rows=CACHED_ROWS, prompt=length, max_length=SLOTS)
