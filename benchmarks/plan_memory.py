@@ -67,6 +67,10 @@ FITTED = [
     "mesh.fsdp=8 dispatch=dropless remat=full",
     "mesh.fsdp=4 mesh.tensor=2 dispatch=dropless remat=dots",
     "mesh.data=2 mesh.expert=4 dispatch=dropless exchange=all_to_all remat=dots",
+    "mesh.data=8 dispatch=dense remat=full",
+    "mesh.fsdp=8 dispatch=capacity remat=none",
+    "mesh.data=4 mesh.expert=2 dispatch=dropless exchange=all_gather remat=none",
+    "mesh.expert=8 dispatch=dropless exchange=all_to_all remat=dots",
 ]
 #: The same of the runs of the table, and whether all tokens choose the experts of one device.
 RUNS: list[tuple[str, bool]] = [

@@ -5,6 +5,7 @@ All devices work at once, as in a training step; simulated ones share the proces
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -25,15 +26,23 @@ from qwen_moe_jax.whole_file import write_whole
 
 #: Dtypes whose matrix products are measured.
 DTYPES = ("float32", "bfloat16")
-#: Sizes of what is measured on a CPU and on an accelerator: a matrix's side, numbers of an array that is copied, and of
-#: one that is sent.
+#: Sizes of what is measured on a CPU and on an accelerator: a matrix's side, numbers of an array that is read and
+#: written, and of one that is sent.
 _SIZES = {"cpu": (384, 2**22, 2**19), "": (4096, 2**27, 2**23)}
+#: Matrices of a few experts.
+_TRANSPOSED = (16, 256, 256)
+#: Numbers of an array for which a CPU's C library asks the system, and which it gives back (`cpu_run_time.ASKED`).
+_FRESH = 2**23
 #: Of the time of a step, in the order of `Roofline.parts`.
-PARTS = ("compute", "memory", "network", "operations")
-#: Weight of a share of 1 among the measured steps, for parts that these say little of.
-_PRIOR = 0.01
+PARTS = ("compute", "memory", "network", "operations", "pages")
+#: Weight of a share of 1 among the measured steps: that of one of them. A few steps do not tell five parts from others.
+_PRIOR = 1.0
+#: Part of a step that any part is taken to be at least, so that one of nothing has a share.
+_LEAST = 0.01
 #: Runs of which the fastest counts; small collectives, and steps of a loop, in one run.
 _RUNS, _SMALL, _OPERATIONS = 5, 50, 200
+#: Products, and passes over an array, in one run.
+_REPEATS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +54,9 @@ class Calibration:
         platform, device_kind: as JAX has them.
         devices: how many worked at once.
         flops: FLOP/s of matrix products, by dtype.
-        memory_bandwidth: bytes a second, read and written.
+        memory_bandwidth: bytes a second, read and written in place.
+        transposed_bandwidth: bytes a second, read and written by copies into another order.
+        fresh_bandwidth: bytes a second of memory that the system hands out anew; None of devices with their own memory.
         network_bandwidth: bytes a second that a device sends in collectives over all devices; 0 with one device.
         collective_seconds: of a collective of one number; 0 with one device.
         operation_seconds: of an operation on few numbers.
@@ -60,6 +71,8 @@ class Calibration:
     devices: int
     flops: dict[str, float]
     memory_bandwidth: float
+    transposed_bandwidth: float
+    fresh_bandwidth: float | None
     network_bandwidth: float
     collective_seconds: float
     operation_seconds: float
@@ -98,6 +111,8 @@ class Calibration:
             memory_bandwidth=self.memory_bandwidth,
             networks=(network,) if self.network_bandwidth else (),
             operation_seconds=self.operation_seconds,
+            transposed_bandwidth=self.transposed_bandwidth,
+            fresh_bandwidth=self.fresh_bandwidth,
         )
 
     def check_target(self, request: TargetRequest, count: int) -> None:
@@ -154,7 +169,7 @@ def measure(devices: Sequence[jax.Device], clock: Callable[[], float] = time.per
     """Measures devices that work at once, in a few seconds of a clock."""
     bench = _Bench(mesh=Mesh(np.array(devices), ("all",), axis_types=(AxisType.Auto,)), clock=clock)
     platform = devices[0].platform
-    side, copied, sent = _SIZES.get(platform, _SIZES[""])
+    side, numbers, sent = _SIZES.get(platform, _SIZES[""])
     many = len(devices) > 1
     return Calibration(
         date=time.strftime("%Y-%m-%d %H:%M"),
@@ -162,7 +177,9 @@ def measure(devices: Sequence[jax.Device], clock: Callable[[], float] = time.per
         device_kind=devices[0].device_kind,
         devices=len(devices),
         flops={dtype: _flops(bench, side, dtype) for dtype in DTYPES},
-        memory_bandwidth=_memory_bandwidth(bench, copied),
+        memory_bandwidth=_memory_bandwidth(bench, numbers),
+        transposed_bandwidth=_transposed_bandwidth(bench),
+        fresh_bandwidth=_fresh_bandwidth(bench) if platform == "cpu" else None,
         network_bandwidth=_network_bandwidth(bench, sent) if many else 0.0,
         collective_seconds=_collective_seconds(bench) if many else 0.0,
         operation_seconds=_operation_seconds(bench),
@@ -203,18 +220,39 @@ class _Bench:
 
 
 def _flops(bench: _Bench, side: int, dtype: str) -> float:
-    repeats = 8
-
     def products(x: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, repeats, lambda _, y: (x @ y / side).astype(x.dtype), x)
+        return jax.lax.fori_loop(0, _REPEATS, lambda _, y: (x @ y / side).astype(x.dtype), x)
 
-    return repeats * 2 * side**3 / bench.seconds(products, (side, side), dtype)
+    return _REPEATS * 2 * side**3 / bench.seconds(products, (side, side), dtype)
 
 
 def _memory_bandwidth(bench: _Bench, numbers: int) -> float:
-    """Of a sum of two arrays: two are read, one is written."""
-    seconds = bench.seconds(lambda x: x[0] + x[1], (2, numbers))
-    return 3 * 4 * numbers / seconds
+    """Of a loop that reads an array and writes it in place. The rest of the run, without the loop, is taken off."""
+
+    def passes(x: jax.Array, times: int) -> jax.Array:
+        return jax.lax.fori_loop(0, times, lambda _, y: jax.lax.optimization_barrier(y * 0.5 + 1), x)
+
+    few, many = (bench.seconds(partial(passes, times=times), (numbers,)) for times in (2, 2 + _REPEATS))
+    return _REPEATS * 2 * 4 * numbers / max(many - few, many / 10)
+
+
+def _transposed_bandwidth(bench: _Bench) -> float:
+    """Of copies of some matrices between two orders, which share no axis whose numbers are next to each other."""
+
+    def copies(x: jax.Array, times: int) -> jax.Array:
+        def there_and_back(_: int, y: jax.Array) -> jax.Array:
+            turned = jax.lax.optimization_barrier(jnp.transpose(y, (2, 0, 1)))
+            return jax.lax.optimization_barrier(jnp.transpose(turned, (1, 2, 0)))
+
+        return jax.lax.fori_loop(0, times, there_and_back, x)
+
+    few, many = (bench.seconds(partial(copies, times=times), _TRANSPOSED) for times in (1, 1 + _REPEATS // 2))
+    return _REPEATS * 2 * 4 * math.prod(_TRANSPOSED) / max(many - few, many / 10)
+
+
+def _fresh_bandwidth(bench: _Bench) -> float:
+    """Of an array that is filled."""
+    return 4 * _FRESH / bench.seconds(lambda x: jnp.broadcast_to(x, (_FRESH,)), (1,))
 
 
 def _network_bandwidth(bench: _Bench, numbers: int) -> float:
@@ -252,7 +290,7 @@ def fit_shares(parts: Sequence[Sequence[float]], seconds: Sequence[float]) -> di
     """
     rows = np.asarray(parts, float) / np.asarray(seconds, float)[:, None]
     # A share is pulled to 1 by as much as its part is of the time, so that parts of nothing stay there.
-    pull = _PRIOR * np.diag(np.mean(rows, axis=0) + _PRIOR)
+    pull = _PRIOR * np.diag(np.mean(rows, axis=0) + _LEAST)
     left, right = np.concatenate([rows, pull]), np.concatenate([np.ones(len(rows)), np.diag(pull)])
     shares = np.ones(len(PARTS))
     for _ in range(2000):  # one share after the other, which converges for so few

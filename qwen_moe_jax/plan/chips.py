@@ -32,6 +32,8 @@ class Chip:
         memory_bandwidth: bytes a second; None where it is not given here.
         networks: nearest first; what does not fit within one's reach goes over the next.
         operation_seconds: of an operation on few numbers; 0 where it is not measured.
+        transposed_bandwidth: bytes a second of copies into another order; None where it is not measured.
+        fresh_bandwidth: bytes a second of memory that the system hands out anew; None where it is not measured.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Chip:
     memory_bandwidth: float | None = None
     networks: tuple[Network, ...] = ()
     operation_seconds: float = 0.0
+    transposed_bandwidth: float | None = None
+    fresh_bandwidth: float | None = None
 
 
 def _gib(number: float) -> int:

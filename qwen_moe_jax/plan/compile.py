@@ -21,7 +21,7 @@ from qwen_moe_jax.model.segments import plan_segments
 from qwen_moe_jax.plan.calibration import Calibration
 from qwen_moe_jax.plan.chips import Chip, chip_of
 from qwen_moe_jax.plan.collectives import collectives_of
-from qwen_moe_jax.plan.cpu_run_time import run_time_bytes
+from qwen_moe_jax.plan.cpu_run_time import fresh_bytes, run_time_bytes
 from qwen_moe_jax.plan.hlo import Module
 from qwen_moe_jax.plan.remarks import remarks_on
 from qwen_moe_jax.plan.result import (
@@ -142,7 +142,8 @@ def plan_step(step: Step, request: TargetRequest, mesh: Mesh, calibration: Calib
         program_flops = None if flops is None else flops * target.devices
         speeds = (PUBLISHED, None) if calibration is None else (calibration.speeds, calibration.shares)
         moved = memory.host_arguments + memory.host_temporaries * step.work.accumulation_steps
-        roofline = roofline_of(target, chip, sizes, step, program_flops, module, collectives, *speeds, moved)
+        others = moved, fresh_bytes(memory.temporaries or 0) if request.platform == "cpu" else 0
+        roofline = roofline_of(target, chip, sizes, step, program_flops, module, collectives, *speeds, *others)
     moe = step.config.moe
     plan = Plan(
         target=target,

@@ -22,6 +22,8 @@ OWN_TASK = 512
 OF_A_DOT = 2
 #: What a device keeps of its operations, their arguments and events while a step runs; 0.13 to 0.25 MB were measured.
 LISTS = 2**18
+#: Bytes from which on the C library asks the system for an allocation and gives it back: its M_MMAP_THRESHOLD at most.
+ASKED = 2**25
 #: Columns of a matrix that a thread packs at a time, with all that is contracted.
 PACKED_COLUMNS = 64
 #: Bytes by which packed operands exceed the operands, since blocks are whole.
@@ -48,6 +50,11 @@ def run_time_bytes(module: Module, devices: int, cores: int | None = None) -> in
     threads = 1 + math.ceil(pool / devices)
     packed = max((packed_bytes(module, run, threads) for run in module.runs), default=0)
     return queued_bytes(module, pool, math.ceil(pool / devices)) + packed + LISTS
+
+
+def fresh_bytes(temporaries: int) -> int:
+    """Bytes of temporaries that the system hands out anew in every step: all, which are one allocation, or none."""
+    return temporaries if temporaries >= ASKED else 0
 
 
 def queued_bytes(module: Module, pool: int, queues: int) -> int:

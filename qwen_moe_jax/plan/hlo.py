@@ -281,6 +281,19 @@ class Module:
             total += self.moved(run) * (1 if run.times is None else run.times)
         return total
 
+    def transposed_bytes(self) -> int:
+        """Bytes that copies read and write in a step in another order than their operand has in memory."""
+        total = 0
+        for run in self.runs:
+            one = run.instruction
+            if one.opcode not in ("copy", "transpose") or one.operands[0] not in run.computation:
+                continue
+            taken, made = run.computation[one.operands[0]].results[0], one.results[0]
+            axes = numbers(one.attribute("dimensions")) or range(len(made.shape))  # of the operand
+            if made.minor is not None and axes[made.minor] != taken.minor:
+                total += 2 * made.bytes * (1 if run.times is None else run.times)
+        return total
+
     def moved(self, run: Run) -> int:
         """Bytes that an instruction outside of a fusion reads and writes, each time it runs."""
         instruction, computation = run.instruction, run.computation

@@ -23,12 +23,20 @@ class Array:
         shape: of one device's shard.
         on_chip: whether it is in a TPU core's own memory, so that no bandwidth is needed to read or write it.
         on_host: whether it is in the host's memory.
+        layout: its axes, the one whose numbers are next to each other first; empty for the last one first.
     """
 
     dtype: str
     shape: tuple[int, ...]
     on_chip: bool = False
     on_host: bool = False
+    layout: tuple[int, ...] = ()
+
+    @property
+    def minor(self) -> int | None:
+        """The axis whose numbers are next to each other in memory; None without more than one number."""
+        order = self.layout or range(len(self.shape) - 1, -1, -1)
+        return next((axis for axis in order if self.shape[axis] > 1), None)
 
     @property
     def bytes(self) -> int:
@@ -106,7 +114,13 @@ def read_instruction(line: str) -> Instruction | None:
         return None
     inside = rest[start + 1 : stop]
     results = tuple(
-        Array(dtype, numbers(dims), _ON_CHIP.search(layout) is not None, _ON_HOST.search(layout) is not None)
+        Array(
+            dtype,
+            numbers(dims),
+            on_chip=_ON_CHIP.search(layout) is not None,
+            on_host=_ON_HOST.search(layout) is not None,
+            layout=numbers(layout.partition(":")[0]),
+        )
         for dtype, dims, layout in _ARRAY.findall(kind)
     )
     # A constant's or a parameter's parentheses hold a value; it is kept with the attributes.

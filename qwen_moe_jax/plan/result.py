@@ -314,6 +314,7 @@ class Roofline:
         tokens_per_second: by `seconds`, over all devices.
         utilisation: model FLOPs over what the chips could do in `seconds`, 0 to 1.
         operations: seconds that so many operations on few numbers take; 0 where it is not measured.
+        pages: seconds in which the system hands out the memory of temporaries anew; 0 where it is not measured.
         speeds: where the speeds are from: "published peaks", or the measurement with its date and devices.
         assumptions: that both ends of the interval rest on, in words.
         expected: seconds of a step, if its parts take what they took in steps that were measured; None without such.
@@ -330,14 +331,15 @@ class Roofline:
     tokens_per_second: float
     utilisation: float
     operations: float = 0.0
+    pages: float = 0.0
     speeds: str = PUBLISHED
     assumptions: tuple[str, ...] = ()
     expected: float | None = None
 
     @property
-    def parts(self) -> tuple[float, float, float, float]:
-        """Seconds of compute, memory, network and operations."""
-        return self.compute, self.memory, self.network, self.operations
+    def parts(self) -> tuple[float, float, float, float, float]:
+        """Seconds of compute, memory, network, operations and pages."""
+        return self.compute, self.memory, self.network, self.operations, self.pages
 
     @property
     def likely(self) -> float:

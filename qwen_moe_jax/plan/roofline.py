@@ -31,11 +31,13 @@ def roofline_of(
     speeds: str = PUBLISHED,
     shares: Mapping[str, float] | None = None,
     host_bytes: int = 0,
+    fresh_bytes: int = 0,
 ) -> Roofline | None:
     """The estimate of a step; None for a chip whose numbers are not known.
 
-    `host_bytes` are copied from the host's memory and back. Where the program's FLOPs are not known, the model's are
-    used, with a third more for layers that are computed again.
+    `host_bytes` are copied from the host's memory and back; of a device's temporaries, `fresh_bytes` are handed out by
+    the system in every step. Where the program's FLOPs are not known, the model's are used, with a third more for
+    layers that are computed again.
     """
     if chip is None or target.peak_flops is None or target.memory_bandwidth is None:
         return None
@@ -43,13 +45,17 @@ def roofline_of(
     compute = (program_flops or step.model_flops * again) / target.devices / target.peak_flops
     memory_bytes = int(module.memory_bytes())
     memory = memory_bytes / target.memory_bandwidth
+    if chip.transposed_bandwidth:  # which is less
+        slower = 1 / chip.transposed_bandwidth - 1 / target.memory_bandwidth
+        memory += module.transposed_bytes() * max(slower, 0.0)
     traffic = traffic_of(collectives, chip.networks, mesh)
     network = sum(one.seconds or 0.0 for one in traffic)
     parts: dict[str, float] = {"compute": compute, "memory": memory, "network": network}
     operations = module.operations() * chip.operation_seconds
+    pages = fresh_bytes / chip.fresh_bandwidth if chip.fresh_bandwidth else 0.0
     bound: Bound = max(BOUNDS, key=parts.__getitem__)
     seconds = parts[bound]
-    measured = {**parts, "operations": operations}
+    measured = {**parts, "operations": operations, "pages": pages}
     expected = sum(share * measured[name] for name, share in shares.items()) if shares else None
     return Roofline(
         compute=compute,
@@ -59,10 +65,11 @@ def roofline_of(
         network=network,
         bound=bound,
         seconds=seconds,
-        seconds_without_overlap=sum(parts.values()) + operations,
+        seconds_without_overlap=sum(measured.values()),
         tokens_per_second=step.work.tokens / seconds,
         utilisation=step.model_flops / target.devices / target.peak_flops / seconds,
         operations=operations,
+        pages=pages,
         speeds=speeds,
         assumptions=_assumptions(step, program_flops, speeds, host_bytes, seconds),
         expected=expected,

@@ -174,7 +174,8 @@ def _print_roofline(plan: Plan, console: Console) -> None:
         f"\nAt best, by {line.speeds} (an estimate): compute {_seconds(line.compute)}, memory "
         f"{_seconds(line.memory)}, network {_seconds(line.network)}"
         + (f" = {sent}" if sent else "")
-        + (f", operations {_seconds(line.operations)}" if line.operations else ""),
+        + (f", operations {_seconds(line.operations)}" if line.operations else "")
+        + (f", pages of temporaries {_seconds(line.pages)}" if line.pages else ""),
         markup=False,
         soft_wrap=True,
     )

@@ -24,12 +24,14 @@ MEASURED = Calibration(
     devices=2,
     flops={"float32": 2e9, "bfloat16": 1e9},
     memory_bandwidth=1e9,
+    transposed_bandwidth=2e8,
+    fresh_bandwidth=2e8,
     network_bandwidth=5e8,
     collective_seconds=1e-5,
     operation_seconds=1e-6,
     memory_bytes=10**9,
     versions={"jax": jax.__version__},
-    shares={"compute": 2.0, "memory": 0.5, "network": 1.0, "operations": 3.0},
+    shares={"compute": 2.0, "memory": 0.5, "network": 1.0, "operations": 3.0, "pages": 1.0},
 )
 
 SMALL = """
@@ -58,9 +60,12 @@ def file(tmp_path):
 
 def test_every_speed_is_measured_and_is_that_of_devices_that_work_at_once(monkeypatch):
     monkeypatch.setitem(calibration._SIZES, "cpu", (64, 2**12, 2**10))
+    monkeypatch.setattr(calibration, "_FRESH", 2**12)
+    monkeypatch.setattr(calibration, "_TRANSPOSED", (2, 16, 32))
     found = measure(jax.devices()[:2])
     assert found.devices == 2 and found.date and found.versions["jax"] == jax.__version__
     speeds = [*found.flops.values(), found.memory_bandwidth, found.network_bandwidth]
+    speeds += [found.transposed_bandwidth, found.fresh_bandwidth]
     assert set(found.flops) == {"float32", "bfloat16"} and all(speed > 1e5 for speed in speeds)
     assert 0 < found.operation_seconds < 0.1 and 0 < found.collective_seconds < 1
     assert found.memory_bytes > 2**20
@@ -79,12 +84,14 @@ def test_collectives_take_their_bytes_and_for_each_the_time_of_a_small_one():
 
 
 def test_shares_of_measured_steps_are_found_and_what_they_do_not_show_stays_whole():
-    parts = np.random.default_rng(0).uniform(0.1, 1, (8, 4))
-    shares = np.array([1.9, 0.5, 0.0, 2.5])
+    parts = np.random.default_rng(0).uniform(0.1, 1, (400, 5))
+    shares = np.array([1.9, 0.5, 0.0, 2.5, 1.2])
     assert [*fit_shares(parts, parts @ shares).values()] == pytest.approx(shares, abs=0.05)
     parts[:, 3] = 0
     found = fit_shares(parts, parts[:, 0])
-    assert [*found] == ["compute", "memory", "network", "operations"] and found["operations"] == pytest.approx(1.0)
+    assert [*found] == ["compute", "memory", "network", "operations", "pages"] and found["operations"] == pytest.approx(
+        1.0
+    )
 
 
 def test_plans_are_ranked_by_what_is_expected_where_steps_were_measured():

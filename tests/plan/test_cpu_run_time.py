@@ -2,7 +2,17 @@
 
 import pytest
 
-from qwen_moe_jax.plan.cpu_run_time import BLOCKS, LISTS, OF_A_DOT, OWN_TASK, QUEUE, TASK, queued_bytes, run_time_bytes
+from qwen_moe_jax.plan.cpu_run_time import (
+    BLOCKS,
+    LISTS,
+    OF_A_DOT,
+    OWN_TASK,
+    QUEUE,
+    TASK,
+    fresh_bytes,
+    queued_bytes,
+    run_time_bytes,
+)
 from qwen_moe_jax.plan.hlo import Module
 
 PROGRAM = """HloModule step
@@ -109,3 +119,8 @@ ENTRY %main (a: {left}, b: {right}, sizes: s32[{groups}]) -> {result} {{
 }}
 """
     assert run_time_bytes(Module(text), devices=8, cores=2) == 2 * (bytes + 64) + 7 * OWN_TASK + LISTS
+
+
+def test_temporaries_are_handed_out_anew_from_32_mb_on():
+    """Measured: a step of 34.4 MB a device had a page fault for every 4096 bytes of eight devices' temporaries."""
+    assert [fresh_bytes(size) for size in (31_300_000, 34_400_000)] == [0, 34_400_000]

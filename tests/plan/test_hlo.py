@@ -156,3 +156,32 @@ def test_a_call_in_the_loop_over_layers_updates_one_layer_in_place_and_slices_ar
     """A layer's matrix as bfloat16, its index, and as float32; the call's small operand, layer and first result."""
     slices, call = 2 * 64 * 8 + 4 + 4 * 64 * 8, 4 * (16 + 32 + 4 + written)
     assert Module(IN_PLACE.replace("TARGET", target), frozenset({10})).memory_bytes() == 10 * (slices + call)
+
+
+def test_copies_into_another_order_are_counted_and_those_that_keep_rows_are_not():
+    """Of [4, 1, 8] numbers, an axis of one has no order: twice 128 bytes, three times."""
+    module = Module("""HloModule copies
+
+%body (x: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %x = (s32[], f32[4,8]{1,0}) parameter(0)
+  %turn = s32[] get-tuple-element(%x), index=0
+  %y = f32[4,8]{1,0} get-tuple-element(%x), index=1
+  %turned = f32[4,8]{0,1} copy(%y)
+  %transposed = f32[8,4]{0,1} transpose(%y), dimensions={1,0}
+  ROOT %next = (s32[], f32[4,8]{1,0}) tuple(%turn, %y)
+}
+
+%condition (x: (s32[], f32[4,8])) -> pred[] {
+  %x = (s32[], f32[4,8]{1,0}) parameter(0)
+  ROOT %goes = pred[] custom-call(%x), custom_call_target="goes"
+}
+
+ENTRY %main (x: (s32[], f32[4,8]), z: f32[4,1,8]) -> f32[4,1,8] {
+  %x = (s32[], f32[4,8]{1,0}) parameter(0)
+  %z = f32[4,1,8]{2,1,0} parameter(1)
+  %end = (s32[], f32[4,8]{1,0}) while(%x), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %same = f32[4,1,8]{1,2,0} copy(%z)
+}
+""")
+    assert module.transposed_bytes() == 3 * 2 * 128
