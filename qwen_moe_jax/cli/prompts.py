@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_moe_jax.errors import RequestError
+from qwen_moe_jax.inference.message_content import joined_parts
 from qwen_moe_jax.storage.git_lfs import lfs_problem
 from qwen_moe_jax.text_files import decode_text
 
@@ -96,7 +97,22 @@ def _request(where: str, line: str) -> Prompt:
             f"{where}: found the field {unknown[0]!r}, {_EXPECTED}. Settings are given on the command line, for all."
         )
     if "messages" in request:
-        return Prompt(request=request)
+        return Prompt(request={**request, "messages": _with_texts(request["messages"], where)})
     if not isinstance(request["prompt"], str):
         raise RequestError(f"{where}: prompt is of type {type(request['prompt']).__name__}, expected a string.")
     return Prompt(text=request["prompt"])
+
+
+def _with_texts(messages: Any, where: str) -> Any:
+    """Messages whose content is a text where it is a list of parts; what is no message is left to the template."""
+    if not isinstance(messages, list):
+        return messages
+    found = []
+    for number, message in enumerate(messages):
+        if isinstance(message, dict) and isinstance(message.get("content"), list):
+            try:
+                message = {**message, "content": joined_parts(message["content"])}
+            except ValueError as error:
+                raise RequestError(f"{where}: messages[{number}].content: {error}.") from None
+        found.append(message)
+    return found

@@ -12,6 +12,8 @@ from qwen_moe_jax.text_files import read_text
 
 SUMMARY = "measure how well a checkpoint predicts a text file: its perplexity"
 
+#: Endings of files that hold records, not a text.
+RECORDS = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".parquet")
 #: Windows longer than this are asked for: what attention needs grows with their square.
 LONGEST_DEFAULT = 2048
 
@@ -82,8 +84,13 @@ def read_file(path: Path) -> str:
     """A text file.
 
     Raises:
-        RequestError: it cannot be read, or is not UTF-8.
+        RequestError: it cannot be read, is not UTF-8, or holds records in place of a text.
     """
+    if path.name.endswith(RECORDS):
+        raise RequestError(
+            f"{path}: holds records, whose braces, names and escapes would be read as text; expected a text file. "
+            "Write the texts into one (jq -r .text FILE > FILE.txt), or score them one by one with qwen_moe_jax.score."
+        )
     if (problem := lfs_problem(path)) is not None:
         raise RequestError(f"{path}: {problem}.")
     try:

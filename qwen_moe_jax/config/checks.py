@@ -185,6 +185,13 @@ def token_ids(field: str, found: Any) -> tuple[int, ...]:
     return ids
 
 
+def stop_ids(field: str, found: Any) -> tuple[int, ...]:
+    """One token id or a sequence of them, as transformers has tokens that end a text; as a tuple."""
+    one = isinstance(found, Integral) and not isinstance(found, bool)
+    require(one or not isinstance(found, Real), field, found, "a token id or a sequence of token ids")
+    return token_ids(field, (found,) if one else found)
+
+
 def strings(field: str, found: Any) -> tuple[str, ...]:
     """A list or tuple of strings that are not empty, as a tuple."""
     # A string is an iterable of strings as well, and hardly meant as one.

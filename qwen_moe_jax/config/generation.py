@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-from qwen_moe_jax.config.checks import Checks, require, strings, token_ids
+from qwen_moe_jax.config.checks import Checks, require, stop_ids, strings, token_ids
 
 #: Tokens that are proposed at a time: fewer than a chunk of decoding returns.
 MOST_SPECULATIVE_TOKENS = 15
@@ -20,7 +20,8 @@ class GenerationConfig:
     """How text is generated and when it ends: transformers' generation_config.json, and five fields of vLLM's.
 
     The defaults are those that transformers 5.23 generates with where nothing is set. Sequences may be given as lists,
-    `logit_bias` as a mapping; they are kept as tuples, so that a config can be hashed.
+    `logit_bias` as a mapping, and one ending token or stop string alone, as in transformers; they are kept as tuples,
+    so that a config can be hashed.
 
     Attributes:
         eos_token_id: tokens that end a text.
@@ -94,8 +95,9 @@ class GenerationConfig:
         with Checks(self) as check:
             check.types()
         frozen = {
-            "stop_strings": strings("stop_strings", self.stop_strings),
+            "stop_strings": strings("stop_strings", _listed(self.stop_strings)),
             **{name: token_ids(name, getattr(self, name)) for name in _TOKENS},
+            **{name: stop_ids(name, getattr(self, name)) for name in ("eos_token_id", "forced_eos_token_id")},
             "logit_bias": _biases("logit_bias", self.logit_bias),
             "bad_words_ids": _words("bad_words_ids", self.bad_words_ids),
         }
@@ -126,8 +128,13 @@ class GenerationConfig:
             check(seeded, "seed", "between 0 and 2**64, exclusive, or None")
 
 
-#: Fields that are lists of token ids.
-_TOKENS = ("eos_token_id", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id")
+#: Other fields that are lists of token ids.
+_TOKENS = ("suppress_tokens", "begin_suppress_tokens")
+
+
+def _listed(found: Any) -> Any:
+    """One string as a tuple of it."""
+    return (found,) if isinstance(found, str) else found
 
 
 def _is_decay(found: Any) -> bool:

@@ -7,7 +7,7 @@ from os import PathLike
 from typing import Any, Literal
 
 from qwen_moe_jax.config import count
-from qwen_moe_jax.config.checks import dtype_name, require, require_choice, require_size, token_ids
+from qwen_moe_jax.config.checks import dtype_name, require, require_choice, require_size, stop_ids
 from qwen_moe_jax.config.dtypes import DTypeLike
 
 RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
@@ -244,7 +244,7 @@ class ModelConfig:
         require(self.num_mtp_layers in (0, 1), "num_mtp_layers", self.num_mtp_layers, "0 or 1")
         for name in ("rms_norm_eps", "initializer_range"):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "zero or a positive number")
-        token_ids("eos_token_id", self.eos_token_id)
+        object.__setattr__(self, "eos_token_id", stop_ids("eos_token_id", self.eos_token_id))
         for name in ("bos_token_id", "pad_token_id"):
             found = getattr(self, name)
             inside = found is None or 0 <= found < self.vocab_size

@@ -6,7 +6,7 @@ is accepted at that default. Null is as if the field were not there.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -20,6 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from qwen_moe_jax.inference.message_content import joined_parts
 from qwen_moe_jax.server.errors import invalid
 from qwen_moe_jax.suggest import similar
 
@@ -71,18 +72,16 @@ def _as_biases(value: Any) -> Any:
 
 
 def _as_text(value: Any) -> Any:
-    """The content of a message: a text, null, or parts of type text, which are joined by line ends."""
-    if not isinstance(value, list):
-        return value
-    texts = []
-    for number, part in enumerate(value):
-        if not isinstance(part, dict) or part.get("type") not in ("text", "input_text"):
-            found = part.get("type") if isinstance(part, dict) else part
-            raise ValueError(f"part {number} is of type {found!r:.40}, expected text: this model reads nothing else")
-        if not isinstance(part.get("text"), str):
-            raise ValueError(f"part {number} has no text")
-        texts.append(part["text"])
-    return "\n".join(texts)
+    """The content of a message: a text, null, or parts of type text, as `joined_parts` joins them."""
+    return joined_parts(value) if isinstance(value, list) else value
+
+
+def _require_same(body: BaseModel, one: str, other: str) -> None:
+    """Refuses two names of one field with different values."""
+    values = getattr(body, one), getattr(body, other)
+    if None not in values and values[0] != values[1]:
+        text = f"{one} is {values[0]!r:.40} and {other} is {values[1]!r:.40}: both say the same, so send one of them"
+        raise PydanticCustomError("unsupported", "{text}", {"field": one, "text": text})
 
 
 Stops = Annotated[list[str], BeforeValidator(_as_strings)]
@@ -210,6 +209,11 @@ class Message(_Body):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
 
+    @model_validator(mode="after")
+    def _one_reasoning(self) -> Self:
+        _require_same(self, "reasoning_content", "reasoning")
+        return self
+
 
 class Function(_Body):
     """A function that the model may call."""
@@ -296,6 +300,11 @@ class ChatRequest(SamplingRequest):
     max_completion_tokens: int | None = Field(None, ge=0)
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        _require_same(self, "max_completion_tokens", "max_tokens")
+        return self
 
 
 class EmbeddingRequest(_Body):

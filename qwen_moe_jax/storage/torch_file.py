@@ -66,10 +66,28 @@ def open_torch_file(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     except Exception as error:  # a damaged file may raise pickle's errors, RuntimeError, KeyError, …
         reason = str(error).strip().splitlines()
         return {}, [f"damaged: {path.name} is not a PyTorch file of tensors only ({reason[0] if reason else error!r})"]
+    if (name := _nested(loaded)) is not None:
+        return {}, [
+            f"nested: {path.name} holds its tensors under the key {name!r}, as checkpoints of training do, expected a "
+            f"dictionary of tensors by name. Write them alone, in Python: loaded = torch.load({path.name!r}, "
+            f"map_location='cpu'); torch.save(loaded[{name!r}], {path.name!r})"
+        ]
     tensors = loaded.items() if isinstance(loaded, dict) else ()
     if not tensors or not all(isinstance(name, str) and _plain(value) for name, value in tensors):
         return {}, [f"damaged: {path.name} does not hold a dictionary of tensors by name"]
     return {name: TorchTensor(value.detach(), path) for name, value in tensors}, []
+
+
+def _nested(loaded: object) -> str | None:
+    """The key under which a dictionary has another one of tensors; None where it has none, or tensors itself."""
+    import torch
+
+    if not isinstance(loaded, dict) or any(isinstance(value, torch.Tensor) for value in loaded.values()):
+        return None
+    for name, value in loaded.items():
+        if isinstance(value, dict) and value and all(isinstance(one, torch.Tensor) for one in value.values()):
+            return str(name)
+    return None
 
 
 def _plain(value: object) -> bool:

@@ -69,6 +69,13 @@ def test_refusals_come_before_the_weights(folder, tmp_path, capsys, monkeypatch,
     assert message in capsys.readouterr().err
 
 
+def test_records_are_not_scored_as_their_json(folder, tmp_path, capsys):
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"text": "def f(): pass"}\n')
+    assert main(["score", str(folder), str(file)]) == 2
+    assert "x.jsonl: holds records" in capsys.readouterr().err
+
+
 def test_eval_without_lm_eval(folder, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["eval", str(folder), "--tasks", "arc_easy"]) == 2

@@ -74,7 +74,11 @@ PYTORCH_KINDS = {
     "a list": (lambda torch: [torch.ones(8)], None, f"damaged: {BIN} does not hold a dictionary of tensors by name"),
     "no tensors": (lambda torch: {}, None, f"damaged: {BIN} does not hold a dictionary of tensors by name"),
     "numbers": (lambda torch: {NORM: 1.0}, None, f"damaged: {BIN} does not hold a dictionary of tensors by name"),
-    "nested": (lambda torch: {"model": {NORM: torch.ones(8)}}, None, f"damaged: {BIN} does not hold a dictionary"),
+    "nested": (
+        lambda torch: {"epoch": 3, "state_dict": {NORM: torch.ones(8)}},
+        None,
+        f"nested: {BIN} holds its tensors under the key 'state_dict'",
+    ),
     "sparse": (lambda torch: {NORM: torch.ones(8).to_sparse()}, None, f"damaged: {BIN} does not hold a dictionary"),
     "without data": (lambda torch: {NORM: torch.ones(8, device="meta")}, None, f"damaged: {BIN} does not hold"),
     "complex": (

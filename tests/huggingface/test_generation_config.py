@@ -133,7 +133,7 @@ def test_what_was_changed_is_written_and_read_back():
 
 def test_sequences_are_frozen_whatever_they_were():
     given = qmj.GenerationConfig(
-        eos_token_id=[3], stop_strings=["a"], bad_words_ids=[[1, 2]], logit_bias=[([4], 1), ((5, 6), -math.inf)]
+        eos_token_id=3, stop_strings="a", bad_words_ids=[[1, 2]], logit_bias=[([4], 1), ((5, 6), -math.inf)]
     )
     assert given == qmj.GenerationConfig(
         eos_token_id=(3,), stop_strings=("a",), bad_words_ids=((1, 2),), logit_bias={4: 1.0, (5, 6): -math.inf}
@@ -145,8 +145,9 @@ def test_sequences_are_frozen_whatever_they_were():
     ("field", "value"),
     [
         ("eos_token_id", (-1,)),
-        ("eos_token_id", 3),
-        ("stop_strings", "END"),
+        ("eos_token_id", 1.5),
+        ("eos_token_id", True),
+        ("stop_strings", ""),
         ("stop_strings", ("",)),
         ("max_new_tokens", 0),
         ("min_new_tokens", -1),

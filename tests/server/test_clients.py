@@ -167,7 +167,7 @@ def test_a_chat_goes_through_the_template(scripted):
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"x": 1, "y": 2}'}}
     messages = [
         {"role": "developer", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "there"}]},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": " there"}]},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "1", "content": "3"},
     ]
@@ -175,7 +175,7 @@ def test_a_chat_goes_through_the_template(scripted):
         scripted, messages=messages, tools=[ADD], extra_body={"chat_template_kwargs": {"enable_thinking": False}}
     )
     prompt = TOKENIZER.decode(list(scripted.engine.seen[-1].token_ids), skip_special_tokens=False)
-    assert "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi\nthere<|im_end|>" in prompt
+    assert "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi there<|im_end|>" in prompt
     assert f"<|im_start|>assistant\n{CALL}<|im_end|>" in prompt
     assert prompt.endswith("<think>\n\n</think>\n\n") and json.dumps(ADD["function"]["name"]) in prompt
     message = done.choices[0].message

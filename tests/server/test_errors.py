@@ -58,6 +58,18 @@ TEXT = {"model": "tiny", "prompt": "x"}
         ("chat/completions", {**CHAT, "store": True}, "store", "expected false or nothing"),
         ("chat/completions", {**CHAT, "n": 1000}, "n", "128"),
         ("chat/completions", {**CHAT, "max_tokens": 100_000}, "max_tokens", "a sequence has at most 512 tokens"),
+        (
+            "chat/completions",
+            {**CHAT, "max_tokens": 5, "max_completion_tokens": 9},
+            "max_completion_tokens",
+            "max_completion_tokens is 9 and max_tokens is 5",
+        ),
+        (
+            "chat/completions",
+            {**CHAT, "messages": [*HI, {"role": "assistant", "reasoning": "a", "reasoning_content": "b"}]},
+            "messages[1].reasoning_content",
+            "reasoning is 'a'",
+        ),
         ("chat/completions", {**CHAT, "max_completion_tokens": 0}, "max_completion_tokens", "at least 1"),
         ("chat/completions", {**CHAT, "top_logprobs": 2}, "top_logprobs", "without logprobs"),
         ("chat/completions", {**CHAT, "logit_bias": {"one": 1}}, "logit_bias", "numbers by token id"),

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from qwen_moe_jax.errors import ConfigError
-from train.config import ColumnsConfig, DataConfig
+from train.config import ColumnsConfig, DataConfig, SourceConfig
 from train.data.corpus import load_corpus
 from train.data.examples import example_rows, pair_batch
 from train.data.messages import Conversation
 from train.data.pairs import PAIRS, Preference, read_preference
 from train.data.records import Completion
+from train.data.sources import read_records
 
 ASKED = {"role": "user", "content": "1 + 2?"}
 RIGHT, WRONG = {"role": "assistant", "content": "3"}, {"role": "assistant", "content": "4"}
@@ -104,3 +105,29 @@ def test_an_own_validation_file_is_what_is_held_out_and_nothing_else_is(tmp_path
     assert len(example_rows(validation, 16, heldout=True)) == 3 and validation.name.endswith("eval.jsonl")
     with pytest.raises(ConfigError, match="heldout_fraction=0.1 is not supported: expected none with data.eval_path"):
         DataConfig(**texts, eval_path="x", heldout_fraction=0.1)
+
+
+def test_pairs_that_truncation_leaves_without_an_answer_are_counted_by_name(tmp_path):
+    long = " ".join(["word"] * 40)
+    records = [{"prompt": long if n < 2 else f"say {n}", "chosen": " yes", "rejected": " no"} for n in range(12)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = DataConfig(path=str(file), format="jsonl", vocab_size=300, seq_len=16, heldout_fraction=0.2)
+    corpus = load_corpus(tmp_path / "corpus", data, PAIRS)
+    assert len(corpus.parts[0].training) + len(corpus.parts[0].heldout) == 20
+    assert any(note.startswith("4 of 24 documents") and "truncated (data.too_long)" in note for note in corpus.notes)
+    assert any(note.startswith(f"4 documents of {file} were left out") for note in corpus.notes)
+
+
+def test_a_table_has_tool_calls_and_schemas_without_the_fields_of_other_rows(tmp_path):
+    """Arrow gives each struct of a column the fields of all of them."""
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    calls = [{"function": {"name": name, "arguments": given}} for name, given in [("a", {"x": 1}), ("b", {"y": ["z"]})]]
+    rows = [
+        {"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}], "note": None, "n": 1}
+        for call in calls
+    ]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    read = read_records(SourceConfig(path=str(tmp_path / "a.parquet"), format="parquet"), 1)
+    assert [record.content.messages for record in read] == [row["messages"] for row in rows]

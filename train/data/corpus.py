@@ -21,7 +21,8 @@ from qwen_moe_jax.huggingface.fields import read_json
 from qwen_moe_jax.huggingface.hub import tokenizer_folder
 from qwen_moe_jax.inference.tokenizer import load_tokenizer
 from train.config import DataConfig, SourceConfig
-from train.data.cache import Entry, tokenized
+from train.data.cache import MANIFEST, Entry, tokenized
+from train.data.changed import changed_files
 from train.data.encode import TEXTS, Encoder, Kind, vocab_size
 from train.data.fingerprints import text_fingerprint
 from train.data.lengths import LengthRule
@@ -90,7 +91,7 @@ class Corpus:
 def load_corpus(folder: Path, config: DataConfig, kind: Kind = TEXTS) -> Corpus:
     """Opens the corpus in `folder`, or makes it there at the first start of the run.
 
-    So a resumed run reads the same rows, even if a source file or the Python version has changed since.
+    So a resumed run reads the same rows, even if its source files are gone or the Python version has changed since.
 
     Args:
         folder: in the run's folder. Documents are in its `cache`, or in `data.cache_dir`.
@@ -98,10 +99,12 @@ def load_corpus(folder: Path, config: DataConfig, kind: Kind = TEXTS) -> Corpus:
         kind: how records become examples.
 
     Raises:
-        ConfigError: there is no text, too little of it to train on, or something that cannot be read.
+        ConfigError: there is no text, too little of it to train on, or something that cannot be read; or the files of a
+            source changed since the first start.
         CheckpointError: the tokenizer or its chat template cannot be read.
     """
-    if not folder.exists():
+    resumed = folder.exists()
+    if not resumed:
         partial = folder.with_name(folder.name + ".partial")  # an interrupted start leaves what it tokenized in it
         cache = Path(config.cache_dir).expanduser() if config.cache_dir else partial / "cache"
         with _unreadable_sources(folder.parent, cache):
@@ -110,17 +113,35 @@ def load_corpus(folder: Path, config: DataConfig, kind: Kind = TEXTS) -> Corpus:
     try:
         described = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
         end_id, turn_end_ids, notes, parts = (described[key] for key in ("end_id", "turn_end_ids", "notes", "parts"))
-        opened = {place: open_part(folder, part, part.pop("name")) for place, part in parts.items()}
+        opened = {place: open_part(folder, part, part["name"]) for place, part in parts.items()}
         validation = opened.pop(VALIDATION, None)
     except (FileNotFoundError, KeyError, json.JSONDecodeError) as error:
         raise ConfigError(
             f"{folder}: found {_what_is_missing(error)}, so an earlier version of this program made it, or a file was "
             "changed, or this host does not see data.cache_dir. Add --fresh to start the run anew."
         ) from None
+    if resumed:
+        notes = notes + _changed(folder, config, described["parts"])
     forms = described.get("forms", [])  # absent where an earlier version made the corpus
     pad_id, summary = described.get("pad_id", end_id), described.get("summary", {})
     tokenizer = load_tokenizer(folder / "tokenizer")
     return Corpus(tokenizer, end_id, turn_end_ids, [*opened.values()], forms, notes, validation, pad_id, summary)
+
+
+def _changed(folder: Path, config: DataConfig, parts: dict[str, Any]) -> list[str]:
+    """Lines on the sources whose files were written again since the corpus in `folder` was made of them.
+
+    Raises:
+        ConfigError: as `changed_files`.
+    """
+    lines = list[str]()
+    for place, source in _sources(config).items():
+        if place not in parts:
+            continue
+        manifest = json.loads((folder / parts[place]["cache"] / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["source"]["path"] == source.path:
+            lines += changed_files(source, manifest["fingerprints"]["files"], manifest["source"]["files"])
+    return lines
 
 
 def _what_is_missing(error: FileNotFoundError | KeyError | json.JSONDecodeError) -> str:

@@ -11,7 +11,7 @@ from train.data.encode import Kind
 from train.data.sources import describe_source, files_of, open_dataset
 
 #: The version of what a cache has on disk, and of how records become tokens: raised with a change of either.
-_VERSION = 1
+_VERSION = 2
 #: Files of a source that a manifest names one by one.
 _MOST_NAMED = 1000
 
@@ -83,6 +83,11 @@ def tokenizer_fingerprint(folder: Path) -> str:
         digest.update(f"{file.relative_to(folder).as_posix()}\n{file.stat().st_size}\n".encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def named_files(source: SourceConfig) -> list[list[Any]]:
+    """The [name, bytes, modification time in ns] of a source's first files, as a manifest has them."""
+    return _files(source)[0][:_MOST_NAMED]
 
 
 def files_fingerprint(source: SourceConfig) -> str:

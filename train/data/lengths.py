@@ -17,6 +17,10 @@ def position_notes(seq_len: int, positions: int) -> list[str]:
     ]
 
 
+#: What a `LengthRule` counts.
+_COUNTS = ("documents", "too_long", "longest", "unanswered")
+
+
 class LengthRule:
     """Applies `data.too_long` to the documents of a source.
 
@@ -24,12 +28,13 @@ class LengthRule:
         documents: the number of documents that were read.
         too_long: the number of those with more than `seq_len` tokens.
         longest: the tokens of the longest.
+        unanswered: the number of those of examples that truncation left with nothing to learn.
     """
 
     def __init__(self, rule: Literal["split", "truncate", "drop"], seq_len: int, *, whole: bool = False) -> None:
         """`whole`: documents stay in one row, so that they are truncated where they would be split."""
         self._rule, self._seq_len = "truncate" if whole and rule == "split" else rule, seq_len
-        self.documents = self.too_long = self.longest = 0
+        self.documents = self.too_long = self.longest = self.unanswered = 0
 
     @property
     def longest_kept(self) -> int | None:
@@ -38,11 +43,11 @@ class LengthRule:
 
     def state(self) -> dict[str, int]:
         """The counts, as JSON."""
-        return {"documents": self.documents, "too_long": self.too_long, "longest": self.longest}
+        return {name: getattr(self, name) for name in _COUNTS}
 
     def restore(self, state: dict[str, int]) -> None:
         """Goes on from a `state`."""
-        self.documents, self.too_long, self.longest = (state[key] for key in ("documents", "too_long", "longest"))
+        self.documents, self.too_long, self.longest, self.unanswered = (state[name] for name in _COUNTS)
 
     def apply(self, examples: Iterable[tuple[Any, Example]]) -> Iterator[tuple[Any, Example]]:
         """The examples to write, each with what came with it.
@@ -62,6 +67,7 @@ class LengthRule:
                 if self._rule == "truncate":
                     cut = tuple(turns.first(self._seq_len) for turns in example.documents)
                     if len(cut) > 1 and not all(turns.learned.any() for turns in cut):
+                        self.unanswered += len(cut)
                         continue
                     example = dataclasses.replace(example, documents=cut)
             yield name, example
@@ -71,7 +77,13 @@ class LengthRule:
         if not self.too_long:
             return []
         done = {"split": "split over rows", "truncate": "truncated", "drop": "left out"}[self._rule]
-        return [
+        lines = [
             f"{self.too_long:,} of {self.documents:,} documents of {source} are longer than a row of {self._seq_len} "
             f"tokens (the longest has {self.longest:,}): {done} (data.too_long)"
         ]
+        if self.unanswered:
+            lines.append(
+                f"{self.unanswered:,} documents of {source} were left out: truncated to {self._seq_len} tokens, "
+                "they or those they are compared with have no token of their answers; a larger data.seq_len keeps them"
+            )
+        return lines

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from qwen_moe_jax.errors import ConfigError
+from qwen_moe_jax.inference.message_content import joined_parts
 from train.data.sharegpt import is_sharegpt, to_role_and_content
 
 _ROLES = ("system", "user", "assistant", "tool")
@@ -122,17 +123,16 @@ def _checked_message(message: Any, place: str) -> dict[str, Any]:
     if message.get("role") not in _ROLES:
         refuse(f"{place}.role: found {message.get('role')!r}, expected one of {', '.join(_ROLES)}.")
     content = message.get("content")
-    if isinstance(content, list) and all(_is_text_part(part) for part in content):
-        message = {**message, "content": "".join(part["text"] for part in content)}
+    if isinstance(content, list):
+        try:
+            message = {**message, "content": joined_parts(content)}
+        except ValueError as error:
+            refuse(f"{place}.content: {error}.")
     elif not isinstance(content, str) and (content is not None or not message.get("tool_calls")):
         refuse(f"{place}.content: found {content!r:.80}, expected a string.")
     _check_weight(message, place)
     _check_calls(message, place)
     return message
-
-
-def _is_text_part(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _check_weight(message: dict[str, Any], place: str) -> None:

@@ -122,7 +122,7 @@ def open_part(folder: Path, described: dict[str, Any], name: str) -> Part:
     Raises:
         FileNotFoundError, KeyError: something is missing.
     """
-    fields = dict(described)
+    fields = {key: value for key, value in described.items() if key != "name"}
     entry = open_entry(folder / fields.pop("cache"))
     division = Division(**fields)
     for shard in entry.shards:

@@ -174,7 +174,7 @@ def _read_datasets(
     def records() -> Iterator[tuple[Record, str]]:
         for number, row in enumerate(rows):
             place = f"{source.path}, row {number} of {source.split}"
-            content = recognised.content(dict(row), source.path, place)
+            content = recognised.content(_without_absent(dict(row)), source.path, place)
             if content is not None:
                 yield Record(content, place, str(number), _text_size(content)), f"{number:,} of {len(rows):,} rows"
 
@@ -207,12 +207,27 @@ def _read_parquet(
             rows = itertools.chain.from_iterable(_rows_of(file, parquet))
             for row, found in enumerate(rows, start=1):
                 place = f"{file}, row {row}"
-                content = recognised.content(found, str(file), place)
+                content = recognised.content(_without_absent(found), str(file), place)
                 if content is not None:
                     read = f"{number} of {len(files)} files, and {row - 1:,} rows of {name}"
                     yield Record(content, place, f"{name}:{row}", _text_size(content)), read
 
     yield from _fitting(records(), remaining, truncated)
+
+
+def _without_absent(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table without the fields of its structs that are null.
+
+    Arrow gives every struct of a column the fields of all of them: tool calls come with the arguments of all other
+    tools, as nulls, which a chat template would write and the model would learn.
+    """
+    return {column: _without_nulls(value) for column, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _rows_of(file: Path, parquet: Any) -> Iterator[list[dict[str, Any]]]:

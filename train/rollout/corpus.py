@@ -14,7 +14,9 @@ from qwen_moe_jax.huggingface.hub import tokenizer_folder
 from qwen_moe_jax.inference.chat_template import ChatTemplate, load_chat_template
 from qwen_moe_jax.inference.tokenizer import load_tokenizer
 from train.config import SourceConfig, TrainConfig
+from train.data.changed import changed_files
 from train.data.corpus import Corpus, end_of_text
+from train.data.fingerprints import files_fingerprint, named_files
 from train.data.json_files import read_json_file
 from train.data.sources import describe_source, files_of
 from train.data.tokenizer import copy_tokenizer
@@ -45,15 +47,21 @@ def load_prompts(folder: Path, config: TrainConfig) -> PromptCorpus:
     """Opens the prompts in `folder`, or makes them there at the first start of the run.
 
     Raises:
-        ConfigError: a record is no prompt; there are none to train on or to hold out.
+        ConfigError: a record is no prompt; there are none to train on or to hold out; or the files of a source changed
+            since the first start.
         CheckpointError: the tokenizer cannot be read.
     """
-    if not folder.exists():
+    resumed = folder.exists()
+    if not resumed:
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         _make(partial, config)
         os.replace(partial, folder)
     described = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+    notes = list(described["notes"])
+    if resumed:
+        for source, (files, named) in zip(_all_sources(config), described.get("files", ()), strict=False):
+            notes += changed_files(source, files, named)
     parts = []
     for number, name in enumerate(described["sources"]):
         prompts = Prompts(folder / str(number), name)
@@ -64,7 +72,7 @@ def load_prompts(folder: Path, config: TrainConfig) -> PromptCorpus:
         turn_end_ids=[],
         parts=[],
         forms=[],
-        notes=described["notes"],
+        notes=notes,
         prompts=parts,
     )
 
@@ -104,9 +112,16 @@ def _make(folder: Path, config: TrainConfig) -> None:
     described = {
         "end_id": end_of_text(tokenizer, folder / "tokenizer", data),
         "sources": [describe_source(source) for source in data.mixture],
+        "files": [[files_fingerprint(source), named_files(source)] for source in _all_sources(config)],
         "notes": notes,
     }
     (folder / "corpus.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def _all_sources(config: TrainConfig) -> list[SourceConfig]:
+    """The sources of prompts, and then that of those that are held out."""
+    validation = config.data.validation
+    return [*config.data.mixture, *([] if validation is None else [validation])]
 
 
 def _read(source: SourceConfig, tokenizer: Tokenizer, template: ChatTemplate | None) -> Iterator[Prompt]:
