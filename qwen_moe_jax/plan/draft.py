@@ -194,6 +194,14 @@ def _keys_sent(outline: Outline, mesh: Mapping[str, int]) -> float:
     return _passes(work) * sent + gradients
 
 
+def _keys_held(outline: Outline, mesh: Mapping[str, int]) -> float:
+    """Bytes of other devices' keys and values that a layer holds: of all of `context`, or of one part and the next."""
+    work, attention, others = outline.work, outline.config.attention, mesh.get(CONTEXT, 1) - 1
+    parts = min(others, 2) if work.execution.get("context_parallel") == "ring" else others
+    numbers = 2 * attention.num_key_value_heads * attention.head_dim / mesh["tensor"]
+    return parts * numbers * _tokens(outline, mesh) * _width(work.dtype)
+
+
 def _scores_sent(outline: Outline, mesh: Mapping[str, int]) -> float:
     """Bytes that a device sends over `context` for each of its new tokens in a layer, where it shards a cache."""
     work, attention, ways = outline.work, outline.config.attention, mesh[CONTEXT]
@@ -337,7 +345,7 @@ def _tokens(outline: Outline, mesh: Mapping[str, int]) -> float:
 
 
 def _workspace(outline: Outline, mesh: Mapping[str, int], platform: str) -> int:
-    """Bytes of gradients, saved activations, one layer's activations and its gathered weights."""
+    """Bytes of gradients, saved activations, one layer's activations, its gathered weights and others' keys."""
     work, config, parameters = outline.work, outline.config, _parameters(outline)
     rows = work.rows / work.accumulation_steps / _num_shards(BATCH, mesh)
     # Scores in float32, and their exponentials: of all that is in a cache, of a part where `context` shards it, or of a
@@ -353,7 +361,8 @@ def _workspace(outline: Outline, mesh: Mapping[str, int], platform: str) -> int:
     scores = 2 * 4 * rows * config.attention.num_attention_heads / mesh["tensor"] * pairs
     activations, token = _activations(outline, mesh), _tokens(outline, mesh) * _width(work.dtype)
     layer = scores + token * activations.all
-    gathered = 2 * _used(outline, mesh) / len(config.layers)
+    keys = 0 if work.context else _keys_held(outline, mesh)
+    gathered = 2 * _used(outline, mesh) / len(config.layers) + keys
     if work.purpose != "train":
         return round(layer + gathered)
     kept = token * activations.kept(work.execution.get("remat") or "none")

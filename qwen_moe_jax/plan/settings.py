@@ -1,8 +1,9 @@
 """Settings that a search varies for each mesh: what a step recomputes, splits and moves. Its result is the same.
 
 They are fields of `ExecutionConfig`, `accumulation_steps`, the named table of sharding rules and the optimizer's
-`memory_kind`. Nothing that drops a token is proposed: `capacity` is tried only where it was asked for. Dtypes stay as
-they are, and so does the attention block: neither arithmetic nor a compiled program says which of several is faster.
+`memory_kind`. Nothing that drops a token is proposed: `capacity` is tried only where it was asked for. Over `context`,
+keys are gathered or go round in a ring, and the attention kernel is the one that does so. Dtypes stay as they are, and
+so does the attention block: neither arithmetic nor a compiled program says which of several is faster.
 """
 
 import dataclasses
@@ -12,7 +13,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, get_args
 
 from qwen_moe_jax.config import SHARDING_RULES
-from qwen_moe_jax.config.execution import Remat
+from qwen_moe_jax.config.execution import ContextParallel, Remat
+from qwen_moe_jax.config.resolve import SPLASH_MULTIPLE
 from qwen_moe_jax.plan.result import Work
 from qwen_moe_jax.sharding.rules import BATCH, CONTEXT
 
@@ -25,7 +27,18 @@ ACCUMULATION = "accumulation_steps"
 RULES = "rules"
 
 #: All that a search varies.
-VARIED = (ACCUMULATION, RULES, "remat", "dispatch", "exchange", "buffer_factor", "memory_kind", "activation_offloading")
+VARIED = (
+    ACCUMULATION,
+    RULES,
+    "remat",
+    "dispatch",
+    "exchange",
+    "buffer_factor",
+    "context_parallel",
+    "attention",
+    "memory_kind",
+    "activation_offloading",
+)
 
 #: Where the optimizer state is between steps (`optimizer.memory_kind`).
 MEMORY_KIND = "memory_kind"
@@ -65,8 +78,9 @@ def settings_of(
 
     dispatches = values("dispatch", ("dropless", "dense")) if sparse else [None]
     splits = values(ACCUMULATION, _splits(work, mesh))
-    for dispatch, split, remat in itertools.product(dispatches, splits, values("remat", get_args(Remat))):
-        settings = {ACCUMULATION: split, "remat": remat, **({"dispatch": dispatch} if sparse else {})}
+    attentions, remats = _attentions(work, mesh, platform, fixed), values("remat", get_args(Remat))
+    for dispatch, split, remat, attention in itertools.product(dispatches, splits, remats, attentions):
+        settings = {ACCUMULATION: split, "remat": remat, **attention, **({"dispatch": dispatch} if sparse else {})}
         if dispatch != "dropless" or mesh["expert"] == 1:
             yield settings
             continue
@@ -87,6 +101,22 @@ def other_rules(work: Work, mesh: Mapping[str, int], fixed: Collection[str] = ()
     found = ["expert+fsdp", "expert+fsdp+context"] if mesh[CONTEXT] > 1 else []
     found += ["fsdp"] if mesh["expert"] > 1 else []
     return [name for name in found if name != work.sharding]
+
+
+def _attentions(work: Work, mesh: Mapping[str, int], platform: str, fixed: Collection[str]) -> list[Settings]:
+    """How queries meet the keys of other devices, with the kernel that does so; without `context`, as was asked for."""
+    if mesh[CONTEXT] == 1:
+        return [{}]
+    block = work.execution.get("attention_block") or SPLASH_MULTIPLE
+    splash = platform == "tpu" and work.dtype in ("bfloat16", "float32") and block >= SPLASH_MULTIPLE
+    asked = {name: work.execution.get(name) for name in ("context_parallel", "attention") if name in fixed}
+    found = []
+    for way in get_args(ContextParallel):
+        for kernel in ("splash", "blocks") if splash and way == "all_gather" else ("blocks",):
+            one = {"context_parallel": way, "attention": kernel}
+            if all(one[name] == value for name, value in asked.items()):
+                found.append({name: value for name, value in one.items() if name not in fixed})
+    return found or [{}]
 
 
 def _splits(work: Work, mesh: Mapping[str, int]) -> list[int]:
@@ -122,6 +152,10 @@ def format_settings(settings: Mapping[str, Any]) -> str:
     words += [str(settings[name]) for name in ("dispatch", "exchange") if settings.get(name)]
     if "buffer_factor" in settings:
         words.append(f"buffer {settings['buffer_factor']:g}")
+    if "context_parallel" in settings:
+        words.append(f"context by {settings['context_parallel']}")
+    if "attention" in settings:
+        words.append(f"attention by {settings['attention']}")
     if RULES in settings:
         words.append(f"rules {settings[RULES]}")
     if MEMORY_KIND in settings:

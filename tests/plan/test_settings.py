@@ -96,6 +96,31 @@ def test_a_training_run_is_drafted_under_other_rules_and_on_meshes_of_more_devic
     assert set(found(["sharding.embed"])[0]) == {None}
 
 
+def test_over_context_keys_are_gathered_or_go_round_with_a_kernel_that_does_so():
+    def ways(**changes):
+        found = tried({**MESH, "context": 2}, **changes)
+        return {(one.get("context_parallel"), one.get("attention")) for one in found}
+
+    gathered, ring = ("all_gather", "blocks"), ("ring", "blocks")
+    assert values(tried(), "context_parallel") == {None}, "rows are whole"
+    assert ways() == {("all_gather", "splash"), gathered, ring}
+    assert ways(platform="cpu") == {gathered, ring} == ways(dtype="float16")
+    asked = {**work().execution, "context_parallel": "ring", "attention": "blocks"}
+    assert ways(execution=asked, fixed=("context_parallel",)) == {(None, "blocks")}
+    assert ways(execution=asked, fixed=("attention",)) == {("all_gather", None), ("ring", None)}
+
+
+def test_a_ring_holds_fewer_keys_and_sends_more():
+    mesh = {**MESH, "expert": 1, "context": 4}
+    gathered, ring = (
+        draft_of(describe(mesh), mesh, target(8), CHIP.networks, {"remat": "full", "context_parallel": way})
+        for way in ("all_gather", "ring")
+    )
+    keys = 16 // 2 * 128 // 4 * 2 * 2 * 16 * 2  # of a device's tokens: keys and values, two heads of 16, bfloat16
+    assert gathered.workspace - ring.workspace == keys, "three other parts, or one and the next"
+    assert ring.sent > gathered.sent, "gradients go round as float32"
+
+
 def draft(**settings):
     return draft_of(describe(MESH), MESH, target(4), CHIP.networks, {"accumulation_steps": 1, **settings})
 
@@ -201,6 +226,8 @@ def test_the_best_is_printed_as_words_and_as_lines_that_are_read_back(tmp_path):
         "dispatch": "dropless",
         "buffer_factor": 1.25,
         "rules": "fsdp",
+        "context_parallel": "ring",
+        "attention": "blocks",
     }
     settings |= OFFLOADED[2]
     words, lines = paste({**MESH, "data": 1}, settings)
@@ -215,7 +242,7 @@ def test_the_best_is_printed_as_words_and_as_lines_that_are_read_back(tmp_path):
         assert config.execution.sharding == SHARDING_RULES["fsdp"]
         chosen = dataclasses.asdict(config.execution)
         expected = of_execution(settings)
-        assert {name: chosen[name] for name in expected} == expected and len(expected) == 4
+        assert {name: chosen[name] for name in expected} == expected and len(expected) == 6
 
 
 def test_a_choice_that_has_no_meaning_in_the_run_is_refused():
