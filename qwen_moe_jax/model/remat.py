@@ -41,10 +41,11 @@ def with_remat(run_layer: Callable[..., Any], execution: ExecutionConfig, *, unr
         return run_layer(layer, checkpoint_name(hidden_BTD, LAYER_INPUT), *rest)
 
     barrier = unrolled and execution.remat != "none"
-    return jax.checkpoint(run, policy=_policy(execution), prevent_cse=barrier)
+    return jax.checkpoint(run, policy=remat_policy(execution), prevent_cse=barrier)
 
 
-def _policy(execution: ExecutionConfig) -> Callable[..., Any]:
+def remat_policy(execution: ExecutionConfig) -> Callable[..., Any]:
+    """What `jax.checkpoint` may keep for the backward pass, by `remat` and `activation_offloading`."""
     if execution.remat == "none":
         return _all_but_reshards
     names = KEPT[execution.remat]

@@ -14,7 +14,7 @@ import qwen_moe_jax as qmj
 from qwen_moe_jax.attention_kernels import delta_rule_tpu
 from qwen_moe_jax.attention_kernels.delta_rule_tpu import pallas_gated_delta_rule
 from qwen_moe_jax.config.resolve import RULE_MULTIPLE, resolve_linear_attention
-from qwen_moe_jax.model.decoder import SAVEABLE
+from qwen_moe_jax.model.remat import remat_policy
 from tests.attention_kernels.test_delta_rule import (
     Case,
     assert_right,
@@ -158,7 +158,8 @@ def traced(remat: str, shared: int = 1, dtype=jnp.bfloat16):
         def rule(q, k, v, g, beta):
             return pallas_gated_delta_rule(q, k, v, g, beta, ids, None)[0]
 
-        out, pull = jax.vjp(jax.checkpoint(rule, policy=SAVEABLE[remat]), q, k, v, g, beta)
+        policy = remat_policy(qmj.ExecutionConfig(remat=remat))
+        out, pull = jax.vjp(jax.checkpoint(rule, policy=policy), q, k, v, g, beta)
         return pull(out)
 
     return jax.jit(gradients).trace(*shapes(shared, dtype))

@@ -15,7 +15,7 @@ from qwen_moe_jax.attention_kernels.splash import LANES, attend_by_splash
 from qwen_moe_jax.config import resolve
 from qwen_moe_jax.config.resolve import resolve_attention
 from qwen_moe_jax.model import attention
-from qwen_moe_jax.model.decoder import SAVEABLE
+from qwen_moe_jax.model.remat import remat_policy
 from tests.cases import CASES
 from tests.distance import relative_l2
 from tests.model.test_packing import pack
@@ -100,7 +100,7 @@ def test_a_model_learns_the_same(monkeypatch):
 def test_dots_keeps_what_the_kernel_made(remat, forward_kernels):
     q, k, v, gradient, ids = arrays(128, "bfloat16")
     attend = functools.partial(attend_by_splash, segment_ids_BT=ids, blocks=Blocks.of(T, LANES, None, LANES))
-    layer = jax.checkpoint(attend, policy=SAVEABLE[remat])
+    layer = jax.checkpoint(attend, policy=remat_policy(qmj.ExecutionConfig(remat=remat)))
     traced = jax.jit(lambda *x: jax.vjp(layer, *x)[1](gradient)).trace(q, k, v)
     program = str(traced.jaxpr)
     found = [program.count(f"name=splash_mha_{kernel}_") for kernel in ("fwd", "dq", "dkv")]

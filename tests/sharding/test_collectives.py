@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import qwen_moe_jax as qmj
-from qwen_moe_jax.model.decoder import SAVEABLE
+from qwen_moe_jax.model.remat import remat_policy
 from qwen_moe_jax.moe.dispatch.capacity import expert_capacity
 from qwen_moe_jax.moe.dispatch.dropless import device_rows
 from tests.moe.blocks import block_config, build_block, forward
@@ -90,7 +90,7 @@ def programs():
                 return forward(block, mesh, hidden_BTD, token_mask_BT, execution)[0]
 
             if remat != "none":
-                run = jax.checkpoint(run, policy=SAVEABLE[remat])
+                run = jax.checkpoint(run, policy=remat_policy(qmj.ExecutionConfig(remat=remat)))
 
             def objective(block, hidden_BTD):
                 return (run(block, hidden_BTD) ** 2).sum()
