@@ -42,9 +42,12 @@ def collectives(compiled) -> Collectives:
         elif line.startswith(" "):
             computation.append(line)
     text = {name: "\n".join(body) for name, body in lines.items()}
-    looped = set(re.findall(r"body=%?([\w.\-]+)", "\n".join(text.values())))
-    for _ in lines:  # what a loop's body calls is in the loop
-        looped |= {called for name in looped for called in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", text[name])}
+    looped, open_ones = set(), re.findall(r"body=%?([\w.\-]+)", "\n".join(text.values()))
+    while open_ones:  # what a loop's body calls is in the loop
+        name = open_ones.pop()
+        if name not in looped:
+            looped.add(name)
+            open_ones += re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", text[name])
     return Collectives(
         outside=[one for name in lines if name not in looped for one in collectives_in(lines[name])],
         in_loops=[one for name in lines if name in looped for one in collectives_in(lines[name])],
