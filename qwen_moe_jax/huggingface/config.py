@@ -20,6 +20,7 @@ from qwen_moe_jax.huggingface.known_fields import (
     CONFIG_OF_OTHER_FAMILIES,
     CONFIG_READ,
     CONFIG_WITHOUT_EFFECT,
+    activation_name,
 )
 from qwen_moe_jax.huggingface.quantised.method import opener_of
 from qwen_moe_jax.suggest import similar
@@ -157,7 +158,7 @@ def _config(family: Family, fields: Fields) -> ModelConfig:
         zero_centered_norm=family.zero_centered_norm,
         num_mtp_layers=_mtp_layers(fields) if family.mtp else 0,
         rms_norm_eps=fields.number("rms_norm_eps"),
-        hidden_act=fields.string("hidden_act", "silu"),
+        hidden_act=activation_name(fields.string("hidden_act", "silu")),
         max_position_embeddings=fields.integer("max_position_embeddings"),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         initializer_range=fields.number("initializer_range", 0.02),

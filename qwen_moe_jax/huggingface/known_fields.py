@@ -1,5 +1,7 @@
 """Keys of config.json that are known: read, without effect, or neutral at one value."""
 
+from typing import Any
+
 #: Read by `config_from_hub`, the families or `open_checkpoint`.
 CONFIG_READ = set(
     "architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
@@ -44,3 +46,11 @@ CONFIG_OF_OTHER_FAMILIES = set(
     "sliding_windows swa_num_attention_heads swa_num_key_value_heads t2u_max_position_embeddings use_attention_bias "
     "v_head_dim".split()
 )
+
+#: Other names of transformers' for functions that `hidden_act` may be.
+_ACTIVATION_ALIASES = {"swish": "silu", "gelu_python": "gelu", "gelu_python_tanh": "gelu_pytorch_tanh"}
+
+
+def activation_name(found: Any) -> Any:
+    """The name that this package has for an activation of transformers, where it has one."""
+    return _ACTIVATION_ALIASES.get(found, found)

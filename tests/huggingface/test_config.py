@@ -469,3 +469,9 @@ def test_written_config_serves_readers_of_transformers_4_and_5():
 def test_fields_that_mean_nothing_to_the_model_are_kept():
     written = config_to_hub(read("qwen3", finetuned_from="someone/something"))
     assert written["finetuned_from"] == "someone/something"
+
+
+@pytest.mark.parametrize(("found", "read"), [("swish", "silu"), ("gelu_python_tanh", "gelu_pytorch_tanh")])
+def test_an_activation_has_all_of_its_names(found, read):
+    hub = json.loads((PUBLISHED / "qwen3-0.6b.json").read_text())
+    assert qmj.ModelConfig.from_pretrained({**hub, "hidden_act": found}).hidden_act == read
