@@ -5,7 +5,7 @@ The C function is that of `qwen_moe_jax.nn.kernels.functions.adamw`.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -28,12 +28,17 @@ class AdamW(optax.GradientTransformation):
         schedule: of the learning rate.
         decays: of a tree of arrays, whether weight decay applies to each.
         moves: of a tree of arrays, whether the optimizer moves each.
+        unclipped: the chain without clipping, which treats every number by itself.
+        stack_axes: by path, how many leading axes layers and experts are stacked along; paths that it does not have
+            are no stacks.
     """
 
     config: OptimizerConfig
     schedule: optax.Schedule
     decays: Callable[[Params], Any]
     moves: Callable[[Params], Any]
+    unclipped: optax.GradientTransformation
+    stack_axes: Mapping[str, int]
 
 
 def in_place(optimizer: optax.GradientTransformation, shardings: Params, params: Params) -> Any:
@@ -80,7 +85,7 @@ def step(
     updates, new_state = optimizer.update(gradients, state, params)
     new = optax.apply_updates(params, updates), new_state
     new_params, new_state = jax.tree.map(lambda new, old: jnp.where(is_step, new, old), new, (params, state))
-    old, rest = _moments(state), _moments(new_state)
+    old, rest = moments_of(state), moments_of(new_state)
     stepped = functools.partial(_stepped, *_numbers(optimizer, gradient_norm, old.count, is_step))
     trees = chosen, optimizer.decays(params), gradients, params, old.mu, old.nu, new_params, rest.mu, rest.nu
     leaves = [
@@ -129,7 +134,8 @@ def _is_moments(part: Any) -> bool:
     return isinstance(part, optax.ScaleByAdamState)
 
 
-def _moments(state: optax.OptState) -> optax.ScaleByAdamState:
+def moments_of(state: optax.OptState) -> optax.ScaleByAdamState:
+    """The part of AdamW's state that holds the moments, in a tree of its arrays or of their shardings."""
     [found] = [part for part in jax.tree.leaves(state, is_leaf=_is_moments) if _is_moments(part)]
     return found
 

@@ -47,7 +47,7 @@ def on_devices(arrays: Any, shardings: Any) -> Any:
     """Within a jitted function, arrays of these shardings with those in another memory copied to the devices."""
 
     def fetch(array: jax.Array, sharding: NamedSharding) -> jax.Array:
-        return jax.device_put(array, sharding.with_memory_kind(DEVICE)) if _is_offloaded(sharding) else array
+        return jax.device_put(array, sharding.with_memory_kind(DEVICE)) if is_offloaded(sharding) else array
 
     return jax.tree.map(fetch, arrays, shardings)
 
@@ -56,10 +56,11 @@ def as_stored(arrays: Any, shardings: Any) -> Any:
     """Within a jitted function, arrays on devices with those that are kept in another memory copied there."""
 
     def store(array: jax.Array, sharding: NamedSharding) -> jax.Array:
-        return jax.device_put(array, sharding) if _is_offloaded(sharding) else array
+        return jax.device_put(array, sharding) if is_offloaded(sharding) else array
 
     return jax.tree.map(store, arrays, shardings)
 
 
-def _is_offloaded(sharding: NamedSharding) -> bool:
+def is_offloaded(sharding: NamedSharding) -> bool:
+    """Whether arrays of this sharding are kept in another memory than that of the devices."""
     return sharding.memory_kind not in (None, DEVICE)

@@ -53,7 +53,7 @@ def make_optimizer(
     Args:
         config: its settings.
         steps: of the whole run, for the schedule.
-        stack_axes: `stack_axes` of the model; AdamW does without.
+        stack_axes: `stack_axes` of the model; AdamW reads it where its moments are in the memory of the host.
     """
     schedule = make_schedule(config, steps)
     if config.type == "adamw":
@@ -70,15 +70,12 @@ def make_optimizer(
     else:
         of_type = {"muon": muon, "adafactor": adafactor}[config.type]
         main = of_type(config, schedule, _has_decay, stack_axes or {})
-    chain = optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm), main, optax.masked(optax.set_to_zero(), moves_by_itself)
-    )
-    return chain if config.type != "adamw" else _adamw(chain, config, schedule)
-
-
-def _adamw(chain: optax.GradientTransformation, config: OptimizerConfig, schedule: optax.Schedule) -> AdamW:
-    """The chain, with what a step in place needs."""
+    parts = main, optax.masked(optax.set_to_zero(), moves_by_itself)
+    chain = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), *parts)
+    if config.type != "adamw":
+        return chain
     optimizer = AdamW(chain.init, chain.update)
+    optimizer.unclipped, optimizer.stack_axes = optax.chain(*parts), stack_axes or {}
     optimizer.config, optimizer.schedule, optimizer.decays = config, schedule, decays
     optimizer.moves = lambda params: jax.tree.map(operator.not_, moves_by_itself(params))
     return optimizer

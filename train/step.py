@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_moe_jax.model.balancing import update_balancing_biases
 from qwen_moe_jax.moe.stats import RouterStats, sum_stats
-from train import adamw_cpu
+from train import adamw_by_layer, adamw_cpu
 from train.config import LossConfig
 from train.ema import first_average, next_average
 from train.objectives import language_modelling
@@ -215,13 +215,18 @@ def make_train_step(
             load_imbalance=jnp.float32(0) if stats is None else jnp.max(stats.load_imbalance),
             router=stats,
         )
-        state = dataclasses.replace(state, optimizer=on_devices(state.optimizer, shardings.optimizer))
         is_update = metrics.finite & (whole.targets > 0)
         in_place = adamw_cpu.in_place(optimizer, shardings.params, state.params)
-        if is_kept := any(jax.tree.leaves(in_place)):
-            params, moments = adamw_cpu.step(
-                optimizer, gradients, gradient_norm, state.params, state.optimizer, is_update, in_place
-            )
+        arrays = gradients, gradient_norm, state.params
+        is_kept = any(jax.tree.leaves(in_place))
+        by_layer = not is_kept and adamw_by_layer.offloaded(optimizer, shardings.optimizer)
+        if not by_layer:
+            state = dataclasses.replace(state, optimizer=on_devices(state.optimizer, shardings.optimizer))
+        if is_kept:
+            params, moments = adamw_cpu.step(optimizer, *arrays, state.optimizer, is_update, in_place)
+        elif by_layer:
+            params, moments = adamw_by_layer.step(optimizer, *arrays, state.optimizer, is_update, shardings.optimizer)
+            in_place, is_kept = optimizer.moves(params), True
         else:
             updates, moments = optimizer.update(gradients, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -236,7 +241,7 @@ def make_train_step(
             jax.tree.map(lambda _: False, new), params=in_place, optimizer=jax.tree.map(lambda _: is_kept, moments)
         )
         kept = jax.tree.map(lambda done, new, old: new if done else jnp.where(is_update, new, old), is_done, new, state)
-        stored = as_stored(kept.optimizer, shardings.optimizer)
+        stored = kept.optimizer if by_layer else as_stored(kept.optimizer, shardings.optimizer)
         return dataclasses.replace(kept, step=state.step + 1, optimizer=stored), metrics
 
     return jax.jit(

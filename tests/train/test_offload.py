@@ -1,6 +1,9 @@
 """Optimizer state and activations in the host's memory change no number: steps, checkpoints and plans."""
 
+import dataclasses
+
 import jax
+import jax.extend.core
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,15 +14,16 @@ from qwen_moe_jax.plan.compile import plan_step
 from qwen_moe_jax.plan.targets import parse_target
 from tests.train.test_ema import HUB_CONFIG
 from tests.train.whole_rows import batch_of
-from train import offload
+from train import adamw_cpu, offload
 from train.checkpoint import Checkpoints
 from train.config import build_config
+from train.optimizer import stack_axes
 from train.plan import training_step
 from train.program import assemble
 from train.reporting.planned import step_memory
 
 HOST = "pinned_host"
-MODEL = {**HUB_CONFIG, "vocab_size": 259}
+MODEL = {**HUB_CONFIG, "vocab_size": 259, "num_hidden_layers": 3}
 TABLES = {"model": MODEL, "data": {"vocab_size": 259, "batch_size": 4, "seq_len": 8}, "mesh": {"fsdp": 2}}
 
 
@@ -52,7 +56,40 @@ def assert_equal(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def test_steps_are_equal_bit_for_bit_and_go_on_from_a_checkpoint(programs, tmp_path):
+def assert_close(found, expected):
+    """Equal but for float32's rounding, half of 1.2e-7 of a number, which three steps carry on.
+
+    Compiled as tests are, without LLVM's optimisations, the loop over layers rounds the products of weight decay and
+    learning rate another time than the program without it does.
+    """
+
+    def check(found, expected):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+    jax.tree.map(check, *(jax.tree.map(np.asarray, one) for one in (found, expected)))
+
+
+def test_at_most_one_layers_moments_are_copied_to_the_devices_at_a_time(programs):
+    """Those of arrays that are no stacks, as the embedding's, are copied whole."""
+    _, _, program = programs[HOST]
+    jaxpr = jax.make_jaxpr(program.train_step)(program.state, program.fixed, program.batch)
+    copied = [var.aval for var in copied_to_devices(jaxpr.jaxpr)]
+    moments = jax.tree.leaves(adamw_cpu.moments_of(program.state.optimizer)[1:])
+    stacked = {path: axes for path, axes in stack_axes(program.model).items() if axes}
+    assert len(copied) == len(moments) and len(stacked) > 5
+    assert sum(aval.shape[0] == 1 for aval in copied) == 2 * len(stacked)
+
+
+def copied_to_devices(jaxpr):
+    """The variables that a program copies from the host's memory, those of its loops once."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "device_put" and eqn.params["devices"][0].memory_kind == "device":
+            yield eqn.invars[0]
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            yield from copied_to_devices(inner)
+
+
+def test_steps_do_not_depend_on_the_memory_and_go_on_from_a_checkpoint(programs, tmp_path):
     """Saved by a run with its state in the host's memory, restored by one with it on the devices, and the reverse."""
     found = {}
     for kind, (_, _, program) in programs.items():
@@ -63,9 +100,14 @@ def test_steps_are_equal_bit_for_bit_and_go_on_from_a_checkpoint(programs, tmp_p
         with Checkpoints(tmp_path / kind, keep=1) as checkpoints:
             checkpoints.save(2, state)  # the next step reuses the state's memory while it is written
             state, metrics = program.train_step(state, program.fixed, last)
+        before = jax.tree.map(np.asarray, state)
+        nothing = dataclasses.replace(last, target_mask_BT=last.target_mask_BT & False)
+        unmoved, _ = program.train_step(state, program.fixed, nothing)
+        assert_equal(*((one.params, one.optimizer) for one in (unmoved, before)))
+        state = dataclasses.replace(unmoved, step=unmoved.step - 1)
         assert kinds(state) == {kind}
         found[kind] = state, metrics
-    assert_equal(*(jax.tree.map(np.asarray, one) for one in found.values()))
+    assert_close(*found.values())
 
     for saved, restored in (("device", HOST), (HOST, "device")):
         _, _, program = programs[restored]
@@ -73,7 +115,7 @@ def test_steps_are_equal_bit_for_bit_and_go_on_from_a_checkpoint(programs, tmp_p
             state = checkpoints.restore(program.state, program.model)
         assert kinds(state) == {restored}
         state, _ = program.train_step(state, program.fixed, batches(program)[2])
-        assert_equal(*(jax.tree.map(np.asarray, one) for one in (state, found[saved][0])))
+        assert_close(state, found[saved][0])
 
 
 def test_a_plan_counts_the_memory_of_the_host_apart(programs):
@@ -112,7 +154,7 @@ def test_gradients_do_not_depend_on_the_memory_in_which_activations_wait(remat):
     found = []
     for activation_offloading in (False, True):
         execution = qmj.ExecutionConfig(remat=remat, activation_offloading=activation_offloading)
-        config = qmj.ModelConfig.from_pretrained({**MODEL, "num_hidden_layers": 3})
+        config = qmj.ModelConfig.from_pretrained(MODEL)
         model = qmj.CausalLM(config, execution=execution, rngs=nnx.Rngs(0), mesh=qmj.make_mesh(fsdp=2, expert=2))
         graph, params = nnx.split(model)
 

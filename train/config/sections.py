@@ -245,7 +245,7 @@ class OptimizerConfig:
         max_grad_norm: gradients with a larger norm, over all parameters, are scaled down to it.
         mu_dtype: of the first moment, float32 or bfloat16; left out, that of the parameters.
         memory_kind: where the state is between steps: device, or pinned_host, the memory of the host, from which every
-            step copies it to the devices and back.
+            step copies it to the devices and back, with adamw one layer at a time.
         ema_decay: of a moving average of the trained weights in float32, as 0.999; evaluations, samples and the export
             take it in place of the last weights. Left out, there is none.
         frozen: regular expressions; parameters with matching names on the Hub are not trained and have no moments.
