@@ -30,6 +30,20 @@ def check_memory_kind(kind: str, mesh: Mesh, key: str = "optimizer.memory_kind")
         ) from None
 
 
+def check_arguments(kind: str, mesh: Mesh) -> None:
+    """Refuses a memory that JAX does not name for a program's arguments on these devices, and would leave out silently.
+
+    Raises:
+        ConfigError: they are GPUs that are only compiled for.
+    """
+    if NamedSharding(mesh, PartitionSpec(), memory_kind=kind).memory_kind != kind:
+        raise ConfigError(
+            f"optimizer.memory_kind: found {kind!r}, and JAX names no memories for the arguments of a program on "
+            f"{mesh.devices.flat[0].device_kind} devices that are only compiled for: this plan would have the state on "
+            "the devices. Plan without the key; a run on the devices may set it."
+        )
+
+
 def in_memory(kind: str, shardings: Any, abstract: Any) -> Any:
     """The shardings of optimizer state whose arrays are kept in a memory; scalars, which are counters, stay on devices.
 

@@ -115,7 +115,8 @@ def search_training(
 
     fixed = [setting for setting, key in KEYS.items() if key in given]
     fixed += [RULES] if any(key.startswith("sharding.") for key in given) else []
-    own = {*fixed, ACTIVATIONS} if request.platform == "cpu" else {*fixed}  # CPUs keep activations in one memory
+    # CPUs keep activations in one memory, and JAX names none for arguments on GPUs that are only compiled for.
+    own = {*fixed, *{"cpu": [ACTIVATIONS], "gpu": [MEMORY_KIND]}.get(request.platform, [])}
     axes = {axis: size for axis, size in config.mesh.sizes.items() if f"mesh.{axis}" in given}
     dtype = str(config.execution.dtype or model_config.dtype or "float32")
     return find_mesh(

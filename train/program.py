@@ -20,7 +20,7 @@ from qwen_moe_jax.sharding.compiler_options import compiler_options
 from train.config import TrainConfig
 from train.objectives.chosen import objective_of
 from train.objectives.contract import Objective
-from train.offload import DEVICE, HOST, check_memory_kind, in_memory
+from train.offload import DEVICE, HOST, check_arguments, check_memory_kind, in_memory
 from train.optimizer import frozen_paths, make_optimizer, stack_axes
 from train.parameters import Params, partition, paths, select
 from train.step import (
@@ -107,6 +107,7 @@ def assemble(config: TrainConfig, model_config: qmj.ModelConfig, mesh: Mesh) -> 
     shardings = state_shardings(trained, optimizer, mesh)
     if (kind := config.optimizer.memory_kind) != DEVICE:
         check_memory_kind(kind, mesh)
+        check_arguments(kind, mesh)
         moments = in_memory(kind, shardings.optimizer, jax.eval_shape(optimizer.init, trained))
         shardings = dataclasses.replace(shardings, optimizer=moments)
     if config.optimizer.ema_decay is not None:

@@ -201,6 +201,10 @@ def test_sections_are_the_package_s_config_classes_over_one_preset():
         assert build({"sharding": {"rules": rules}}).execution.sharding == table
     rows = build({"sharding": {"rules": "expert+tensor", "embed": ["expert"]}}).execution.sharding
     assert rows == ShardingRules(embed=("expert",), expert_embed=())
+    of_file = {"sharding": {"embed": ["expert"], "expert_embed": []}}
+    assert build(of_file, "--sharding.rules=fsdp").execution.sharding == SHARDING_RULES["fsdp"], "all of the file's go"
+    rows = build(of_file, "--sharding.rules=fsdp", '--sharding.expert_embed=["context"]').execution.sharding
+    assert rows == ShardingRules(embed=("fsdp",), expert_embed=("context",))
 
 
 @pytest.mark.parametrize(

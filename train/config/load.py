@@ -142,6 +142,7 @@ def _override(tables: dict[str, Any], overrides: list[str]) -> tuple[dict[str, s
             else:
                 table[field] = _from_word(word, types.get(field, str))
     _replace_length(tables.get("run", {}), options)
+    _replace_rows(tables.get("sharding", {}), options)
     return options, problems
 
 
@@ -150,6 +151,13 @@ def _replace_length(run: dict[str, Any], options: dict[str, str]) -> None:
     for key, other in (("max_steps", "num_train_epochs"), ("num_train_epochs", "max_steps")):
         if f"run.{key}" in options and f"run.{other}" not in options:
             run.pop(other, None)
+
+
+def _replace_rows(sharding: dict[str, Any], options: dict[str, str]) -> None:
+    """Leaves out the file's rows of sharding rules where an override names a whole table of them."""
+    if "sharding.rules" in options:
+        for row in [row for row in sharding if f"sharding.{row}" not in options]:
+            del sharding[row]
 
 
 def _override_model(table: dict[str, Any], key: str, word: str) -> list[KeyProblem]:
