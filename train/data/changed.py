@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from qwen_moe_jax.errors import ConfigError
 from train.config import SourceConfig
 from train.data.fingerprints import files_fingerprint, named_files
 from train.data.sources import describe_source
@@ -13,8 +12,9 @@ _LISTED = 3
 
 
 def changed_files(source: SourceConfig, files: str, named: list[list[Any]]) -> list[str]:
-    """What the start of a resumed run says about a source whose files were written anew.
+    """What the start of a resumed run says about a source whose files are not those that were read.
 
+    The run goes on with the documents of its first start: a corpus that grows must not stop what restarts by itself.
     Sources that are gone, which a run does not need any more, and Python's standard library, which changes with its
     version, are not compared; nor are data sets of the Hub.
 
@@ -24,10 +24,7 @@ def changed_files(source: SourceConfig, files: str, named: list[list[Any]]) -> l
         named: [name, bytes, modification time] of the first files that were read.
 
     Returns:
-        Lines, where times alone differ: files that were copied again have other times and the same text.
-
-    Raises:
-        ConfigError: files came, went or have another size; the message names the first of them.
+        A line that names the first of the files that came, went, have another size or were written again; or none.
     """
     if not source.path or source.format == "datasets" or not Path(source.path).exists():
         return []
@@ -35,25 +32,19 @@ def changed_files(source: SourceConfig, files: str, named: list[list[Any]]) -> l
         return []
     before = {name: (size, time) for name, size, time in named}
     now = {name: (size, time) for name, size, time in named_files(source)}
-    if before.keys() == now.keys() and all(before[name][0] == now[name][0] for name in now):
-        touched = _listed([name for name in now if before[name] != now[name]] or ["one of many"])
-        return [
-            f"files of {describe_source(source)} were written since this run began, with the same size: {touched}. The "
-            "run goes on with the documents that it read then; --fresh reads them anew"
-        ]
     changes = [f"{name} is new" for name in now.keys() - before.keys()]
     changes += [f"{name} is gone" for name in before.keys() - now.keys()]
-    changes += [
-        f"{name} had {before[name][0]:,} bytes and has {now[name][0]:,}"
-        for name in now.keys() & before.keys()
-        if before[name][0] != now[name][0]
+    for name in now.keys() & before.keys():
+        (old, _), (new, _) = before[name], now[name]
+        if old != new:
+            changes.append(f"{name} had {old:,} bytes and has {new:,}")
+        elif before[name] != now[name]:
+            changes.append(f"{name} was written again, with the same size")
+    return [
+        f"data.path: {describe_source(source)} changed since this run began: "
+        f"{_listed(sorted(changes) or ['one of many files'])}. The run goes on with the documents that it read then; "
+        "--fresh, or another run.output_dir, reads them anew"
     ]
-    raise ConfigError(
-        f"data.path: {describe_source(source)} changed since this run began: {_listed(sorted(changes))}. A run "
-        "learns the documents that it read at its first start. Add --fresh to start anew with what is there now, or "
-        "choose another run.output_dir. To go on with the old documents, bring the old files back, or move the new "
-        "ones away."
-    )
 
 
 def _listed(names: list[str]) -> str:

@@ -91,7 +91,7 @@ class Corpus:
 def load_corpus(folder: Path, config: DataConfig, kind: Kind = TEXTS) -> Corpus:
     """Opens the corpus in `folder`, or makes it there at the first start of the run.
 
-    So a resumed run reads the same rows, even if its source files are gone or the Python version has changed since.
+    So a resumed run reads the same rows, even if a source file or the Python version has changed since.
 
     Args:
         folder: in the run's folder. Documents are in its `cache`, or in `data.cache_dir`.
@@ -99,8 +99,7 @@ def load_corpus(folder: Path, config: DataConfig, kind: Kind = TEXTS) -> Corpus:
         kind: how records become examples.
 
     Raises:
-        ConfigError: there is no text, too little of it to train on, or something that cannot be read; or the files of a
-            source changed since the first start.
+        ConfigError: there is no text, too little of it to train on, or something that cannot be read.
         CheckpointError: the tokenizer or its chat template cannot be read.
     """
     resumed = folder.exists()
@@ -129,11 +128,7 @@ def load_corpus(folder: Path, config: DataConfig, kind: Kind = TEXTS) -> Corpus:
 
 
 def _changed(folder: Path, config: DataConfig, parts: dict[str, Any]) -> list[str]:
-    """Lines on the sources whose files were written again since the corpus in `folder` was made of them.
-
-    Raises:
-        ConfigError: as `changed_files`.
-    """
+    """Lines on the sources whose files changed since the corpus in `folder` was made of them."""
     lines = list[str]()
     for place, source in _sources(config).items():
         if place not in parts:

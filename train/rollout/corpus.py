@@ -47,8 +47,7 @@ def load_prompts(folder: Path, config: TrainConfig) -> PromptCorpus:
     """Opens the prompts in `folder`, or makes them there at the first start of the run.
 
     Raises:
-        ConfigError: a record is no prompt; there are none to train on or to hold out; or the files of a source changed
-            since the first start.
+        ConfigError: a record is no prompt; there are none to train on or to hold out.
         CheckpointError: the tokenizer cannot be read.
     """
     resumed = folder.exists()
