@@ -47,7 +47,7 @@ def compile_step(step: pod_steps.Step, folder: Path) -> None:
         command = [sys.executable, "-m", "train", *words, "--json", str(written)]
         print(*command[1:], file=sys.stderr, flush=True)
         subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
-        if json.loads(written.read_text())["memory"]["total"] is not None:
+        if json.loads(written.read_text())["memory"]["fits"]:
             return
 
 
