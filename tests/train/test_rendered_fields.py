@@ -142,7 +142,7 @@ def test_a_record_sets_the_variables_of_its_template(tmp_path):
         ({"messages": [USER, {**ANSWER, "reasoning_content": "x \ud83d"}]}, "reasoning_content: found half of a surr"),
         (
             {"messages": [USER, {**CALL, "content": [{"type": "image"}]}]},
-            "messages[1].content: found [{'type': 'image'}",
+            "messages[1].content: part 0 is of type 'image', expected text",
         ),
         ({"messages": [USER, {**ANSWER, "tool_calls": "add"}]}, "messages[1].tool_calls: found 'add', expected [{"),
         ({"messages": [USER, {**ANSWER, "tool_calls": [{"function": "add"}]}]}, "tool_calls: found [{'function': 'ad"),
