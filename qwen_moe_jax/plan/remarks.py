@@ -19,6 +19,12 @@ def remarks_on(plan: Plan) -> tuple[Remark, ...]:
     return tuple(remark for check in checks for remark in check(plan))
 
 
+def _could_offload(plan: Plan) -> bool:
+    """Whether activations are on the devices that could be in the memory of the host; CPUs have one memory."""
+    offloaded = plan.work.execution.get("activation_offloading")
+    return plan.work.purpose == "train" and plan.target.platform != "cpu" and not offloaded
+
+
 def _memory(plan: Plan) -> Iterator[Remark]:
     memory = plan.memory
     if memory.fits is False and memory.free is not None:
@@ -27,6 +33,10 @@ def _memory(plan: Plan) -> Iterator[Remark]:
             text += ' execution.remat = "full" keeps one layer\'s activations instead of all.'
         elif plan.work.purpose == "train" and plan.work.rows // plan.work.accumulation_steps > _batch_ways(plan):
             text += " run.gradient_accumulation_steps splits the rows into micro-batches."
+        elif _could_offload(plan):
+            text += (
+                " execution.activation_offloading = true keeps what waits for the backward pass in the host's memory."
+            )
         elif plan.work.purpose != "train" and plan.target.devices > 1:
             text += _other_sharding(plan)
         yield Remark(about="memory", text=text)

@@ -164,6 +164,10 @@ def test_what_does_not_fit_is_an_answer(capacity):
     refused = dataclasses.replace(capacity, memory=memory, collectives=(), refusal="RESOURCE_EXHAUSTED")
     [remark] = [remark for remark in remarks_on(refused) if remark.about == "memory"]
     assert "80 B a device are missing" in remark.text and 'remat = "full"' in remark.text
+    work = dataclasses.replace(refused.work, rows=1, execution={**refused.work.execution, "remat": "full"})
+    on_tpu = dataclasses.replace(refused, work=work, target=dataclasses.replace(refused.target, platform="tpu"))
+    [remark] = [remark for remark in remarks_on(on_tpu) if remark.about == "memory"]
+    assert "execution.activation_offloading = true" in remark.text
 
 
 def test_gathered_experts_are_remarked_on_and_nothing_is_where_there_are_none(capacity):
