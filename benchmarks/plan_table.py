@@ -1,6 +1,6 @@
 """Plans of training steps on pods, as one table: `python benchmarks/plan_table.py FOLDER [NAME …]`.
 
-The steps of `pod_steps` that are named (`*` stands for any letters) are compiled for their targets, without a device,
+The steps of `pod_steps` that are named, or match a pattern with `*`, are compiled for their targets, without a device,
 one after the other, each by `python -m train CONFIG --plan TARGET` in a process of its own that writes
 FOLDER/NAME.json. Their remat is the first of dots, experts and full under which the step may fit by arithmetic, and the
 next where the compiled program does not. Then the table of all plans in the folder is printed, of one device: memory,

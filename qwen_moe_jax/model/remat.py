@@ -18,7 +18,7 @@ from qwen_moe_jax.nn.matmul import EXPERT_MATMUL, WEIGHT_MATMUL
 #: The name of the hidden states that enter a layer. They are kept under every policy, being its input.
 LAYER_INPUT = "layer_input"
 
-#: The names of what is kept besides them, by `ExecutionConfig.remat`.
+#: The names of what is kept in addition, by `ExecutionConfig.remat`.
 KEPT = {
     "full": (),
     "exchange": (EXCHANGED,),

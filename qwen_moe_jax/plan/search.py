@@ -127,7 +127,7 @@ def as_asked(outline: Outline, mesh: Mapping[str, int]) -> Iterable[Settings]:
     return ({},)
 
 
-def as_stored(outline: Outline, mesh: Mapping[str, int]) -> Iterable[Outline]:
+def no_other_rules(outline: Outline, mesh: Mapping[str, int]) -> Iterable[Outline]:
     """No other rules than those that were asked for."""
     return ()
 
@@ -139,7 +139,7 @@ def search_meshes(
     compile_plan: CompilePlan,
     *,
     settings_of: SettingsOf = as_asked,
-    others_of: OthersOf = as_stored,
+    others_of: OthersOf = no_other_rules,
     last_resorts: Collection[Settings] = (),
     keep: int = 6,
     progress: Callable[[Progress], None] = lambda _: None,
@@ -212,7 +212,7 @@ def draft_meshes(
     networks: Sequence[Network],
     outline_of: OutlineOf,
     settings_of: SettingsOf = as_asked,
-    others_of: OthersOf = as_stored,
+    others_of: OthersOf = no_other_rules,
 ) -> tuple[list[Draft], list[tuple[dict[str, int], str]]]:
     """Every mesh that divides under all settings, the most promising first, and the other meshes with the reason.
 

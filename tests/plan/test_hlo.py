@@ -90,15 +90,15 @@ def test_traffic_is_a_layer_of_a_stack_and_not_what_stays_on_the_chip():
 
 _HOST = """
 ENTRY %main (p: f32[6,8], q: f32[1,8], i: s32[]) -> f32[1,8] {
-  %p = f32[6,8]{1,0:T(8,128)S(5)} parameter(0)
-  %q = f32[1,8]{1,0:T(8,128)} parameter(1)
-  %i = s32[]{:T(128)} parameter(2)
-  %out = ((f32[6,8]{1,0:T(8,128)S(5)}, f32[1,8]{1,0:T(8,128)}, s32[], s32[]), f32[6,8]{1,0:T(8,128)S(5)}, u32[]{:S(2)}) dynamic-update-slice-start(%p, %q, %i, %i)
-  %stack = f32[6,8]{1,0:T(8,128)S(5)} dynamic-update-slice-done(%out)
-  %in = ((f32[6,8]{1,0:T(8,128)S(5)}, s32[], s32[]), f32[1,8]{1,0:T(8,128)}, u32[]{:S(2)}) dynamic-slice-start(%stack, %i, %i), dynamic_slice_sizes={1,8}
-  ROOT %row = f32[1,8]{1,0:T(8,128)} dynamic-slice-done(%in)
+  %p = f32[6,8]{1,0:S(5)} parameter(0)
+  %q = f32[1,8] parameter(1)
+  %i = s32[] parameter(2)
+  %out = ((f32[6,8]{:S(5)}, f32[1,8], s32[], s32[]), f32[6,8]{:S(5)}, u32[]) dynamic-update-slice-start(%p, %q, %i, %i)
+  %stack = f32[6,8]{1,0:S(5)} dynamic-update-slice-done(%out)
+  %in = ((f32[6,8]{1,0:S(5)}, s32[], s32[]), f32[1,8], u32[]) dynamic-slice-start(%stack, %i, %i)
+  ROOT %row = f32[1,8] dynamic-slice-done(%in)
 }
-"""  # noqa: E501
+"""
 
 
 def test_what_is_copied_to_the_host_and_back_is_read_and_written_once_and_the_hosts_stack_is_not():

@@ -1,4 +1,4 @@
-"""Optimizer state and activations in the host's memory change no number: steps, checkpoints and plans."""
+"""Optimizer state and activations in the host's memory change numbers by rounding at most: steps and plans."""
 
 import dataclasses
 
